@@ -1,0 +1,45 @@
+# Two commands for a newcomer: `make run` (the main job) and `make test`. Both install what they need.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+# One thread a process: two torch processes with two threads each on two cores are many times slower.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help run test check format lint types doctest imports clean
+.DEFAULT_GOAL := help
+
+help:  ## Show the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	@echo "Installing into $(VENV) (a few minutes, once) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+run: $(READY)  ## Run the default experiment (pipeline.yaml): trains, prunes, compares
+	@$(BIN)/fls run pipeline.yaml
+
+test: $(READY)  ## Run the tests
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: format lint types imports test doctest  ## Everything that CI checks
+
+format: $(READY)  ## Check the formatting
+	@$(BIN)/ruff format --check .
+
+lint: $(READY)  ## Lint
+	@$(BIN)/ruff check .
+
+types: $(READY)  ## Check the types
+	@$(BIN)/mypy
+
+imports: $(READY)  ## Check who may import whom
+	@$(BIN)/lint-imports --no-cache
+
+doctest: $(READY)  ## Run the examples in docstrings
+	@$(BIN)/python -m pytest --doctest-modules fishleg stages pipeline
+
+clean:  ## Remove the environment and caches; results (.fls, mlflow.db) stay
+	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

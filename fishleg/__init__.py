@@ -1,0 +1,83 @@
+"""The FishLeg surgeon: inverse Fisher estimation and second-order pruning for PyTorch.
+
+In the order of use: cut the parameters into groups, say where per-sample gradients come from, fit
+an estimator, certify it, prune. Needs nothing but torch.
+"""
+
+from fishleg.calibration import Calibration
+from fishleg.certificate import certify, pruning_certificate
+from fishleg.errors import (
+    CapacityExceeded,
+    FishLegError,
+    NotFitted,
+    NotPositiveDefinite,
+    ShapeMismatch,
+    UnknownName,
+)
+from fishleg.estimators import (
+    ESTIMATORS,
+    KFAC,
+    AbstractEstimator,
+    BlockWoodbury,
+    DiagonalFisher,
+    FishLeg,
+    FitProgress,
+    Identity,
+)
+from fishleg.fisher import fisher_vector_product
+from fishleg.gradients import GradientSource
+from fishleg.likelihoods import AbstractLikelihood, Categorical, Gaussian, Likelihood
+from fishleg.parameters import ParameterGroup, Partition, partition_parameters
+from fishleg.pruning import (
+    PruneReport,
+    apply_masks,
+    count_masks,
+    cubic,
+    group_masks,
+    linear,
+    prune_once,
+    weight_masks,
+)
+
+__all__ = [
+    # parameters
+    "ParameterGroup",
+    "Partition",
+    "partition_parameters",
+    # likelihoods and gradients
+    "AbstractLikelihood",
+    "Calibration",
+    "Categorical",
+    "Gaussian",
+    "GradientSource",
+    "Likelihood",
+    "fisher_vector_product",
+    # estimators
+    "ESTIMATORS",
+    "AbstractEstimator",
+    "BlockWoodbury",
+    "DiagonalFisher",
+    "FishLeg",
+    "FitProgress",
+    "Identity",
+    "KFAC",
+    # certificates
+    "certify",
+    "pruning_certificate",
+    # pruning
+    "PruneReport",
+    "apply_masks",
+    "count_masks",
+    "cubic",
+    "group_masks",
+    "linear",
+    "prune_once",
+    "weight_masks",
+    # errors
+    "CapacityExceeded",
+    "FishLegError",
+    "NotFitted",
+    "NotPositiveDefinite",
+    "ShapeMismatch",
+    "UnknownName",
+]

@@ -1,0 +1,74 @@
+"""What every block of Q offers: a symmetric positive definite operator on one group's matrix.
+
+V has the shape (..., rows, columns) and is vectorised row-major; Q acts on vec(V).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class AbstractBlock(ABC):
+    """One block of the inverse curvature Q, over a (rows, columns) matrix.
+
+    Concrete blocks are final. Tensors are the block's own; nothing passed in is modified.
+    """
+
+    shape: tuple[int, int]
+
+    @abstractmethod
+    def matvec(self, v: Tensor) -> Tensor:
+        """Return Q vec(V) as a matrix, for V of shape (..., rows, columns)."""
+
+    @abstractmethod
+    def diagonal(self) -> Tensor:
+        """Return diag(Q) as a (rows, columns) matrix."""
+
+    @abstractmethod
+    def submatrix(self, index: Tensor) -> Tensor:
+        """Return Q[index, index], (..., n, n), for flat row-major positions `index` (..., n)."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that define the block (what is saved and counted)."""
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> AbstractBlock:
+        """Return the block of `shape` that `tensors()` described."""
+        return cls(**tensors)  # a block's constructor takes its tensors by name
+
+    def trace(self) -> Tensor:
+        """Return tr Q, a scalar tensor."""
+        return self.diagonal().sum()
+
+    def squared_norm(self, mask: Tensor | None = None) -> Tensor:
+        """Return ||M o Q o M||_F^2, a scalar tensor, for a bool `mask` (rows, columns) or None.
+
+        This default makes one product a survivor, in chunks; blocks with a closed form override.
+        """
+        rows, columns = self.shape
+        like = next(iter(self.tensors().values()))
+        keep = (
+            torch.ones(self.shape, dtype=torch.bool, device=like.device) if mask is None else mask
+        )
+        total = like.new_zeros(())
+        for chunk in keep.flatten().nonzero().flatten().split(256):
+            unit = like.new_zeros(len(chunk), rows * columns)
+            unit.scatter_(1, chunk.unsqueeze(1), 1.0)
+            total = total + (self.matvec(unit.unflatten(1, self.shape)) * keep).square().sum()
+        return total
+
+    def dense(self) -> Tensor:
+        """Return Q as a dense (rows columns, rows columns) matrix; for tests and small blocks."""
+        n = self.shape[0] * self.shape[1]
+        like = next(iter(self.tensors().values()))
+        eye = torch.eye(n, dtype=like.dtype, device=like.device)
+        return self.matvec(eye.reshape(n, *self.shape)).reshape(n, n).mT
+
+    def memory_bytes(self) -> int:
+        """Return the bytes that the block's tensors take."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())

@@ -1,0 +1,107 @@
+"""Dense blocks of a chosen size along the flat parameter vector (one chunk: the full Q)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fishleg.blocks.base import AbstractBlock
+from fishleg.errors import NotPositiveDefinite, ShapeMismatch
+
+
+class DenseBlock(AbstractBlock):
+    """Q = blockdiag(Q_1, ..., Q_n) over n consecutive chunks, b long, of the row-major vector.
+
+    Where n b exceeds rows columns, the last chunk is padded by a multiple of the identity. The
+    padding is stored and counted, but never enters a result.
+
+    Args:
+        matrices: (n, b, b), each symmetric positive definite.
+        shape: (rows, columns), with (n - 1) b < rows columns <= n b.
+
+    Raises:
+        ShapeMismatch: the matrices do not cover the shape.
+    """
+
+    def __init__(self, matrices: Tensor, shape: tuple[int, int]):
+        size = shape[0] * shape[1]
+        if matrices.ndim != 3 or matrices.shape[1] != matrices.shape[2]:
+            raise ShapeMismatch(f"matrices: expected (n, b, b), got {tuple(matrices.shape)}.")
+        if chunk_count(size, matrices.shape[1]) != matrices.shape[0]:
+            raise ShapeMismatch(
+                f"matrices: expected {chunk_count(size, matrices.shape[1])} chunks of "
+                f"{matrices.shape[1]} for a group of shape {shape}, got {matrices.shape[0]}."
+            )
+        self.matrices = matrices
+        self.shape = shape
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> DenseBlock:
+        """Return the block that `tensors()` described."""
+        return cls(tensors["matrices"], shape)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Return Q vec(V) as a matrix, V (..., rows, columns). Cost O(rows columns b) a vector."""
+        chunks = cut_chunks(v, self.matrices.shape[1])
+        product = torch.einsum("kij,...kj->...ki", self.matrices, chunks).flatten(-2)
+        return product[..., : self.shape[0] * self.shape[1]].reshape(v.shape)
+
+    def diagonal(self) -> Tensor:
+        """Return diag(Q), (rows, columns)."""
+        diagonal = self.matrices.diagonal(dim1=-2, dim2=-1).flatten()
+        return diagonal[: self.shape[0] * self.shape[1]].reshape(self.shape).clone()
+
+    def submatrix(self, index: Tensor) -> Tensor:
+        """Return Q[index, index], (..., n, n), for flat positions `index` (..., n)."""
+        size = self.matrices.shape[1]
+        row, column = index[..., :, None], index[..., None, :]
+        chunk = row // size
+        return self.matrices[chunk, row % size, column % size] * (chunk == column // size)
+
+    def squared_norm(self, mask: Tensor | None = None) -> Tensor:
+        """Return ||M o Q o M||_F^2, entry by entry; the padding is left out. Cost O(n b^2)."""
+        keep = self.matrices.new_ones(self.shape) if mask is None else mask.to(self.matrices.dtype)
+        chunks = cut_chunks(keep, self.matrices.shape[1])
+        return torch.einsum("ni,nij,nj->", chunks, self.matrices.square(), chunks)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return {"matrices": (n, b, b)}."""
+        return {"matrices": self.matrices}
+
+
+def chunk_count(size: int, block_size: int) -> int:
+    """Return how many chunks of `block_size` cover `size` entries."""
+    return -(-size // block_size)
+
+
+def cut_chunks(v: Tensor, block_size: int) -> Tensor:
+    """Cut vec(V), V (..., rows, columns), into (..., n, block_size), padded with zeros."""
+    flat = v.flatten(-2)
+    missing = -flat.shape[-1] % block_size
+    return functional.pad(flat, (0, missing)).unflatten(-1, (-1, block_size))
+
+
+def invert_damped(matrices: Tensor, damping: float) -> Tensor:
+    """Return (matrices + damping I)^-1 by Cholesky, (..., b, b), symmetric to the last bit.
+
+    Args:
+        matrices: (..., b, b), symmetric positive semi-definite; give float64 where you can: the
+            relative error is about the condition number times the rounding unit.
+        damping: gamma > 0.
+
+    Raises:
+        NotPositiveDefinite: the factorisation breaks down in spite of the damping.
+    """
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    factor, info = torch.linalg.cholesky_ex(matrices + damping * eye)
+    if bool(info.any()):
+        raise NotPositiveDefinite(
+            f"{int(info.count_nonzero())} of {info.numel()} curvature blocks are not positive "
+            f"definite with damping {damping:g}; expected a positive semi-definite Fisher. "
+            "Raise the damping, or look for gradients that are not finite."
+        )
+    inverse = torch.cholesky_inverse(factor)
+    return (inverse + inverse.mT) / 2

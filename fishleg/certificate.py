@@ -1,0 +1,258 @@
+"""How good an estimate is: of Q on data it has not seen, and of the pruning it led to.
+
+For any estimator, group by group and beside the best diagonal Q. All numbers are plain floats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from fishleg.blocks.base import AbstractBlock
+from fishleg.calibration import Labels
+from fishleg.capture import evaluating
+from fishleg.errors import ShapeMismatch
+from fishleg.estimators.base import AbstractEstimator
+from fishleg.fisher import fisher_vector_product
+from fishleg.gradients import GradientSource
+from fishleg.objective import curvature_and_trace, gradient_product, image_square, masked_product
+from fishleg.persample import forward
+from fishleg.rng import SampleGenerator
+
+Numbers = dict[str, float]
+
+
+@torch.no_grad()
+def certify(
+    estimator: AbstractEstimator, source: GradientSource, *, probes: int = 8, seed: int = 0
+) -> dict[str, Any]:
+    """Judge Q by the Fisher of `source`, which should hold data that Q was not fitted on.
+
+    With F_g = F + gamma I (gamma the estimator's, F restricted to the estimator's survivors):
+    - `objective`: J(Q) = 1/2 tr(Q F_g Q) - tr Q. Lower is better; its least value is
+      -1/2 tr F_g^-1.
+    - `diagonal_objective`: J of the best diagonal Q there is, 1 / (F_ii + gamma) of these very
+      data, so that no diagonal estimate does better.
+    - `best_scale`: a* = tr Q / tr(Q F_g Q): 1 when the scale of Q is right, below 1 when Q is too
+      large on these data.
+    - `rescaled_objective`: J(a* Q).
+    - `residual`: ||F_g Q u - u|| / ||u|| over Gaussian u. Q = 0 scores 1, so that a value above 1
+      says nothing by itself.
+
+    Args:
+        estimator: fitted.
+        source: of scaled gradients, at the weights that Q is for.
+        probes: u, p >= 1, for the residual of each group.
+        seed: of the probes.
+
+    Returns:
+        {"groups": {name: the five numbers}, "network": the same}. The network's J are sums over the
+        groups. Its residual takes the whole F, whose parts between groups no block describes, by
+        an exact F-vector product with a single probe.
+
+    Cost: one pass of gradients with a product with Q each, and one exact F-vector product; memory
+    for 3 p vectors of all parameters.
+    """
+    blocks = estimator.blocks()
+    audits = {}
+    for index, (name, block) in enumerate(blocks.items()):
+        weight = source.model.get_parameter(estimator.partition[name].weight)
+        mask = None if estimator.masks is None else estimator.masks.get(name)
+        numbers = torch.arange(probes, device=weight.device)
+        u = SampleGenerator(seed, numbers, index).normal(*block.shape).to(weight.dtype)
+        audits[name] = _Audit(block, u if mask is None else u * mask, mask)
+    for batch in source.stream(list(blocks)):
+        for name, gradients in batch.items():
+            audits[name].add(gradients)
+    groups = {name: audit.numbers(estimator.damping) for name, audit in audits.items()}
+    network = _summarise([audit.sums(estimator.damping) for audit in audits.values()])
+    network["residual"] = _network_residual(estimator, source, audits)
+    return {"groups": groups, "network": network}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sums:
+    """What J needs of a group: tr(Q F_g Q), tr Q, and the J of the best diagonal."""
+
+    curvature: float
+    trace: float
+    diagonal_objective: float
+
+
+class _Audit:
+    """Gathers one group's numbers over a pass of the data.
+
+    Args:
+        block: Q.
+        probes: u, (p, rows, columns), masked.
+        mask: survivors, or None.
+    """
+
+    def __init__(self, block: AbstractBlock, probes: Tensor, mask: Tensor | None):
+        self.block = block
+        self.probes = probes
+        self.mask = mask
+        self.images = masked_product(block, probes, mask)
+        self._products = torch.zeros_like(probes)
+        self._quadratic = 0.0
+        self._fisher = torch.zeros_like(probes[0], dtype=torch.float64)
+
+    def add(self, gradients: Tensor) -> None:
+        """Take in scaled gradients (n, rows, columns)."""
+        self._quadratic += float(image_square(self.block, gradients, self.mask))
+        self._products += gradient_product(gradients, self.images)
+        self._fisher += gradients.square().sum(0)
+
+    def sums(self, damping: float) -> _Sums:
+        """Return the group's sums."""
+        ridge, trace = curvature_and_trace(self.block, [], damping, self.mask)
+        best = 1.0 / (self._fisher + damping)
+        return _Sums(
+            curvature=self._quadratic + float(ridge),
+            trace=float(trace),
+            diagonal_objective=-0.5
+            * float((best if self.mask is None else best * self.mask).sum()),
+        )
+
+    def numbers(self, damping: float) -> Numbers:
+        """Return the group's certificate."""
+        rest = self._products + damping * self.images
+        residual = self.restrict(rest) - self.probes
+        size = torch.linalg.vector_norm(residual) / torch.linalg.vector_norm(self.probes)
+        return {**_summarise([self.sums(damping)]), "residual": float(size)}
+
+    def restrict(self, v: Tensor) -> Tensor:
+        """Return M o V."""
+        return v if self.mask is None else v * self.mask
+
+
+def _summarise(groups: list[_Sums]) -> Numbers:
+    """Return J, J of the best diagonal, a* and J(a* Q), of all groups together."""
+    curvature = sum(group.curvature for group in groups)
+    trace = sum(group.trace for group in groups)
+    return {
+        "objective": 0.5 * curvature - trace,
+        "diagonal_objective": sum(group.diagonal_objective for group in groups),
+        "best_scale": trace / curvature,
+        "rescaled_objective": -0.5 * trace**2 / curvature,
+    }
+
+
+def _network_residual(
+    estimator: AbstractEstimator, source: GradientSource, audits: Mapping[str, _Audit]
+) -> float:
+    """Return ||F_g Q u - u|| / ||u|| for the whole F and the first probe of every group."""
+    partition = estimator.partition
+    images = partition.scatter({name: audit.images[0] for name, audit in audits.items()})
+    products = fisher_vector_product(source, images)
+    above = below = 0.0
+    for name, audit in audits.items():
+        product = partition[name].gather(products) + estimator.damping * audit.images[0]
+        above += float((audit.restrict(product) - audit.probes[0]).double().square().sum())
+        below += float(audit.probes[0].double().square().sum())
+    return (above / below) ** 0.5
+
+
+def pruning_certificate(source: GradientSource, after: Mapping[str, Tensor]) -> Numbers:
+    """Compare what the quadratic model says of a change of the weights with what it did.
+
+    The model of `source` stands at the weights before; d is the change. No damping enters.
+    - `predicted_kl`: 1/2 d^T F d with the whole, exact F.
+    - `predicted_kl_blocks`: the same with the parts of F between groups left out, from the
+      gradients of `source`.
+    - `measured_kl`: the mean of KL(before || after).
+    - `predicted_loss_change`: g^T d + 1/2 d^T F d, g the gradient of the loss on the data's labels.
+    - `measured_loss_change`: of the mean loss on them. Both only where the data have labels.
+
+    Args:
+        source: samples, and the model before.
+        after: state-dict name -> the parameter's value after; others did not change.
+
+    Returns:
+        The numbers, in units of the loss (nats for a categorical likelihood).
+
+    Raises:
+        ShapeMismatch: a tensor has not its parameter's shape.
+
+    Cost: one exact F-vector product, a pass of gradients, and some three forwards and backwards.
+    """
+    before = {name: source.model.get_parameter(name).detach() for name in after}
+    for name, value in after.items():
+        if value.shape != before[name].shape:
+            raise ShapeMismatch(
+                f"{name}: expected {tuple(before[name].shape)}, got {tuple(value.shape)}."
+            )
+    change = {name: value.detach() - before[name] for name, value in after.items()}
+    product = fisher_vector_product(source, change)
+    half = 0.5 * sum(_sum(product[name] * change[name]) for name in change)
+    predicted = {"predicted_kl": half, "predicted_kl_blocks": _block_kl(source, change)}
+    measured = _measure(source, change, after)
+    if "loss_slope" in measured:
+        predicted["predicted_loss_change"] = measured.pop("loss_slope") + half
+    return predicted | measured
+
+
+def _block_kl(source: GradientSource, change: Mapping[str, Tensor]) -> float:
+    """Return the sum over groups of 1/2 d^T F d = 1/2 sum_n <G_n, d>^2."""
+    weights = {name: p.detach() for name, p in source.model.named_parameters()}
+    still = {name: torch.zeros_like(value) for name, value in weights.items()}
+    matrices = source.partition.gather({**still, **change})
+    moved = [name for name, matrix in matrices.items() if bool(matrix.any())]
+    half = 0.0
+    for batch in source.stream(moved):
+        for name, gradients in batch.items():
+            dots = gradients.flatten(1) @ matrices[name].flatten()
+            half += 0.5 * _sum(dots.square())
+    return half
+
+
+def _measure(
+    source: GradientSource, change: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> Numbers:
+    """Return `measured_kl` and, on labelled data, `loss_slope` = g^T d and `measured_loss_change`.
+
+    KL(before || after) is the mean over y from before of nll_after(y) - nll_before(y). The term
+    <d nll_before / d f, change of f>, of expectation zero, is taken off: so the result is exact
+    where labels are enumerated, and for a Gaussian even when they are drawn.
+    """
+    labels: Labels = "enumerated" if _enumerates(source) else "sampled"
+    parameters = [source.model.get_parameter(name) for name in change]
+    nll = source.likelihood.nll
+    sums = {"measured_kl": 0.0}
+    if source.calibration.targets is not None:
+        sums |= {"loss_slope": 0.0, "measured_loss_change": 0.0}
+    for batch in source.batches():
+        with evaluating(source.model):
+            outputs = forward(source.model, batch)
+            with torch.no_grad():
+                changed = functional_call(source.model, dict(after), (batch.inputs,))
+        if batch.targets is not None:
+            losses = nll(outputs, batch.targets)
+            slopes = torch.autograd.grad(losses.sum(), parameters)
+            pairs = zip(slopes, change.values(), strict=True)
+            sums["loss_slope"] += sum(_sum(slope * d) for slope, d in pairs)
+            sums["measured_loss_change"] += _sum(nll(changed, batch.targets) - losses.detach())
+        targets, weights = source.label(outputs, batch, labels)
+        leaf = outputs.detach().requires_grad_()
+        for target, weight in zip(targets, weights.unbind(1), strict=True):
+            losses = nll(leaf, target)
+            (slope,) = torch.autograd.grad(losses.sum(), leaf)
+            linear = (slope * (changed - leaf.detach())).flatten(1).sum(1)
+            sums["measured_kl"] += _sum(weight * (nll(changed, target) - losses.detach() - linear))
+    return {name: value / len(source.calibration) for name, value in sums.items()}
+
+
+def _enumerates(source: GradientSource) -> bool:
+    """Tell whether the likelihood can enumerate its labels."""
+    with evaluating(source.model), torch.no_grad():
+        outputs = forward(source.model, next(source.batches(1)))
+    return getattr(source.likelihood, "enumerate", lambda outputs: None)(outputs) is not None
+
+
+def _sum(values: Tensor) -> float:
+    return float(values.double().sum())

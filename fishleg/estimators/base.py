@@ -1,0 +1,175 @@
+"""The one interface of all curvature estimators.
+
+An estimator holds Q ~ (F + damping I)^-1 as one block a parameter group. How the blocks come
+about is its own business; everything downstream (saliency, compensation, certificate) sees only
+this interface.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fishleg.blocks import BLOCKS, AbstractBlock
+from fishleg.errors import FishLegError, NotFitted
+from fishleg.gradients import GradientSource
+from fishleg.parameters import Partition
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitProgress:
+    """What a running fit tells its callback.
+
+    Attributes:
+        done: units of work finished.
+        total: units of work in all.
+        metrics: name -> value, such as the objective so far.
+    """
+
+    done: int
+    total: int
+    metrics: Mapping[str, float]
+
+
+Callback = Callable[[FitProgress], None]
+
+
+class AbstractEstimator(ABC):
+    """An estimate of the inverse damped Fisher, block by block.
+
+    Attributes:
+        partition: the groups it covers.
+        damping: gamma > 0, absolute, in units of the Fisher.
+        masks: group name -> bool (rows, columns), True for survivors, of the fit's support; None
+            when Q was fitted on the full Fisher. Products are meaningful on the support only.
+    """
+
+    name: str
+
+    def __init__(self, partition: Partition, *, damping: float):
+        if not damping > 0:
+            raise ValueError(f"damping: expected a positive number, got {damping}.")
+        self.partition = partition
+        self.damping = damping
+        self.masks: dict[str, Tensor] | None = None
+        self._blocks: dict[str, AbstractBlock] = {}
+
+    @abstractmethod
+    def fit(
+        self, source: GradientSource, callback: Callback | None = None, *, resume: bool = False
+    ) -> None:
+        """Estimate Q from `source`, on the full Fisher.
+
+        Args:
+            source: per-sample gradients at the weights to expand around.
+            callback: told of progress; may call `state_dict`, whose result can be saved.
+            resume: go on from a loaded state of an unfinished fit, to the bits that the
+                undisturbed fit reaches, instead of starting afresh. Estimators that fit in one
+                pass start afresh either way.
+        """
+
+    @abstractmethod
+    def refine(
+        self,
+        source: GradientSource,
+        masks: Mapping[str, Tensor],
+        callback: Callback | None = None,
+    ) -> None:
+        """Go on from the present state with new weights (in `source`) and survivors `masks`.
+
+        An estimator without state to assimilate re-estimates, on the Fisher restricted to the
+        survivors or on the full one, and sets `self.masks` accordingly.
+        """
+
+    def blocks(self) -> dict[str, AbstractBlock]:
+        """Return group name -> block.
+
+        Raises:
+            NotFitted: before the first `fit`.
+        """
+        if not self._blocks:
+            raise NotFitted(f"{self.name}: call fit before using the estimate.")
+        return self._blocks
+
+    def block(self, name: str) -> AbstractBlock:
+        """Return the block of group `name`."""
+        return self.blocks()[name]
+
+    def matvec(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return Q v for group name -> matrix (..., rows, columns)."""
+        return {name: self.block(name).matvec(matrix) for name, matrix in v.items()}
+
+    def diagonal(self) -> dict[str, Tensor]:
+        """Return diag(Q) as group name -> (rows, columns)."""
+        return {name: block.diagonal() for name, block in self.blocks().items()}
+
+    def memory_bytes(self) -> int:
+        """Return the bytes that the fitted estimate holds."""
+        return sum(block.memory_bytes() for block in self.blocks().values())
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Return `{"tensors": {name: Tensor}, "meta": JSON-able dict}`, complete for going on."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            FishLegError: the state is another estimator's, or of another partition.
+        """
+
+    def _common_state(self) -> dict[str, Any]:
+        """Return the part of `state_dict` that all estimators have: blocks, masks, damping."""
+        tensors = {
+            f"blocks/{name}/{key}": tensor.contiguous()
+            for name, block in self._blocks.items()
+            for key, tensor in block.tensors().items()
+        }
+        tensors |= {f"masks/{name}": mask for name, mask in (self.masks or {}).items()}
+        meta = {
+            "estimator": self.name,
+            "damping": self.damping,
+            "groups": list(self.partition.names),
+            "blocks": {name: type(block).__name__ for name, block in self._blocks.items()},
+            "masked": self.masks is not None,
+        }
+        return {"tensors": tensors, "meta": meta}
+
+    def _load_common_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `_common_state` returned, damping included.
+
+        Raises:
+            FishLegError: the state is another estimator's, or of another partition.
+        """
+        meta, tensors = state["meta"], state["tensors"]
+        if meta["estimator"] != self.name:
+            raise FishLegError(
+                f"The state is of estimator {meta['estimator']!r}; expected {self.name!r}."
+            )
+        if meta["groups"] != list(self.partition.names):
+            raise FishLegError(
+                f"The state covers the groups {meta['groups']}; expected those of the partition, "
+                f"{list(self.partition.names)}."
+            )
+        self.damping = meta["damping"]
+        self._blocks = {
+            name: BLOCKS[kind].restore(
+                tensors_below(f"blocks/{name}/", tensors), self.partition[name].shape
+            )
+            for name, kind in meta["blocks"].items()
+        }
+        self.masks = tensors_below("masks/", tensors) if meta["masked"] else None
+
+
+def tensors_below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with `prefix`, under the rest of their names."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }

@@ -1,0 +1,346 @@
+"""The FishLeg estimator: Q learned by minimising J, group by group, and refined under masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fishleg.blocks import BLOCKS, AbstractBlock, EigenBlock, KroneckerBlock
+from fishleg.blocks.eigen import invert_factors
+from fishleg.errors import CapacityExceeded
+from fishleg.estimators.base import AbstractEstimator, Callback, FitProgress, tensors_below
+from fishleg.estimators.fishleg_options import CLOSED_FORM, FishLegOptions
+from fishleg.gradients import GradientSource
+from fishleg.moments import as_factors, kronecker_products, layer_moments, squares
+from fishleg.parameters import ParameterGroup, Partition
+from fishleg.solvers.adam import AdamOptions, AdamSolver
+from fishleg.solvers.alternating import AlternatingSolver
+from fishleg.solvers.base import AbstractSolver, SolverState, total
+from fishleg.solvers.closed import ClosedFormSolver
+from fishleg.warmstart import (
+    Structure,
+    diagonal_start,
+    factored_start,
+    fit_structure,
+    identity_start,
+)
+
+_SMALL_VECTOR = 1024  # parameters up to which a vector's block is dense
+_WARM_SWEEPS = 2  # alternating ones, before Adam begins to fit a scale too; cheaper than its steps
+
+
+class FishLeg(AbstractEstimator):
+    """Learns Q by minimising J; groups are independent of each other, given the data.
+
+    So groups are fitted one after the other, in packs whose gradients are held together: a pack
+    costs one pass of the data, whatever the number of sweeps.
+
+    Args:
+        partition: the groups.
+        damping: gamma > 0.
+        options: fields of `FishLegOptions`.
+
+    Attributes:
+        options: see `FishLegOptions`.
+        report: group name -> how its fit went, JSON-able: `structure`, `solver`, `objective` and
+            what else the solver tells in `SolverState.numbers`.
+
+    Raises:
+        CapacityExceeded: a group's block needs more than `memory_bytes`.
+    """
+
+    name = "fishleg"
+
+    def __init__(self, partition: Partition, *, damping: float, **options: Any):
+        super().__init__(partition, damping=damping)
+        self.options = FishLegOptions(**options)
+        self.report: dict[str, dict[str, Any]] = {}
+        self._pending: list[str] = []
+        self._partial: tuple[str, SolverState] | None = None
+        for group in partition.groups:
+            self._check_capacity(group)
+
+    # -- fitting
+
+    def fit(
+        self, source: GradientSource, callback: Callback | None = None, *, resume: bool = False
+    ) -> None:
+        """Estimate Q from `source`; see `AbstractEstimator.fit`.
+
+        The callback is told of every half-step (or few steps of Adam); `objective` is the sum of J
+        over the groups so far. With `resume` an interrupted `refine` is gone on with, too.
+        """
+        if not (resume and (self._pending or self._blocks)):
+            self._begin(masks=None)
+            self._blocks = {}
+        self._run(source, callback)
+
+    def refine(
+        self,
+        source: GradientSource,
+        masks: Mapping[str, Tensor],
+        callback: Callback | None = None,
+    ) -> None:
+        """Go on from the present Q with the weights in `source` and the survivors `masks`.
+
+        Afterwards Q is the inverse of the Fisher restricted to the survivors, as far as known:
+        products are meaningful between survivors only.
+        """
+        self.blocks()
+        self._begin(masks={name: mask.clone() for name, mask in masks.items()})
+        self._run(source, callback)
+
+    def _begin(self, masks: dict[str, Tensor] | None) -> None:
+        self.masks = masks
+        self.report = {}
+        self._partial = None
+        self._pending = [
+            name for name in self.partition.names if masks is None or _survives(masks.get(name))
+        ]
+
+    def _run(self, source: GradientSource, callback: Callback | None) -> None:
+        """Fit the pending groups, pack by pack."""
+        budget = self.options.memory_bytes
+        if self.masks is not None and self.options.mask_fit == "exact":
+            budget //= 2  # its images are held beside the gradients
+        solvers = {name: self._solver(name, source) for name in self.partition.names}
+        # all groups are cut, so that a resumed fit streams the same packs, to the same bits
+        for pack in source.cut(self.partition.names, budget):
+            names = [name for name in pack if name in self._pending]
+            if names:
+                pieces = _pieces(source, pack, solvers, names, source.fits(pack[0], budget))
+                starts = self._starts(source, names, pieces)
+                for name in names:
+                    self._solve(name, solvers, pieces.pop(name), starts[name], callback)
+
+    def _solve(
+        self,
+        name: str,
+        solvers: Mapping[str, AbstractSolver],
+        pieces: Iterable[Tensor],
+        state: SolverState,
+        callback: Callback | None,
+    ) -> None:
+        """Fit one group from `state` on, and tell of every state."""
+        for present in solvers[name].run(pieces, state):
+            self._partial = (name, present)
+            self.report[name] = {
+                "structure": self._structure(self.partition[name]),
+                "solver": type(solvers[name]).__name__,
+                **present.numbers,
+            }
+            if present.done == solvers[name].units:
+                self._blocks[name] = present.block
+                self._pending.remove(name)
+                self._partial = None
+            if callback is not None:
+                callback(self._progress(solvers))
+
+    def _progress(self, solvers: Mapping[str, AbstractSolver]) -> FitProgress:
+        units = {name: solver.units for name, solver in solvers.items()}
+        done = sum(units[name] for name in units if name not in self._pending)
+        if self._partial is not None:
+            done += self._partial[1].done
+        objective = sum(entry["objective"] for entry in self.report.values())
+        return FitProgress(done=done, total=sum(units.values()), metrics={"objective": objective})
+
+    # -- what each group gets
+
+    def _structure(self, group: ParameterGroup) -> Structure:
+        """Return the structure of a group's block."""
+        wanted = self.options.structure
+        if wanted in CLOSED_FORM:
+            return wanted
+        if len(group.weight_shape) < 2 and group.rows * group.columns <= _SMALL_VECTOR:
+            return "full"
+        if wanted.startswith("tensor") and group.kernel == 1:
+            return "kronecker_scaled" if wanted.endswith("_scaled") else "kronecker"
+        return wanted
+
+    def _check_capacity(self, group: ParameterGroup) -> None:
+        """Check that the float64 matrices which a group's fit inverts fit the memory.
+
+        Raises:
+            CapacityExceeded: they do not.
+        """
+        structure = self._structure(group)
+        rows, columns, size = group.rows, group.columns, group.rows * group.columns
+        numbers = rows**2 + columns**2
+        if structure in CLOSED_FORM:
+            numbers = (
+                size * {"block": self.options.block_size, "diagonal": 1, "full": size}[structure]
+            )
+        if 8 * numbers > self.options.memory_bytes:
+            raise CapacityExceeded(
+                f"{group.name}: a {structure} block of shape {group.shape} needs {8 * numbers:,} "
+                f"bytes to fit, expected at most memory_bytes = {self.options.memory_bytes:,}; "
+                "choose a structure with smaller factors, or raise memory_bytes."
+            )
+
+    def _solver(self, name: str, source: GradientSource) -> AbstractSolver:
+        options, structure = self.options, self._structure(self.partition[name])
+        mask = None if self.masks is None else self.masks.get(name)
+        wants_adam = options.solver == "adam" or options.objective == "probe"
+        if structure in CLOSED_FORM and not (wants_adam and structure == options.structure):
+            return ClosedFormSolver(self.damping, mask)
+        if structure == "eigen":
+            return ClosedFormSolver(self.damping, mask, shrinkage=options.shrinkage)
+        if structure == "kronecker" and not wants_adam:
+            return AlternatingSolver(
+                self.damping,
+                options.sweeps if self.masks is None else options.refine_sweeps,
+                mask,
+                mask_fit=options.mask_fit,
+                iterations=options.cg_iterations,
+            )
+        adam = AdamOptions(
+            steps=options.steps if self.masks is None else options.refine_steps,
+            preconditioned=options.preconditioned_steps,
+            learning_rate=options.learning_rate,
+            objective=options.objective,
+            probes=options.probes,
+            seed=options.seed,
+        )
+        restrict = options.mask_fit == "exact"
+        return AdamSolver(self.damping, adam, source.rows, mask, restrict=restrict)
+
+    def _starts(
+        self, source: GradientSource, names: Sequence[str], pieces: Mapping[str, Iterable[Tensor]]
+    ) -> dict[str, SolverState]:
+        """Return where each group's solver begins, or goes on."""
+        starts = {
+            name: SolverState(block=block)
+            for name, block in self._blocks.items()
+            if not isinstance(block, EigenBlock)  # its basis follows the mask
+        }
+        if self._partial is not None:
+            starts[self._partial[0]] = self._partial[1]
+        fresh = [name for name in names if name not in starts]
+        factors = {}
+        if self.options.warm_start == "kfac" and self.masks is None:
+            structures = {name: self._structure(self.partition[name]) for name in fresh}
+            wanted = [name for name in fresh if structures[name] not in CLOSED_FORM]
+            factors = layer_moments(source, wanted) if wanted else {}
+        for name in fresh:
+            weight = source.model.get_parameter(self.partition[name].weight)
+            block = self._warm_start(self.partition[name], pieces[name], factors.get(name), weight)
+            starts[name] = SolverState(block=block)
+        return starts
+
+    def _warm_start(
+        self,
+        group: ParameterGroup,
+        pieces: Iterable[Tensor],
+        factors: tuple[Tensor, Tensor] | None,
+        like: Tensor,
+    ) -> AbstractBlock:
+        """Return the first block of a group, in the dtype and on the device of `like`."""
+        structure, kind = self._structure(group), self.options.warm_start
+        if kind == "identity" or (structure in CLOSED_FORM and kind in {"kfac", "moments"}):
+            start = identity_start(group.shape, self.damping, like)
+        elif kind == "diagonal":
+            scaled = structure.endswith("_scaled") or structure in CLOSED_FORM
+            (fisher,) = total(pieces, squares)
+            start = diagonal_start(fisher, self.damping, scaled=scaled)
+        else:
+            # of each convolution group
+            gamma, a = factors or as_factors(*total(pieces, kronecker_products))
+            if structure == "eigen":
+                return _cast(invert_factors(gamma, a, self.damping), like)
+            # elsewhere the convolution groups share one column factor
+            start = factored_start(torch.block_diag(*gamma), a.mean(0), self.damping)
+        if structure == "kronecker_scaled" and start.scale is None:
+            solver = AlternatingSolver(self.damping, _WARM_SWEEPS)
+            *_, swept = solver.run(pieces, SolverState(block=_cast(start, like)))
+            start = KroneckerBlock(**swept.block.tensors())
+        block = fit_structure(
+            start, structure, kernel=group.kernel, block_size=self.options.block_size
+        )
+        return _cast(block, like)
+
+    # -- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return factors, masks, the running group's solver state, options and report."""
+        state = self._common_state()
+        state["meta"] |= {
+            "options": asdict(self.options),
+            "report": {name: dict(entry) for name, entry in self.report.items()},
+            "pending": list(self._pending),
+            "partial": None,
+        }
+        if self._partial is not None:
+            name, now = self._partial
+            state["meta"]["partial"] = {
+                "group": name,
+                "block": type(now.block).__name__,
+                "done": now.done,
+                "numbers": now.numbers,
+            }
+            parts = {"block": now.block.tensors(), "extra": now.extra}
+            for part, tensors in parts.items():
+                state["tensors"] |= {f"{part}/{key}": t.contiguous() for key, t in tensors.items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned, damping and options included."""
+        self._load_common_state(state)
+        meta, tensors = state["meta"], state["tensors"]
+        self.options = FishLegOptions(**meta["options"])
+        self.report = dict(meta["report"])
+        self._pending = list(meta["pending"])
+        self._partial = None
+        if partial := meta["partial"]:
+            shape = self.partition[partial["group"]].shape
+            now = SolverState(
+                block=BLOCKS[partial["block"]].restore(tensors_below("block/", tensors), shape),
+                done=partial["done"],
+                extra=tensors_below("extra/", tensors),
+                numbers=dict(partial["numbers"]),
+            )
+            self._partial = (partial["group"], now)
+
+
+class _Streamed:
+    """The pieces of one group, made anew by a pass of the data in each iteration over them."""
+
+    def __init__(self, source: GradientSource, name: str, solver: AbstractSolver):
+        self._source = source
+        self._name = name
+        self._solver = solver
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in self._source.stream([self._name]):
+            yield self._solver.prepare(batch[self._name])
+
+
+def _pieces(
+    source: GradientSource,
+    pack: Sequence[str],
+    solvers: Mapping[str, AbstractSolver],
+    names: Sequence[str],
+    held: bool,
+) -> dict[str, Iterable[Tensor]]:
+    """Return the pieces of the groups `names` of a pack, held or streamed."""
+    if not held:
+        return {name: _Streamed(source, name, solvers[name]) for name in names}
+    pieces: dict[str, list[Tensor]] = {name: [] for name in names}
+    for batch in source.stream(pack):
+        for name in names:
+            pieces[name].append(solvers[name].prepare(batch[name]))
+    return dict(pieces)
+
+
+def _cast(block: AbstractBlock, like: Tensor) -> AbstractBlock:
+    """Return the block in the dtype and on the device of `like`, its tensors contiguous."""
+    tensors = {name: tensor.to(like).contiguous() for name, tensor in block.tensors().items()}
+    return type(block).restore(tensors, block.shape)
+
+
+def _survives(mask: Tensor | None) -> bool:
+    """Tell whether anything of a group survives."""
+    return mask is None or bool(mask.any())

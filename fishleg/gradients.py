@@ -1,0 +1,326 @@
+"""Per-sample gradients of the negative log-likelihood, streamed over a calibration set.
+
+F = (1/N) sum_n E_y[ g g^T ] with g = d/dw nll(f(x_n), y), and the label y drawn from the model; or
+all labels enumerated with their probabilities; or (the empirical Fisher) the data's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fishleg.calibration import DRAWN, Batch, Calibration, Labels, label
+from fishleg.capture import LayerSignals, evaluating, has_signals, layer_signals
+from fishleg.errors import FishLegError, ShapeMismatch, UnknownName
+from fishleg.likelihoods import Likelihood
+from fishleg.parameters import Partition
+from fishleg.persample import (
+    Pass,
+    candidates,
+    choose_paths,
+    fast_gradients,
+    forward,
+    general_gradients,
+    run_passes,
+)
+
+__all__ = ["Calibration", "GradientSource", "Labels", "LayerSignals", "Lazy"]
+
+_SAMPLES_TO_COMPARE = 16
+_Value = TypeVar("_Value")
+
+
+class Lazy(Mapping[str, _Value]):
+    """A mapping whose values are made when asked for, each time anew, and not kept.
+
+    A consumer that takes the groups one by one never holds all gradients of a batch.
+    """
+
+    def __init__(self, names: Sequence[str], make: Callable[[str], _Value]):
+        self._names = dict.fromkeys(names)
+        self._make = make
+
+    def __getitem__(self, name: str) -> _Value:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class GradientSource:
+    """Streams scaled per-sample gradients: F = sum_n vec(G_n) vec(G_n)^T exactly, group by group.
+
+    The weights 1/(N K) of K drawn labels, p_c/N of enumerated ones, 1/N of empirical ones enter
+    as square roots. Rows are ordered by sample, then by label; they are the same in every pass,
+    whatever the batch size, up to rounding. While a batch is computed the model is in evaluation
+    mode; between batches every module's flag is as the caller left it, and the statistics of batch
+    norms never move. Which path a parameter's gradients take (see `persample`) is found by trial
+    when first needed, and is kept: weights may change afterwards, the model's structure may not.
+
+    Args:
+        model: maps (n, ...) to outputs (n, ...), each sample for itself.
+        likelihood: what the outputs mean.
+        partition: the groups; see `partition_parameters`.
+        calibration: the samples.
+        labels: "sampled" from the model, "matched" (with the moments of sampled ones, and less
+            noise), "enumerated" (all, weighted: exact), or "empirical".
+        draws: K >= 1, labels drawn a sample (1 unless they are sampled or matched).
+        seed: of the drawn labels; with a sample's number and the draw it fixes the label.
+        batch_size: gradient rows computed at once, >= 1.
+
+    Raises:
+        UnknownName: `labels` is none of these, or the partition is of another model.
+        ShapeMismatch: a parameter has another shape than in the partition.
+        ValueError: `draws` or `batch_size` is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        partition: Partition,
+        calibration: Calibration,
+        *,
+        labels: Labels = "sampled",
+        draws: int = 1,
+        seed: int = 0,
+        batch_size: int = 128,
+    ):
+        if labels not in get_args(Labels):
+            raise UnknownName("labels", labels, get_args(Labels))
+        if draws < 1 or (draws > 1 and labels not in DRAWN):
+            raise ValueError(
+                f"draws: expected 1, or more with {' or '.join(DRAWN)} labels, got {draws}."
+            )
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}.")
+        _check_partition(model, partition)
+        self.model = model
+        self.likelihood = likelihood
+        self.partition = partition
+        self.calibration = calibration
+        self.labels = labels
+        self.draws = draws
+        self.seed = seed
+        self.batch_size = batch_size
+
+    def batches(self, batch_size: int | None = None) -> Iterator[Batch]:
+        """Yield the samples on the model's device, in batches (default: `self.batch_size`)."""
+        device = next(self.model.parameters()).device
+        return self.calibration.batches(batch_size or self.batch_size, device)
+
+    def label(
+        self, outputs: Tensor, batch: Batch, labels: Labels | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return targets (D, n, ...) and weights (n, D), as `calibration.label` does.
+
+        Args:
+            outputs: the model's, (n, ...).
+            batch: the samples.
+            labels: a kind in place of the source's own.
+        """
+        kind = labels or self.labels
+        return label(outputs, batch, self.likelihood, labels=kind, draws=self.draws, seed=self.seed)
+
+    @cached_property
+    def rows_per_sample(self) -> int:
+        """Gradient rows a sample: labels drawn, or the number of enumerated ones."""
+        if self.labels != "enumerated":
+            return self.draws
+        batch = next(self.batches(1))
+        with evaluating(self.model), torch.no_grad():
+            return len(self.label(forward(self.model, batch), batch)[0])
+
+    @property
+    def rows(self) -> int:
+        """Gradient rows of one pass: samples times labels."""
+        return len(self.calibration) * self.rows_per_sample
+
+    # -- gradients
+
+    def stream(self, groups: Sequence[str] | None = None) -> Iterator[Mapping[str, Tensor]]:
+        """Yield group name -> gradients (n, rows, columns), in one pass over the data.
+
+        The mapping computes a group's gradients whenever they are asked for: take each once. Cost
+        of a pass: one forward, one backward without weight gradients (a forward's FLOPs), and a
+        forward's FLOPs for the gradients; 4 self.rows rows columns bytes are written (float32), of
+        which one group and batch exist at a time. Parameters on the general path together cost one
+        further forward and backward pass under vmap.
+
+        Args:
+            groups: names; default all.
+        """
+        names = self.partition.names if groups is None else tuple(groups)
+        tensors = [tensor for name in names for tensor in self.partition[name].tensors]
+        general = [tensor for tensor in tensors if tensor not in self._paths]
+        hooked = {self._paths[tensor] for tensor in tensors if tensor in self._paths}
+        for one in self._passes(hooked):
+            yield self._lazy_gradients(names, general, one)
+
+    def hold(self, groups: Sequence[str]) -> dict[str, Tensor]:
+        """Return group name -> all gradients of a pass, (self.rows, rows, columns)."""
+        held: dict[str, Tensor] = {}
+        start = 0
+        for gradients in self.stream(groups):
+            for name, value in gradients.items():
+                if name not in held:
+                    held[name] = value.new_empty(self.rows, *value.shape[1:])
+                held[name][start : start + len(value)] = value
+            start += len(value)
+        return held
+
+    def fits(self, name: str, budget_bytes: int) -> bool:
+        """Tell whether the held gradients of group `name` fit the budget."""
+        return self._held_bytes(name) <= budget_bytes
+
+    def cut(self, groups: Sequence[str], budget_bytes: int) -> list[list[str]]:
+        """Pack groups, in order, so that the held gradients of each pack fit the budget.
+
+        A group that does not fit is a pack by itself; `fits` tells.
+        """
+        packs: list[list[str]] = []
+        room = 0
+        for name in groups:
+            size = self._held_bytes(name)
+            if not packs or size > room:
+                packs.append([])
+                room = budget_bytes
+            packs[-1].append(name)
+            room -= size
+        return packs
+
+    def layers(
+        self, groups: Sequence[str] | None = None
+    ) -> Iterator[Mapping[str, LayerSignals | None]]:
+        """Yield group name -> what its layer saw and got back, in one pass over the data.
+
+        None for a group that is not the weight (and bias) of one linear or convolution layer on
+        the fast path. The mapping computes its values whenever asked. Cost: as `stream`, without
+        the gradients.
+
+        Args:
+            groups: names; default all.
+        """
+        names = self.partition.names if groups is None else tuple(groups)
+        modules = {name: self._signalling_module(name) for name in names}
+        for one in self._passes({module for module in modules.values() if module is not None}):
+            yield self._lazy_signals(modules, one)
+
+    def report(self) -> list[tuple[str, str]]:
+        """Return (parameter, what of it) for all that is off the fast path or without curvature."""
+        general = [
+            (tensor, "general path: torch.func.vmap")
+            for tensor in self._tensors()
+            if tensor not in self._paths
+        ]
+        return general + [(name, f"no curvature: {why}") for name, why in self.partition.uncovered]
+
+    # -- inner workings
+
+    def _tensors(self) -> list[str]:
+        return [tensor for group in self.partition.groups for tensor in group.tensors]
+
+    @cached_property
+    def _paths(self) -> dict[str, str]:
+        """Parameter name -> hooked module, of those on the fast path."""
+        names = self._tensors()
+        hooked = set(candidates(self.model, names).values())
+        one = next(self._run(next(self.batches(min(_SAMPLES_TO_COMPARE, self.batch_size))), hooked))
+        return choose_paths(self.model, self.likelihood, names, one)
+
+    def _run(self, batch: Batch, hooked: set[str]) -> Iterator[Pass]:
+        def scaled_label(outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+            targets, weights = self.label(outputs, batch)
+            return targets, (weights / len(self.calibration)).sqrt()
+
+        return run_passes(
+            self.model,
+            self.likelihood,
+            batch,
+            hooked,
+            scaled_label,
+            draws_at_once=self.batch_size,
+        )
+
+    def _passes(self, hooked: set[str]) -> Iterator[Pass]:
+        """Yield all samples and labels, at most `batch_size` rows at a time.
+
+        Raises:
+            FishLegError: a module is not called as it was on the first samples.
+        """
+        for batch in self.batches(max(1, self.batch_size // self.rows_per_sample)):
+            for one in self._run(batch, hooked):
+                if missing := hooked - one.inputs.keys():
+                    raise FishLegError(
+                        f"Modules {sorted(missing)} were not called exactly once with the samples "
+                        "first, though on the first samples they were; expected a model whose "
+                        "structure does not depend on the data."
+                    )
+                yield one
+
+    def _lazy_gradients(
+        self, names: Sequence[str], general: Sequence[str], one: Pass
+    ) -> Mapping[str, Tensor]:
+        slow = general_gradients(self.model, self.likelihood, general, one)
+
+        def make(name: str) -> Tensor:
+            group = self.partition[name]
+            fast: dict[str, Tensor] = {}
+            for module in {self._paths[tensor] for tensor in group.tensors if tensor not in slow}:
+                fast |= fast_gradients(self.model, one, module)
+            # A module's bias may be on the fast path and its (tied) weight not.
+            return group.gather(fast | slow).flatten(0, 1)
+
+        return Lazy(names, make)
+
+    def _lazy_signals(
+        self, modules: Mapping[str, str | None], one: Pass
+    ) -> Mapping[str, LayerSignals | None]:
+        def make(name: str) -> LayerSignals | None:
+            module = modules[name]
+            if module is None:
+                return None
+            return layer_signals(
+                self.model.get_submodule(module),
+                one.inputs[module],
+                one.gradients[module],
+                bias=self.partition[name].bias is not None,
+            )
+
+        return Lazy(list(modules), make)
+
+    def _signalling_module(self, name: str) -> str | None:
+        """Return the linear or convolution module whose weight (and bias) group `name` is."""
+        group = self.partition[name]
+        modules = {self._paths.get(tensor) for tensor in group.tensors}
+        module = modules.pop()
+        if modules or module is None or not group.weight.endswith("weight"):
+            return None
+        return module if has_signals(self.model.get_submodule(module)) else None
+
+    def _held_bytes(self, name: str) -> int:
+        group = self.partition[name]
+        size = self.model.get_parameter(group.weight).element_size()
+        return self.rows * group.rows * group.columns * size
+
+
+def _check_partition(model: nn.Module, partition: Partition) -> None:
+    parameters = dict(model.named_parameters())
+    for group in partition.groups:
+        for name in group.tensors:
+            if name not in parameters:
+                raise UnknownName("parameter", name, parameters)
+        if tuple(parameters[group.weight].shape) != group.weight_shape:
+            raise ShapeMismatch(
+                f"{group.weight}: expected {group.weight_shape} as in the partition, "
+                f"got {tuple(parameters[group.weight].shape)}."
+            )

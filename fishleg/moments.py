@@ -1,0 +1,142 @@
+"""Sums over per-sample gradients and layer signals that estimators build their blocks from.
+
+Products are formed in the gradients' own dtype, sums are kept in float64: with small damping the
+inverse magnifies the rounding of a long sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fishleg.blocks.dense import cut_chunks
+from fishleg.gradients import GradientSource
+
+Progress = Callable[[int], None]
+
+
+def accumulate(
+    source: GradientSource,
+    moments: Callable[[Tensor], tuple[Tensor, ...]],
+    *,
+    groups: Sequence[str] | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, list[Tensor]]:
+    """Return group name -> float64 sums of the moments over all gradients, in one pass.
+
+    Args:
+        source: of scaled gradients.
+        moments: maps gradients (n, rows, columns) to sums of statistics over n.
+        groups: names; default all.
+        masks: group name -> bool (rows, columns); gradients of removed weights count as zero.
+        progress: told the gradient rows done so far.
+    """
+    totals: dict[str, list[Tensor]] = {}
+    done = 0
+    for batch in source.stream(groups):
+        for name, gradients in batch.items():
+            if masks is not None and name in masks:
+                gradients = gradients * masks[name]
+            parts = moments(gradients)
+            if name not in totals:
+                totals[name] = [torch.zeros_like(part, dtype=torch.float64) for part in parts]
+            for total, part in zip(totals[name], parts, strict=True):
+                total += part
+            rows = len(gradients)
+        done += rows
+        if progress is not None:
+            progress(done)
+    return totals
+
+
+def squares(gradients: Tensor) -> tuple[Tensor]:
+    """Return sum_n G_n o G_n, the diagonal of F, (rows, columns)."""
+    return (gradients.square().sum(0),)
+
+
+def chunk_products(gradients: Tensor, block_size: int) -> tuple[Tensor]:
+    """Return F's diagonal chunks (k, b, b) along the row-major vector, the last padded with zeros.
+
+    b is `block_size`, or the group's size if that is less.
+
+    Cost: 2 n rows columns b FLOPs, as one batched matrix product.
+    """
+    block_size = min(block_size, gradients[0].numel())
+    chunks = cut_chunks(gradients, block_size).transpose(0, 1)
+    return (chunks.mT @ chunks,)
+
+
+def kronecker_products(gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sum_n G_n G_n^T, (rows, rows), and sum_n G_n^T G_n, (columns, columns).
+
+    Cost: 2 n rows columns (rows + columns) FLOPs.
+    """
+    wide = gradients.transpose(0, 1).flatten(1)
+    tall = gradients.flatten(0, 1)
+    return wide @ wide.mT, tall.mT @ tall
+
+
+def as_factors(row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (Gamma (1, r, r), A (1, c, c)) with F ~ Gamma (x) A, from `kronecker_products`.
+
+    F ~ E[G G^T] (x) E[G^T G] / tr F is F itself for vectors, and wherever F is a Kronecker product.
+    """
+    trace = column.trace().clamp(min=torch.finfo(column.dtype).tiny)  # F may be zero
+    return row[None], column[None] / trace
+
+
+def layer_moments(
+    source: GradientSource, groups: Sequence[str], progress: Progress | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return group name -> K-FAC factors (Gamma, A) of linear and convolution layers, float64.
+
+    F ~ Gamma (x) A with, over T positions, Gamma = (1/T) E[sum_t g_t g_t^T] and
+    A = E[sum_t a_t a_t^T] (Martens and Grosse 2015; Grosse and Martens 2016), one pair for each of
+    h convolution groups.
+
+    Args:
+        source: of layer signals.
+        groups: names; those without signals are missing in the result.
+        progress: told the gradient rows done so far.
+
+    Returns:
+        Gamma (h, rows / h, rows / h) and A (h, columns, columns).
+
+    Cost: a pass of `source.layers`, and 2 T (rows^2 / h + h columns^2) FLOPs a sample and group.
+    """
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    done = 0
+    for batch in source.layers(groups):
+        rows = 0
+        for name, signals in batch.items():
+            if signals is None:
+                continue
+            a, g = signals.activations, signals.output_gradients
+            rows, positions = g.shape[0] * g.shape[1], g.shape[3]
+            # Every label of a sample has the same input: count it by the share of labels here.
+            parts = (
+                _second_moments(g.flatten(0, 1)) / positions,
+                _second_moments(a) * (g.shape[1] / source.rows),
+            )
+            if name not in factors:
+                zeros = [torch.zeros_like(part, dtype=torch.float64) for part in parts]
+                factors[name] = (zeros[0], zeros[1])
+            for total, part in zip(factors[name], parts, strict=True):
+                total += part
+        done += rows
+        if progress is not None:
+            progress(done)
+    return factors
+
+
+def _second_moments(x: Tensor) -> Tensor:
+    """Return sum_nt x_nt x_nt^T for each of h groups, (h, c, c), of x (n, h, T, c)."""
+    if x.shape[2] == 1:
+        rows = x.squeeze(2).transpose(0, 1)
+        return rows.mT @ rows
+    # Sample by sample: patches (n, T, c) are a transposed view, which one large product would copy.
+    zero = x.new_zeros(x.shape[3], x.shape[3])
+    return torch.stack([torch.addbmm(zero, head.mT, head) for head in x.unbind(1)])

@@ -1,0 +1,54 @@
+"""Saliency, selection, compensation, schedules and the surgeon."""
+
+from fishleg.pruning.compensation import (
+    COMPENSATIONS,
+    NETWORK,
+    CompensationReport,
+    compensate,
+    constrained_set,
+)
+from fishleg.pruning.masks import (
+    Masks,
+    apply_masks,
+    check_masks,
+    count_masks,
+    dense_masks,
+    group_masks,
+    weight_masks,
+)
+from fishleg.pruning.saliency import group_saliency, saliency
+from fishleg.pruning.schedule import cubic, linear
+from fishleg.pruning.selection import DISTRIBUTIONS, removal_count, select, select_n_of_m
+from fishleg.pruning.surgeon import PruneReport, prune_once, prune_to
+
+__all__ = [
+    # saliency
+    "saliency",
+    "group_saliency",
+    # selection
+    "DISTRIBUTIONS",
+    "removal_count",
+    "select",
+    "select_n_of_m",
+    # compensation
+    "COMPENSATIONS",
+    "NETWORK",
+    "CompensationReport",
+    "compensate",
+    "constrained_set",
+    # schedules
+    "cubic",
+    "linear",
+    # masks
+    "Masks",
+    "dense_masks",
+    "check_masks",
+    "count_masks",
+    "apply_masks",
+    "weight_masks",
+    "group_masks",
+    # the surgeon
+    "PruneReport",
+    "prune_once",
+    "prune_to",
+]

@@ -1,0 +1,246 @@
+"""Compensation: how the survivors move when weights are removed.
+
+Letters: w weights, P the constrained set, r the survivors, E_P its selector, Q ~ (F + gamma I)^-1.
+
+The constrained set follows from the estimate alone, so the two kinds of estimate cannot be mixed:
+P = (support of Q) minus (survivors after the step). A Q fitted on survivors has these as support,
+and P is what this step removes. A Q of the full Fisher has every weight as support, and P is all
+that was ever removed, whose zeros are constraints like any other. All products are masked to the
+support.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fishleg.blocks.base import AbstractBlock
+from fishleg.errors import FishLegError, UnknownName
+from fishleg.estimators.base import AbstractEstimator
+from fishleg.fisher import fisher_vector_product
+from fishleg.gradients import GradientSource
+from fishleg.linalg import CGReport, conjugate_gradient
+from fishleg.parameters import Partition
+from fishleg.pruning.masks import Masks, check_masks
+
+COMPENSATIONS = ("none", "independent", "joint", "fisher")
+NETWORK = "network"
+"""The name under which `fisher` reports its one solve."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompensationReport:
+    """What a compensation did.
+
+    Attributes:
+        method: one of `COMPENSATIONS`.
+        predicted: 1/2 d^T F_g d of the whole move d, damping included, in units of the loss: by
+            `joint` with Q^-1 for F_g, by `fisher` with F_g itself; None for the others.
+        solves: group name (or `NETWORK`) -> how its conjugate gradients went.
+    """
+
+    method: str
+    predicted: float | None
+    solves: dict[str, CGReport]
+
+
+def compensate(
+    estimator: AbstractEstimator,
+    weights: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    *,
+    method: str = "joint",
+    source: GradientSource | None = None,
+    tolerance: float = 1e-4,
+    max_iterations: int = 500,
+) -> tuple[dict[str, Tensor], CompensationReport]:
+    """Return the move d of all weights that leaves exact zeros outside `masks`.
+
+        none          d = -E_P w_P
+        independent   d = -sum_i Q e_i w_i / Q_ii over i in P (the sum of single-weight updates)
+        joint         d = -Q E_P x, Q_PP x = w_P, block by block
+        fisher        (F_rr + gamma I) d_r = F_rP w_P over the whole network, F exact
+
+    then d_P = -w_P exactly. `joint` is least in 1/2 d^T Q^-1 d, `fisher` in 1/2 d^T F_g d; they
+    agree when Q = F_g^-1. Conjugate gradients are preconditioned by 1/diag(Q) on P, and by Q on r.
+
+    Args:
+        estimator: a fitted estimate; its `masks` are the support of Q (None: everything).
+        weights: group name -> (rows, columns), all groups, at the point that Q was fitted around.
+        masks: group name -> bool (rows, columns), the survivors after the step.
+        method: one of `COMPENSATIONS`.
+        source: for `fisher`: gradients of the model that holds `weights`, on calibration data.
+        tolerance: relative residual at which conjugate gradients stop.
+        max_iterations: iterations at most a solve.
+
+    Returns:
+        Group name -> d (rows, columns) for every group of `weights`, and a report. A solve that
+        stopped short is reported, not raised: d_P is exact, and d_r better than none.
+
+    Raises:
+        UnknownName: no such method.
+        FishLegError: `fisher` has no source; also as `constrained_set` and `conjugate_gradient`.
+
+    Cost: `joint` one product with a block an iteration, `fisher` one exact F-vector product.
+    """
+    if method not in COMPENSATIONS:
+        raise UnknownName("compensation", method, COMPENSATIONS)
+    removed = constrained_set(estimator, weights, masks)
+    if method == "fisher":
+        if source is None:
+            raise FishLegError("compensation 'fisher' needs `source`, got None.")
+        move = _by_fisher(estimator, source, weights, removed, tolerance, max_iterations)
+    else:
+        move = _by_blocks(estimator, weights, removed, method, tolerance, max_iterations)
+    deltas, report = move
+    for name, gone in removed.items():
+        deltas[name] = torch.where(gone, -weights[name], deltas[name])
+        if estimator.masks is not None:
+            deltas[name].masked_fill_(~estimator.masks[name], 0.0)
+    return deltas, report
+
+
+def constrained_set(
+    estimator: AbstractEstimator, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]
+) -> Masks:
+    """Return P, group name -> bool (rows, columns): the support of Q minus the survivors `masks`.
+
+    Raises:
+        FishLegError: a survivor lies outside the support of Q, or a weight outside it is not 0;
+            also as `check_masks`.
+    """
+    check_masks(estimator.partition, masks)
+    if estimator.masks is None:
+        return {name: ~mask for name, mask in masks.items()}
+    check_masks(estimator.partition, estimator.masks)
+    out: Masks = {}
+    for name, mask in masks.items():
+        support = estimator.masks[name]
+        outside = int((mask & ~support).sum())
+        if outside:
+            raise FishLegError(
+                f"{name}: {outside} survivors lie outside the weights that {estimator.name} was "
+                "fitted on, where it knows nothing; refine or fit it under these masks first."
+            )
+        stray = int((weights[name][~support] != 0).sum())
+        if stray:
+            raise FishLegError(
+                f"{name}: expected 0 for the weights that {estimator.name} was fitted without, got "
+                f"{stray} others; apply_masks to the model first."
+            )
+        out[name] = support & ~mask
+    return out
+
+
+# ------------------------------------------------------------------------------ block by block
+
+
+def _by_blocks(
+    estimator: AbstractEstimator,
+    weights: Mapping[str, Tensor],
+    removed: Mapping[str, Tensor],
+    method: str,
+    tolerance: float,
+    max_iterations: int,
+) -> tuple[dict[str, Tensor], CompensationReport]:
+    """Return the moves of `none`, `independent` or `joint`, before zeros are made exact."""
+    deltas = {name: torch.zeros_like(matrix) for name, matrix in weights.items()}
+    solves: dict[str, CGReport] = {}
+    predicted = 0.0
+    for name, gone in removed.items():
+        if method == "none" or not gone.any():
+            continue
+        block = estimator.block(name)
+        target = torch.where(gone, weights[name], 0.0)
+        if method == "independent":
+            multiplier = _restrict(gone, target / block.diagonal())
+        else:
+            multiplier, solves[name] = _solve_within(block, gone, target, tolerance, max_iterations)
+            # by Galerkin, x^T Q x = x^T w_P at every iterate
+            predicted += 0.5 * float((multiplier * target).sum())
+        deltas[name] = -block.matvec(multiplier)
+    return deltas, CompensationReport(
+        method=method, predicted=predicted if method == "joint" else None, solves=solves
+    )
+
+
+def _solve_within(
+    block: AbstractBlock, gone: Tensor, target: Tensor, tolerance: float, max_iterations: int
+) -> tuple[Tensor, CGReport]:
+    """Solve Q_PP x = w_P for x, zero outside P."""
+    diagonal = block.diagonal()
+    return conjugate_gradient(
+        lambda x: _restrict(gone, block.matvec(x)),
+        target,
+        preconditioner=lambda r: _restrict(gone, r / diagonal),
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+    )
+
+
+def _restrict(kept: Tensor, v: Tensor) -> Tensor:
+    """Return v on `kept` and 0 elsewhere, also where v is not finite."""
+    return torch.where(kept, v, 0.0)
+
+
+# -------------------------------------------------------------------------- across the network
+
+
+def _by_fisher(
+    estimator: AbstractEstimator,
+    source: GradientSource,
+    weights: Mapping[str, Tensor],
+    removed: Mapping[str, Tensor],
+    tolerance: float,
+    max_iterations: int,
+) -> tuple[dict[str, Tensor], CompensationReport]:
+    """Return the move of `fisher`, before zeros are made exact."""
+    partition = estimator.partition
+    flat = _Flattening(partition)
+    gone = {name: torch.zeros_like(weights[name], dtype=torch.bool) for name in partition.names}
+    gone.update(removed)
+    support = {name: torch.ones_like(mask) for name, mask in gone.items()}
+    support.update(estimator.masks or {})
+    target = flat.join({name: _restrict(gone[name], weights[name]) for name in partition.names})
+    survives = flat.join({name: support[name] & ~gone[name] for name in partition.names})
+
+    def fisher(v: Tensor) -> Tensor:
+        product = fisher_vector_product(source, partition.scatter(flat.split(v)), form="exact")
+        return flat.join(partition.gather(product))
+
+    image = fisher(target)
+    rhs = _restrict(survives, image)
+    move, solve = conjugate_gradient(
+        lambda v: _restrict(survives, fisher(v) + estimator.damping * v),
+        rhs,
+        preconditioner=lambda r: _restrict(survives, flat.join(estimator.matvec(flat.split(r)))),
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+    )
+    # d = move - target; by Galerkin, move^T (F_rr + gamma I) move = move^T rhs at every iterate
+    within = float((target * (image + estimator.damping * target)).sum())
+    return flat.split(move), CompensationReport(
+        method="fisher",
+        predicted=0.5 * (within - float((move * rhs).sum())),
+        solves={NETWORK: solve},
+    )
+
+
+class _Flattening:
+    """Joins the matrices of all groups into one vector, and splits it again."""
+
+    def __init__(self, partition: Partition):
+        self._shapes = {group.name: group.shape for group in partition.groups}
+
+    def join(self, matrices: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([matrices[name].flatten() for name in self._shapes])
+
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
+        parts = vector.split([rows * columns for rows, columns in self._shapes.values()])
+        return {
+            name: part.reshape(shape)
+            for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
+        }

@@ -1,0 +1,65 @@
+"""Saliency: what removing weights costs, the rest of the block adjusting as best it can.
+
+In the quadratic model 1/2 d^T Q^-1 d of the loss around the present weights w, the least cost of
+d_i = -w_i is w_i^2 / (2 Q_ii) (optimal brain surgeon; Hassibi and Stork, 1993, equation 5), and of
+removing a set q together 1/2 w_q^T (Q_qq)^-1 w_q.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fishleg.blocks.base import AbstractBlock
+from fishleg.errors import NotPositiveDefinite
+from fishleg.estimators.base import AbstractEstimator
+
+
+def saliency(estimator: AbstractEstimator, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return w_i^2 / (2 Q_ii) for every weight, in units of the loss.
+
+    Args:
+        estimator: a fitted estimate of Q.
+        weights: group name -> (rows, columns), of any of its groups.
+
+    Returns:
+        Group name -> (rows, columns); exactly 0 where the weight is 0, whatever Q_ii.
+
+    Cost: one diagonal a group.
+    """
+    out = {}
+    for name, matrix in weights.items():
+        cost = matrix.square() / (2.0 * estimator.block(name).diagonal())
+        # a removed weight may have left the block's support, where Q_ii = 0 would give 0 / 0
+        out[name] = torch.where(matrix == 0, torch.zeros_like(cost), cost)
+    return out
+
+
+def group_saliency(block: AbstractBlock, weights: Tensor, index: Tensor) -> Tensor:
+    """Return 1/2 w_q^T (Q_qq)^-1 w_q for sets q of weights, in units of the loss.
+
+    Args:
+        block: the group's block of Q.
+        weights: the group's matrix (rows, columns).
+        index: (..., b) distinct flat row-major positions of each set, int64.
+
+    Returns:
+        (...) saliencies.
+
+    Raises:
+        NotPositiveDefinite: a Q_qq is not positive definite.
+
+    Cost: O(b^3) a set.
+    """
+    chosen = weights.flatten()[index].unsqueeze(-1)
+    factor, failed = torch.linalg.cholesky_ex(block.submatrix(index))
+    if failed.any():
+        raise NotPositiveDefinite(
+            f"group saliency: expected positive definite Q_qq, got {int((failed > 0).sum())} of "
+            f"{failed.numel()} that are not; keep the sets on the estimate's support, or raise the "
+            "damping."
+        )
+    white = torch.linalg.solve_triangular(factor, chosen, upper=False)
+    return 0.5 * white.squeeze(-1).square().sum(dim=-1)

@@ -1,0 +1,47 @@
+"""Schedules: the sparsity after each step of a gradual or several-step pruning."""
+
+from __future__ import annotations
+
+
+def cubic(initial: float, final: float, steps: int) -> list[float]:
+    """Return the sparsities after steps 1 ... n, fast at first and gentle at the end.
+
+        s_t = final + (initial - final) (1 - t / n)^3          (Zhu and Gupta, 2017, equation 1)
+
+    Args:
+        initial: sparsity before the first step, in [0, final].
+        final: sparsity after the last, in [initial, 1).
+        steps: n >= 1.
+
+    Returns:
+        n sparsities that never fall; the last is exactly `final`. An argument out of range is a
+        ValueError.
+    """
+    return _schedule(initial, final, steps, power=3)
+
+
+def linear(initial: float, final: float, steps: int) -> list[float]:
+    """Return the sparsities after steps 1 ... n, equal amounts a step.
+
+        s_t = final + (initial - final) (1 - t / n)
+
+    Args:
+        initial: sparsity before the first step, in [0, final].
+        final: sparsity after the last, in [initial, 1).
+        steps: n >= 1.
+
+    Returns:
+        n sparsities that never fall; the last is exactly `final`. An argument out of range is a
+        ValueError.
+    """
+    return _schedule(initial, final, steps, power=1)
+
+
+def _schedule(initial: float, final: float, steps: int, power: int) -> list[float]:
+    if not 0.0 <= initial <= final < 1.0:
+        raise ValueError(f"Expected 0 <= initial <= final < 1, got {initial} and {final}.")
+    if steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {steps}.")
+    left = [(1.0 - step / steps) ** power for step in range(1, steps)]
+    # the bounds undo what rounding may add: a sparsity that falls would ask weights to come back
+    return [min(max(final + (initial - final) * part, initial), final) for part in left] + [final]

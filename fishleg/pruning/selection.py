@@ -1,0 +1,169 @@
+"""Selection: which weights go, exactly as many as asked for, the same on every worker.
+
+Everything is decided by stable sorts, so equal scores fall to the lowest flat index in state-dict
+order (groups in partition order, then the weight's own flat index). Removed weights stay removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from fishleg.blocks.base import AbstractBlock
+from fishleg.errors import FishLegError, UnknownName
+from fishleg.parameters import ParameterGroup, Partition
+from fishleg.pruning.masks import Masks, check_masks, count_masks
+from fishleg.pruning.saliency import group_saliency
+
+DISTRIBUTIONS = ("global", "uniform")
+
+
+def removal_count(prunable: int, sparsity: float) -> int:
+    """Return k = floor(s n + 1/2), in exact arithmetic on s as it is written in decimal.
+
+    The binary rounding of s does not count: 0.7 of 5 is 3.5 and gives 4, though the float 0.7 lies
+    below 7/10.
+
+    Args:
+        prunable: n >= 0, number of prunable weights.
+        sparsity: s in [0, 1), the fraction to remove.
+
+    Raises:
+        ValueError: `sparsity` is not in [0, 1).
+    """
+    if not 0.0 <= sparsity < 1.0:
+        raise ValueError(
+            f"sparsity: expected a fraction removed in [0, 1), got {sparsity}; 90 % is 0.9."
+        )
+    return int(Fraction(repr(float(sparsity))) * prunable + Fraction(1, 2))
+
+
+def select(
+    partition: Partition,
+    saliencies: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    sparsity: float,
+    distribution: str = "global",
+) -> Masks:
+    """Return the masks after removing the least salient weights up to `sparsity`.
+
+    Exactly k = removal_count(n, s) of all n prunable weights are removed after it. `global` takes
+    the k least salient ones of the whole network. `uniform` takes equal fractions of each group:
+    the k lowest of (rank + 1/2) / size, rank counted from 0 within the group. So the sets grow
+    with s; a group loses s times its size within 1 + groups / 2, the rounding of all groups.
+
+    Args:
+        partition: the groups.
+        saliencies: group name -> (rows, columns), at least the prunable groups; bias columns and
+            weights removed already are not looked at.
+        masks: group name -> bool (rows, columns): the survivors so far.
+        sparsity: in [0, 1), not below that of `masks`.
+        distribution: "global" or "uniform".
+
+    Returns:
+        New masks, each on its saliency's device.
+
+    Raises:
+        FishLegError: more weights are removed already, or a saliency is missing or NaN.
+        UnknownName: no such distribution.
+
+    Cost: O(n log n), one sort.
+    """
+    if distribution not in DISTRIBUTIONS:
+        raise UnknownName("distribution", distribution, DISTRIBUTIONS)
+    check_masks(partition, masks)
+    removed, prunable = count_masks(partition, masks)
+    count = removal_count(prunable, sparsity)
+    if count < removed:
+        raise FishLegError(
+            f"sparsity {sparsity}: expected at least the {removed} of {prunable} weights that are "
+            f"removed already, got {count}; removed weights do not come back."
+        )
+    scores = [_scores(group, saliencies, masks[group.name]) for group in partition.prunable]
+    if not scores:
+        return {}
+    if distribution == "uniform":
+        scores = [_positions(score) for score in scores]
+    order = torch.sort(torch.cat(scores), stable=True).indices
+    survives = torch.ones(prunable, dtype=torch.bool, device=order.device)
+    survives[order[:count]] = False
+    out: Masks = {}
+    parts = survives.split([score.numel() for score in scores])
+    for group, part in zip(partition.prunable, parts, strict=True):
+        mask = torch.ones(group.shape, dtype=torch.bool, device=part.device)
+        mask[:, : group.weight_columns] = part.reshape(group.rows, -1)
+        out[group.name] = mask
+    return out
+
+
+def _scores(group: ParameterGroup, saliencies: Mapping[str, Tensor], mask: Tensor) -> Tensor:
+    """Return the group's flat scores without the bias column: -inf for weights removed already.
+
+    Raises:
+        FishLegError: the group's saliency is missing or NaN.
+    """
+    if group.name not in saliencies:
+        raise FishLegError(f"No saliency for the prunable group {group.name!r}.")
+    score = saliencies[group.name][:, : group.weight_columns]
+    mask = mask[:, : group.weight_columns].to(score.device)
+    score = score.masked_fill(~mask, -torch.inf).flatten()
+    if score.isnan().any():
+        raise FishLegError(
+            f"{group.name}: {int(score.isnan().sum())} saliencies are NaN; check the weights and "
+            "the curvature for overflow."
+        )
+    return score
+
+
+def _positions(score: Tensor) -> Tensor:
+    """Return where each entry lies in its group's order, in (0, 1); -inf stays -inf."""
+    order = torch.sort(score, stable=True).indices
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(score.numel(), device=score.device)
+    position = (rank.double() + 0.5) / score.numel()
+    return position.masked_fill(score == -torch.inf, -torch.inf)
+
+
+def select_n_of_m(
+    group: ParameterGroup, block: AbstractBlock, weights: Tensor, n: int, m: int
+) -> Tensor:
+    """Return a mask of a dense group with n survivors in every m consecutive inputs.
+
+    Consecutive inputs share the output and the kernel position, as sparse tensor cores want them.
+    Of each m, the m - n weights of least joint saliency 1/2 w_q^T (Q_qq)^-1 w_q go, ties to the
+    subset of lowest indices.
+
+    Args:
+        group: a prunable group; in/groups is divisible by m.
+        block: its block of Q.
+        weights: its matrix (rows, columns).
+        n: survivors of each m, 1 <= n < m.
+        m: consecutive inputs that are looked at together.
+
+    Returns:
+        The mask, bool (rows, columns).
+
+    Raises:
+        FishLegError: n or m is out of range, or the inputs do not divide by m.
+
+    Cost: O(rows columns / m) Cholesky factors of size m - n for each of the C(m, n) subsets.
+    """
+    inputs = group.weight_columns // group.kernel
+    if not 1 <= n < m or inputs % m:
+        raise FishLegError(
+            f"{group.name}: {n}:{m} needs 1 <= n < m and inputs divisible by m, got {inputs} "
+            "inputs; leave the weight dense by `keep=` of partition_parameters."
+        )
+    flat = torch.arange(group.rows * group.columns, device=weights.device).reshape(group.shape)
+    index = flat[:, : group.weight_columns].reshape(group.rows, inputs // m, m, group.kernel)
+    index = index.mT.reshape(-1, m)
+    subsets = torch.tensor(list(combinations(range(m), m - n)), device=weights.device)
+    scores = [group_saliency(block, weights, index[:, subset]) for subset in subsets]
+    best = subsets[torch.stack(scores).argmin(dim=0)]
+    mask = torch.ones(flat.numel(), dtype=torch.bool, device=weights.device)
+    mask[index.gather(1, best)] = False
+    return mask.reshape(group.shape)

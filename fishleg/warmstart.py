@@ -1,0 +1,114 @@
+"""Where the solvers start: a first Q from cheap statistics, fitted into any structure."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fishleg.blocks.base import AbstractBlock
+from fishleg.blocks.dense import DenseBlock, chunk_count, invert_damped
+from fishleg.blocks.diagonal import DiagonalBlock
+from fishleg.blocks.kronecker import KroneckerBlock
+from fishleg.blocks.tensor import TensorBlock
+
+Structure = Literal[
+    "eigen", "kronecker", "kronecker_scaled", "tensor", "tensor_scaled", "block", "diagonal", "full"
+]
+
+_POWER_ITERATIONS = 100
+
+
+def identity_start(shape: tuple[int, int], damping: float, like: Tensor) -> KroneckerBlock:
+    """Return I / gamma, in the dtype and on the device of `like`: the Q of a Fisher of zero."""
+    factors = (damping**-0.5 * torch.eye(n, dtype=like.dtype, device=like.device) for n in shape)
+    return KroneckerBlock(*factors)
+
+
+def diagonal_start(fisher: Tensor, damping: float, *, scaled: bool) -> KroneckerBlock:
+    """Return 1 / (F_ii + gamma): exactly, as a scale, or its best Kronecker fit without one.
+
+    The best fit in the Frobenius norm to the diagonal matrix diag(vec D) is diag(x) (x) diag(y)
+    with x y^T the best rank-one fit to D, found by power iterations. Both are positive, as D is.
+
+    Args:
+        fisher: diag F as a matrix (rows, columns), >= 0.
+        damping: gamma > 0.
+        scaled: whether the block may have a scale.
+    """
+    inverse = 1.0 / (fisher + damping)
+    if scaled:
+        b, c = (torch.eye(n, dtype=fisher.dtype, device=fisher.device) for n in fisher.shape)
+        return KroneckerBlock(b, c, inverse.sqrt())
+    y = inverse.mean(0)
+    for _ in range(_POWER_ITERATIONS):
+        x = inverse @ (y / torch.linalg.vector_norm(y))
+        y = inverse.mT @ (x / torch.linalg.vector_norm(x))
+    size = torch.linalg.vector_norm(y)
+    x, y = x / torch.linalg.vector_norm(x) * size.sqrt(), y / size.sqrt()
+    return KroneckerBlock(x.diag(), y.diag())
+
+
+def factored_start(row: Tensor, column: Tensor, damping: float) -> KroneckerBlock:
+    """Return the damped inverse of the Kronecker product of two second moments, F ~ row (x) column.
+
+        B = (row + sqrt(gamma) / pi I)^-1,   C = (column + pi sqrt(gamma) I)^-1,
+
+    pi^2 the ratio of their mean eigenvalues, column's to row's (Martens and Grosse, 2015, eq. 31).
+
+    Args:
+        row: (rows, rows), symmetric positive semi-definite.
+        column: (columns, columns), the same.
+        damping: gamma > 0.
+    """
+    means = [float(moment.diagonal().mean()) for moment in (row, column)]
+    ratio = (means[1] / means[0]) ** 0.5 if min(means) > 0 else 1.0  # no gradient at all: F = 0
+    b = invert_damped(row.double(), damping**0.5 / ratio)
+    c = invert_damped(column.double(), damping**0.5 * ratio)
+    return KroneckerBlock(b, c)
+
+
+def fit_structure(
+    start: KroneckerBlock, structure: Structure, *, kernel: int, block_size: int
+) -> AbstractBlock:
+    """Return a positive definite block of the given structure near `start`.
+
+    Dense and diagonal structures take their part of Q as it is. The tensor structure takes partial
+    traces of the column factor, exact where that is a product, and the bias's own entry.
+
+    Args:
+        start: what a start above returned; unscaled for structures without a scale.
+        structure: the structure wanted.
+        kernel: positions of the kernel, k k, for the tensor structure; a column beyond in k k is
+            the bias.
+        block_size: chunk length for the block structure.
+    """
+    if structure == "diagonal":
+        return DiagonalBlock(start.diagonal())
+    if structure in {"block", "full"}:
+        size = start.shape[0] * start.shape[1]
+        return _chunks(start, size if structure == "full" else min(block_size, size))
+    scale = start.scale
+    if scale is None and structure.endswith("_scaled"):
+        scale = start.b.new_ones(start.shape)
+    if structure.startswith("kronecker"):
+        return KroneckerBlock(start.b, start.c, scale)
+    inner = start.shape[1] // kernel
+    weight = start.c[: inner * kernel, : inner * kernel].unflatten(0, (inner, kernel))
+    weight = weight.unflatten(2, (inner, kernel))
+    over_kernel = torch.einsum("ikjk->ij", weight)
+    over_inner = torch.einsum("ikil->kl", weight) / over_kernel.trace()
+    bias = start.c[-1, -1].reshape(1) if start.shape[1] > inner * kernel else None
+    return TensorBlock(start.b, over_kernel, over_inner, bias, scale)
+
+
+def _chunks(start: KroneckerBlock, block_size: int) -> DenseBlock:
+    """Return the diagonal chunks of Q, the last one padded with the identity."""
+    size = start.shape[0] * start.shape[1]
+    flat = torch.arange(chunk_count(size, block_size) * block_size, device=start.b.device)
+    inside = (flat < size).reshape(-1, block_size)
+    matrices = start.submatrix(flat.clamp(max=size - 1).reshape(-1, block_size))
+    both = inside.unsqueeze(-1) & inside.unsqueeze(-2)
+    eye = torch.eye(block_size, dtype=matrices.dtype, device=matrices.device)
+    return DenseBlock(torch.where(both, matrices, eye), start.shape)

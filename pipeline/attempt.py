@@ -1,0 +1,204 @@
+"""One attempt at a cell: its local folder, its events, and its publication or failure.
+
+The layout of the store is described in `pipeline.store`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.stage import StageError
+from pipeline.storage import AbstractStorage
+
+
+def stage_folder(key: str) -> str:
+    """Return where all about a key is stored."""
+    return f"stages/{key}"
+
+
+def manifest_path(key: str) -> str:
+    """Return where the manifest of a key is stored."""
+    return f"{stage_folder(key)}/manifest.json"
+
+
+def attempt_folder(key: str, number: int) -> str:
+    """Return where an attempt is stored."""
+    return f"{stage_folder(key)}/attempts/{number:04d}"
+
+
+def event_segment(key: str, number: int, segment: int) -> str:
+    """Return where a segment of an attempt's events is stored."""
+    return f"{attempt_folder(key, number)}/events/{segment:06d}.jsonl"
+
+
+class Attempt:
+    """An attempt that this process makes; `Store.begin_attempt` begins one.
+
+    It is a context manager: on leaving, a scratch folder is deleted.
+
+    Attributes:
+        key: the cell's key.
+        number: the attempt's fencing number, unique under the key.
+        folder: local folder for the stage's context; holds `checkpoints/` and `outputs/`.
+    """
+
+    def __init__(self, storage: AbstractStorage, key: str, number: int):
+        self.key = key
+        self.number = number
+        self._storage = storage
+        self._path = attempt_folder(key, number)
+        self._segments = 0
+        self.folder = storage.workspace(self._path)
+        self._take_over_checkpoint()
+
+    def __enter__(self) -> Attempt:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._storage.release(self.folder)
+
+    def append_events(self, events: Sequence[Mapping[str, Any]]) -> None:
+        """Store events as the next segment; a `checkpoint` event stores the checkpoint first."""
+        if any(event["type"] == "checkpoint" for event in events):
+            self._save_checkpoint()
+        if events:
+            self._segments += 1
+            lines = "".join(json.dumps(event) + "\n" for event in events)
+            path = event_segment(self.key, self.number, self._segments)
+            self._storage.write(path, lines.encode())
+
+    def publish(
+        self, ingredients: Mapping[str, Any], outputs: Iterable[str], facts: Mapping[str, Any]
+    ) -> bool:
+        """Publish what `outputs/` holds as the key's result.
+
+        Args:
+            ingredients: see `pipeline.keys.Identity`.
+            outputs: names of the declared outputs.
+            facts: about the making; JSON.
+
+        Returns:
+            True, or False if another attempt was first; then this one's work is discarded.
+
+        Raises:
+            StageError: the stage left out a declared output, or wrote one that is not declared.
+            FileNotFoundError: a file vanished while it was read.
+
+        Cost: one read of all output files; on remote storage an upload.
+        """
+        try:
+            found = self._outputs(list(outputs))
+            for name in found:
+                folder = self.folder / "outputs" / name
+                self._storage.save(folder, f"{self._path}/outputs/{name}")
+        except (StageError, FileNotFoundError):
+            if not self._beaten():
+                raise
+            first = False  # the winner has deleted what this attempt wrote
+        else:
+            first = self._create_manifest(ingredients=ingredients, outputs=found, facts=facts)
+        if first:
+            self._clear_up()
+        else:
+            self._storage.remove(f"{self._path}/outputs")
+            self._storage.remove(f"{self._path}/checkpoints")
+            self.fail({"message": "another attempt published first; this one's work is discarded"})
+        return first
+
+    def fail(self, error: Mapping[str, Any]) -> None:
+        """Record that the attempt ends without a result; checkpoints stay for the next one.
+
+        Args:
+            error: what went wrong; JSON.
+        """
+        self._storage.write(f"{self._path}/failure.json", json.dumps(error).encode())
+
+    def _create_manifest(self, **content: Mapping[str, Any]) -> bool:
+        """Create the key's manifest, unless there is one; tell whether this call did."""
+        about = {"key": self.key, "attempt": self.number, "time": time.time()}
+        text = json.dumps({**about, **content}, indent=1, sort_keys=True, allow_nan=False)
+        return self._storage.create(manifest_path(self.key), text.encode())
+
+    def _beaten(self) -> bool:
+        """Tell whether another attempt has published."""
+        try:
+            self._storage.read(manifest_path(self.key))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _outputs(self, declared: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
+        """Return output -> file -> digest and size.
+
+        Raises:
+            StageError: see `publish`.
+        """
+        root = self.folder / "outputs"
+        written = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+        extra = [name for name in written if name not in declared]
+        if extra:
+            raise StageError(f"the stage wrote an output that it does not declare: {extra[0]!r}.")
+        found = {name: digest_files(root / name) for name in written}
+        for name in declared:
+            if not found.get(name):
+                raise StageError(f"the stage wrote nothing into its output {name!r}.")
+        return found
+
+    def _clear_up(self) -> None:
+        """Delete what this attempt and the earlier ones need no more: all but their records."""
+        self._storage.remove(f"{self._path}/checkpoints")
+        for number in earlier_attempts(self._storage, self.key, self.number):
+            for part in ("checkpoints", "outputs"):
+                self._storage.remove(f"{attempt_folder(self.key, number)}/{part}")
+
+    # -- in-stage checkpoints
+
+    def _save_checkpoint(self) -> None:
+        root = self.folder / "checkpoints"
+        numbers = sorted(path.name for path in root.iterdir() if path.name.isdigit())
+        if numbers:
+            self._storage.save(root / numbers[-1], f"{self._path}/checkpoints/{numbers[-1]}")
+
+    def _take_over_checkpoint(self) -> None:
+        """Put the newest whole checkpoint of earlier attempts into this one's folder."""
+        found = [
+            (name, number)
+            for number in earlier_attempts(self._storage, self.key, self.number)
+            for name in self._storage.saved(f"{attempt_folder(self.key, number)}/checkpoints")
+        ]
+        for name, number in sorted(found, reverse=True):
+            part = self.folder / "checkpoints" / f"{name}.part"
+            try:
+                self._storage.load(f"{attempt_folder(self.key, number)}/checkpoints/{name}", part)
+            except (
+                FileNotFoundError,
+                shutil.Error,
+            ):  # its attempt is alive, and has a newer one by now
+                shutil.rmtree(part, ignore_errors=True)
+                continue
+            part.replace(part.with_suffix(""))
+            return
+
+
+def earlier_attempts(storage: AbstractStorage, key: str, before: int) -> list[int]:
+    """Return the numbers of the attempts at `key` below `before`."""
+    numbers = map(int, storage.names(f"{stage_folder(key)}/attempts"))
+    return [number for number in numbers if number < before]
+
+
+def digest_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return file -> {"sha256": hex, "bytes": int} of all files in a folder."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            name = path.relative_to(folder).as_posix()
+            found[name] = {"sha256": digest, "bytes": path.stat().st_size}
+    return found

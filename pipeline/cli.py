@@ -1,0 +1,308 @@
+"""The command line: reads options, calls what does the work, prints.
+
+Ray, MLflow and torch are imported by none of this, but in the thread, process or function that
+needs them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+
+from pipeline.executors import ExecutorName
+from pipeline.launch import resume_run, start_run
+from pipeline.planner import Selection, make_plan
+from pipeline.render import cell_drawing, dot, mermaid, stage_drawing
+from pipeline.report import print_log, print_plan, print_rows, print_run, print_runs
+from pipeline.results import export as export_cell
+from pipeline.results import result_rows, to_csv
+from pipeline.runs import RunOptions, find_run, load_run
+from pipeline.spec import load_spec
+from pipeline.store import Store
+from pipeline.tracking import TrackerName, tracking_uri
+from pipeline.tracking.ui import serve_ui
+
+DEFAULT_FILE = Path("pipeline.yaml")
+NONE_GIVEN: list[str] = []
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+app = typer.Typer(
+    name="fls",
+    help="Trains, prunes and compares networks, as one reproducible pipeline.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Format(StrEnum):
+    """Languages that graphs are drawn in."""
+
+    MERMAID = "mermaid"
+    DOT = "dot"
+
+
+File = Annotated[Path, typer.Argument(help="The pipeline.", show_default=True)]
+FileOption = Annotated[
+    Path, typer.Option("--file", help="The pipeline whose storage is looked into.")
+]
+ExecutorOption = Annotated[ExecutorName, typer.Option("--executor", help="What runs the cells.")]
+TrackingOption = Annotated[TrackerName, typer.Option("--tracking", help="Where runs are recorded.")]
+FromOption = Annotated[
+    list[str],
+    typer.Option(
+        "--from", metavar="CELLS", help="Run this and what depends on it; the rest is cached."
+    ),
+]
+OnlyOption = Annotated[list[str], typer.Option("--only", metavar="CELLS", help="Run this alone.")]
+UntilOption = Annotated[
+    list[str], typer.Option("--until", metavar="CELLS", help="Run this and what it needs.")
+]
+ForceOption = Annotated[
+    list[str],
+    typer.Option("--force", metavar="CELLS", help="Run this again: a stage, a cell or a group."),
+]
+SetOption = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Set a parameter: stage.param=value, or vars.name=value.",
+    ),
+]
+ParallelOption = Annotated[
+    int | None,
+    typer.Option("--max-parallel", metavar="N", min=1, help="Most cells at the same time."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _command(*examples: str, name: str | None = None) -> Callable[[Command], Command]:
+    """Make a function a command whose help ends with examples."""
+    return app.command(name, epilog="\n".join(["\b", "Examples:", *(f"  {e}" for e in examples)]))
+
+
+@_command(
+    "fls run",
+    "fls run pipeline.yaml --executor local --tracking jsonl",
+    "fls run pipeline.yaml --only 'oneshot[method=fishleg]' --set oneshot.distribution=uniform",
+    "fls run pipeline.yaml --force 'pretrain[seed=0]' --max-parallel 4",
+)
+def run(
+    file: File = DEFAULT_FILE,
+    executor: ExecutorOption = ExecutorName.RAY,
+    tracking: TrackingOption = TrackerName.MLFLOW,
+    from_: FromOption = NONE_GIVEN,
+    only: OnlyOption = NONE_GIVEN,
+    until: UntilOption = NONE_GIVEN,
+    force: ForceOption = NONE_GIVEN,
+    set_: SetOption = NONE_GIVEN,
+    max_parallel: ParallelOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
+) -> None:
+    """Run a pipeline: what is in the store already is not run again."""
+    spec = load_spec(file, set_)
+    selection = Selection(from_=from_, only=only, until=until, force=force)
+    if dry_run:
+        print_plan(make_plan(spec, Store(spec.storage), selection), _console(), why=False)
+        return
+    options = RunOptions(
+        file=str(file),
+        overrides=set_,
+        from_=from_,
+        only=only,
+        until=until,
+        executor=executor,
+        tracking=tracking,
+        max_parallel=max_parallel,
+    )
+    sys.exit(start_run(spec, options, selection, _console()))
+
+
+@_command(
+    "fls plan --why",
+    "fls plan pipeline.yaml --set finetune.epochs=20 --json",
+)
+def plan(
+    file: File = DEFAULT_FILE,
+    why: Annotated[bool, typer.Option("--why", help="Give each cell's reason.")] = False,
+    as_json: JsonOption = False,
+    executor: ExecutorOption = ExecutorName.RAY,
+    tracking: TrackingOption = TrackerName.MLFLOW,
+    from_: FromOption = NONE_GIVEN,
+    only: OnlyOption = NONE_GIVEN,
+    until: UntilOption = NONE_GIVEN,
+    force: ForceOption = NONE_GIVEN,
+    set_: SetOption = NONE_GIVEN,
+    max_parallel: ParallelOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="A plan always is one.")] = False,
+) -> None:
+    """Show what `fls run` with the same options would do, and why."""
+    spec = load_spec(file, set_)
+    selection = Selection(from_=from_, only=only, until=until, force=force)
+    made = make_plan(spec, Store(spec.storage), selection)
+    if as_json:
+        _print_json([planned.row() for planned in made.cells])
+    else:
+        print_plan(made, _console(), why=why)
+
+
+@_command(
+    "fls validate experiments/cifar10_resnet18.yaml",
+)
+def validate(file: File = DEFAULT_FILE, set_: SetOption = NONE_GIVEN) -> None:
+    """Check a pipeline file, and report all its mistakes at once."""
+    spec = load_spec(file, set_)
+    typer.echo(f"{file}: {len(spec.stages)} stages, {len(spec.cells)} cells, no mistakes.")
+
+
+@_command(
+    "fls graph pipeline.yaml",
+    "fls graph pipeline.yaml --format dot --cells | dot -Tsvg > graph.svg",
+)
+def graph(
+    file: File = DEFAULT_FILE,
+    form: Annotated[Format, typer.Option("--format", help="Language to draw in.")] = Format.MERMAID,
+    cells: Annotated[bool, typer.Option("--cells", help="Draw each cell.")] = False,
+) -> None:
+    """Draw a pipeline as Mermaid or as DOT."""
+    spec = load_spec(file)
+    drawing = cell_drawing(spec.cells) if cells else stage_drawing(spec.cells)
+    typer.echo(dot(drawing) if form == "dot" else mermaid(drawing), nl=False)
+
+
+@_command(
+    "fls status",
+    "fls status last",
+)
+def status(
+    run: Annotated[str | None, typer.Argument(help="A run, or 'last'; all without.")] = None,
+    file: FileOption = DEFAULT_FILE,
+) -> None:
+    """Show all runs, or one of them."""
+    store = _store(file)
+    if run is None:
+        records = [load_run(store, run_id) for run_id in store.list_runs()]
+        print_runs(records, _console())
+    else:
+        print_run(find_run(store, run), _console())
+
+
+@_command(
+    "fls resume last",
+    "fls resume 20260730-101500-1f2e",
+)
+def resume(
+    run: Annotated[str, typer.Argument(help="A run, or 'last'.")],
+    file: FileOption = DEFAULT_FILE,
+) -> None:
+    """Go on with a run that was killed, stopped, or failed, as the same run in tracking."""
+    store = _store(file)
+    sys.exit(resume_run(store, find_run(store, run), _console()))
+
+
+@_command(
+    "fls logs 'pretrain[seed=0]'",
+    "fls logs compare --run 20260730-101500-1f2e",
+)
+def logs(
+    cell: Annotated[str, typer.Argument(help="A cell's full name.")],
+    run: Annotated[str, typer.Option("--run", help="A run.")] = "last",
+    file: FileOption = DEFAULT_FILE,
+) -> None:
+    """Print what a cell had to say, and the traceback if it failed."""
+    store = _store(file)
+    print_log(store, find_run(store, run).status(cell), _console())
+
+
+@_command(
+    "fls results pipeline.yaml --json",
+    "fls results experiments/mnist_mlp.yaml --csv > mnist.csv",
+)
+def results(
+    file: File = DEFAULT_FILE,
+    set_: SetOption = NONE_GIVEN,
+    as_json: Annotated[
+        bool | None, typer.Option("--json/--csv", help="Print JSON or CSV, not a table.")
+    ] = None,
+) -> None:
+    """Print the results of a pipeline: one row an evaluated model."""
+    spec = load_spec(file, set_)
+    columns, rows, absent = result_rows(spec, Store(spec.storage))
+    if as_json is None:
+        print_rows(columns, rows, _console())
+    elif as_json:
+        _print_json(rows)
+    else:
+        typer.echo(to_csv(columns, rows), nl=False)
+    if absent:
+        typer.echo(f"No results yet of: {', '.join(absent)}; `fls run {file}`.", err=True)
+
+
+@_command(
+    "fls export pipeline.yaml 'oneshot[method=fishleg,seed=0,sparsity=0.9]' my_model",
+)
+def export(
+    file: Annotated[Path, typer.Argument(help="The pipeline.")],
+    cell: Annotated[str, typer.Argument(help="The cell that made the model.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to; made if need be.")],
+    set_: SetOption = NONE_GIVEN,
+) -> None:
+    """Copy a cell's model out of the store: its weights, and what they are."""
+    spec = load_spec(file, set_)
+    export_cell(spec, Store(spec.storage), cell, folder)
+    typer.echo(f"{folder}: {', '.join(sorted(os.listdir(folder)))}")
+
+
+@_command(
+    "fls list",
+    name="list",
+)
+def list_names(file: File = DEFAULT_FILE) -> None:
+    """List what a pipeline file may name: stage types, and what their parameters know by name."""
+    for plugin in load_spec(file).plugins:
+        typer.echo(f"stage types of {plugin.module}:")
+        for stage in plugin.catalogue.stages:
+            typer.echo(f"  {stage.name:<24}{stage.summary}")
+        for registry in plugin.catalogue.registries:
+            typer.echo(f"\n{registry.kind} names:")
+            families = {f"{prefix}...": entry for prefix, entry in registry.prefixes.items()}
+            for name, entry in {**registry.entries, **families}.items():
+                typer.echo(f"  {name:<24}{entry.summary}")
+
+
+@_command(
+    "fls ui",
+    "fls ui experiments/mnist_mlp.yaml --port 0",
+)
+def ui(
+    file: File = DEFAULT_FILE,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 takes a free one.")] = 5000,
+) -> None:
+    """Open the tracking server's pages on a pipeline's runs; Ctrl-C closes them."""
+    serve_ui(tracking_uri(load_spec(file).mlflow.tracking_uri), port)
+
+
+def _console() -> Console:
+    """Return a console that prints what it is told; cells' names have brackets, not markup."""
+    width = None if sys.stdout.isatty() else 200
+    return Console(markup=False, highlight=False, width=width)
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _store(file: Path) -> Store:
+    """Return the store of a pipeline file."""
+    return Store(load_spec(file).storage)

@@ -1,0 +1,396 @@
+"""The driver: the loop that brings a plan to its end.
+
+It alone decides and writes down: it hands ready cells to the executor, tails their events, retries,
+repairs damaged inputs, keeps the run's record in the store, and feeds tracking and the live view.
+Workers know nothing of each other.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from operator import methodcaller
+from pathlib import Path
+from types import FrameType
+
+from pipeline.errors import Damaged, PipelineError
+from pipeline.events import Event, EventTail
+from pipeline.executors import AbstractExecutor
+from pipeline.graph import Cell
+from pipeline.live import LiveView
+from pipeline.planner import Plan
+from pipeline.runs import HEARTBEAT_S, RunRecord, RunState, State, recorded_ids
+from pipeline.schedule import Schedule
+from pipeline.store import Store
+from pipeline.tracking import CellFacts, TrackingThread
+from pipeline.worker import Outcome, Task, died
+
+_WAIT_S = 0.2
+_LISTEN_EVERY_S = 1.0
+# A worker gives a sign of life every ten seconds, late by what a long call keeps it from.
+_SILENT_S = 180.0
+_LONGEST_PAUSE_S = 30.0
+_REPAIRS = 3
+_TRACKING_TIMEOUT_S = {RunState.DONE: 120.0, RunState.FAILED: 120.0, RunState.STOPPED: 10.0}
+
+
+@dataclass
+class _Flight:
+    """A cell that the executor has.
+
+    Attributes:
+        started_s: when its attempt was first heard of, by this process's monotonic clock, or None.
+        heard_s: when it was last heard of.
+        advanced: whether it has written a checkpoint.
+    """
+
+    started_s: float | None = None
+    heard_s: float = 0.0
+    advanced: bool = False
+
+
+class Driver:
+    """Runs a plan.
+
+    Args:
+        plan: what to run.
+        store: where results, events and the run's record go.
+        record: of a new run, or of an interrupted one that goes on.
+        executor: runs the cells; checked against their demands by the caller.
+        tracking: records the run, which it has been told to open.
+        view: shows it.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        store: Store,
+        record: RunRecord,
+        executor: AbstractExecutor,
+        tracking: TrackingThread,
+        view: LiveView,
+    ):
+        self._plan = plan
+        self._store = store
+        self._token = store.prepare()
+        self._record = record
+        self._executor = executor
+        self._tracking = tracking
+        self._view = view
+        self._schedule = Schedule(plan)
+        self._statuses = self._schedule.statuses
+        self._tail = EventTail(store, record.run_id, record.tracking.cursors)
+        self._flights: dict[str, _Flight] = {}
+        self._failures: Counter[str] = Counter()
+        self._repairs: Counter[str] = Counter()
+        self._retry_s: dict[str, float] = {}
+        self._listened_s = 0.0
+        self._saved_s = 0.0
+        self._warned = False
+        self.signal: int | None = None
+
+    def run(self) -> RunState:
+        """Run until all cells have settled, or a signal says stop; return how it ended.
+
+        Whatever happens, workers are stopped and the run gets its final state, here and in
+        tracking; only a kill -9 leaves it to be found interrupted.
+        """
+        state = RunState.FAILED
+        with self._heeding_signals():
+            try:
+                self._open()
+                while not self._schedule.settled and self.signal is None:
+                    self._step()
+                state = self._final_state()
+            finally:
+                self._close(state)
+        return state
+
+    # -- beginning and end
+
+    def _open(self) -> None:
+        self._record.claim(self._statuses)
+        self._save(now=True)
+        self._account_for_cached()
+
+    def _account_for_cached(self) -> None:
+        """Record the cells that are in the store; finish those of an earlier life of this run."""
+        cached = [(one.cell.name, one.manifest) for one in self._plan.cells if one.manifest]
+        known = recorded_ids(self._store, [manifest.key for _, manifest in cached])
+        for name, manifest in cached:
+            if manifest.facts.get("run") != self._record.run_id:
+                source = known[manifest.key].cell if manifest.key in known else None
+                self._tracking.put(methodcaller("link_cached", self._facts(name), source))
+            elif name in self._record.tracking.closed:
+                self._statuses[name].state = State.DONE
+            else:
+                self._flights[name] = _Flight(started_s=time.monotonic())
+                self._settle(name, {"status": "ok", "seconds": manifest.facts["seconds"]})
+
+    def _final_state(self) -> RunState:
+        if self.signal is not None:
+            return RunState.STOPPED
+        states = {status.state for status in self._statuses.values()}
+        return RunState.FAILED if states & {State.FAILED, State.SKIPPED} else RunState.DONE
+
+    def _close(self, state: RunState) -> None:
+        for name in list(self._flights):
+            self._listen(name)
+            self._end_flight(name, State.WAITING)
+            self._tracking.close(name, "stopped", dict)
+        for folder in () if self.signal else self._promoted():
+            self._tracking.put(methodcaller("promote", folder.name, folder))
+        self._tracking.put(methodcaller("close_run", state))
+        self._record.state = state
+        self._save(now=True)  # who stops us may not wait for what comes next
+        self._executor.stop()
+        self._view.close(self._statuses)
+        tracked = self._tracking.finish(_TRACKING_TIMEOUT_S[state])
+        if not tracked and self._tracking.opened:
+            self._view.say(
+                f"Tracking is not complete{self._tracking_error()}. "
+                f"`fls resume {self._record.run_id}` sends the rest."
+            )
+        self._record.tracked = tracked
+        self._save(now=True)
+
+    def _promoted(self) -> Iterator[Path]:
+        """Yield the folders of outputs that are shown with the run."""
+        for name, status in self._statuses.items():
+            for output, declared in self._schedule.cell(name).declaration.outputs.items():
+                if declared.promote and status.state in {State.DONE, State.CACHED}:
+                    try:
+                        yield self._store.fetch(status.key, output)
+                    except Damaged as error:
+                        self._view.say(f"{name}: {error}")
+
+    @contextmanager
+    def _heeding_signals(self) -> Iterator[None]:
+        """Take note of SIGINT and SIGTERM; the second one of its kind acts as usual."""
+        before = {
+            number: signal.getsignal(number) or signal.SIG_DFL
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self.signal = number
+            signal.signal(number, before[signal.Signals(number)])
+
+        for number in before:
+            signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    # -- the loop
+
+    def _step(self) -> None:
+        self._submit_ready()
+        for name, outcome in self._executor.wait(_WAIT_S):
+            self._settle(name, outcome)
+        now = time.monotonic()
+        if now - self._listened_s >= _LISTEN_EVERY_S:
+            self._listened_s = now
+            for name in self._flights:
+                self._listen(name)
+            self._check_deadlines()
+        self._check_tracking()
+        self._save()
+        self._view.show(self._statuses)
+
+    def _submit_ready(self) -> None:
+        limit = min(
+            self._record.options.max_parallel or self._executor.window, self._executor.window
+        )
+        found_one = True
+        while found_one:  # what the store has already makes others ready at once
+            found_one = False
+            busy = {self._statuses[name].key for name in self._flights}
+            for name in self._schedule.ready():
+                status = self._statuses[name]
+                if name in self._flights or self._retry_s.get(name, 0) > time.monotonic():
+                    continue
+                if len(self._flights) >= limit:
+                    return
+                if self._exists(status.key):
+                    self._take_from_store(name)
+                    found_one = True
+                elif status.key not in busy:
+                    busy.add(status.key)
+                    self._flights[name] = _Flight()
+                    self._executor.submit(self._task(name), self._schedule.cell(name).resources)
+
+    def _take_from_store(self, name: str) -> None:
+        """Use a result that another run has made meanwhile."""
+        self._statuses[name].state = State.CACHED
+        self._tracking.put(methodcaller("link_cached", self._facts(name), None))
+
+    def _task(self, name: str) -> Task:
+        cell, status = self._schedule.cell(name), self._statuses[name]
+        params = type(cell.params)
+        return {
+            "run": self._record.run_id,
+            "cell": name,
+            "key": status.key,
+            "storage": self._store.url,
+            "token": self._token,
+            "entry": cell.declaration.entry,
+            "params_model": f"{params.__module__}:{params.__qualname__}",
+            "params": cell.params.model_dump(mode="json"),
+            "inputs": self._schedule.task_inputs(name),
+            "outputs": list(cell.declaration.outputs),
+            "ingredients": self._schedule.ingredients(name),
+            "num_cpus": cell.resources.num_cpus,
+            "num_gpus": cell.resources.num_gpus,
+            "checkpoint_every_s": cell.checkpoint_every_s,
+            "directory": os.getcwd(),
+        }
+
+    def _listen(self, name: str) -> None:
+        """Take in what a cell has to say."""
+        flight = self._flights[name]
+        events, cursor = self._tail.read(name, self._statuses[name].key)
+        for event in events:
+            self._take(name, flight, event)
+        if events:
+            flight.heard_s = time.monotonic()
+            self._tracking.log(name, events, cursor)
+
+    def _take(self, name: str, flight: _Flight, event: Event) -> None:
+        status = self._statuses[name]
+        if event["type"] == "start":
+            flight.started_s = time.monotonic()
+            status.state, status.began = State.RUNNING, event["time"]
+            self._tracking.put(methodcaller("open_cell", self._facts(name)))
+        elif event["type"] == "progress":
+            status.progress = (event["done"], event["total"], event["unit"])
+        elif event["type"] == "checkpoint":
+            flight.advanced = True
+
+    # -- ends of attempts
+
+    def _settle(self, name: str, outcome: Outcome) -> None:
+        self._listen(name)
+        self._statuses[name].seconds = outcome.get("seconds")
+        if outcome["status"] == "damaged":
+            self._repair(name, outcome)
+        elif outcome["status"] not in {"ok", "lost"}:
+            self._fail(name, outcome)
+        elif self._flights[name].started_s is None:  # the worker found the result in the store
+            self._end_flight(name, State.CACHED)
+            self._take_from_store(name)
+        else:
+            self._end_flight(name, State.DONE)
+            self._track_end(name, State.DONE)
+
+    def _end_flight(self, name: str, state: State) -> None:
+        del self._flights[name]
+        status = self._statuses[name]
+        status.state, status.began, status.progress = state, None, None
+
+    def _fail(self, name: str, outcome: Outcome) -> None:
+        """Let a cell try again after a pause, or give it up."""
+        cell, error = self._schedule.cell(name), outcome["error"]
+        if outcome["status"] == "died" and self._flights[name].advanced:
+            # A machine that is taken away time and again is no reason to give up what gets on.
+            self._failures[name] = 0
+        self._failures[name] += 1
+        tries = self._failures[name]
+        headline = error["message"].partition("\n")[0]
+        if error["user"] or tries > cell.retries:
+            self._statuses[name].error = error
+            self._end_flight(name, State.FAILED)
+            self._tracking.put(methodcaller("open_cell", self._facts(name)))
+            self._track_end(name, State.FAILED)
+            self._view.say(f"{name} failed: {headline}")
+            return
+        pause_s = min(_LONGEST_PAUSE_S, 2.0 ** (tries - 1))
+        self._retry_s[name] = time.monotonic() + pause_s
+        self._end_flight(name, State.WAITING)
+        self._view.say(f"{name}: {headline}; retry {tries} of {cell.retries} in {pause_s:g} s")
+
+    def _repair(self, name: str, outcome: Outcome) -> None:
+        """Set a damaged input aside, and let the cell wait until it is made anew."""
+        key = outcome["key"]
+        self._repairs[name] += 1
+        self._store.set_aside(key)
+        again = self._schedule.reset(key, self._exists)
+        if self._repairs[name] > _REPAIRS:
+            self._fail(name, outcome)
+            return
+        self._end_flight(name, State.WAITING)
+        self._view.say(f"{name}: {outcome['error']['message']}; again: {', '.join(again)}")
+
+    def _check_deadlines(self) -> None:
+        now = time.monotonic()
+        for name, flight in list(self._flights.items()):
+            limit_s = self._schedule.cell(name).timeout_s
+            if flight.started_s is None:
+                continue
+            if limit_s is not None and now - flight.started_s > limit_s:
+                outcome = died(f"timed out after {limit_s:g} s (timeout_s)")
+                outcome["status"] = "failed"
+            elif now - flight.heard_s > _SILENT_S:
+                outcome = died(f"no sign of life for {_SILENT_S:g} s")
+            else:
+                continue
+            self._executor.cancel(name)
+            self._settle(name, outcome)
+
+    # -- keeping account
+
+    def _exists(self, key: str) -> bool:
+        try:
+            return self._store.manifest(key) is not None
+        except Damaged:
+            return False
+
+    def _facts(self, name: str) -> CellFacts:
+        cell = self._schedule.cell(name)
+        return CellFacts(
+            cell=name,
+            stage=cell.stage,
+            key=self._statuses[name].key,
+            params=cell.params.model_dump(mode="json"),
+        )
+
+    def _track_end(self, name: str, state: State) -> None:
+        cell, key = self._schedule.cell(name), self._statuses[name].key
+        fetch = partial(_tracked_outputs, self._store, cell, key) if state is State.DONE else dict
+        self._tracking.close(name, state, fetch)
+
+    def _check_tracking(self) -> None:
+        """Warn once when tracking has ended early.
+
+        Raises:
+            PipelineError: it could not even begin, so nobody would see the run.
+        """
+        if self._tracking.error is None or self._warned:
+            return
+        if not self._tracking.opened:
+            raise PipelineError(f"Tracking does not work{self._tracking_error()}.")
+        self._warned = True
+        self._view.say(f"Tracking has stopped{self._tracking_error()}; the run goes on.")
+
+    def _tracking_error(self) -> str:
+        error = self._tracking.error
+        return "" if error is None else f" ({type(error).__name__}: {error})"
+
+    def _save(self, *, now: bool = False) -> None:
+        if now or time.monotonic() - self._saved_s >= HEARTBEAT_S:
+            self._saved_s = time.monotonic()
+            self._record.tracking = self._tracking.progress()
+            self._record.save_progress(self._store)
+
+
+def _tracked_outputs(store: Store, cell: Cell, key: str) -> Mapping[str, Path]:
+    outputs = cell.declaration.outputs.items()
+    return {name: store.fetch(key, name) for name, declared in outputs if declared.track}

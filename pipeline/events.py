@@ -1,0 +1,190 @@
+"""Events: what a running stage tells the world, on its way through the store.
+
+A worker appends events to its attempt in numbered segments; the driver tails them. One event is a
+flat JSON object with `type` and `time` (Unix seconds); the types, with their further fields:
+
+    start       run, host, pid: first in every attempt
+    metrics     values (name -> number), step (None: a final value)
+    progress    done, total, unit
+    text        text: one line of the cell's log
+    record      name, params, metrics: one evaluated object
+    checkpoint  number
+    heartbeat   nothing: the stage is alive and has nothing to say
+    end         status: last in every attempt that was not killed
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+Event = dict[str, Any]
+
+_FIRST_INTERVAL_S = 1.0
+_LAST_INTERVAL_S = 10.0
+
+
+class EventWriter:
+    """Appends events in the background, and a heartbeat when there are none.
+
+    The interval between segments grows from 1 s to 10 s over a stage's first ten minutes: a short
+    stage is seen at once, a long one does not leave thousands of tiny files.
+
+    Args:
+        append: takes the events of one segment.
+    """
+
+    def __init__(self, append: Callable[[list[Event]], None]):
+        self._append = append
+        self._pending: list[Event] = []
+        self._lock = threading.Lock()
+        self._writing = threading.Lock()  # apart, so that a slow storage does not slow the stage
+        self._stopping = threading.Event()
+        self._began = time.monotonic()
+        self._thread = threading.Thread(target=self._work, name="events", daemon=True)
+        self._error: Exception | None = None
+
+    def __enter__(self) -> EventWriter:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self._thread.join()
+        self.flush()
+
+    def emit(self, event: Event) -> None:
+        """Take an event; a checkpoint is written at once, with all that was said before it.
+
+        Otherwise a kill right after it would lose what the next attempt does not say again.
+
+        Raises:
+            OSError: the store refused earlier events; the stage must not go on unheard.
+        """
+        if self._error is not None:
+            raise OSError(f"Events cannot be written: {self._error}") from self._error
+        with self._lock:
+            self._pending.append(event)
+        if event["type"] == "checkpoint":
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending as one segment."""
+        with self._writing:
+            with self._lock:
+                events, self._pending = self._pending, []
+            if events:
+                self._append(events)
+
+    def _work(self) -> None:
+        last_written = time.monotonic()
+        while not self._stopping.wait(self._interval_s()):
+            now = time.monotonic()
+            try:
+                if self._pending:
+                    last_written = now
+                elif now - last_written >= _LAST_INTERVAL_S:
+                    last_written = now
+                    self.emit({"type": "heartbeat", "time": time.time()})
+                self.flush()
+            except Exception as error:  # whatever the storage raises belongs to the stage's thread
+                self._error = error
+                return
+
+    def _interval_s(self) -> float:
+        elapsed = time.monotonic() - self._began
+        return min(_LAST_INTERVAL_S, max(_FIRST_INTERVAL_S, elapsed / 60))
+
+
+class LineWriter(io.TextIOBase):
+    """A text stream that makes one `text` event of every line printed to it.
+
+    A line that is overwritten by a carriage return, as progress bars do, counts only as it ends.
+    """
+
+    def __init__(self, emit: Callable[[Event], None]):
+        self._emit = emit
+        self._line = ""
+
+    def writable(self) -> bool:
+        """Say that this stream may be written to."""
+        return True
+
+    def write(self, text: str) -> int:
+        """Take text; every line that it completes becomes an event."""
+        *lines, rest = (self._line + text).split("\n")
+        for line in lines:
+            self._emit_line(line)
+        self._line = rest[rest.rstrip("\r").rfind("\r") + 1 :]
+        return len(text)
+
+    def close(self) -> None:
+        """Make an event of a last line without an end."""
+        if not self.closed:
+            self._emit_line(self._line)
+        super().close()
+
+    def _emit_line(self, line: str) -> None:
+        shown = line.rstrip().rpartition("\r")[2]
+        if shown:
+            self._emit({"type": "text", "time": time.time(), "text": shown})
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """How far a cell's events have been read: up to `segment` of `attempt`, both included."""
+
+    attempt: int = 0
+    segment: int = 0
+
+
+class EventSource(Protocol):
+    """The part of the store that a tail reads."""
+
+    def attempts(self, key: str) -> list[int]:
+        """Return the numbers of the key's attempts, ascending."""
+
+    def read_events(self, key: str, attempt: int, after: int) -> tuple[list[Event], int]:
+        """Return the events after segment `after`, and the last segment's number."""
+
+
+class EventTail:
+    """Follows the events that the cells of one run write.
+
+    Attempts of other runs at the same key (two drivers may race for a cell) are passed over: the
+    first event of an attempt says whose it is.
+
+    Args:
+        source: the store.
+        run_id: the run whose attempts are followed.
+        cursors: cell -> where to go on; what came before has been handled in an earlier life.
+    """
+
+    def __init__(self, source: EventSource, run_id: str, cursors: Mapping[str, Cursor]):
+        self._source = source
+        self._run_id = run_id
+        self._cursors = dict(cursors)
+        self._foreign: set[tuple[str, int]] = set()
+
+    def read(self, cell: str, key: str) -> tuple[list[Event], Cursor]:
+        """Return the cell's events that are new since the last call, and how far they go."""
+        cursor = self._cursors.get(cell, Cursor())
+        found: list[Event] = []
+        for attempt in self._source.attempts(key):
+            if attempt < cursor.attempt or (key, attempt) in self._foreign:
+                continue
+            after = cursor.segment if attempt == cursor.attempt else 0
+            events, last = self._source.read_events(key, attempt, after)
+            if not events:
+                continue
+            if after == 0 and events[0].get("run") != self._run_id:
+                self._foreign.add((key, attempt))
+                continue
+            cursor = Cursor(attempt, last)
+            found += events
+        self._cursors[cell] = cursor
+        return found, cursor

@@ -1,0 +1,312 @@
+"""Runs tasks in plain processes on this machine.
+
+A worker is `python -m pipeline.worker`: it reads one JSON task a line from its standard input and
+answers with one JSON outcome a line. CPU workers stay warm, so that torch is imported once in each
+and not once in each cell; a task with a GPU gets a process of its own, because that is the only
+way to be sure that all GPU memory comes back. A worker whose input closes kills itself and its
+children, so no worker outlives the driver, however the driver died.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import IO
+
+from pipeline.executors.base import (
+    AbstractExecutor,
+    available_cpus,
+    available_memory_bytes,
+    refuse_unsatisfiable,
+)
+from pipeline.stage import Resources
+from pipeline.worker import Outcome, Task, died, threads_of
+
+_LOG_TAIL_BYTES = 2000
+
+
+class LocalExecutor(AbstractExecutor):
+    """Plain processes, with an account of this machine's CPUs, memory and GPUs."""
+
+    def __init__(self) -> None:
+        self._machine = _Machine()
+        self._queue: deque[tuple[Task, Resources]] = deque()
+        self._busy: dict[str, tuple[_Worker, _Share]] = {}
+        self._idle: list[_Worker] = []
+        self._selector = selectors.DefaultSelector()
+
+    def check(self, demands: Iterable[tuple[str, Resources]]) -> None:
+        """Refuse what this machine could not run even when it is otherwise idle."""
+        refuse_unsatisfiable(
+            (
+                f"{cell.partition('[')[0]} asks for {lack}"
+                for cell, resources in demands
+                if (lack := self._machine.lacks(resources))
+            ),
+            "Lower the stage's `resources:`, or run on a cluster with --executor ray.",
+        )
+
+    @property
+    def window(self) -> int:
+        """Twice the CPUs: small shares of a CPU run side by side, the rest waits in line."""
+        return 2 * max(1, int(self._machine.cpus))
+
+    def submit(self, task: Task, resources: Resources) -> None:
+        """Queue the task, and start it if its resources are free."""
+        self._queue.append((task, resources))
+        self._start_fitting()
+
+    def wait(self, timeout_s: float) -> list[tuple[str, Outcome]]:
+        """Return what has finished, waiting up to `timeout_s` for the first."""
+        finished = []
+        for ready, _ in self._selector.select(timeout_s):
+            cell: str = ready.data
+            worker, _ = self._busy[cell]
+            outcome = worker.read()
+            if outcome is not None:
+                finished.append((cell, outcome))
+                self._release(cell)
+        self._start_fitting()
+        return finished
+
+    def cancel(self, cell: str) -> None:
+        """Drop the cell's task and kill the worker that runs it."""
+        self._queue = deque(item for item in self._queue if item[0]["cell"] != cell)
+        if cell in self._busy:
+            self._busy[cell][0].kill()
+            self._release(cell)
+
+    def stop(self) -> None:
+        """Kill all workers."""
+        self._queue.clear()
+        for cell in list(self._busy):
+            self.cancel(cell)
+        while self._idle:
+            self._idle.pop().kill()
+        self._selector.close()
+
+    def _start_fitting(self) -> None:
+        """Start the queued tasks that fit; none overtakes an older one that it would starve."""
+        waiting: deque[tuple[Task, Resources]] = deque()
+        blocked_cpus = 0.0
+        while self._queue:
+            task, resources = self._queue.popleft()
+            share = self._machine.take(resources, keep_cpus=blocked_cpus)
+            if share is None:
+                blocked_cpus += resources.num_cpus
+                waiting.append((task, resources))
+                continue
+            worker = self._worker_for(task, share)
+            self._busy[task["cell"]] = worker, share
+            self._selector.register(worker.replies, selectors.EVENT_READ, task["cell"])
+            worker.send(task)
+        self._queue = waiting
+
+    def _worker_for(self, task: Task, share: _Share) -> _Worker:
+        threads = threads_of(task)
+        if not share.devices:
+            for worker in self._idle:
+                if worker.threads == threads:
+                    self._idle.remove(worker)
+                    return worker
+        return _Worker(threads, [device for device, _ in share.devices])
+
+    def _release(self, cell: str) -> None:
+        worker, share = self._busy.pop(cell)
+        self._selector.unregister(worker.replies)
+        self._machine.give(share)
+        if worker.alive and not share.devices:
+            self._idle.append(worker)
+        else:
+            worker.kill()
+
+
+class _Worker:
+    """One worker process and the pipes to it.
+
+    It leads a process group of its own: Ctrl-C in the terminal reaches the driver alone, and a
+    kill takes the children of a stage along.
+    """
+
+    def __init__(self, threads: int, devices: list[str]):
+        self.threads = threads
+        self.alive = True
+        self._buffer = b""
+        self._log: IO[bytes] = tempfile.TemporaryFile()
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "CUDA_VISIBLE_DEVICES": ",".join(devices),
+            # The stage's modules are found where this process would find them.
+            "PYTHONPATH": os.pathsep.join([path or os.getcwd() for path in sys.path]),
+        }
+        self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+            [sys.executable, "-m", "pipeline.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=environment,
+            start_new_session=True,
+        )
+        if self._process.stdin is None or self._process.stdout is None:
+            raise RuntimeError("A worker was started without pipes.")
+        self._requests: IO[bytes] = self._process.stdin
+        self.replies: IO[bytes] = self._process.stdout
+
+    def send(self, task: Task) -> None:
+        """Hand over a task. A worker that is already gone shows it at the next `read`."""
+        try:
+            self._requests.write(json.dumps(task).encode() + b"\n")
+            self._requests.flush()
+        except BrokenPipeError:
+            self.alive = False
+
+    def read(self) -> Outcome | None:
+        """Read what has come; return the outcome once it is whole, or once the worker has died."""
+        chunk = os.read(self.replies.fileno(), 1 << 16)
+        if not chunk:
+            self._end()
+            return died(self._obituary())
+        self._buffer += chunk
+        line, newline, rest = self._buffer.partition(b"\n")
+        if not newline:
+            return None
+        self._buffer = rest
+        outcome: Outcome = json.loads(line)
+        return outcome
+
+    def kill(self) -> None:
+        """Kill the worker with its children, and free what it holds here."""
+        self._end()
+        try:
+            self._requests.close()
+        except BrokenPipeError:
+            pass  # a task it never read
+        self.replies.close()
+        self._log.close()
+
+    def _end(self) -> None:
+        self.alive = False
+        if self._process.returncode is None:
+            try:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # already gone, which is what is wanted
+            self._process.wait()
+
+    def _obituary(self) -> str:
+        code = self._process.returncode
+        how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        hint = "; out of memory?" if code == -signal.SIGKILL else ""
+        self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, self._log.tell() - _LOG_TAIL_BYTES))
+        tail = self._log.read().decode(errors="replace").strip()
+        return f"The worker process died {how}{hint}." + (f"\n{tail}" if tail else "")
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one task holds: CPUs, bytes of memory, and (device, fraction) of GPUs."""
+
+    cpus: float
+    memory: int
+    devices: tuple[tuple[str, float], ...]
+
+
+@dataclass
+class _Machine:
+    """The account of what is free here."""
+
+    cpus: float = field(default_factory=available_cpus)
+    memory: int = field(default_factory=available_memory_bytes)
+    gpus: dict[str, str] = field(default_factory=lambda: _list_gpus())
+
+    def __post_init__(self) -> None:
+        self._free_cpus = self.cpus
+        self._free_memory = self.memory
+        self._free_gpus = dict.fromkeys(self.gpus, 1.0)
+
+    def lacks(self, wanted: Resources) -> str | None:
+        """Say what `wanted` asks for that the whole machine has not, or None."""
+        if wanted.num_cpus > self.cpus:
+            return f"num_cpus: {wanted.num_cpus:g}; this machine has {self.cpus:g}."
+        if (wanted.memory_bytes or 0) > self.memory:
+            return f"memory: {wanted.memory_bytes} bytes; this machine has {self.memory}."
+        if wanted.num_gpus > 1 and not float(wanted.num_gpus).is_integer():
+            return f"num_gpus: {wanted.num_gpus:g}; above 1 it must be a whole number."
+        fitting = self._devices_of(wanted.accelerator_type)
+        if wanted.num_gpus > len(fitting):
+            of_type = f" of type {wanted.accelerator_type}" if wanted.accelerator_type else ""
+            return f"num_gpus: {wanted.num_gpus:g}{of_type}; this machine has {len(fitting)}."
+        return None
+
+    def take(self, wanted: Resources, keep_cpus: float) -> _Share | None:
+        """Take what is wanted, or return None when it is not free beside `keep_cpus` CPUs."""
+        memory = wanted.memory_bytes or 0
+        if wanted.num_cpus > self._free_cpus - keep_cpus or memory > self._free_memory:
+            return None
+        devices = self._pick_devices(wanted)
+        if devices is None:
+            return None
+        self._free_cpus -= wanted.num_cpus
+        self._free_memory -= memory
+        for device, fraction in devices:
+            self._free_gpus[device] -= fraction
+        return _Share(wanted.num_cpus, memory, devices)
+
+    def give(self, share: _Share) -> None:
+        """Take back what a task held."""
+        self._free_cpus += share.cpus
+        self._free_memory += share.memory
+        for device, fraction in share.devices:
+            self._free_gpus[device] += fraction
+
+    def _pick_devices(self, wanted: Resources) -> tuple[tuple[str, float], ...] | None:
+        """Choose whole free GPUs, or the fullest one that still has room for a fraction."""
+        if wanted.num_gpus == 0:
+            return ()
+        each = min(wanted.num_gpus, 1.0)
+        count = max(1, int(wanted.num_gpus))
+        fitting = [
+            device
+            for device in self._devices_of(wanted.accelerator_type)
+            if self._free_gpus[device] >= each
+        ]
+        fitting.sort(key=lambda device: self._free_gpus[device])
+        if len(fitting) < count:
+            return None
+        return tuple((device, each) for device in fitting[:count])
+
+    def _devices_of(self, accelerator_type: str | None) -> list[str]:
+        wanted = (accelerator_type or "").lower()
+        return [device for device, name in self.gpus.items() if wanted in name.lower()]
+
+
+def _list_gpus() -> dict[str, str]:
+    """Return device -> name of the NVIDIA GPUs that this process may use, without torch."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return {}
+    listing = subprocess.run(  # noqa: S603 - the driver's own tool, no user input
+        [program, "--query-gpu=index,uuid,name", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    ).stdout
+    rows = [[part.strip() for part in line.split(",", 2)] for line in listing.splitlines()]
+    names = {key: name for index, uuid, name in rows for key in (index, uuid)}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return {index: name for index, _, name in rows}
+    chosen = [device.strip() for device in visible.split(",") if device.strip()]
+    return {device: names[device] for device in chosen if device in names}

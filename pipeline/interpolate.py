@@ -1,0 +1,206 @@
+"""`${vars.x}` and `${env.NAME}` in a spec, and `--set`.
+
+A reference that is a whole value stands for the variable with its type; inside text it must be a
+scalar. An environment variable that is a whole value is read as a YAML scalar. There is no
+expression language.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pipeline.errors import Position, SpecError, nearest
+from pipeline.yaml_loader import Document, Path, load, read_scalar
+
+_REFERENCE = re.compile(r"\$\{([^{}]*)\}")
+_ENVIRONMENT = re.compile(r"env\.([A-Za-z_][A-Za-z0-9_]*)(?::-(.*))?", re.DOTALL)
+
+
+class _Unresolved(Exception):
+    """A reference that stands for nothing; without a text, it is already reported."""
+
+
+def interpolate(document: Document, environment: Mapping[str, str]) -> None:
+    """Replace all references in `document`, noting what cannot be replaced as its problems."""
+    document.value = _Resolver(document, environment).value(document.value, ())
+
+
+def override(document: Document, options: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Apply `--set` options and interpolate.
+
+    Variables are set before the references to them are replaced, parameters and axes after.
+
+    Args:
+        document: the spec; problems of the options are noted in it.
+        options: each `vars.x=value`, `stage.parameter=value` or `stage.axis=[values]`; the value is
+            YAML.
+        environment: environment variables.
+    """
+    settings = list(_parse(document, options))
+    for position, path, value in settings:
+        if path[0] == "vars":
+            _set_variable(document, position, path, value)
+    interpolate(document, environment)
+    for position, path, value in settings:
+        if path[0] != "vars":
+            _set_parameter(document, position, path, value, environment)
+
+
+class _Resolver:
+    def __init__(self, document: Document, environment: Mapping[str, str]):
+        self.document = document
+        self.environment = environment
+        self.open: list[str] = []
+
+    def value(self, value: Any, path: Path) -> Any:
+        """Return `value`, which stands at `path`, with its references replaced."""
+        if isinstance(value, dict):
+            return {key: self.value(child, (*path, key)) for key, child in value.items()}
+        if isinstance(value, list):
+            return [self.value(child, (*path, index)) for index, child in enumerate(value)]
+        if not isinstance(value, str) or "${" not in value:
+            return value
+        try:
+            whole = _REFERENCE.fullmatch(value)
+            return self.reference(whole[1], True) if whole else self.text(value)
+        except _Unresolved as error:
+            self.document.note(self.document.position(path), str(error))
+            return None
+
+    def text(self, text: str) -> str:
+        """Return `text` with the references inside it replaced.
+
+        Raises:
+            _Unresolved: a reference without its end.
+        """
+        if "${" in _REFERENCE.sub("", text):
+            raise _Unresolved(f"'${{' without its '}}' in {text!r}")
+        return _REFERENCE.sub(lambda match: self.embedded(match[1]), text)
+
+    def embedded(self, expression: str) -> str:
+        """Return what a reference inside text stands for, as text.
+
+        Raises:
+            _Unresolved: it stands for a list or a mapping.
+        """
+        value = self.reference(expression, False)
+        if isinstance(value, dict | list):
+            kind = "mapping" if isinstance(value, dict) else "list"
+            raise _Unresolved(f"${{{expression}}} is a {kind}, which cannot stand inside text")
+        return value if isinstance(value, str) else json.dumps(value)
+
+    def reference(self, expression: str, whole: bool) -> Any:
+        """Return what `${expression}` stands for.
+
+        Raises:
+            _Unresolved: it stands for nothing.
+        """
+        if expression.startswith("vars."):
+            return self.variable(expression)
+        match = _ENVIRONMENT.fullmatch(expression)
+        if not match:
+            raise _Unresolved(
+                f"unknown reference ${{{expression}}}: expected ${{vars.NAME}}, ${{env.NAME}} or "
+                "${env.NAME:-default}"
+            )
+        name, default = match.groups()
+        text = self.environment.get(name, default)
+        if text is None:
+            raise _Unresolved(
+                f"the environment variable {name} is not set; set it, or write "
+                f"${{env.{name}:-default}}"
+            )
+        return read_scalar(text) if whole else text
+
+    def variable(self, expression: str) -> Any:
+        """Return the value of `vars.a.b`, its own references replaced.
+
+        Raises:
+            _Unresolved: there is none, or it depends on itself.
+        """
+        name, *inner = expression.split(".")[1:]
+        if name in self.open:
+            ring = [*self.open[self.open.index(name) :], name]
+            raise _Unresolved(f"variables form a cycle: {' -> '.join(f'vars.{x}' for x in ring)}")
+        variables = self.document.value.get("vars")
+        known = len(self.document.problems)
+        self.open.append(name)
+        try:
+            value = self.value(_entry(variables, name, "vars"), ("vars", name))
+        finally:
+            self.open.pop()
+        if len(self.document.problems) > known:
+            raise _Unresolved  # reported where the variable is defined
+        at = f"vars.{name}"
+        for part in inner:
+            value, at = _entry(value, part, at), f"{at}.{part}"
+        return value
+
+
+def _entry(folder: Any, name: str, where: str) -> Any:
+    """Return the entry `name` of the mapping that stands at `where`.
+
+    Raises:
+        _Unresolved: there is none.
+    """
+    if not isinstance(folder, dict):
+        raise _Unresolved(f"{where} has no entries, so there is no ${{{where}.{name}}}")
+    if name not in folder:
+        known = f"; known: {', '.join(folder)}" if folder else ""
+        raise _Unresolved(f"unknown variable {where}.{name}{nearest(name, folder)}{known}")
+    return folder[name]
+
+
+def _parse(document: Document, options: Sequence[str]) -> Iterator[tuple[Position, Path, Any]]:
+    """Yield position, dotted path and value of each option that can be read."""
+    for option in options:
+        position = Position(f"--set {option}")
+        target, equals, text = option.partition("=")
+        path = tuple(target.split("."))
+        if not equals or len(path) < 2 or not all(path):
+            message = "expected stage.parameter=value, stage.axis=[values] or vars.name=value"
+            document.note(position, message)
+            continue
+        try:
+            value = load(text, position.file)
+        except SpecError as error:
+            document.note(position, error.problems[0].message)
+            continue
+        for problem in value.problems:
+            document.note(position, problem.message)
+        yield position, path, value.value
+
+
+def _set_variable(document: Document, position: Position, path: Path, value: Any) -> None:
+    folder = document.value
+    for depth, name in enumerate(path):
+        if not isinstance(folder, dict) or name not in folder:
+            known = folder if isinstance(folder, dict) else {}
+            where = ".".join(map(str, path[: depth + 1]))
+            hint = nearest(str(name), known)
+            document.note(position, f"the file has no variable {where}{hint}")
+            return
+        folder = folder[name]
+    document.replace(path, value, position)
+
+
+def _set_parameter(
+    document: Document, position: Position, path: Path, value: Any, environment: Mapping[str, str]
+) -> None:
+    stages = document.value.get("stages")
+    name, *inner = path
+    if not isinstance(stages, dict) or not isinstance(stages.get(name), dict):
+        hint = nearest(str(name), stages if isinstance(stages, dict) else ())
+        document.note(position, f"unknown stage {name!r}{hint}")
+        return
+    stage = stages[name]
+    section = "params"
+    if len(inner) == 1 and inner[0] in (stage.get("matrix") or {}):
+        section = "matrix"
+        value = value if isinstance(value, list) else [value]
+    target = ("stages", name, section, *inner)
+    document.replace(target, None, position)
+    document.replace(target, _Resolver(document, environment).value(value, target), position)

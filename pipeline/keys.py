@@ -1,0 +1,207 @@
+"""What a cell's result depends on, and the key that stands for it.
+
+The key is the sha256 of the canonical JSON of the cell's ingredients: stage type, code, resolved
+parameters, upstream keys, digests of external files and data, and a generation that `--force`
+raises. Resources, retries, names and paths are no ingredients: names are kept beside them for
+people only.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.code_digest import CodeIndex
+from pipeline.errors import BadInput
+from pipeline.graph import Cell, shorten
+from pipeline.params import marked
+from pipeline.spec import Plugin
+from pipeline.stage import ExternalFile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What a cell is, to the store.
+
+    Attributes:
+        key: hex sha256 of the ingredients.
+        base: the same without the generation; what `--force` counts generations of.
+        ingredients: JSON with `stage`, `code` {module: digest}, `params`, `inputs` {name: [key]},
+            `files` {parameter: sha256}, `data` {parameter: digest} and `generation`; and `names`,
+            which is not hashed: `inputs` {name: [cell]} and `files` {parameter: path}.
+    """
+
+    key: str
+    base: str
+    ingredients: Mapping[str, Any]
+
+
+def identify(
+    cells: Iterable[Cell], plugins: Sequence[Plugin], generation: Callable[[Cell, str], int]
+) -> dict[str, Identity]:
+    """Return cell name -> identity.
+
+    Args:
+        cells: in topological order.
+        plugins: whose packages hold the code.
+        generation: cell and base identity -> generation.
+
+    A module that is not there, or no valid Python, and a file that cannot be read are `BadInput`.
+
+    Cost: one read of each source and external file.
+    """
+    code = CodeIndex(
+        packages={
+            *(name for plugin in plugins for name in plugin.catalogue.packages),
+            *(_top(stage.entry) for plugin in plugins for stage in plugin.catalogue.stages),
+        },
+        declarations=[plugin.module for plugin in plugins],
+    )
+    digests = functools.cache(code.digests)
+    found: dict[str, Identity] = {}
+    for cell in cells:
+        ingredients = _ingredients(cell, digests, found)
+        base = _hash(ingredients)
+        ingredients["generation"] = generation(cell, base)
+        found[cell.name] = Identity(key=_hash(ingredients), base=base, ingredients=ingredients)
+    return found
+
+
+def _ingredients(
+    cell: Cell,
+    digests: Callable[[frozenset[str]], Mapping[str, str]],
+    upstream: Mapping[str, Identity],
+) -> dict[str, Any]:
+    """Return a cell's ingredients but its generation."""
+    params = cell.params.model_dump(mode="json")
+    targets, data, files, paths = {cell.declaration.entry}, {}, {}, {}
+    for mark in marked(cell.params):
+        name = ".".join(map(str, mark.path))
+        if isinstance(mark.marker, ExternalFile):
+            files[name], paths[name] = digest_file(Path(mark.value)), mark.value
+            _blank(params, mark.path)
+        elif entry := mark.marker.find(mark.value):
+            targets.add(entry.target)
+            if entry.digest:
+                data[name] = entry.digest
+    connected = {name: [source.cell for source in found] for name, found in cell.inputs.items()}
+    return {
+        "stage": cell.declaration.name,
+        "code": digests(frozenset(targets)),
+        "params": params,
+        "inputs": {
+            name: [upstream[source].key for source in sources]
+            for name, sources in connected.items()
+        },
+        "files": files,
+        "data": data,
+        "names": {"inputs": connected, "files": paths},
+    }
+
+
+def digest_file(path: Path) -> str:
+    """Return the hex sha256 of a file.
+
+    Raises:
+        BadInput: it cannot be read.
+
+    Cost: one read, unless this process has read it before and it is unchanged.
+    """
+    try:
+        stat = path.stat()
+        return _digest_file(path, stat.st_mtime_ns, stat.st_size)
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error}") from None
+
+
+@functools.cache
+def _digest_file(path: Path, mtime_ns: int, size: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _blank(params: Any, path: Sequence[str | int]) -> None:
+    """Put None in place of a path, which is a name: the file's digest counts, not where it is."""
+    for part in path[:-1]:
+        params = params[part]
+    params[path[-1]] = None
+
+
+def _hash(ingredients: Mapping[str, Any]) -> str:
+    counted = {name: value for name, value in ingredients.items() if name != "names"}
+    text = json.dumps(counted, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------- what has changed
+
+
+def explain(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Say which ingredients differ, one phrase each; nothing if none does.
+
+    Args:
+        before: ingredients of an earlier run of the cell.
+        after: its ingredients now.
+    """
+    changes = []
+    if before["stage"] != after["stage"]:
+        changes.append(f"stage type: {before['stage']} -> {after['stage']}")
+    changes += _entries("params", before["params"], after["params"])
+    changes += _digests("code of {}", before["code"], after["code"])
+    changes += _digests("file of params.{}", before["files"], after["files"])
+    changes += _digests("data behind params.{}", before["data"], after["data"])
+    changes += _upstream(before, after)
+    if before["generation"] < after["generation"]:
+        changes.append("forced")
+    return changes
+
+
+def _entries(name: str, before: Any, after: Any) -> Iterator[str]:
+    """Yield `params.x: old -> new` for each leaf that differs."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in sorted({*before, *after}):
+            yield from _entries(f"{name}.{key}", before.get(key), after.get(key))
+    elif before != after:
+        yield f"{name}: {json.dumps(before)} -> {json.dumps(after)}"
+
+
+def _digests(name: str, before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """Return which of the named digests changed, came or went, in at most three phrases."""
+    both = [key for key in after if key in before and before[key] != after[key]]
+    came = [key for key in after if key not in before]
+    gone = [key for key in before if key not in after]
+    return [
+        f"{name.format(shorten(keys))} {verb}"
+        for keys, verb in ((both, "changed"), (came, "came in"), (gone, "went out"))
+        if keys
+    ]
+
+
+def _upstream(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Return which upstream cells changed, came or went.
+
+    Cells are told apart by name; a renamed one with the same key in the same place is no change.
+    """
+    if before["inputs"] == after["inputs"]:
+        return []
+    old, new = _keys_by_name(before), _keys_by_name(after)
+    found = _digests("upstream {}", old, new)
+    return found or ["order of the upstream cells changed"]
+
+
+def _keys_by_name(ingredients: Mapping[str, Any]) -> dict[str, str]:
+    names = ingredients["names"]["inputs"]
+    return {
+        cell: key
+        for name, keys in ingredients["inputs"].items()
+        for cell, key in zip(names[name], keys, strict=True)
+    }
+
+
+def _top(target: str) -> str:
+    return target.partition(":")[0].partition(".")[0]

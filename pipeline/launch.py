@@ -1,0 +1,136 @@
+"""From a plan to an exit code: a new run, or an interrupted one that goes on."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from pipeline.driver import Driver
+from pipeline.errors import BadInput, Damaged
+from pipeline.executors import make_executor
+from pipeline.live import LiveView
+from pipeline.planner import Plan, Selection, make_plan
+from pipeline.report import print_failures, print_reports, print_tracking
+from pipeline.runs import RunOptions, RunRecord, RunState, State, new_run_id
+from pipeline.spec import Spec, load_spec
+from pipeline.store import Store
+from pipeline.tracking import RunFacts, TrackingThread, tracking_uri
+
+_EXIT_CODES = {RunState.DONE: 0, RunState.FAILED: 1}
+
+
+def start_run(spec: Spec, options: RunOptions, selection: Selection, console: Console) -> int:
+    """Run what is selected of a spec, if anything is to be run; return the exit code."""
+    store = Store(spec.storage)
+    plan = make_plan(spec, store, selection)
+    plan.require_runnable()
+    while not _to_run(plan):
+        keys = {one.cell.name: one.key for one in plan.cells if one.state == "cached"}
+        try:
+            selected = sum(one.selected for one in plan.cells)
+            console.print(f"Nothing to do: all {selected} cells are in the store.")
+            print_reports(spec, store, keys, console)
+            return 0
+        except Damaged as error:
+            console.print(f"{error}", soft_wrap=True)
+            store.set_aside(error.key)
+            plan = make_plan(spec, store, selection)
+    record = RunRecord(
+        run_id=new_run_id(),
+        options=options,
+        spec_text=spec.path.read_text(encoding="utf-8"),
+    )
+    return _execute(plan, store, record, console)
+
+
+def resume_run(store: Store, record: RunRecord, console: Console) -> int:
+    """Go on with a run that was interrupted or stopped, or that failed; return the exit code.
+
+    The spec is the one that the run began with, whatever the file says by now.
+
+    Raises:
+        BadInput: the run is still running.
+    """
+    if record.observed_state() is RunState.RUNNING:
+        raise BadInput(
+            f"Run {record.run_id} is running: process {record.pid} on {record.host}. Stop it first."
+        )
+    options = record.options
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / Path(options.file).name
+        path.write_text(record.spec_text, encoding="utf-8")
+        spec = load_spec(path, options.overrides)
+    selection = Selection(from_=options.from_, only=options.only, until=options.until)
+    plan = make_plan(spec, store, selection)
+    plan.require_runnable()
+    if record.state is RunState.DONE and record.tracked and not _to_run(plan):
+        console.print(f"Nothing to do: run {record.run_id} is complete.")
+        return 0
+    return _execute(plan, store, record, console)
+
+
+def _to_run(plan: Plan) -> int:
+    return sum(one.state == "run" for one in plan.cells)
+
+
+def _execute(plan: Plan, store: Store, record: RunRecord, console: Console) -> int:
+    options = record.options
+    console.print(
+        f"Run {record.run_id}: {_to_run(plan)} of {len(plan.cells)} cells to run, "
+        f"on {options.executor}, into {options.tracking}",
+        soft_wrap=True,
+    )
+    tracking = TrackingThread(options.tracking, record.tracking)
+    executor = make_executor(options.executor)
+    try:
+        executor.check(
+            (one.cell.name, one.cell.resources) for one in plan.cells if one.state == "run"
+        )
+        plan.commit(store, record.run_id)
+        record.save_request(store)
+        tracking.open(_facts(plan.spec, record))
+        driver = Driver(plan, store, record, executor, tracking, LiveView(console))
+        state = driver.run()
+    finally:
+        executor.stop()
+        tracking.finish(0)
+    if driver.signal is not None:
+        console.print(f"Stopped. `fls resume {record.run_id}` goes on from here.", soft_wrap=True)
+        return 128 + driver.signal
+    usable = {State.DONE, State.CACHED}
+    keys = {name: status.key for name, status in record.cells.items() if status.state in usable}
+    print_reports(plan.spec, store, keys, console)
+    print_failures(record, console)
+    print_tracking(record, console)
+    return _EXIT_CODES[state]
+
+
+def _facts(spec: Spec, record: RunRecord) -> RunFacts:
+    return RunFacts(
+        run_id=record.run_id,
+        name=spec.name,
+        experiment=spec.mlflow.experiment,
+        uri=tracking_uri(spec.mlflow.tracking_uri),
+        spec_file=record.options.file,
+        spec_text=record.spec_text,
+        tags=_source_tags(),
+        resumed=bool(record.cells),
+    )
+
+
+def _source_tags() -> dict[str, str]:
+    """Return the commit of the working directory, when it is in a Git repository."""
+    try:
+        done = subprocess.run(  # noqa: S603 - fixed arguments
+            ["git", "rev-parse", "HEAD"],  # noqa: S607 - the user's own git
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):  # no Git here, which is nothing to report
+        return {}
+    return {"mlflow.source.git.commit": done.stdout.strip()}

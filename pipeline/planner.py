@@ -1,0 +1,272 @@
+"""What a run would do, and why: which cells are in the store, which are run, which cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.errors import BadInput, Damaged
+from pipeline.graph import Cell, resolve, shorten
+from pipeline.keys import Identity, explain, identify
+from pipeline.spec import Spec
+from pipeline.stage import Estimate, Params
+from pipeline.store import Manifest, Store
+
+_DOCUMENT = "plan"
+_MEMORY = 10  # how many earlier runs `why` looks through
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which part of a spec is wanted; each a list of addresses, see `pipeline.graph.resolve`.
+
+    Attributes:
+        from_: these and what depends on them may run; all else comes from the store.
+        only: these alone may run.
+        until: these and what they depend on may run.
+        force: these run again, though the store has them; what depends on them follows.
+    """
+
+    from_: Sequence[str] = ()
+    only: Sequence[str] = ()
+    until: Sequence[str] = ()
+    force: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        options = {"--from": self.from_, "--only": self.only, "--until": self.until}
+        return " ".join(f"{option} {one}" for option, given in options.items() for one in given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedCell:
+    """One cell of a plan.
+
+    Attributes:
+        cell: the cell.
+        key: its key.
+        ingredients: see `pipeline.keys.Identity`.
+        state: "cached" (in the store), "run", or "blocked" (absent, and not to be made: it is not
+            selected, or needs a cell that is blocked).
+        why: the reason of the state, for people.
+        selected: whether the selection lets it run.
+        manifest: of a cached cell.
+        estimate: the stage's forecast, or None if it makes none.
+    """
+
+    cell: Cell
+    key: str
+    ingredients: Mapping[str, Any]
+    state: str
+    why: str
+    selected: bool
+    manifest: Manifest | None
+    estimate: Estimate | None
+
+    def row(self) -> dict[str, str]:
+        """Return what `fls plan --json` says of it."""
+        return {
+            "cell": self.cell.name,
+            "stage": self.cell.stage,
+            "key": self.key,
+            "state": self.state,
+            "why": self.why,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run would do.
+
+    Two cells may have the same key, because they have the same ingredients; one run serves both.
+
+    Attributes:
+        spec: the spec.
+        cells: all cells, in topological order.
+        generations: base identity -> generation, of forced cells.
+    """
+
+    spec: Spec
+    cells: Sequence[PlannedCell]
+    generations: Mapping[str, int] = field(default_factory=dict)
+
+    def require_runnable(self) -> None:
+        """Check that nothing selected is blocked.
+
+        Raises:
+            BadInput: something is; the message says what is absent.
+        """
+        stuck = [one for one in self.cells if one.selected and one.state == "blocked"]
+        if stuck:
+            lines = [f"{one.cell.name} {one.why}" for one in stuck]
+            raise BadInput("\n".join(["cannot run what is selected:", *lines]))
+
+    def commit(self, store: Store, run_id: str) -> None:
+        """Record that this plan is being run: once, before the first cell runs.
+
+        What `--force` asked for stays in force from now on, and `why` compares with this run.
+        """
+        for base, generation in self.generations.items():
+            store.raise_generation(base, generation)
+        cells = {
+            planned.cell.name: {"key": planned.key, "ingredients": planned.ingredients}
+            for planned in self.cells
+        }
+        store.write_run(run_id, _DOCUMENT, {"pipeline": self.spec.name, "cells": cells})
+
+
+def make_plan(spec: Spec, store: Store, selection: Selection | None = None) -> Plan:
+    """Plan a run; nothing is written.
+
+    Args:
+        spec: the spec.
+        store: where results are.
+        selection: what is wanted; None for all.
+
+    Raises:
+        BadInput: an address that no cell has, or a forced cell that is not selected.
+
+    Cost: one read of each source, each external file and each manifest; and of the plans of
+    earlier runs, if cells are to run.
+    """
+    selection = selection or Selection()
+    selected = _selected(spec.cells, selection)
+    forced = _addressed(selection.force, spec.cells)
+    if not forced <= selected:
+        stray = [cell.name for cell in spec.cells if cell.name in forced - selected]
+        raise BadInput(f"--force names what {selection} leaves out: {shorten(stray)}")
+    stored = store.generations()
+    raised: dict[str, int] = {}
+
+    def generation(cell: Cell, base: str) -> int:
+        if cell.name in forced:
+            raised[base] = stored.get(base, 0) + 1
+        return raised.get(base, stored.get(base, 0))
+
+    identities = identify(spec.cells, spec.plugins, generation)
+    judge = _Judge(store, selection, selected, identities, _History(store, spec.name))
+    return Plan(spec=spec, cells=[judge.plan(cell) for cell in spec.cells], generations=raised)
+
+
+def _addressed(addresses: Iterable[str], cells: Sequence[Cell]) -> set[str]:
+    return {cell.name for address in addresses for cell in resolve(address, cells)}
+
+
+def _selected(cells: Sequence[Cell], selection: Selection) -> set[str]:
+    """Return the names of the cells that may run."""
+    chosen = {cell.name for cell in cells}
+    if selection.from_:
+        after = _addressed(selection.from_, cells)
+        for cell in cells:
+            if not after.isdisjoint(cell.sources):
+                after.add(cell.name)
+        chosen &= after
+    if selection.until:
+        before = _addressed(selection.until, cells)
+        for cell in reversed(cells):
+            if cell.name in before:
+                before.update(cell.sources)
+        chosen &= before
+    if selection.only:
+        chosen &= _addressed(selection.only, cells)
+    return chosen
+
+
+class _Judge:
+    """Decides the state of each cell, in topological order."""
+
+    def __init__(
+        self,
+        store: Store,
+        selection: Selection,
+        selected: set[str],
+        identities: Mapping[str, Identity],
+        history: _History,
+    ):
+        self.store = store
+        self.selection = selection
+        self.selected = selected
+        self.identities = identities
+        self.history = history
+        self.blocked: set[str] = set()
+        self.upstream: dict[str, dict[str, Params]] = {}
+
+    def plan(self, cell: Cell) -> PlannedCell:
+        """Return a cell with its state."""
+        identity = self.identities[cell.name]
+        state, why, manifest = self.state(cell, identity)
+        if state == "blocked":
+            self.blocked.add(cell.name)
+        return PlannedCell(
+            cell=cell,
+            key=identity.key,
+            ingredients=identity.ingredients,
+            state=state,
+            why=why,
+            selected=cell.name in self.selected,
+            manifest=manifest,
+            estimate=self.estimate(cell),
+        )
+
+    def estimate(self, cell: Cell) -> Estimate | None:
+        """Return the stage's forecast, which may look at the parameters of all cells upstream."""
+        upstream: dict[str, Params] = {}
+        for source in cell.sources:
+            upstream |= self.upstream[source]
+        forecast = cell.declaration.estimate
+        self.upstream[cell.name] = {cell.name: cell.params, **upstream}
+        return forecast(cell.params, list(upstream.values())) if forecast else None
+
+    def state(self, cell: Cell, identity: Identity) -> tuple[str, str, Manifest | None]:
+        """Return state, reason and, if there is one, the manifest."""
+        damaged = False
+        try:
+            manifest = self.store.manifest(identity.key)
+        except Damaged:
+            manifest, damaged = None, True
+        if manifest:
+            return "cached", "in the store", manifest
+        if cell.name not in self.selected:
+            return "blocked", f"is not in the store, and {self.selection} leaves it out", None
+        absent = [name for name in cell.sources if name in self.blocked]
+        if absent:
+            return "blocked", f"needs {shorten(absent)}, which cannot be had", None
+        if damaged:
+            return "run", "stored result damaged", None
+        return "run", self.history.why(cell.name, identity), None
+
+
+class _History:
+    """What cells were made of in earlier runs of the pipeline; read only as far as asked."""
+
+    def __init__(self, store: Store, pipeline: str):
+        self.store = store
+        self.pipeline = pipeline
+        self.unread: list[str] | None = None  # run ids, the newest last
+        self.known: dict[str, Mapping[str, Any]] = {}
+
+    def why(self, name: str, identity: Identity) -> str:
+        """Return why the absent result of a cell is to be made."""
+        before = self.find(name)
+        if before is None:
+            return "never ran"
+        changes = explain(before, identity.ingredients)
+        if changes:
+            return "; ".join(changes)
+        if self.store.damaged(identity.key):
+            return "stored result damaged"
+        attempts = self.store.attempts(identity.key)
+        if attempts and self.store.failure(identity.key, attempts[-1]):
+            return "failed in the last run"
+        return "not finished in the last run"
+
+    def find(self, name: str) -> Mapping[str, Any] | None:
+        """Return the ingredients of a cell in the newest run that had it."""
+        if self.unread is None:
+            self.unread = self.store.list_runs()[-_MEMORY:]
+        while name not in self.known and self.unread:
+            document = self.store.read_run(self.unread.pop(), _DOCUMENT)
+            if document and document["pipeline"] == self.pipeline:
+                for cell, entry in document["cells"].items():
+                    self.known.setdefault(cell, entry["ingredients"])
+        return self.known.get(name)

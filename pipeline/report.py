@@ -1,0 +1,193 @@
+"""What commands print: plans, runs, and what a run ends with."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.live import clock
+from pipeline.planner import Plan, PlannedCell
+from pipeline.runs import CellStatus, RunRecord, State
+from pipeline.spec import Spec
+from pipeline.store import Store
+from pipeline.tracking import TrackerName
+
+_PLAN_STATES = ("cached", "run", "blocked")
+
+
+def print_plan(plan: Plan, console: Console, *, why: bool) -> None:
+    """Print a line for each stage and, with `why`, each cell's reason below it."""
+    table = _table("stage", "cells", *_PLAN_STATES, "memory", "disk")
+    stages: dict[str, list[PlannedCell]] = {}
+    for planned in plan.cells:
+        stages.setdefault(planned.cell.stage, []).append(planned)
+    for stage, group in stages.items():
+        counts = [sum(one.state == state for one in group) for state in _PLAN_STATES]
+        todo = [one.estimate for one in group if one.state == "run" and one.estimate]
+        memory = max((one.memory_bytes for one in todo if one.memory_bytes), default=None)
+        disk = sum(one.disk_bytes for one in todo if one.disk_bytes) or None
+        numbers = [str(count or "·") for count in counts]
+        table.add_row(stage, str(len(group)), *numbers, size(memory), size(disk))
+    console.print(table)
+    if why:
+        for planned in plan.cells:
+            _say(console, f"{planned.cell.name}: {planned.state}: {planned.why}")
+    todo_count = sum(one.state == "run" for one in plan.cells)
+    _say(console, f"{todo_count} of {len(plan.cells)} cells to run.")
+
+
+def print_reports(spec: Spec, store: Store, keys: Mapping[str, str], console: Console) -> None:
+    """Print the tables of promoted outputs, and where their other files are.
+
+    Args:
+        spec: declares the outputs.
+        store: holds them.
+        keys: cell -> key, of the cells whose results there are.
+        console: where to.
+    """
+    for cell in spec.cells:
+        for output, declared in cell.declaration.outputs.items():
+            if declared.promote and cell.name in keys:
+                folder = store.fetch(keys[cell.name], output)
+                table = folder / "table.md"
+                if table.is_file():
+                    _say(console, f"\n{table.read_text(encoding='utf-8')}")
+                for path in sorted(folder.iterdir()):
+                    if path != table:
+                        _say(console, f"{cell.name}: {_shown(path)}")
+
+
+def print_rows(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print results as a table, without the columns that are for programs."""
+    shown = [column for column in columns if column not in {"cell", "key", "run_id"}]
+    table = _table(*shown)
+    for row in rows:
+        table.add_row(*("" if row[column] is None else _number(row[column]) for column in shown))
+    console.print(table)
+
+
+def print_failures(record: RunRecord, console: Console) -> None:
+    """Print what failed, why, and how to learn more."""
+    for name, status in record.cells.items():
+        if status.state is State.FAILED and status.error:
+            _say(console, f"\n{name} failed: {status.error['message']}")
+            _say(console, f"  more: fls logs {shlex.quote(name)} --run {record.run_id}")
+    skipped = [name for name, status in record.cells.items() if status.state is State.SKIPPED]
+    if skipped:
+        _say(console, f"\n{len(skipped)} cells were skipped for want of their inputs.")
+
+
+def print_runs(records: Iterable[RunRecord], console: Console) -> None:
+    """Print a line for each run."""
+    table = _table("run", "file", "began", "state", "done", "cached", "failed", "of")
+    for record in records:
+        states = [status.state for status in record.cells.values()]
+        table.add_row(
+            record.run_id,
+            record.options.file,
+            f"{datetime.fromtimestamp(record.began):%Y-%m-%d %H:%M}",
+            record.observed_state(),
+            *(str(states.count(s) or "·") for s in (State.DONE, State.CACHED, State.FAILED)),
+            str(len(states)),
+        )
+    console.print(table)
+
+
+def print_run(record: RunRecord, console: Console) -> None:
+    """Print one run: its state, its stages, and what runs or failed."""
+    state = record.observed_state()
+    _say(console, f"Run {record.run_id} of {record.options.file}: {state}")
+    columns = list(State)
+    table = _table("stage", *columns)
+    stages = dict.fromkeys(status.stage for status in record.cells.values())
+    for stage in stages:
+        states = [status.state for status in record.cells.values() if status.stage == stage]
+        table.add_row(stage, *(str(states.count(column) or "·") for column in columns))
+    console.print(table)
+    for name, status in record.cells.items():
+        if status.state is State.RUNNING and status.progress:
+            done, total, unit = status.progress
+            _say(console, f"{name}: {done:g}/{total:g} {unit}")
+    print_failures(record, console)
+    if state not in {"running", "done"}:
+        _say(console, f"`fls resume {record.run_id}` goes on with it.")
+
+
+def print_log(store: Store, status: CellStatus, console: Console) -> None:
+    """Print what a cell's attempts had to say, with the traceback of those that failed."""
+    key = status.key
+    for attempt in store.attempts(key):
+        events, _ = store.read_events(key, attempt)
+        began = events[0] if events else {}
+        _say(console, f"attempt {attempt} on {began.get('host', '?')}")
+        for event in events:
+            text = _event_text(event)
+            if text:
+                _say(console, f"{clock(event['time'] - began['time']):>8}  {text}")
+        failure = store.failure(key, attempt)
+        if failure:
+            _say(console, failure.get("traceback") or failure["message"])
+    if status.error:
+        _say(console, f"{status.state}: {status.error['message']}")
+
+
+def _event_text(event: Mapping[str, Any]) -> str:
+    if event["type"] == "text":
+        return str(event["text"])
+    if event["type"] == "metrics":
+        values = "  ".join(f"{name} {value:.6g}" for name, value in event["values"].items())
+        return values if event["step"] is None else f"step {event['step']}: {values}"
+    return ""
+
+
+def print_tracking(record: RunRecord, console: Console) -> None:
+    """Print where to look at the run as a whole."""
+    if record.options.tracking is TrackerName.MLFLOW:
+        file = record.options.file
+        command = "fls ui" if file == "pipeline.yaml" else f"fls ui {shlex.quote(file)}"
+        _say(console, f"\nAll runs side by side: {command}")
+    else:
+        _say(console, f"\nAll events: tracking/{record.run_id}.jsonl")
+
+
+def size(number: int | None) -> str:
+    """Return a number of bytes for people.
+
+    >>> size(None), size(512), size(3_500_000)
+    ('', '512 B', '3.5 MB')
+    """
+    if number is None:
+        return ""
+    value = float(number)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True)
+
+
+def _shown(path: Path) -> str:
+    """Return a path as short as it can be from here."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,127 @@
+"""Results of a spec: the rows that its cells wrote, and copies of what they made."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import BadInput
+from pipeline.graph import Cell, resolve, shorten
+from pipeline.planner import Plan, make_plan
+from pipeline.runs import recorded_ids
+from pipeline.spec import Spec
+from pipeline.stage import Results
+from pipeline.store import Store
+
+Row = dict[str, Any]
+
+
+def result_rows(spec: Spec, store: Store) -> tuple[list[str], list[Row], list[str]]:
+    """Gather the rows of all cells that give results, for the keys that the spec has now.
+
+    Returns:
+        The columns in order; the rows, each with `cell` and `run_id` filled in (None where no
+        tracking server knows of it); and the cells that have no results yet.
+
+    Raises:
+        BadInput: no plugin declares how results look.
+    """
+    declared = [
+        plugin.catalogue.results for plugin in spec.plugins if plugin.catalogue.results is not None
+    ]
+    if not declared:
+        raise BadInput(f"no plugin of {spec.path} declares results.")
+    found = {
+        cell.name: (cell, output, results)
+        for results in declared
+        for cell, output in _with_output(spec.cells, results.kind)
+    }
+    keys = _keys(make_plan(spec, store), store, list(found))
+    ids = recorded_ids(store, keys.values())
+    rows: list[Row] = []
+    for name, key in keys.items():
+        _, output, results = found[name]
+        text = (store.fetch(key, output) / "rows.json").read_text(encoding="utf-8")
+        records = ids[key].records if key in ids else {}
+        rows += [_row(results, name, records, row) for row in json.loads(text)]
+    columns = dict.fromkeys(column for results in declared for column in results.columns)
+    return list(columns), rows, [name for name in found if name not in keys]
+
+
+def _row(results: Results, cell: str, records: Mapping[str, str], row: Row) -> Row:
+    full = {**row, "cell": cell, "run_id": records.get(row["model_cell"])}
+    return {column: full.get(column) for column in results.columns}
+
+
+def _keys(plan: Plan, store: Store, names: Sequence[str]) -> dict[str, str]:
+    """Return cell -> key of its result, where there is one.
+
+    A cell that ran on fewer inputs than planned, because others failed, has its result under
+    another key, which its run knows.
+    """
+    planned = {one.cell.name: one for one in plan.cells}
+    keys = {name: planned[name].key for name in names if planned[name].state == "cached"}
+    absent = {name for name in names if name not in keys}
+    for run_id in reversed(store.list_runs()):
+        if not absent:
+            break
+        before = (store.read_run(run_id, "plan") or {"cells": {}})["cells"]
+        status = store.read_run(run_id, "state") or {"cells": []}
+        for cell in status["cells"]:
+            name = cell["cell"]
+            same = name in absent and before.get(name, {}).get("key") == planned[name].key
+            if same and cell["state"] in {"done", "cached"} and store.manifest(cell["key"]):
+                keys[name] = cell["key"]
+                absent.remove(name)
+    return {name: keys[name] for name in names if name in keys}
+
+
+def to_csv(columns: Sequence[str], rows: Sequence[Row]) -> str:
+    """Return rows as CSV with a header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def export(spec: Spec, store: Store, address: str, destination: Path) -> None:
+    """Write a user's copy of what one cell made, in the way its plugin knows.
+
+    Raises:
+        BadInput: the address is not one cell's, the cell gives nothing to export, or it has not
+            run yet.
+    """
+    cells = resolve(address, spec.cells)
+    if len(cells) != 1:
+        names = shorten([cell.name for cell in cells])
+        raise BadInput(f"{address!r} stands for {len(cells)} cells; choose one: {names}")
+    for plugin in spec.plugins:
+        catalogue = plugin.catalogue
+        if catalogue.exporter is None or catalogue.exports is None:
+            continue
+        for cell, output in _with_output(cells, catalogue.exports):
+            key = _keys(make_plan(spec, store), store, [cell.name]).get(cell.name)
+            if key is None:
+                raise BadInput(f"{cell.name} is not in the store; `fls run {spec.path}` makes it.")
+            module, _, attribute = catalogue.exporter.partition(":")
+            destination.mkdir(parents=True, exist_ok=True)
+            getattr(importlib.import_module(module), attribute)(
+                store.fetch(key, output), destination
+            )
+            return
+    kinds = {out.kind for cell in cells for out in cell.declaration.outputs.values()}
+    raise BadInput(f"{address} gives nothing to export, only: {', '.join(sorted(kinds))}")
+
+
+def _with_output(cells: Sequence[Cell], kind: str) -> Iterator[tuple[Cell, str]]:
+    """Yield the cells that have an output of `kind`, each with that output's name."""
+    for cell in cells:
+        for name, output in cell.declaration.outputs.items():
+            if output.kind == kind:
+                yield cell, name

@@ -1,0 +1,275 @@
+"""Runs: what the driver writes down about one, so that it can be shown, resumed and found again.
+
+A run has documents in the store: `run` (what was asked for; written once), `state` (how far it is;
+rewritten every few seconds, which is also the driver's heartbeat) and `tracking` (how far it is
+recorded, and under which ids). The planner adds a fourth, `plan`.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from pipeline.errors import BadInput, nearest
+from pipeline.events import Cursor
+from pipeline.executors import ExecutorName
+from pipeline.store import Store
+from pipeline.tracking import TrackerName, TrackingProgress
+
+HEARTBEAT_S = 2.0
+_SILENT_S = 60.0
+
+
+class State(StrEnum):
+    """Where a cell stands in a run."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    DONE = "done"
+    CACHED = "cached"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+
+
+class RunState(StrEnum):
+    """How a run stands; a dead driver's run is found `interrupted`, it cannot say so itself."""
+
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    INTERRUPTED = "interrupted"
+
+
+@dataclass(kw_only=True)
+class CellStatus:
+    """How one cell stands.
+
+    Attributes:
+        cell: its name.
+        stage: its stage's name.
+        key: its key.
+        state: see `State`.
+        began: Unix time at which its running attempt began, or None.
+        seconds: how long its last attempt took, or None.
+        progress: (done, total, unit) inside the stage, or None.
+        error: `message`, and mostly `traceback`, of what failed or why it was skipped; or None.
+    """
+
+    cell: str
+    stage: str
+    key: str
+    state: State = State.WAITING
+    began: float | None = None
+    seconds: float | None = None
+    progress: tuple[float, float, str] | None = None
+    error: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What was asked for: with the spec's text, all that `fls resume` needs to go on.
+
+    Attributes:
+        file: the spec's path as given.
+        overrides: the `--set` options.
+        from_: the `--from` options.
+        only: the `--only` options.
+        until: the `--until` options.
+        executor: name of the executor.
+        tracking: name of the tracker.
+        max_parallel: most cells at once, or None.
+    """
+
+    file: str
+    overrides: Sequence[str] = ()
+    from_: Sequence[str] = ()
+    only: Sequence[str] = ()
+    until: Sequence[str] = ()
+    executor: ExecutorName = ExecutorName.RAY
+    tracking: TrackerName = TrackerName.MLFLOW
+    max_parallel: int | None = None
+
+
+@dataclass(kw_only=True)
+class RunRecord:
+    """One run, as it stands in the store.
+
+    Attributes:
+        run_id: `YYYYMMDD-HHMMSS-xxxx`, in UTC.
+        options: what was asked for.
+        spec_text: the spec as it was read.
+        began: Unix time.
+        state: see `RunState`; as the driver last wrote it.
+        host: the driver's machine.
+        pid: the driver's process.
+        heartbeat: Unix time of the driver's last sign of life.
+        cells: cell -> status.
+        tracking: how far the run is recorded.
+        tracked: whether all of it is.
+    """
+
+    run_id: str
+    options: RunOptions
+    spec_text: str
+    began: float = field(default_factory=time.time)
+    state: RunState = RunState.RUNNING
+    host: str = ""
+    pid: int = 0
+    heartbeat: float = 0.0
+    cells: Mapping[str, CellStatus] = field(default_factory=dict)
+    tracking: TrackingProgress = field(default_factory=TrackingProgress)
+    tracked: bool = False
+
+    def claim(self, cells: Mapping[str, CellStatus]) -> None:
+        """Make this process the run's driver, with these cells as they stand."""
+        self.state, self.tracked = RunState.RUNNING, False
+        self.host, self.pid = socket.gethostname(), os.getpid()
+        self.cells = cells
+
+    def save_request(self, store: Store) -> None:
+        """Write what was asked for."""
+        document = {
+            "options": asdict(self.options),
+            "spec_text": self.spec_text,
+            "began": self.began,
+        }
+        store.write_run(self.run_id, "run", document)
+
+    def save_progress(self, store: Store) -> None:
+        """Write how far the run is, and that its driver is alive."""
+        self.heartbeat = time.time()
+        state = {
+            "state": self.state,
+            "host": self.host,
+            "pid": self.pid,
+            "heartbeat": self.heartbeat,
+            "cells": [asdict(status) for status in self.cells.values()],
+        }
+        store.write_run(self.run_id, "state", state)
+        keys = {name: status.key for name, status in self.cells.items()}
+        tracking = {**asdict(self.tracking), "keys": keys, "tracked": self.tracked}
+        store.write_run(self.run_id, "tracking", tracking)
+
+    def status(self, cell: str) -> CellStatus:
+        """Return how a cell stands.
+
+        Raises:
+            BadInput: the run has no such cell.
+        """
+        if cell not in self.cells:
+            raise BadInput(f"Run {self.run_id} has no cell {cell!r}{nearest(cell, self.cells)}.")
+        return self.cells[cell]
+
+    def observed_state(self) -> RunState:
+        """Return the state as it is: a run whose driver is dead or silent is interrupted."""
+        silent = time.time() - self.heartbeat > _SILENT_S
+        dead = self.host == socket.gethostname() and not _alive(self.pid)
+        lost = self.state is RunState.RUNNING and (silent or dead)
+        return RunState.INTERRUPTED if lost else self.state
+
+
+def new_run_id() -> str:
+    """Return an id that sorts by time and that two drivers do not share."""
+    return time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(2)
+
+
+def load_run(store: Store, run_id: str) -> RunRecord:
+    """Read a run from the store.
+
+    Raises:
+        BadInput: there is no such run.
+    """
+    request = store.read_run(run_id, "run")
+    state = store.read_run(run_id, "state")
+    tracking = store.read_run(run_id, "tracking")
+    if request is None or state is None or tracking is None:
+        raise BadInput(f"{store.url} has no run {run_id!r}.")
+    return RunRecord(
+        run_id=run_id,
+        options=_options(request["options"]),
+        spec_text=request["spec_text"],
+        began=request["began"],
+        state=RunState(state["state"]),
+        host=state["host"],
+        pid=state["pid"],
+        heartbeat=state["heartbeat"],
+        cells={
+            fields["cell"]: CellStatus(**{**fields, "state": State(fields["state"])})
+            for fields in state["cells"]
+        },
+        tracking=TrackingProgress(
+            cursors={cell: Cursor(**cursor) for cell, cursor in tracking["cursors"].items()},
+            closed=tracking["closed"],
+            ids=tracking["ids"],
+        ),
+        tracked=tracking["tracked"],
+    )
+
+
+def _options(fields: Mapping[str, Any]) -> RunOptions:
+    names = {
+        "executor": ExecutorName(fields["executor"]),
+        "tracking": TrackerName(fields["tracking"]),
+    }
+    return RunOptions(**{**fields, **names})
+
+
+def find_run(store: Store, name: str) -> RunRecord:
+    """Return the run whose id is, or begins with, `name`; `last` is the newest.
+
+    Raises:
+        BadInput: there is none, or more than one.
+    """
+    known = store.list_runs()
+    found = known[-1:] if name == "last" else [one for one in known if one.startswith(name)]
+    if not found:
+        raise BadInput(f"{store.url} has no run {name!r}{nearest(name, known)}; see `fls status`.")
+    if len(found) > 1:
+        raise BadInput(f"{name!r} stands for several runs: {', '.join(found)}.")
+    return load_run(store, found[0])
+
+
+@dataclass(frozen=True)
+class RecordedIds:
+    """Under which ids a result was recorded: its cell's, and those of the records it made."""
+
+    cell: str | None
+    records: Mapping[str, str]
+
+
+def recorded_ids(store: Store, keys: Iterable[str]) -> dict[str, RecordedIds]:
+    """Return key -> ids under which the newest run that made the result recorded it.
+
+    Cost: one small document for each run, newest first, until all keys are found.
+    """
+    wanted = set(keys)
+    found: dict[str, RecordedIds] = {}
+    for run_id in reversed(store.list_runs()):
+        if not wanted:
+            break
+        tracking = store.read_run(run_id, "tracking") or {"closed": []}
+        for cell in tracking["closed"]:
+            key = tracking["keys"].get(cell)
+            if key in wanted and tracking["ids"]:
+                wanted.remove(key)
+                found[key] = RecordedIds(
+                    tracking["ids"]["cells"].get(cell), tracking["ids"]["records"].get(cell, {})
+                )
+    return found
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it lives, and is another user's
+        return True
+    return True

@@ -1,0 +1,163 @@
+"""Which cells of a plan may run now, and what follows when one ends."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.graph import Cell, Source, shorten
+from pipeline.planner import Plan
+from pipeline.runs import CellStatus, State
+from pipeline.worker import TaskInput
+
+_USABLE = {State.DONE, State.CACHED}
+_SETTLED = {*_USABLE, State.FAILED, State.SKIPPED}
+
+
+class Schedule:
+    """The cells of a run, their statuses, and the order in which they may run.
+
+    A cell that gathers many inputs runs on those there are when some failed. Its result is not
+    what its planned key stands for, so it goes under a key of its own, and so do its descendants.
+
+    Attributes:
+        statuses: cell -> status, in topological order; cells that the selection leaves out and
+            that are not in the store are absent.
+    """
+
+    def __init__(self, plan: Plan):
+        planned = [one for one in plan.cells if one.state != "blocked"]
+        self._planned = {one.cell.name: one for one in planned}
+        self.statuses = {
+            one.cell.name: CellStatus(
+                cell=one.cell.name,
+                stage=one.cell.stage,
+                key=one.key,
+                state=State.CACHED if one.state == "cached" else State.WAITING,
+            )
+            for one in planned
+        }
+        self._depth = self._depths()
+
+    def cell(self, name: str) -> Cell:
+        """Return the cell called `name`."""
+        return self._planned[name].cell
+
+    def ingredients(self, name: str) -> dict[str, Any]:
+        """Return what the cell's result is made of, as it is: with the inputs that there are."""
+        return {**self._planned[name].ingredients, "inputs": self._input_keys(name)}
+
+    def task_inputs(self, name: str) -> dict[str, list[TaskInput]]:
+        """Return the cell's inputs as its worker needs to know them."""
+        return {
+            key: [
+                {
+                    "cell": source.cell,
+                    "stage": self.cell(source.cell).stage,
+                    "key": self.statuses[source.cell].key,
+                    "axes": dict(self.cell(source.cell).axes),
+                    "output": source.output,
+                    "available": self.available(source),
+                }
+                for source in sources
+            ]
+            for key, sources in self.cell(name).inputs.items()
+        }
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing waits or runs."""
+        return all(status.state in _SETTLED for status in self.statuses.values())
+
+    def ready(self) -> list[str]:
+        """Return the waiting cells that may run now, those with the longest way to go first.
+
+        Cells that lost an input they cannot do without are marked skipped on the way.
+        """
+        found = []
+        for name, status in self.statuses.items():
+            cell = self.cell(name)
+            if status.state is not State.WAITING or not all(
+                self._state(source) in _SETTLED for source in cell.sources
+            ):
+                continue
+            lost = self._lost(cell)
+            if lost:
+                status.state = State.SKIPPED
+                status.error = {"message": f"needs {shorten(lost)}, which failed"}
+                continue
+            status.key = self._key(name)
+            found.append(name)
+        return sorted(found, key=lambda name: -self._depth[name])
+
+    def available(self, source: Source) -> bool:
+        """Tell whether a connected output can be fetched."""
+        return self._state(source.cell) in _USABLE
+
+    def reset(self, key: str, exists: Callable[[str], bool]) -> list[str]:
+        """Make the cells of `key`, whose result is damaged or gone, wait again.
+
+        Args:
+            key: of the result.
+            exists: tells of a key whether the store has its result.
+
+        Returns:
+            The cells that wait again: those of the key, and what they need that is gone too.
+        """
+        names = [name for name, status in self.statuses.items() if status.key == key]
+        again = []
+        while names:
+            name = names.pop()
+            status = self.statuses[name]
+            if status.state in _USABLE:
+                status.state, status.progress = State.WAITING, None
+                again.append(name)
+                names += [
+                    source
+                    for source in self.cell(name).sources
+                    if source in self.statuses and not exists(self.statuses[source].key)
+                ]
+        return again
+
+    def _state(self, name: str) -> State:
+        """Return a cell's state; what the selection left out and is not there cannot be had."""
+        return self.statuses[name].state if name in self.statuses else State.SKIPPED
+
+    def _lost(self, cell: Cell) -> list[str]:
+        """Return the failed cells that `cell` cannot do without."""
+        lost = []
+        for name, sources in cell.inputs.items():
+            missing = [source.cell for source in sources if not self.available(source)]
+            partial = cell.declaration.inputs[name].many and len(missing) < len(sources)
+            lost += [] if partial else missing
+        return lost
+
+    def _key(self, name: str) -> str:
+        """Return the planned key, or one for a result made of fewer or other inputs."""
+        planned = self._planned[name]
+        inputs = self._input_keys(name)
+        if inputs == planned.ingredients["inputs"]:
+            return planned.key
+        text = json.dumps({"planned": planned.key, "inputs": inputs}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _input_keys(self, name: str) -> dict[str, list[str]]:
+        """Return the keys of the inputs as they are; that of a failed cell is marked."""
+        return {
+            key: [
+                ("" if self.available(source) else "failed:") + self.statuses[source.cell].key
+                for source in sources
+            ]
+            for key, sources in self.cell(name).inputs.items()
+        }
+
+    def _depths(self) -> dict[str, int]:
+        """Return for each cell how many cells the longest way from it to the end has."""
+        depth = dict.fromkeys(self._planned, 1)
+        for name in reversed(list(self._planned)):
+            for source in self.cell(name).sources:
+                if source in depth:
+                    depth[source] = max(depth[source], depth[name] + 1)
+        return depth

@@ -1,0 +1,377 @@
+"""Reads a `pipeline.yaml`: from text to connected cells, or to all its problems at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from pipeline import yaml_loader
+from pipeline.code_digest import find_module, missing_target
+from pipeline.errors import BadInput, Problem, SpecError, nearest
+from pipeline.graph import Cell, Scalar, StageSpec, cell_name, expand, topological
+from pipeline.interpolate import override
+from pipeline.params import Issue, Marked, issues_of, marked
+from pipeline.spec_shape import FileShape, ResourcesShape, StageShape
+from pipeline.stage import Catalogue, Params, Registry, Resources, Stage
+from pipeline.yaml_loader import Document, Path
+
+# -------------------------------------------------------------------- what load_spec returns
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlflowSpec:
+    """Where runs are tracked; `tracking_uri` None leaves it to the environment."""
+
+    experiment: str
+    tracking_uri: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plugin:
+    """A plugin: the module that holds its catalogue, and the catalogue."""
+
+    module: str
+    catalogue: Catalogue
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """A pipeline without mistakes.
+
+    Attributes:
+        name: the pipeline's name.
+        path: the file it is from.
+        plugins: in the file's order.
+        storage: absolute path of a folder, or an fsspec URL.
+        mlflow: where runs are tracked.
+        stages: name -> stage, in the file's order.
+        cells: all cells, stages in topological order.
+    """
+
+    name: str
+    path: FilePath
+    plugins: Sequence[Plugin]
+    storage: str
+    mlflow: MlflowSpec
+    stages: Mapping[str, StageSpec]
+    cells: Sequence[Cell]
+
+
+def load_spec(path: FilePath, overrides: Sequence[str] = ()) -> Spec:
+    """Read a spec, check all of it, and make its cells.
+
+    The working directory is put on the path of Python's imports, as `python -m` does, because
+    plugins and the user's own functions are looked for there.
+
+    Args:
+        path: the YAML file.
+        overrides: `--set` options, see `pipeline.interpolate.override`.
+
+    Returns:
+        The spec, free of mistakes.
+
+    Raises:
+        BadInput: the file cannot be read.
+        SpecError: it has mistakes; all of them, in file order.
+    """
+    try:
+        text = FilePath(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read {path}: {error}") from None
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    document = yaml_loader.load(text, str(path))
+    if not isinstance(document.value, dict):
+        document.note(document.root, "expected a mapping with 'name', 'plugins' and 'stages'")
+        raise SpecError(document.problems)
+    override(document, overrides, os.environ)
+    spec = _Builder(document, FilePath(path)).build()
+    if document.problems:
+        raise SpecError(document.problems)
+    return spec
+
+
+# ------------------------------------------------------------------------------ the building
+
+
+class _Builder:
+    """Turns a document into a spec, noting problems in the document on the way."""
+
+    def __init__(self, document: Document, path: FilePath):
+        self.document = document
+        self.path = path
+        self.plugins: list[Plugin] = []
+        self.types: dict[str, Stage] = {}
+        self.unsure: set[str] = set()  # stages whose axes are wrong
+
+    def build(self) -> Spec:
+        """Return the spec; it can be used only if the document has no problems afterwards.
+
+        Raises:
+            SpecError: the top level is not in order.
+        """
+        raw = self.document.value
+        try:
+            shape = FileShape.model_validate(raw)
+        except ValidationError as error:
+            shape = None
+            self.note_issues(error, FileShape, raw, ())
+        for index, module in enumerate(_strings(raw.get("plugins"))):
+            self.add_plugin(module, ("plugins", index))
+        stages = dict(self.stages(raw.get("stages")))
+        params: dict[str, Params] = {}
+        for stage in stages.values():
+            params |= self.stage_params(stage)
+        order, cycles = topological(stages)
+        for cycle in cycles:
+            self.note_cycle(cycle, stages[cycle[-1]])
+        cells = expand({name: stages[name] for name in order}, params, self.note_join)
+        if shape is None:
+            raise SpecError(self.document.problems)
+        return Spec(
+            name=shape.name,
+            path=self.path,
+            plugins=self.plugins,
+            storage=shape.storage if "://" in shape.storage else os.path.abspath(shape.storage),
+            mlflow=MlflowSpec(
+                experiment=shape.mlflow.experiment or shape.name,
+                tracking_uri=shape.mlflow.tracking_uri,
+            ),
+            stages=stages,
+            cells=cells,
+        )
+
+    # -- plugins
+
+    def add_plugin(self, name: str, path: Path) -> None:
+        """Import a plugin's catalogue."""
+        try:
+            plugin = _import_catalogue(name)
+        except Exception as error:  # any error, because it is the plugin author's code that runs
+            self.note(path, f"cannot import plugin {name!r}: {type(error).__name__}: {error}")
+            return
+        if plugin is None:
+            self.note(path, f"plugin {name!r} has no CATALOGUE, nor has {name}.catalogue")
+            return
+        self.plugins.append(plugin)
+        for stage in plugin.catalogue.stages:
+            if stage.name in self.types:
+                self.note(path, f"plugin {name!r}: another plugin has a stage {stage.name!r} too")
+            self.types[stage.name] = stage
+
+    # -- stages
+
+    def stages(self, raw: Any) -> Iterator[tuple[str, StageSpec]]:
+        """Yield the stages whose own entries are in order."""
+        for name, entry in raw.items() if isinstance(raw, dict) else ():
+            shape = self.stage_shape(name, entry)
+            if shape is None:
+                continue
+            declaration = self.types.get(shape.uses)
+            if declaration is None:
+                if len(self.plugins) == len(_strings(self.document.value.get("plugins"))):
+                    self.note(
+                        ("stages", name, "uses"),
+                        f"unknown stage type {shape.uses!r}{nearest(shape.uses, self.types)}; "
+                        f"known: {', '.join(self.types)}",
+                    )
+                continue
+            yield (
+                name,
+                StageSpec(
+                    name=name,
+                    declaration=declaration,
+                    matrix=self.matrix(name, shape, declaration),
+                    inputs=self.inputs(name, shape, declaration, raw),
+                    params=shape.params,
+                    resources=_resources(declaration.resources, shape.resources),
+                    retries=shape.retries,
+                    timeout_s=shape.timeout_s,
+                    checkpoint_every_s=shape.checkpoint_every_s,
+                ),
+            )
+
+    def stage_shape(self, name: str, entry: Any) -> StageShape | None:
+        """Read a stage's own keys; those that are wrong are noted, then taken as not given."""
+        try:
+            return StageShape.model_validate(entry)
+        except ValidationError as error:
+            wrong = self.note_issues(error, StageShape, entry, ("stages", name))
+        if "matrix" in wrong:
+            self.unsure.add(name)
+        if not isinstance(entry, dict) or "uses" in wrong or "uses" not in entry:
+            return None
+        right = {key: value for key, value in entry.items() if key not in wrong}
+        return StageShape.model_validate(right)
+
+    def matrix(
+        self, name: str, shape: StageShape, declaration: Stage
+    ) -> dict[str, Sequence[Scalar]]:
+        """Return the axes that are parameters of the stage type."""
+        known = declaration.params.model_fields
+        axes: dict[str, Sequence[Scalar]] = {}
+        for axis, values in shape.matrix.items():
+            path = ("stages", name, "matrix", axis)
+            if axis not in known:
+                hint = nearest(axis, known) or f"; parameters: {', '.join(known) or 'none'}"
+                message = f"axis {axis!r} is no parameter of {declaration.name!r}{hint}"
+                self.note(path, message, key=True)
+                self.unsure.add(name)
+                continue
+            if axis in shape.params:
+                self.note(path, f"{axis!r} is given in 'params' too; keep one", key=True)
+            axes[axis] = values
+        return axes
+
+    def inputs(
+        self, name: str, shape: StageShape, declaration: Stage, stages: Mapping[str, Any]
+    ) -> dict[str, list[str]]:
+        """Return the declared inputs that are connected."""
+        root = ("stages", name, "inputs")
+        if stages[name].get("inputs") and not shape.inputs:
+            return {}  # what is there could not be read
+        connected: dict[str, list[str]] = {}
+        for key, upstream in shape.inputs.items():
+            declared = declaration.inputs.get(key)
+            if declared is None:
+                known = declaration.inputs
+                hint = nearest(key, known) or f"; inputs: {', '.join(known) or 'none'}"
+                self.note(
+                    (*root, key),
+                    f"{declaration.name!r} has no input {key!r}{hint}",
+                    key=True,
+                )
+                continue
+            if len(upstream) > 1 and not declared.many:
+                self.note((*root, key), f"input {key!r} takes one stage, got {len(upstream)}")
+            for index, other in enumerate(upstream):
+                if other not in stages:
+                    self.note(
+                        (*root, key, index),
+                        f"{name!r} depends on a stage that is not there: {other!r}"
+                        f"{nearest(other, stages) or '; stages: ' + ', '.join(stages)}",
+                    )
+                elif other in upstream[:index]:
+                    self.note((*root, key, index), f"{other!r} is listed more than once")
+            connected[key] = list(dict.fromkeys(upstream))
+        for key, declared in declaration.inputs.items():
+            if key not in shape.inputs and not declared.optional:
+                where = root if shape.inputs else root[:-1]
+                self.note(where, f"missing input {key!r}: a {declared.kind!r}", key=True)
+        return connected
+
+    # -- parameters
+
+    def stage_params(self, stage: StageSpec) -> dict[str, Params]:
+        """Return cell name -> validated parameters of the cells that have valid ones."""
+        found: dict[str, Params] = {}
+        for point in stage.points():
+            values = {**stage.params, **point}
+            model = stage.declaration.params
+            try:
+                params = model.model_validate(values)
+            except ValidationError as error:
+                issues = issues_of(error, model, values)
+                for issue in issues:
+                    self.note_param(stage, point, issue)
+                wrong = {issue.path[0] for issue in issues if issue.path}
+                right = {key: value for key, value in values.items() if key not in wrong}
+                params = model.model_construct(**right)  # its names can be checked all the same
+            else:
+                found[cell_name(stage.name, point)] = params
+            for mark in marked(params):
+                message = _name_trouble(mark)
+                if message:
+                    self.note_param(stage, point, Issue(mark.path, message))
+        return found
+
+    def note_param(self, stage: StageSpec, point: Mapping[str, Scalar], issue: Issue) -> None:
+        """Note a problem with a parameter, where the file gives it: in `params` or `matrix`."""
+        root: Path = ("stages", stage.name)
+        first = issue.path[0] if issue.path else None
+        if first in point:
+            index = list(stage.matrix[str(first)]).index(point[str(first)])
+            self.note((*root, "matrix", str(first), index), issue.message)
+        elif stage.params:
+            self.note((*root, "params", *issue.path), issue.message, key=issue.key)
+        else:
+            self.note(root, issue.message, key=True)
+
+    # -- problems
+
+    def note_cycle(self, cycle: Sequence[str], last: StageSpec) -> None:
+        """Note a cycle, where the stage that closes it takes its input."""
+        key = next(key for key, upstream in last.inputs.items() if cycle[-2] in upstream)
+        self.note_input(last.name, key, cycle[-2], f"the stages form a cycle: {' -> '.join(cycle)}")
+
+    def note_join(self, stage: str, key: str, upstream: str, message: str) -> None:
+        """Note cells that do not join, unless that follows from axes that are wrong."""
+        if self.unsure.isdisjoint((stage, upstream)):
+            self.note_input(stage, key, upstream, message)
+
+    def note_input(self, stage: str, key: str, upstream: str, message: str) -> None:
+        """Note a problem with what input `key` of `stage` takes from `upstream`."""
+        given = self.document.value["stages"][stage]["inputs"][key]
+        path: Path = ("stages", stage, "inputs", key)
+        self.note((*path, given.index(upstream)) if isinstance(given, list) else path, message)
+
+    def note(self, path: Path, message: str, *, key: bool = False) -> None:
+        """Note a problem at `path`, unless the value there could not even be read."""
+        position = self.document.position(path, key=key)
+        if position not in self.document.unknown:
+            self.document.problems.append(Problem(position, message))
+
+    def note_issues(
+        self, error: ValidationError, model: type[BaseModel], values: Any, path: Path
+    ) -> set[str | int]:
+        """Note what is wrong with the `values` at `path`; return their keys that are."""
+        issues = issues_of(error, model, values)
+        for issue in issues:
+            self.note((*path, *issue.path), issue.message, key=issue.key)
+        return {issue.path[0] for issue in issues if issue.path}
+
+
+def _import_catalogue(name: str) -> Plugin | None:
+    """Import the CATALOGUE of the module `name.catalogue`, or of `name` if there is none."""
+    inner = f"{name}.catalogue"
+    module = importlib.import_module(inner if find_module(inner) else name)
+    found = getattr(module, "CATALOGUE", None)
+    return Plugin(module=module.__name__, catalogue=found) if found is not None else None
+
+
+def _resources(default: Resources, given: ResourcesShape) -> Resources:
+    changes = given.model_dump(exclude_none=True)
+    if "memory" in changes:
+        changes["memory_bytes"] = changes.pop("memory")
+    return dataclasses.replace(default, **changes)
+
+
+def _name_trouble(mark: Marked) -> str | None:
+    """Return what is wrong with the name or file that a parameter gives, or None."""
+    name = str(mark.path[-1])
+    if isinstance(mark.marker, Registry):
+        registry = mark.marker
+        entry = registry.find(mark.value)
+        if entry is None:
+            known = list(registry.entries) + [f"{prefix}..." for prefix in registry.prefixes]
+            return (
+                f"{name}: unknown {registry.kind} {mark.value!r}"
+                f"{nearest(mark.value, registry.entries)}; known: {', '.join(known)}"
+                f"{', or package.module:function' if registry.open else ''}"
+            )
+        return missing_target(entry.target) if entry.target == mark.value else None
+    if not os.path.isfile(mark.value):
+        return f"{name}: no file {mark.value!r} (looked for from {os.getcwd()})"
+    return None
+
+
+def _strings(value: Any) -> list[str]:
+    return [one for one in value if isinstance(one, str)] if isinstance(value, list) else []

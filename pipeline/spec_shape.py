@@ -1,0 +1,112 @@
+"""The shape of a spec file, before its names mean anything: keys, types, ranges and defaults."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from pipeline.graph import show
+
+_UNITS = {
+    unit: base**power
+    for power, letter in enumerate("KMGT", start=1)
+    for unit, base in ((f"{letter}B", 1000), (f"{letter}iB", 1024))
+}
+_SIZE = re.compile(rf"([0-9]+(?:\.[0-9]+)?) ?({'|'.join(_UNITS)})")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+
+
+def _size(value: Any) -> Any:
+    """Read `4GB` as 4_000_000_000 and `4GiB` as 2**32.
+
+    Raises:
+        ValueError: text that is no size.
+    """
+    if isinstance(value, str):
+        match = _SIZE.fullmatch(value)
+        if not match:
+            raise ValueError(f"expected bytes, or a size such as 4GB or 512MiB, got {value!r}")
+        return int(float(match[1]) * _UNITS[match[2]])
+    return value
+
+
+def _axis(value: Any) -> Any:
+    """Check the values of an axis; one that stands alone is a list of one.
+
+    Raises:
+        ValueError: a value that cannot stand in a cell's name, or does twice.
+    """
+    values = value if isinstance(value, list) else [value]
+    if not values:
+        raise ValueError("expected at least one value")
+    for one in values:
+        if isinstance(one, list | dict):
+            raise ValueError("expected plain values: strings, numbers, booleans or null")
+        if isinstance(one, str) and (not one or set(one) & set("[],= \t\n")):
+            raise ValueError(f"{one!r} cannot name a cell: no spaces, nor any of [ ] , =")
+    shown = [show(one) for one in values]
+    for one in shown:
+        if shown.count(one) > 1:
+            raise ValueError(f"{one} is listed more than once")
+    return values
+
+
+def _name(value: str) -> str:
+    """Check a name.
+
+    Raises:
+        ValueError: it could not stand in a cell's name or in a `--set`.
+    """
+    if not _NAME.fullmatch(value):
+        raise ValueError(f"expected a name of letters, digits, '-' and '_', got {value!r}")
+    return value
+
+
+def _names(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class _Shape(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ResourcesShape(_Shape):
+    """`resources:` of a stage; what is left out is as the stage type declares it."""
+
+    num_cpus: float | None = Field(default=None, ge=0)
+    num_gpus: float | None = Field(default=None, ge=0)
+    memory: Annotated[int | None, BeforeValidator(_size), Field(ge=1)] = None
+    accelerator_type: str | None = None
+
+
+class StageShape(_Shape):
+    """One entry of `stages:`."""
+
+    uses: str
+    matrix: dict[str, Annotated[list[Any], BeforeValidator(_axis)]] = {}
+    inputs: dict[str, Annotated[list[str], BeforeValidator(_names), Field(min_length=1)]] = {}
+    params: dict[str, Any] = {}
+    resources: ResourcesShape = ResourcesShape()
+    retries: int = Field(default=2, ge=0)
+    timeout_s: float | None = Field(default=None, gt=0)
+    checkpoint_every_s: float = Field(default=30.0, ge=0)
+
+
+class MlflowShape(_Shape):
+    """`mlflow:`; without an experiment, runs go to the one of the pipeline's name."""
+
+    experiment: str | None = None
+    tracking_uri: str | None = None
+
+
+class FileShape(_Shape):
+    """The whole file; stages are read one by one, so that none hides the mistakes of others."""
+
+    name: Annotated[str, AfterValidator(_name)]
+    plugins: Annotated[list[str], Field(min_length=1)]
+    storage: str = ".fls"
+    mlflow: MlflowShape = MlflowShape()
+    vars: dict[str, Any] = {}
+    stages: Annotated[dict[Annotated[str, AfterValidator(_name)], Any], Field(min_length=1)]

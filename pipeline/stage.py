@@ -1,0 +1,385 @@
+"""All that a stage may use of the runner: how it is declared, and the context it runs in.
+
+A plugin has a light catalogue module (pydantic and the standard library only) which declares its
+stages; each names an entry point `module:function` that is imported in a worker only. The function
+takes one `Context` and returns nothing: it reads inputs from folders, writes outputs to folders,
+and reports metrics, progress and records through the context. Nothing here imports ray, mlflow,
+torch or yaml, so a stage also runs in a plain process, and in a test.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+# ------------------------------------------------------------------------------- declaration
+
+
+class Params(BaseModel):
+    """Base of every stage's parameters: unknown keys refused, types strict, frozen.
+
+    Use `list`, not `tuple`, for sequences (YAML has lists). Every field has a `description`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One name of a registry.
+
+    Attributes:
+        target: `module:attribute` that the name stands for; its code enters the key of each cell
+            that names it.
+        digest: hex sha256 that stands for the entry's data (a data set's decoded arrays), or None.
+        facts: light facts for estimates, for example `{"parameters": 272474}`.
+        summary: one line for listings.
+    """
+
+    target: str
+    digest: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    summary: str = ""
+
+
+@dataclass(frozen=True, eq=False)  # hashed by identity, as `Annotated[...] | None` demands
+class Registry:
+    """Names that a parameter may take, each standing for a `module:attribute`.
+
+    Attach it to a field as `Annotated[str, REGISTRY]`. The runner then checks the value, suggests
+    the nearest name, and lets the code (and data digest) behind the name enter the cell's key.
+
+    Attributes:
+        kind: what the names are, in the singular: "model", "data set".
+        entries: name -> Entry.
+        open: also accept `package.module:function` of the user's own.
+        prefixes: prefix -> Entry for families of names, for example `{"torchvision/": Entry(...)}`.
+    """
+
+    kind: str
+    entries: Mapping[str, Entry]
+    open: bool = False
+    prefixes: Mapping[str, Entry] = field(default_factory=dict)
+
+    def find(self, name: str) -> Entry | None:
+        """Return the entry of `name`, or None when there is none."""
+        if name in self.entries:
+            return self.entries[name]
+        for prefix, entry in self.prefixes.items():
+            if name.startswith(prefix) and len(name) > len(prefix):
+                return entry
+        module, colon, attribute = name.partition(":")
+        if self.open and colon and module and attribute.isidentifier():
+            return Entry(target=name)
+        return None
+
+    def load(self, name: str) -> Any:
+        """Import and return the object behind `name`.
+
+        Raises:
+            StageError: the name is not in the registry.
+        """
+        entry = self.find(name)
+        if entry is None:
+            raise StageError(
+                f"unknown {self.kind} {name!r}; known: {', '.join(sorted(self.entries))}"
+            )
+        module, _, attribute = entry.target.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+@dataclass(frozen=True)
+class ExternalFile:
+    """Marks a string parameter as the path of a file whose sha256 enters the key.
+
+    Use as `Annotated[str, ExternalFile()]`. Relative paths start at the working directory.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """One declared input: the kind of output it takes.
+
+    Attributes:
+        kind: kind of the output that may be connected, such as "model".
+        many: gathers every matching cell (fan-in) of one or more upstream stages; otherwise one.
+        optional: may be left out of the spec.
+        summary: one line of documentation.
+    """
+
+    kind: str
+    many: bool = False
+    optional: bool = False
+    summary: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """One declared output folder.
+
+    Attributes:
+        kind: what it holds; an `Input` of the same kind takes it.
+        track: its files are uploaded to the tracking server with the cell's run.
+        promote: its files are also logged on the parent run, and shown at the end of `fls run`.
+        summary: one line of documentation.
+    """
+
+    kind: str
+    track: bool = False
+    promote: bool = False
+    summary: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What a cell of a stage needs; `memory_bytes` None means undeclared."""
+
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+    memory_bytes: int | None = None
+    accelerator_type: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A forecast made without running anything, in bytes; None where unknown."""
+
+    memory_bytes: int | None = None
+    disk_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """The declaration of one stage type.
+
+    Attributes:
+        name: what `uses:` names.
+        entry: `module:function` taking a `Context`.
+        params: the parameter model.
+        inputs: input name -> Input.
+        outputs: output name -> Output. The spec's `inputs: {model: pretrain}` takes the upstream's
+            only output of the kind that the input wants.
+        resources: defaults; the spec's `resources:` overrides them key by key.
+        estimate: forecast from the resolved parameters, and those of all cells upstream (nearest
+            first), or None.
+        summary: one line for listings.
+    """
+
+    name: str
+    entry: str
+    params: type[Params]
+    inputs: Mapping[str, Input] = field(default_factory=dict)
+    outputs: Mapping[str, Output] = field(default_factory=dict)
+    resources: Resources = field(default_factory=Resources)
+    estimate: Callable[[Any, Sequence[Params]], Estimate] | None = None
+    summary: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """Tells the runner how this plugin's results look, for `fls results` and the closing table.
+
+    Attributes:
+        kind: kind of the output folders that hold `rows.json`, a list of flat objects; a row names
+            the model it is about by `model_cell` and `key` (the model cell's).
+        columns: the columns of `fls results`, in order; the runner fills `cell` and `run_id`.
+        report: kind of the output folder that holds `table.md`, `table.csv` and `figure.png`.
+    """
+
+    kind: str
+    columns: Sequence[str]
+    report: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Catalogue:
+    """What a plugin module offers, as its attribute `CATALOGUE`.
+
+    Attributes:
+        stages: the stage types.
+        packages: top-level packages whose code belongs to the stages (it enters the keys).
+        results: how results look, or None.
+        exporter: `module:function` taking (output folder: Path, destination: Path), behind
+            `fls export`; writes a user's copy of an output of kind `exports`.
+        exports: the kind of output that `fls export` copies.
+        registries: shown by `fls list`.
+    """
+
+    stages: Sequence[Stage]
+    packages: Sequence[str] = ()
+    results: Results | None = None
+    exporter: str | None = None
+    exports: str | None = None
+    registries: Sequence[Registry] = ()
+
+
+# ----------------------------------------------------------------------------------- context
+
+
+class StageError(Exception):
+    """A failure that the user can act on; its text is shown as it is, and it is never retried."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """One upstream output, as a stage sees it.
+
+    Attributes:
+        cell: full cell name, such as `oneshot[method=fishleg,seed=0,sparsity=0.9]`.
+        stage: stage name in the spec, such as `oneshot`.
+        key: the cell's key.
+        axes: matrix axis -> value.
+        path: local folder with the files (read-only by convention), or None if the cell failed.
+    """
+
+    cell: str
+    stage: str
+    key: str
+    axes: Mapping[str, Any]
+    path: Path | None
+
+
+class EventSink(Protocol):
+    """Takes events in order: one flat JSON object each, with `type` and `time` (Unix seconds)."""
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Append one event."""
+
+
+def _discard(event: dict[str, Any]) -> None:
+    """Take an event nowhere: the sink of a context made in a test."""
+
+
+@dataclass(kw_only=True)
+class Context:
+    """What a running stage sees of the world.
+
+    A test makes one by hand: `Context(params=..., folder=tmp_path, inputs={...})`.
+
+    Attributes:
+        params: the validated parameters.
+        folder: the attempt's local folder; holds `outputs/NAME/` and `checkpoints/`.
+        inputs: input name -> artifacts, in spec order then cell order (one unless `many`).
+        device: "cpu" or "cuda".
+        threads: intra-op threads the stage may use (already set for torch by the worker).
+        rank: this process's rank, 0 <= rank < world_size. Only rank 0 writes.
+        world_size: number of processes that share the stage.
+        emit: where events go.
+        checkpoint_every_s: seconds between in-stage checkpoints, for `checkpoint_due`.
+        cell: the cell's full name.
+        key: the cell's key.
+    """
+
+    params: Any
+    folder: Path
+    inputs: Mapping[str, Sequence[Artifact]] = field(default_factory=dict)
+    device: str = "cpu"
+    threads: int = 1
+    rank: int = 0
+    world_size: int = 1
+    emit: EventSink = _discard
+    checkpoint_every_s: float = 30.0
+    cell: str = "stage"
+    key: str = ""
+    _last_checkpoint_time: float = field(default_factory=time.monotonic, repr=False)
+
+    # -- data in and out
+
+    def input(self, name: str) -> Artifact:
+        """Return the single artifact connected to input `name`.
+
+        Raises:
+            StageError: nothing is connected, or the upstream cell failed.
+        """
+        found = self.inputs.get(name, ())
+        if len(found) != 1:
+            raise StageError(f"input {name!r} has {len(found)} artifacts; expected exactly one.")
+        if found[0].path is None:
+            raise StageError(f"input {name!r}: the upstream cell {found[0].cell} failed.")
+        return found[0]
+
+    def output(self, name: str) -> Path:
+        """Return the folder of output `name`, made if need be; it is published at the end."""
+        path = self.folder / "outputs" / name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    # -- reporting
+
+    def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Report metrics, at `step` of a series or (None) as final values of this cell's run."""
+        values = {name: float(value) for name, value in metrics.items()}
+        self._event("metrics", values=values, step=step)
+
+    def progress(self, done: float, total: float, unit: str) -> None:
+        """Report progress inside the stage: `done` of `total` `unit` (such as "epoch")."""
+        self._event("progress", done=float(done), total=float(total), unit=unit)
+
+    def say(self, text: str) -> None:
+        """Report one line of plain text for the cell's log."""
+        self._event("text", text=text)
+
+    def record(self, name: str, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Report one evaluated object (a model) that gets a child run of its own in tracking."""
+        values = {key: float(value) for key, value in metrics.items()}
+        self._event("record", name=name, params=dict(params), metrics=values)
+
+    def _event(self, kind: str, **fields: Any) -> None:
+        if self.rank == 0:
+            self.emit({"type": kind, "time": time.time(), **fields})
+
+    # -- in-stage checkpoints
+
+    def checkpoint_due(self) -> bool:
+        """Tell whether `checkpoint_every_s` seconds have passed since the last checkpoint."""
+        return time.monotonic() - self._last_checkpoint_time >= self.checkpoint_every_s
+
+    @contextmanager
+    def checkpoint(self) -> Iterator[Path]:
+        """Yield an empty folder to write into; it becomes the newest checkpoint on leaving.
+
+        The switch is atomic: a kill at any moment leaves either the old or the new checkpoint
+        whole. The one before the newest is kept, older ones are deleted.
+        """
+        root = self.folder / "checkpoints"
+        root.mkdir(parents=True, exist_ok=True)
+        numbers = self._checkpoint_numbers()
+        number = (numbers[-1] if numbers else 0) + 1
+        part = root / f"{number:06d}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        yield part
+        part.replace(root / f"{number:06d}")
+        for old in numbers[:-1]:
+            shutil.rmtree(root / f"{old:06d}", ignore_errors=True)
+        self._last_checkpoint_time = time.monotonic()
+        self._event("checkpoint", number=number)
+
+    def last_checkpoint(self) -> Path | None:
+        """Return the folder of the newest whole checkpoint of this cell, or None."""
+        numbers = self._checkpoint_numbers()
+        return self.folder / "checkpoints" / f"{numbers[-1]:06d}" if numbers else None
+
+    def _checkpoint_numbers(self) -> list[int]:
+        root = self.folder / "checkpoints"
+        if not root.is_dir():
+            return []
+        return sorted(int(entry.name) for entry in os.scandir(root) if entry.name.isdigit())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON (UTF-8, sorted keys, finite numbers only), by rename."""
+    part = path.with_name(path.name + ".part")
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+    part.write_text(text + "\n", encoding="utf-8")
+    part.replace(path)

@@ -1,0 +1,271 @@
+"""The content-addressed store: results by key, attempts at them, and documents of runs.
+
+    <storage>/storage.json                       format, and a token that tells storages apart
+    <storage>/stages/<key>/manifest.json         present means complete; names the attempt that won
+    <storage>/stages/<key>/attempts/<number>/    attempt.json, events/, checkpoints/, outputs/ and,
+                                                 if it failed, failure.json
+    <storage>/stages/<key>.damaged-<n>/          set aside
+    <storage>/generations/<base>.<n>             how often --force was asked for
+    <storage>/runs/<run id>/<name>.json          documents of a run
+
+A manifest is created last and exclusively, and never overwritten. It holds the sha256 of every
+output file, which is checked on reading. Each attempt has a number and a folder of its own, so two
+workers at the same key never touch the same file; the second to publish discards its work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.attempt import (
+    Attempt,
+    attempt_folder,
+    digest_files,
+    event_segment,
+    manifest_path,
+    stage_folder,
+)
+from pipeline.errors import Damaged, StorageUnsupported, StoreError
+from pipeline.storage import open_storage
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a complete result says of itself.
+
+    Attributes:
+        key: the cell's key.
+        attempt: number of the attempt that made it.
+        ingredients: see `pipeline.keys.Identity`.
+        outputs: output -> file -> {"sha256": hex, "bytes": int}.
+        facts: about the making: device, threads, versions, seconds, and what else the worker notes.
+        time: Unix seconds of publication.
+    """
+
+    key: str
+    attempt: int
+    ingredients: Mapping[str, Any]
+    outputs: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    facts: Mapping[str, Any]
+    time: float
+
+
+class Store:
+    """A store at `url`: a folder or an fsspec URL. Making one reads and writes nothing."""
+
+    def __init__(self, url: str):
+        self.url = url if "://" in url else os.path.abspath(url)
+        self.storage = open_storage(self.url)
+
+    # -- the storage as a whole
+
+    def prepare(self) -> str:
+        """Make the storage ready for writing, once; return the token that tells it from others.
+
+        A storage that cannot create files exclusively is refused (`StorageUnsupported`).
+
+        Raises:
+            StoreError: it has the layout of another version.
+        """
+        try:
+            found = json.loads(self.storage.read("storage.json"))
+        except FileNotFoundError:
+            self._probe()
+            fresh = {"format": _FORMAT, "token": uuid.uuid4().hex}
+            self.storage.create("storage.json", _json(fresh))
+            found = json.loads(self.storage.read("storage.json"))
+        if found["format"] != _FORMAT:
+            raise StoreError(
+                f"{self.url} has the layout of version {found['format']}; this is version "
+                f"{_FORMAT}. Use another storage."
+            )
+        return found["token"]
+
+    def _probe(self) -> None:
+        """Check that a file cannot be created twice.
+
+        Raises:
+            StorageUnsupported: it can, or it cannot be created exclusively at all.
+        """
+        name = f"probe-{uuid.uuid4().hex}"
+        try:
+            first, second = (self.storage.create(f"{name}/file", b"") for _ in range(2))
+        except (NotImplementedError, TypeError, ValueError) as error:
+            raise StorageUnsupported(f"{self.url}: cannot create exclusively: {error}") from error
+        finally:
+            self.storage.remove(name)
+        if not first or second:
+            raise StorageUnsupported(
+                f"{self.url}: creating a file that exists did not fail, so two workers could "
+                "overwrite each other; use a storage with conditional writes"
+            )
+
+    # -- results
+
+    def manifest(self, key: str) -> Manifest | None:
+        """Return the manifest of a complete result, or None.
+
+        Raises:
+            Damaged: there is one that cannot be read.
+        """
+        try:
+            return Manifest(**json.loads(self.storage.read(manifest_path(key))))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            raise Damaged(key, f"its manifest cannot be read ({error})") from error
+
+    def fetch(self, key: str, output: str) -> Path:
+        """Return a local folder with an output, to be read only.
+
+        Args:
+            key: of a complete result.
+            output: its name.
+
+        Returns:
+            The folder, every file of which has the sha256 that the manifest says; otherwise the
+            result is `Damaged`.
+
+        Raises:
+            StoreError: there is no such result.
+
+        Cost: one read of all files; on remote storage a download, unless there is a copy already.
+        """
+        manifest = self.manifest(key)
+        if manifest is None or output not in manifest.outputs:
+            raise StoreError(f"the store has no output {output!r} of {key[:12]}")
+        try:
+            return self._check(manifest, output)
+        except Damaged:  # perhaps only a copy of it is
+            return self._check(manifest, output, fresh=True)
+
+    def _check(self, manifest: Manifest, output: str, *, fresh: bool = False) -> Path:
+        """Return a local folder with an output after comparing it with the manifest.
+
+        Raises:
+            Damaged: a file is missing or differs.
+        """
+        path = f"{attempt_folder(manifest.key, manifest.attempt)}/outputs/{output}"
+        folder = self.storage.local(path, fresh=fresh)
+        found = digest_files(folder)
+        for name, wanted in manifest.outputs[output].items():
+            if found.get(name) != wanted:
+                what = "differs from" if name in found else "is missing, unlike in"
+                raise Damaged(manifest.key, f"{output}/{name} {what} its manifest")
+        return folder
+
+    def set_aside(self, key: str) -> bool:
+        """Move a damaged result to `<key>.damaged-N`, so that its cell runs again.
+
+        It is checked again first, because another worker may have set it aside and made it anew.
+
+        Returns:
+            Whether it was damaged, and moved.
+        """
+        try:
+            manifest = self.manifest(key)
+            if manifest is not None:
+                for output in manifest.outputs:
+                    self._check(manifest, output, fresh=True)
+        except Damaged:
+            numbers = [int(name.rpartition("-")[2]) for name in self.damaged(key)]
+            aside = f"{stage_folder(key)}.damaged-{max(numbers, default=0) + 1}"
+            self.storage.move(stage_folder(key), aside)
+            return True
+        return False
+
+    def damaged(self, key: str) -> list[str]:
+        """Return the names of the results of a key that were set aside."""
+        return [name for name in self.storage.names("stages") if name.startswith(f"{key}.damaged-")]
+
+    # -- attempts
+
+    def begin_attempt(self, key: str) -> Attempt:
+        """Begin an attempt at a key, going on from the newest in-stage checkpoint of earlier ones.
+
+        A result whose manifest cannot be read is set aside first. The numbers go on over those of
+        results set aside, so a number is never used twice for a key.
+        """
+        self.prepare()
+        try:
+            self.manifest(key)
+        except Damaged:
+            self.set_aside(key)
+        folders = [key, *self.damaged(key)]
+        taken = [int(n) for name in folders for n in self.storage.names(f"stages/{name}/attempts")]
+        number = max(taken, default=0) + 1
+        about = _json({"time": time.time(), "host": socket.gethostname(), "pid": os.getpid()})
+        while not self.storage.create(f"{attempt_folder(key, number)}/attempt.json", about):
+            number += 1
+        return Attempt(self.storage, key, number)
+
+    def attempts(self, key: str) -> list[int]:
+        """Return the numbers of the attempts at a key, ascending."""
+        return [int(name) for name in self.storage.names(f"{stage_folder(key)}/attempts")]
+
+    def failure(self, key: str, attempt: int) -> dict[str, Any] | None:
+        """Return what `Attempt.fail` was told of an attempt, or None."""
+        return self._document(f"{attempt_folder(key, attempt)}/failure.json")
+
+    def read_events(
+        self, key: str, attempt: int, after: int = 0
+    ) -> tuple[list[dict[str, Any]], int]:
+        """Return an attempt's events after segment `after`, and the number of the last segment."""
+        events: list[dict[str, Any]] = []
+        while True:
+            try:
+                data = self.storage.read(event_segment(key, attempt, after + 1))
+            except FileNotFoundError:
+                return events, after
+            events += map(json.loads, data.splitlines())
+            after += 1
+
+    # -- generations
+
+    def generations(self) -> dict[str, int]:
+        """Return base identity -> generation, of those that were ever forced."""
+        found: dict[str, int] = {}
+        for name in self.storage.names("generations"):
+            base, _, number = name.partition(".")
+            found[base] = max(int(number), found.get(base, 0))
+        return found
+
+    def raise_generation(self, base: str, generation: int) -> None:
+        """Record that `base` was forced to `generation`; doing so twice is doing so once."""
+        self.prepare()
+        self.storage.create(f"generations/{base}.{generation}", b"")
+
+    # -- documents of runs
+
+    def write_run(self, run_id: str, name: str, document: Mapping[str, Any]) -> None:
+        """Write, or replace, the document `name` of a run; run ids sort by time."""
+        self.prepare()
+        self.storage.write(f"runs/{run_id}/{name}.json", _json(document))
+
+    def read_run(self, run_id: str, name: str) -> dict[str, Any] | None:
+        """Return the document `name` of a run, or None."""
+        return self._document(f"runs/{run_id}/{name}.json")
+
+    def list_runs(self) -> list[str]:
+        """Return the ids of all runs, oldest first."""
+        return self.storage.names("runs")
+
+    def _document(self, path: str) -> dict[str, Any] | None:
+        try:
+            return json.loads(self.storage.read(path))
+        except FileNotFoundError:
+            return None
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode()

@@ -1,0 +1,292 @@
+"""What happens in a worker process: one task, from its plain data to its published outputs.
+
+`run_task` is the only thing that executors call. It takes plain data and returns plain data, so
+that nothing depends on how a task travelled; whatever a stage raises becomes part of the outcome.
+`main` is the loop of a local worker process: JSON tasks in, JSON outcomes out, a line each.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, TypedDict
+
+from pipeline.attempt import Attempt
+from pipeline.errors import Damaged, PipelineError
+from pipeline.events import EventWriter, LineWriter
+from pipeline.stage import Artifact, Context, Params, StageError
+from pipeline.store import Store
+
+
+class TaskInput(TypedDict):
+    """One connected upstream output; `available` is False when its cell failed."""
+
+    cell: str
+    stage: str
+    key: str
+    axes: dict[str, Any]
+    output: str
+    available: bool
+
+
+class Task(TypedDict):
+    """One attempt at one cell, as plain data.
+
+    `entry` and `params_model` are `module:attribute`; `token` tells the storage from others;
+    `directory` is the driver's working directory, where relative paths in parameters start.
+    """
+
+    run: str
+    cell: str
+    key: str
+    storage: str
+    token: str
+    entry: str
+    params_model: str
+    params: dict[str, Any]
+    inputs: dict[str, list[TaskInput]]
+    outputs: list[str]
+    ingredients: dict[str, Any]
+    num_cpus: float
+    num_gpus: float
+    checkpoint_every_s: float
+    directory: str
+
+
+class Failure(TypedDict):
+    """Why an attempt failed; `user` marks what the user can act on and no retry can mend."""
+
+    message: str
+    traceback: str
+    user: bool
+
+
+class Outcome(TypedDict, total=False):
+    """How an attempt ended.
+
+    `status` is `ok`; `lost` (another attempt published first, which is as good); `failed`;
+    `damaged` (an input is not what its manifest says; `key` is the input's); or `died` (the
+    executor says so in place of a worker that no longer can). The last three come with an `error`.
+    """
+
+    status: str
+    key: str
+    seconds: float
+    error: Failure
+
+
+def died(message: str) -> Outcome:
+    """Return the outcome of a task whose process ended without one."""
+    return {"status": "died", "error": {"message": message, "traceback": "", "user": False}}
+
+
+def threads_of(task: Task) -> int:
+    """Return how many threads the task may compute with: one for each whole CPU, at least one."""
+    return max(1, int(task["num_cpus"]))
+
+
+def run_task(task: Task) -> Outcome:
+    """Run one attempt at a cell and publish what it made.
+
+    Returns at once when the cell's result is there already.
+    """
+    _prepare_process(task)
+    store = Store(task["storage"])
+    if store.prepare() != task["token"]:
+        return {"status": "failed", "error": _unshared(task)}
+    if _published(store, task["key"]):
+        return {"status": "ok", "seconds": 0.0}
+    began = time.monotonic()
+    with store.begin_attempt(task["key"]) as attempt, EventWriter(attempt.append_events) as events:
+        events.emit({"type": "start", "time": time.time(), **_who(task)})
+        events.flush()
+        outcome = _attempt(task, store, attempt, events)
+        outcome["seconds"] = round(time.monotonic() - began, 3)
+        if outcome["status"] in {"failed", "damaged"}:
+            attempt.fail(outcome["error"])
+        events.emit({"type": "end", "time": time.time(), "status": outcome["status"]})
+        return outcome
+
+
+def _attempt(task: Task, store: Store, attempt: Attempt, events: EventWriter) -> Outcome:
+    began = time.monotonic()
+    try:
+        with LineWriter(events.emit) as lines, redirect_stdout(lines), redirect_stderr(lines):
+            stage = _load(task["entry"])
+            context = _make_context(task, store, attempt, events)
+            stage(context)
+        events.flush()
+        facts = _facts(task, context, time.monotonic() - began)
+        published = attempt.publish(task["ingredients"], task["outputs"], facts)
+        return {"status": "ok" if published else "lost"}
+    except Damaged as error:
+        return {"status": "damaged", "key": error.key, "error": _error(str(error), user=False)}
+    except (StageError, PipelineError) as error:
+        return {"status": "failed", "error": _error(str(error), user=True)}
+    except (Exception, SystemExit) as error:  # a stage is anyone's code and may raise anything
+        message = f"{type(error).__name__}: {error}"
+        return {"status": "failed", "error": _error(message, user=False)}
+
+
+def _prepare_process(task: Task) -> None:
+    """Set what must be set before the stage's module, and with it perhaps torch, is imported."""
+    if os.path.isdir(task["directory"]):
+        os.chdir(task["directory"])
+    os.environ["OMP_NUM_THREADS"] = str(threads_of(task))
+    if task["num_gpus"] == 0:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def _make_context(task: Task, store: Store, attempt: Attempt, events: EventWriter) -> Context:
+    # A warm process may have imported torch under another thread count. Torch is looked up and
+    # not imported: a stage that does without it should not pay for it.
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(threads_of(task))
+    params_model: type[Params] = _load(task["params_model"])
+    return Context(
+        params=params_model.model_validate_json(json.dumps(task["params"])),
+        folder=attempt.folder,
+        inputs=_fetch_inputs(task["inputs"], store),
+        device=_device(task, torch),
+        threads=threads_of(task),
+        emit=events.emit,
+        checkpoint_every_s=task["checkpoint_every_s"],
+        cell=task["cell"],
+        key=task["key"],
+    )
+
+
+def _fetch_inputs(
+    inputs: Mapping[str, Sequence[TaskInput]], store: Store
+) -> dict[str, list[Artifact]]:
+    return {
+        name: [
+            Artifact(
+                cell=source["cell"],
+                stage=source["stage"],
+                key=source["key"],
+                axes=source["axes"],
+                path=_fetch(source, store) if source["available"] else None,
+            )
+            for source in sources
+        ]
+        for name, sources in inputs.items()
+    }
+
+
+def _fetch(source: TaskInput, store: Store) -> Path:
+    """Return the folder of an upstream output.
+
+    Raises:
+        Damaged: it is not what it should be; or it is gone, because another run found it damaged.
+    """
+    if not _published(store, source["key"]):
+        raise Damaged(source["key"], "it was there, and is no more")
+    return store.fetch(source["key"], source["output"])
+
+
+def _published(store: Store, key: str) -> bool:
+    """Tell whether the store has a readable manifest of `key`; fetching checks the rest."""
+    try:
+        return store.manifest(key) is not None
+    except Damaged:
+        return False
+
+
+def _device(task: Task, torch: Any) -> str:
+    """Return "cuda" for a task that was given a GPU.
+
+    Raises:
+        StageError: torch cannot use the GPU; falling back to the CPU would change the result.
+    """
+    if task["num_gpus"] == 0:
+        return "cpu"
+    if torch is not None and not torch.cuda.is_available():
+        raise StageError(
+            f"num_gpus: {task['num_gpus']:g} was asked for and given, but torch "
+            f"{torch.__version__} cannot use it. Install a CUDA build of torch, or set num_gpus: 0."
+        )
+    return "cuda"
+
+
+def _facts(task: Task, context: Context, seconds: float) -> dict[str, Any]:
+    """Describe where and how a result was made: recorded in the manifest, not part of the key."""
+    # Looked up in the dictionary: an attribute access may import, warn or fail.
+    versions = {
+        name: version
+        for name, module in sorted(sys.modules.items())
+        if "." not in name and name not in sys.stdlib_module_names
+        if isinstance(version := getattr(module, "__dict__", {}).get("__version__"), str)
+    }
+    return {
+        **_who(task),
+        "cell": task["cell"],
+        "seconds": round(seconds, 3),
+        "device": context.device,
+        "threads": context.threads,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": versions,
+    }
+
+
+def _who(task: Task) -> dict[str, Any]:
+    return {"run": task["run"], "host": socket.gethostname(), "pid": os.getpid()}
+
+
+def _error(message: str, *, user: bool) -> Failure:
+    """Describe the exception that is being handled."""
+    return {"message": message, "traceback": traceback.format_exc(), "user": user}
+
+
+def _unshared(task: Task) -> Failure:
+    message = (
+        f"{task['storage']} on {socket.gethostname()} is not the driver's storage: put `storage:` "
+        "on a file system that all nodes share, or into an object store."
+    )
+    return {"message": message, "traceback": "", "user": True}
+
+
+def _load(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def main() -> None:
+    """Serve tasks from standard input until it closes, which is when the driver ends or dies.
+
+    A thread watches the input, so that a process in the middle of a stage ends as well. Replies go
+    to a private copy of standard output; what a stage prints there joins the worker's log.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
+
+    def receive() -> None:
+        for line in sys.stdin.buffer:
+            tasks.put(json.loads(line))
+        os.killpg(0, signal.SIGKILL)  # this process and whatever its stage has started
+
+    threading.Thread(target=receive, name="tasks", daemon=True).start()
+    while True:
+        outcome = run_task(tasks.get())
+        replies.write(json.dumps(outcome).encode() + b"\n")
+        replies.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""YAML with positions: the scalars of YAML 1.2, no duplicate keys, plain data only.
+
+`1e-3` is a number, `on` and `2024-01-01` are strings, `010` is 10, `0o10` is 8. Anchors, aliases
+and merge keys work. Every value is JSON-able: dict with string keys, list, str, int, finite float,
+bool or None. A path is a tuple of keys and indices from the root, such as `("stages", "a", 0)`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from pipeline.errors import Position, Problem, SpecError
+
+Path = tuple[str | int, ...]
+
+
+def _finite(text: str) -> float | str:
+    value = float(text)
+    return value if math.isfinite(value) else text
+
+
+# The core schema of YAML 1.2.2, section 10.3.2, in the order in which the types are tried;
+# without .inf and .nan, which JSON lacks: they are strings here.
+_SCALARS = (
+    (re.compile(r"(?:|~|null|Null|NULL)"), lambda text: None),
+    (re.compile(r"true|True|TRUE"), lambda text: True),
+    (re.compile(r"false|False|FALSE"), lambda text: False),
+    (re.compile(r"[-+]?[0-9]+"), int),
+    (re.compile(r"0o[0-7]+"), lambda text: int(text[2:], 8)),
+    (re.compile(r"0x[0-9a-fA-F]+"), lambda text: int(text[2:], 16)),
+    (re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"), _finite),
+)
+_MERGE = "<<"
+_PLAIN = "plain"  # our own tag of scalars without quotes and without a tag
+_TAGS = {_PLAIN, *(f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str"))}
+
+
+class _Loader(yaml.SafeLoader):
+    """Marks plain scalars instead of resolving them by the rules of YAML 1.1."""
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
+        """Return the tag of a node that has none of its own."""
+        if kind is yaml.ScalarNode and implicit[0]:
+            return _PLAIN
+        return super().resolve(kind, value, implicit)
+
+
+@dataclass
+class Document:
+    """A YAML document as plain data, with the place of each key and value.
+
+    Attributes:
+        value: the data.
+        root: position of the whole.
+        values: path -> position of the value there.
+        keys: path -> position of the key of the mapping entry there.
+        problems: what is wrong, beyond the syntax.
+        unknown: where values are that could not be read; nothing more can be said about them.
+    """
+
+    value: Any
+    root: Position
+    values: dict[Path, Position] = field(default_factory=dict)
+    keys: dict[Path, Position] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    unknown: set[Position] = field(default_factory=set)
+
+    def note(self, position: Position, message: str) -> None:
+        """Add a problem with the value at `position`; without a message, it is reported already."""
+        if message:
+            self.problems.append(Problem(position, message))
+        self.unknown.add(position)
+
+    def position(self, path: Path, *, key: bool = False) -> Position:
+        """Return the position of the value (or the key) at `path`.
+
+        A path that is not in the text itself, such as an element of a list that a variable stands
+        for, has the position of its nearest ancestor that is.
+        """
+        if key and path in self.keys:
+            return self.keys[path]
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.values:
+                return self.values[path[:length]]
+        return self.root
+
+    def replace(self, path: Path, value: Any, position: Position) -> None:
+        """Put `value` at `path`, making the mappings on the way; it stands at `position` now."""
+        for known in (self.values, self.keys):
+            for old in [old for old in known if old[: len(path)] == path]:
+                del known[old]
+        self.values[path] = self.keys[path] = position
+        folder = self.value
+        for part in path[:-1]:
+            if not isinstance(folder.get(part), dict):
+                folder[part] = {}
+            folder = folder[part]
+        folder[path[-1]] = value
+
+
+def read_scalar(text: str) -> Any:
+    """Return what the plain (unquoted) scalar `text` stands for in YAML 1.2."""
+    for pattern, convert in _SCALARS:
+        if pattern.fullmatch(text):
+            return convert(text)
+    return text
+
+
+def load(text: str, file: str) -> Document:
+    """Read one YAML document.
+
+    Args:
+        text: the document.
+        file: what positions name.
+
+    Returns:
+        The document; what is wrong with it beyond its syntax is in `problems`.
+
+    Raises:
+        SpecError: the text is no YAML.
+    """
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = Position(file, mark.line + 1, mark.column + 1) if mark else Position(file)
+        what = ", ".join(part for part in (error.context, error.problem) if part)
+        raise SpecError([Problem(where, f"no valid YAML: {what}")]) from None
+    except yaml.YAMLError as error:
+        what = " ".join(str(error).split())
+        raise SpecError([Problem(Position(file, 1, 1), f"no valid YAML: {what}")]) from None
+    document = Document(None, Position(file, 1, 1))
+    if node is not None:
+        document.value = _Reader(document).read(node, ())
+    return document
+
+
+class _Reader:
+    """Turns nodes into data, noting positions and problems in a document."""
+
+    def __init__(self, document: Document):
+        self.document = document
+        self.open: list[yaml.Node] = []
+
+    def read(self, node: yaml.Node, path: Path) -> Any:
+        """Return the value of `node`, which stands at `path`."""
+        self.document.values[path] = self.place(node)
+        if node.tag not in _TAGS:
+            self.problem(node, f"tag {node.tag!r} is not supported; write the value plainly")
+            return None
+        if any(node is parent for parent in self.open):
+            self.problem(node, "an alias to a mapping or list that it is itself a part of")
+            return None
+        if isinstance(node, yaml.ScalarNode):
+            return self.scalar(node)
+        self.open.append(node)
+        value: Any = None
+        if isinstance(node, yaml.SequenceNode):
+            value = [self.read(child, (*path, index)) for index, child in enumerate(node.value)]
+        elif isinstance(node, yaml.MappingNode):
+            value = self.mapping(node, path)
+        self.open.pop()
+        return value
+
+    def scalar(self, node: yaml.ScalarNode) -> Any:
+        """Return the value of a scalar; quoted ones and blocks are strings."""
+        return read_scalar(node.value) if node.tag == _PLAIN else node.value
+
+    def mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
+        """Return a mapping's entries; its own keys win over those of `<<`."""
+        result: dict[str, Any] = {}
+        merged: list[yaml.Node] = []
+        for key_node, value_node in node.value:
+            key = self.key(key_node)
+            if key is None:
+                continue
+            if key == _MERGE and key_node.tag == _PLAIN:
+                merged.append(value_node)
+                continue
+            if key in result:
+                first = self.document.keys[*path, key]
+                self.problem(key_node, f"duplicate key {key!r}, first given at {first}")
+                continue
+            self.document.keys[*path, key] = self.place(key_node)
+            result[key] = self.read(value_node, (*path, key))
+        for value_node in merged:
+            self.merge(value_node, path, result)
+        return result
+
+    def merge(self, node: yaml.Node, path: Path, into: dict[str, Any]) -> None:
+        """Add the entries that `<<: node` brings and `into` lacks."""
+        if isinstance(node, yaml.SequenceNode):
+            for child in node.value:
+                self.merge(child, path, into)
+            return
+        if not isinstance(node, yaml.MappingNode):
+            self.problem(node, "expected a mapping, or a list of them, after '<<'")
+            return
+        inner = Document(None, self.document.root)
+        reader = _Reader(inner)
+        reader.open = self.open
+        entries = reader.read(node, path)
+        self.document.problems += inner.problems
+        self.document.unknown |= inner.unknown
+        for key in [key for key in entries or () if key not in into]:
+            into[key] = entries[key]
+            stem = (*path, key)
+            for ours, theirs in (
+                (self.document.values, inner.values),
+                (self.document.keys, inner.keys),
+            ):
+                ours.update({at: p for at, p in theirs.items() if at[: len(stem)] == stem})
+
+    def key(self, node: yaml.Node) -> str | None:
+        """Return a mapping's key, which must be a string, or None after noting the problem."""
+        if isinstance(node, yaml.ScalarNode):
+            value = self.scalar(node)
+            if isinstance(value, str):
+                return value
+            self.problem(node, f"expected a string as the key, got {node.value}; quote it")
+        else:
+            self.problem(node, "expected a string as the key")
+        return None
+
+    def place(self, node: yaml.Node) -> Position:
+        """Return where `node` begins."""
+        mark = node.start_mark
+        return Position(self.document.root.file, mark.line + 1, mark.column + 1)
+
+    def problem(self, node: yaml.Node, message: str) -> None:
+        """Note a problem at `node`."""
+        self.document.note(self.place(node), message)

@@ -1,0 +1,1 @@
+"""The science as pipeline steps; catalogue.py declares them all."""

@@ -1,0 +1,622 @@
+"""Every stage on one page: parameters, inputs, outputs, resources, entry point.
+
+Light on purpose: pydantic and the standard library only, so that `validate` and `plan` need no
+torch. Stages import this module for type checking only; what a parameter's name stands for reaches
+them through the parameter class (see `stages.reference`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.stage import (
+    Catalogue,
+    Entry,
+    Estimate,
+    ExternalFile,
+    Input,
+    Output,
+    Params,
+    Registry,
+    Resources,
+    Results,
+    Stage,
+)
+
+# -------------------------------------------------------------------------------- registries
+
+MODELS = Registry(
+    kind="model",
+    entries={
+        "digits_resnet": Entry(
+            target="stages.models.digits_resnet:digits_resnet",
+            facts={"parameters": 15_774, "width": 12},
+            summary="small residual network for 8x8 images (width, hidden)",
+        ),
+        "mlpnet": Entry(
+            target="stages.models.mlpnet:mlpnet",
+            facts={"parameters": 32_360},
+            summary="784-40-20-10 without biases",
+        ),
+        "resnet20": Entry(
+            target="stages.models.resnet_cifar:resnet20",
+            facts={"parameters": 272_474, "width": 16},
+            summary="ResNet20 in its CIFAR form (width)",
+        ),
+        "resnet18": Entry(
+            target="stages.models.resnet_cifar:resnet18",
+            facts={"parameters": 11_173_962, "width": 64},
+            summary="ResNet18 in its CIFAR form (width)",
+        ),
+    },
+    open=True,
+    prefixes={
+        "torchvision/": Entry(
+            target="stages.models.torchvision_models:build",
+            summary="any classification network of torchvision.models, untrained",
+        )
+    },
+)
+
+DATASETS = Registry(
+    kind="data set",
+    entries={
+        "digits": Entry(
+            target="stages.data.digits:load",
+            digest="f5435893a45e623f98701bc29e4e265a4b719b60dff40da8bd69186b20b8c3af",
+            facts={"bytes": 129_384},
+            summary="1,797 handwritten digits, 8x8, shipped with scikit-learn",
+        ),
+        "mnist": Entry(
+            target="stages.data.mnist:load_mnist",
+            digest="c0beabf8ccf1f8fd41dc89d2096bf47b5d00f0755a62da5479bb5671e99d5235",
+            facts={"bytes": 55_440_000},
+            summary="70,000 handwritten digits, 28x28",
+        ),
+        "fashion_mnist": Entry(
+            target="stages.data.mnist:load_fashion_mnist",
+            facts={"bytes": 55_440_000},
+            summary="70,000 pieces of clothing, 28x28",
+        ),
+        "cifar10": Entry(
+            target="stages.data.cifar:load_cifar10",
+            digest="f7b9ea97c677c098573e0042390d4c0fe9326cdea8950afe890e9182e1ed1f15",
+            facts={"bytes": 184_800_000},
+            summary="60,000 images of 10 classes, 32x32",
+        ),
+        "cifar100": Entry(
+            target="stages.data.cifar:load_cifar100",
+            facts={"bytes": 184_800_000},
+            summary="60,000 images of 100 classes, 32x32",
+        ),
+        "tiny_imagenet": Entry(
+            target="stages.data.image_folder:load_tiny_imagenet",
+            facts={"bytes": 1_352_560_000},
+            summary="110,000 images of 200 classes, 64x64",
+        ),
+    },
+    open=True,
+    prefixes={
+        "folder:": Entry(
+            target="stages.data.image_folder:load",
+            summary="a tree of images, PATH/{train,val,test}/CLASS/*; option image_size",
+        )
+    },
+)
+
+METHODS = Registry(
+    kind="curvature method",
+    entries={
+        "fishleg": Entry(
+            target="fishleg.estimators:FishLeg",
+            summary="inverse Fisher learned directly, refined while pruning",
+        ),
+        "obs": Entry(
+            target="fishleg.estimators:BlockWoodbury",
+            summary="inverse of diagonal blocks by Woodbury's identity (WoodFisher, oBERT)",
+        ),
+        "kfac": Entry(
+            target="fishleg.estimators:KFAC",
+            summary="Kronecker factors, damped exactly in their eigenbasis",
+        ),
+        "diagonal": Entry(
+            target="fishleg.estimators:DiagonalFisher",
+            summary="the Fisher's diagonal",
+        ),
+        "magnitude": Entry(
+            target="fishleg.estimators:Identity",
+            summary="the identity: saliency is the weight's square",
+        ),
+    },
+    open=True,
+)
+
+# -------------------------------------------------------------------------------- parameters
+
+
+class DataParams(Params):
+    """Which data, and how they are read."""
+
+    dataset: Annotated[str, DATASETS] = Field(description="name of the data set")
+    dataset_args: dict[str, Any] = Field(
+        default={}, description="options of the data set's loader, such as image_size"
+    )
+    download: bool = Field(
+        default=False, description="fetch missing data into the data folder (FISHLEG_DATA)"
+    )
+    verify: bool = Field(
+        default=True,
+        description="refuse arrays whose sha256 is not the declared one; false for cut-down copies",
+    )
+    subset: int | None = Field(
+        default=None, ge=2, description="samples kept of each split, evenly spaced; null for all"
+    )
+    mean: list[float] | None = Field(
+        default=None, description="normalisation per channel; null for the data set's own"
+    )
+    std: list[float] | None = Field(
+        default=None, description="normalisation per channel; null for the data set's own"
+    )
+
+
+class ModelParams(Params):
+    """Which network, and which of its weights may be pruned."""
+
+    model: Annotated[str, MODELS] = Field(description="name of the network")
+    model_args: dict[str, Any] = Field(
+        default={}, description="options of the network's builder, such as width"
+    )
+    keep: list[str] = Field(
+        default=[], description="patterns of weights that are never pruned: *.downsample.0.weight"
+    )
+    also_prune: list[str] = Field(
+        default=[], description="patterns of further parameters to prune, of two or more dimensions"
+    )
+
+
+class TrainingParams(Params):
+    """The recipe of the training loop."""
+
+    epochs: int = Field(default=30, ge=0, description="passes over the training split")
+    batch_size: int = Field(default=128, ge=1, description="samples in an optimiser step")
+    optimizer: Literal["sgd", "adamw"] = Field(
+        default="sgd", description="SGD with Nesterov momentum, or AdamW"
+    )
+    lr: float = Field(default=0.1, gt=0, description="peak learning rate; a cosine takes it to 0")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of SGD")
+    weight_decay: float = Field(
+        default=5e-4, ge=0, description="of matrices and kernels; not of biases and norms"
+    )
+    warmup_epochs: float = Field(default=1.0, ge=0, description="epochs of linear warm-up")
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=1, description="probability spread over all classes"
+    )
+    augment: bool = Field(default=True, description="the data set's own random crops and flips")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="of forward and backward; auto: bfloat16 on a GPU that has it"
+    )
+    seed: int = Field(default=0, ge=0, description="of weights, batches, crops and dropout")
+
+
+class CalibrationParams(Params):
+    """Per-sample gradients that curvature is estimated from."""
+
+    samples: int = Field(
+        default=1000, ge=1, description="calibration samples, drawn from the training split"
+    )
+    labels: Literal["sampled", "matched", "enumerated", "empirical"] = Field(
+        default="matched",
+        description="drawn from the model; drawn with the same moments and less noise; all "
+        "classes by their probability; or the data's own",
+    )
+    draws: int = Field(
+        default=1, ge=1, description="labels drawn for each sample (sampled, matched)"
+    )
+    batch_size: int = Field(default=125, ge=1, description="samples in a gradient batch")
+    seed: int = Field(default=0, ge=0, description="of the samples and the labels drawn")
+
+
+class FishLegParams(Params):
+    """Options of the method fishleg."""
+
+    structure: Literal[
+        "eigen",
+        "kronecker",
+        "kronecker_scaled",
+        "tensor",
+        "tensor_scaled",
+        "block",
+        "diagonal",
+        "full",
+    ] = Field(default="kronecker", description="form of the inverse's blocks")
+    solver: Literal["auto", "alternating", "adam"] = Field(
+        default="auto", description="exact half-steps where there are any, else Adam"
+    )
+    objective: Literal["expected", "probe"] = Field(
+        default="expected", description="closed form over samples, or random probes (adam)"
+    )
+    warm_start: Literal["kfac", "moments", "diagonal", "identity"] = Field(
+        default="moments", description="where the fit begins"
+    )
+    shrinkage: float = Field(
+        default=0.5, ge=0, le=1, description="of measured curvature towards its factors' (eigen)"
+    )
+    sweeps: int = Field(default=5, ge=1, description="pairs of half-steps in a fit (alternating)")
+    refine_sweeps: int = Field(
+        default=2, ge=1, description="pairs of half-steps that take new masks in (alternating)"
+    )
+    mask_fit: Literal["damped", "exact"] = Field(
+        default="damped", description="what masked half-steps minimise"
+    )
+    cg_iterations: int = Field(default=4, ge=1, description="in an exact masked half-step")
+    block_size: int = Field(default=64, ge=1, description="weights in a block (structure block)")
+    steps: int = Field(default=200, ge=1, description="of Adam in a fit (adam)")
+    refine_steps: int = Field(default=80, ge=1, description="of Adam that take new masks in (adam)")
+    preconditioned_steps: int = Field(
+        default=0, ge=0, description="of Adam's first steps, how many are preconditioned (adam)"
+    )
+    learning_rate: float = Field(default=0.02, gt=0, description="relative (adam)")
+    probes: int = Field(default=16, ge=1, description="a step (objective probe)")
+    memory_bytes: int = Field(
+        default=2 << 30, ge=1 << 20, description="for gradients held at once; more passes if less"
+    )
+
+
+class ObsParams(Params):
+    """Options of the method obs."""
+
+    block_size: int = Field(default=64, ge=1, description="weights in a diagonal block")
+
+
+class EstimatorParams(CalibrationParams):
+    """How curvature is estimated. Each method reads its own options and no other's."""
+
+    method: Annotated[str, METHODS] = Field(description="name of the curvature method")
+    damping: float = Field(default=1e-4, gt=0, description="gamma, added to the Fisher's diagonal")
+    fishleg: FishLegParams = Field(
+        default=FishLegParams(), description="options of the method fishleg"
+    )
+    obs: ObsParams = Field(default=ObsParams(), description="options of the method obs")
+    options: dict[str, Any] = Field(
+        default={}, description="further keyword arguments of the method, for one of your own"
+    )
+
+    @model_validator(mode="after")
+    def _forget_other_methods(self) -> EstimatorParams:
+        """Reset the options of other methods: what is not used must not enter the key."""
+        for name, default in (("fishleg", FishLegParams()), ("obs", ObsParams())):
+            if self.method != name:
+                object.__setattr__(self, name, default)
+        return self
+
+
+class PruningParams(Params):
+    """How weights are chosen and survivors moved."""
+
+    sparsity: float = Field(ge=0, lt=1, description="fraction of the prunable weights removed")
+    distribution: Literal["global", "uniform"] = Field(
+        default="global", description="least salient of the whole network, or of each layer"
+    )
+    compensation: Literal["none", "independent", "joint", "fisher"] = Field(
+        default="joint",
+        description="of survivors: none; sum of single-weight updates; exact within each block; "
+        "across the network by Fisher products",
+    )
+    cg_iterations: int = Field(
+        default=500, ge=1, description="of conjugate gradients, at most, in one compensation"
+    )
+
+
+class MethodAxes(Params):
+    """Axes that tell cells apart, where what they name is known from the inputs already."""
+
+    method: str | None = Field(default=None, description="axis: the inputs' curvature method")
+    damping: float | None = Field(default=None, description="axis: the inputs' damping")
+
+
+class PretrainParams(DataParams, ModelParams, TrainingParams):
+    """Of `pretrain`."""
+
+
+class ImportParams(DataParams, ModelParams):
+    """Of `import_checkpoint`."""
+
+    path: Annotated[str, ExternalFile()] = Field(
+        description="a safetensors file under the network's own state-dict names"
+    )
+    seed: int = Field(default=0, ge=0, description="axis: tells copies apart")
+
+
+class CurvatureParams(EstimatorParams):
+    """Of `curvature`."""
+
+    certificate_samples: int = Field(
+        default=250,
+        ge=0,
+        description="held-out training samples that the estimate is certified on; 0: none",
+    )
+
+
+class OneshotParams(PruningParams, MethodAxes):
+    """Of `prune_oneshot`."""
+
+    seed: int = Field(default=0, ge=0, description="axis: the inputs' seed")
+    certificate_samples: int = Field(
+        default=250,
+        ge=0,
+        description="calibration samples on which predicted and measured change are compared; "
+        "0: none",
+    )
+
+
+class GradualParams(PruningParams, EstimatorParams, TrainingParams):
+    """Of `prune_gradual`."""
+
+    sparsity: float = Field(gt=0, lt=1, description="fraction removed after the last step")
+    initial_sparsity: float = Field(
+        default=0.0, ge=0, lt=1, description="where the schedule begins"
+    )
+    steps: int = Field(default=8, ge=1, description="pruning steps")
+    schedule: Literal["cubic", "linear"] = Field(
+        default="cubic", description="fast at first and slow at the end, or equal steps"
+    )
+    carry: Literal["refine", "reestimate"] = Field(
+        default="refine",
+        description="between steps: take the new weights and masks into the estimate, or start "
+        "it anew (methods without a state always do)",
+    )
+    epochs: int = Field(
+        default=1, ge=0, description="of training after each step; 0: one-shot in several steps"
+    )
+    batch_size: int = Field(default=128, ge=1, description="samples in an optimiser step")
+    seed: int = Field(default=0, ge=0, description="of samples, labels, batches and crops")
+
+
+class FinetuneParams(TrainingParams, MethodAxes):
+    """Of `finetune`."""
+
+    distillation: float = Field(
+        default=0.5, ge=0, le=1, description="weight of the teacher, where one is connected"
+    )
+    temperature: float = Field(default=2.0, gt=0, description="of the teacher's outputs")
+    sparsity: float | None = Field(default=None, description="axis: the input's sparsity")
+
+
+class SelectParams(MethodAxes):
+    """Of `select`."""
+
+    metric: Literal["accuracy", "nll"] = Field(
+        default="accuracy", description="highest accuracy or lowest nll on the validation split"
+    )
+    sparsity: float | None = Field(default=None, description="axis: the inputs' sparsity")
+    seed: int = Field(default=0, ge=0, description="axis: the inputs' seed")
+
+
+class EvaluateParams(Params):
+    """Of `evaluate`."""
+
+    split: Literal["test", "validation", "train"] = Field(
+        default="test", description="what is measured on"
+    )
+    batch_size: int = Field(default=500, ge=1, description="samples at a time; no result changes")
+
+
+class Published(Params):
+    """Numbers from the literature, shown beside ours."""
+
+    method: str = Field(description="as it is shown")
+    sparsity: list[float] = Field(description="fractions removed")
+    accuracy: list[float] = Field(description="in percent, one for each sparsity")
+
+    @model_validator(mode="after")
+    def _same_length(self) -> Published:
+        if len(self.sparsity) != len(self.accuracy):
+            raise ValueError(
+                f"{self.method}: {len(self.sparsity)} sparsities, {len(self.accuracy)} accuracies"
+            )
+        return self
+
+
+class CompareParams(Params):
+    """Of `compare`."""
+
+    title: str = Field(default="Accuracy against sparsity", description="of table and figure")
+    published: list[Published] = Field(default=[], description="rows from the literature")
+
+
+# -------------------------------------------------------------------------------- estimates
+
+_FLOAT_BYTES = 4
+_PROCESS_BYTES = 500 * 2**20  # Python with torch
+
+
+def _parameters(params: Sequence[Params]) -> int | None:
+    """Return the size of the network that `params`, or what is upstream of them, name."""
+    named = next((one for one in params if isinstance(one, ModelParams)), None)
+    entry = MODELS.find(named.model) if named is not None else None
+    if named is None or entry is None or "parameters" not in entry.facts:
+        return None
+    width = named.model_args.get("width", entry.facts.get("width", 1))
+    return int(entry.facts["parameters"] * (width / entry.facts.get("width", 1)) ** 2)
+
+
+def _data_bytes(params: Sequence[Params]) -> int:
+    """Return the size of the decoded data, 0 where it is not known."""
+    named = next((one for one in params if isinstance(one, DataParams)), None)
+    entry = DATASETS.find(named.dataset) if named is not None else None
+    return 0 if entry is None else entry.facts.get("bytes", 0)
+
+
+def estimate_import(params: ImportParams, upstream: Sequence[Params]) -> Estimate:
+    """Forecast `import_checkpoint`: the data and the network, once each."""
+    del upstream
+    parameters = _parameters([params])
+    if parameters is None:
+        return Estimate()
+    disk = parameters * _FLOAT_BYTES
+    return Estimate(memory_bytes=_PROCESS_BYTES + _data_bytes([params]) + disk, disk_bytes=disk)
+
+
+def estimate_training(params: TrainingParams, upstream: Sequence[Params]) -> Estimate:
+    """Forecast a training: weights, gradients and moments; two checkpoints and the result."""
+    lineage = [params, *upstream]
+    parameters = _parameters(lineage)
+    if parameters is None:
+        return Estimate()
+    moments = 2 if params.optimizer == "adamw" else 1
+    state = parameters * _FLOAT_BYTES * (2 + moments)
+    return Estimate(
+        memory_bytes=_PROCESS_BYTES + 2 * _data_bytes(lineage) + state,
+        disk_bytes=parameters * _FLOAT_BYTES * (1 + 2 * (1 + moments)),
+    )
+
+
+def estimate_curvature(params: CurvatureParams, upstream: Sequence[Params]) -> Estimate:
+    """Forecast `curvature`: the estimate itself, and the gradients that are held for it.
+
+    Factors depend on the shapes of the layers, which are not known here; they are left out.
+    """
+    parameters = _parameters(upstream)
+    if parameters is None:
+        return Estimate()
+    vector = parameters * _FLOAT_BYTES
+    memory = _PROCESS_BYTES + _data_bytes(upstream) + vector
+    if params.method == "obs":
+        return Estimate(
+            memory_bytes=memory + 2 * vector * params.obs.block_size,
+            disk_bytes=vector * params.obs.block_size,
+        )
+    if params.method == "fishleg":
+        held = min(params.fishleg.memory_bytes, vector * params.samples * params.draws)
+        return Estimate(memory_bytes=memory + held)
+    if params.method in {"diagonal", "magnitude"}:
+        return Estimate(memory_bytes=memory + vector, disk_bytes=vector)
+    return Estimate()
+
+
+# -------------------------------------------------------------------------------- stages
+
+_MODEL = Input(kind="model", summary="the model to work on")
+_GIVES_MODEL = {"model": Output(kind="model", summary="weights, masks and facts")}
+
+CATALOGUE = Catalogue(
+    stages=[
+        Stage(
+            name="pretrain",
+            entry="stages.pretrain:pretrain",
+            params=PretrainParams,
+            outputs=_GIVES_MODEL,
+            estimate=estimate_training,
+            summary="trains a network from scratch",
+        ),
+        Stage(
+            name="import_checkpoint",
+            entry="stages.import_checkpoint:import_checkpoint",
+            params=ImportParams,
+            outputs=_GIVES_MODEL,
+            estimate=estimate_import,
+            summary="takes a trained network from a safetensors file",
+        ),
+        Stage(
+            name="curvature",
+            entry="stages.curvature:curvature",
+            params=CurvatureParams,
+            inputs={"model": _MODEL},
+            outputs={"curvature": Output(kind="curvature", summary="the fitted estimate")},
+            estimate=estimate_curvature,
+            summary="estimates the inverse Fisher of a model, with a certificate",
+        ),
+        Stage(
+            name="prune_oneshot",
+            entry="stages.prune_oneshot:prune_oneshot",
+            params=OneshotParams,
+            inputs={
+                "model": _MODEL,
+                "curvature": Input(kind="curvature", summary="estimated on that model"),
+            },
+            outputs=_GIVES_MODEL,
+            summary="removes weights in one step, and moves the others",
+        ),
+        Stage(
+            name="prune_gradual",
+            entry="stages.prune_gradual:prune_gradual",
+            params=GradualParams,
+            inputs={"model": _MODEL},
+            outputs=_GIVES_MODEL,
+            summary="removes weights in steps, with training and fresh curvature between",
+        ),
+        Stage(
+            name="finetune",
+            entry="stages.finetune:finetune",
+            params=FinetuneParams,
+            inputs={
+                "model": _MODEL,
+                "teacher": Input(
+                    kind="model", optional=True, summary="dense model whose outputs are matched"
+                ),
+            },
+            outputs=_GIVES_MODEL,
+            estimate=estimate_training,
+            summary="trains the surviving weights",
+        ),
+        Stage(
+            name="select",
+            entry="stages.select:select",
+            params=SelectParams,
+            inputs={"candidates": Input(kind="model", many=True, summary="models to choose from")},
+            outputs=_GIVES_MODEL,
+            summary="passes on the candidate that is best on the validation split",
+        ),
+        Stage(
+            name="evaluate",
+            entry="stages.evaluate:evaluate",
+            params=EvaluateParams,
+            inputs={"models": Input(kind="model", many=True, summary="any number of models")},
+            outputs={"results": Output(kind="results", track=True, summary="one row a model")},
+            summary="measures models, one row and one tracked run each",
+        ),
+        Stage(
+            name="compare",
+            entry="stages.compare:compare",
+            params=CompareParams,
+            inputs={"results": Input(kind="results", many=True, summary="rows to compare")},
+            outputs={
+                "report": Output(
+                    kind="report", track=True, promote=True, summary="table.md, .csv, figure.png"
+                )
+            },
+            resources=Resources(num_cpus=1),
+            summary="makes the table and the figure",
+        ),
+    ],
+    packages=("stages", "fishleg"),
+    results=Results(
+        kind="results",
+        columns=[
+            "cell",
+            "model_cell",
+            "key",
+            "method",
+            "mode",
+            "finetuned",
+            "sparsity",
+            "seed",
+            "accuracy",
+            "nll",
+            "ece",
+            "nonzero",
+            "prunable",
+            "parameters",
+            "damping",
+            "split",
+            "run_id",
+        ],
+        report="report",
+    ),
+    exporter="stages.exporter:export",
+    exports="model",
+    registries=[MODELS, DATASETS, METHODS],
+)

@@ -1,0 +1,42 @@
+"""Stage `compare`: the table and the figure of all rows."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from pipeline.stage import Context, StageError
+from stages.report.figure import draw
+from stages.report.summary import summarise
+from stages.report.table import csv_text, markdown
+
+if TYPE_CHECKING:
+    from stages.catalogue import CompareParams
+
+
+def compare(ctx: Context) -> None:
+    """Write output `report`: table.md, table.csv and figure.png, of whatever rows there are.
+
+    Raises:
+        StageError: there are none.
+    """
+    params: CompareParams = ctx.params
+    rows: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
+    for artifact in ctx.inputs["results"]:
+        if artifact.path is None:
+            failed.append({"model_cell": artifact.cell, "axes": dict(artifact.axes)})
+            continue
+        rows += json.loads((artifact.path / "rows.json").read_text("utf-8"))
+        failed += json.loads((artifact.path / "failed.json").read_text("utf-8"))
+    if not rows:
+        raise StageError("compare: no model was evaluated; mend one of the cells upstream.")
+    published = [
+        (row.method, dict(zip(row.sparsity, row.accuracy, strict=True))) for row in params.published
+    ]
+    summary = summarise(rows, failed, published)
+    folder = ctx.output("report")
+    (folder / "table.md").write_text(markdown(summary, params.title), "utf-8")
+    (folder / "table.csv").write_text(csv_text(rows), "utf-8")
+    draw(summary, params.title, folder / "figure.png")
+    ctx.log({"models": len(rows), "failed": len(failed)})

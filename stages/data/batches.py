@@ -1,0 +1,78 @@
+"""Batches of a training epoch: shuffled, cropped and flipped on the device, in a fixed order.
+
+Everything random of an epoch is drawn at its start from (seed, epoch), so batch b of epoch e is the
+same whether or not the run was interrupted before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from stages.data.dataset import DataSet
+from stages.determinism import generator
+
+
+def batches_per_epoch(samples: int, batch_size: int) -> int:
+    """Return the number of full batches; a set smaller than one batch makes one."""
+    return max(samples // batch_size, 1)
+
+
+def training_batches(
+    dataset: DataSet,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    start: int = 0,
+    augment: bool = True,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (inputs, labels) of the batches from number `start` on.
+
+    The remainder that fills no batch is left out; each epoch leaves out other samples.
+
+    Args:
+        dataset: its training split may be on any device, where the batches are made.
+        batch_size: samples in a batch.
+        seed: of the run.
+        epoch: number of the epoch, from 0.
+        start: first batch wanted.
+        augment: apply the data set's own crops and flips.
+
+    Yields:
+        inputs float32 (n, C, H, W), normalised; labels int64 (n,).
+    """
+    train = dataset.train
+    draw = generator(seed, "epoch", epoch)
+    order = torch.randperm(len(train), generator=draw)
+    padding = dataset.crop_padding if augment else 0
+    shifts = torch.randint(0, 2 * padding + 1, (len(train), 2), generator=draw)
+    flips = torch.rand(len(train), generator=draw) < 0.5
+    for batch in range(start, batches_per_epoch(len(train), batch_size)):
+        chosen = order[batch * batch_size : (batch + 1) * batch_size]
+        where = chosen.to(train.labels.device)
+        images = train.inputs[where]
+        if padding:
+            images = crop(images, shifts[chosen].to(images.device), padding)
+        if augment and dataset.flip:
+            flip = flips[chosen].to(images.device).reshape(-1, *[1] * (images.ndim - 1))
+            images = torch.where(flip, images.flip(-1), images)
+        yield dataset.normalise(images), train.labels[where]
+
+
+def crop(images: Tensor, shifts: Tensor, padding: int) -> Tensor:
+    """Return each image padded with zeros by `padding` and cut back to its size at its own place.
+
+    Args:
+        images: (n, C, H, W).
+        shifts: (n, 2) int64, top and left corner in the padded image, 0 <= shift <= 2 padding.
+        padding: pixels added on every side.
+    """
+    n, _, height, width = images.shape
+    padded = torch.nn.functional.pad(images, [padding] * 4)
+    samples = torch.arange(n, device=images.device)[:, None, None]
+    rows = shifts[:, 0, None, None] + torch.arange(height, device=images.device)[:, None]
+    columns = shifts[:, 1, None, None] + torch.arange(width, device=images.device)
+    return padded.permute(0, 2, 3, 1)[samples, rows, columns].permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,123 @@
+"""Which data set a stage uses, and how it gets it: folder, verification, subset, normalisation."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.stage import StageError
+from stages.data.dataset import DataSet, digest_arrays, spread
+from stages.reference import Reference, refer
+
+if TYPE_CHECKING:
+    from stages.catalogue import DataParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """A data set with its options, as it is kept beside each model for the stages that follow.
+
+    Attributes:
+        reference: what the name stands for.
+        args: options of the loader.
+        download: whether the loader may fetch what is missing.
+        verify: whether the arrays must have the digest in `reference`.
+        subset: samples kept of each split, or None for all.
+        mean: replaces the data set's own normalisation, or None.
+        std: likewise.
+    """
+
+    reference: Reference
+    args: Mapping[str, Any] = field(default_factory=dict)
+    download: bool = False
+    verify: bool = True
+    subset: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    @classmethod
+    def from_params(cls, params: DataParams) -> DataSource:
+        """Return the source that a stage's parameters describe."""
+        return cls(
+            reference=refer(params, "dataset"),
+            args=dict(params.dataset_args),
+            download=params.download,
+            verify=params.verify,
+            subset=params.subset,
+            mean=None if params.mean is None else tuple(params.mean),
+            std=None if params.std is None else tuple(params.std),
+        )
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> DataSource:
+        """Return the source that `to_json` described."""
+        changed = {
+            "reference": Reference(**value["reference"]),
+            "mean": None if value["mean"] is None else tuple(value["mean"]),
+            "std": None if value["std"] is None else tuple(value["std"]),
+        }
+        return cls(**{**value, **changed})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-able description."""
+        return asdict(self)
+
+
+def load_data(source: DataSource) -> tuple[DataSet, DataSource]:
+    """Return the data set and the source with the digest of what was loaded.
+
+    A declared digest is verified; where none is declared, the digest found is put into the source
+    returned, so that later stages notice when the data have changed in between.
+
+    Data that are missing, or are not those declared, are a StageError.
+    """
+    root = Path(os.environ.get("FISHLEG_DATA", "data"))
+    return _load(root.absolute(), json.dumps(source.to_json(), sort_keys=True))
+
+
+@lru_cache(maxsize=1)  # a warm worker runs many cells on the same data
+def _load(root: Path, description: str) -> tuple[DataSet, DataSource]:
+    source = DataSource.from_json(json.loads(description))
+    dataset = source.reference.load()(root, download=source.download, **source.args)
+    if not isinstance(dataset, DataSet):
+        raise StageError(
+            f"{source.reference.target} returned {type(dataset).__name__}; expected a "
+            "stages.data.dataset.DataSet."
+        )
+    source = _verified(dataset, source)
+    return _adapt(dataset, source), source
+
+
+def _verified(dataset: DataSet, source: DataSource) -> DataSource:
+    """Return the source with its digest filled in, after comparing it with a declared one.
+
+    Raises:
+        StageError: they differ.
+    """
+    if not source.verify:
+        return source
+    declared, found = source.reference.digest, digest_arrays(dataset)
+    if declared is not None and declared != found:
+        raise StageError(
+            f"The arrays of data set {source.reference.name!r} have the sha256 {found}, expected "
+            f"{declared}: files are damaged, cut down or changed. Get them again, or use them "
+            "knowingly with `verify: false` among the params of the stage that names the data set."
+        )
+    return replace(source, reference=replace(source.reference, digest=found))
+
+
+def _adapt(dataset: DataSet, source: DataSource) -> DataSet:
+    """Return the data set with the source's subset and normalisation."""
+    if source.subset is not None:
+        count = source.subset
+        dataset = dataset.map_splits(lambda split: spread(split, count))
+    return replace(
+        dataset,
+        mean=dataset.mean if source.mean is None else source.mean,
+        std=dataset.std if source.std is None else source.std,
+    )

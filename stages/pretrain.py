@@ -1,0 +1,33 @@
+"""Stage `pretrain`: trains a network from fresh weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from pipeline.stage import Context
+from stages.data.source import DataSource, load_data
+from stages.determinism import compute_deterministically, derive_seed
+from stages.metrics import log_validation
+from stages.model_folder import Facts, Model, save_model
+from stages.training import Training
+
+if TYPE_CHECKING:
+    from stages.catalogue import PretrainParams
+
+
+def pretrain(ctx: Context) -> None:
+    """Train, going on from the last checkpoint if there is one, and write output `model`."""
+    params: PretrainParams = ctx.params
+    compute_deterministically(ctx.device)
+    dataset, source = load_data(DataSource.from_params(params))
+    facts = Facts.from_params(params, dataset, source)
+    torch.manual_seed(derive_seed(params.seed, "weights"))
+    network = facts.build().to(ctx.device)
+    facts.partition(network)  # a pattern that matches nothing is an error now, not after hours
+    training = Training(network, dataset, params)
+    training.resume(ctx)
+    training.run(ctx)
+    save_model(ctx.output("model"), Model(network=network, masks={}, facts=facts))
+    log_validation(ctx, network, dataset)

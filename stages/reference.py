@@ -1,0 +1,72 @@
+"""Registry names as stages keep them on disk, so that a later stage can load what they stand for.
+
+A stage never imports the catalogue (its code would enter every key). The registry of a parameter
+travels with the parameter class, as its annotation; `refer` reads it from there.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from pipeline.stage import Params, Registry, StageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What a registry name stands for.
+
+    Attributes:
+        name: the name as the user wrote it, such as `resnet20` or `torchvision/resnet50`.
+        target: `module:attribute`.
+        argument: for a name of a family (`torchvision/resnet50`), what follows the prefix; it is
+            passed first to the target. None otherwise.
+        digest: declared sha256 of the entry's data, or None.
+    """
+
+    name: str
+    target: str
+    argument: str | None = None
+    digest: str | None = None
+
+    def load(self) -> Callable[..., Any]:
+        """Import the target and return it, with the family's argument already given.
+
+        Raises:
+            StageError: the module or the attribute does not exist.
+        """
+        module, _, attribute = self.target.partition(":")
+        try:
+            loaded = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise StageError(
+                f"{self.name!r} stands for {self.target}, which cannot be imported: {error}. "
+                "It must be importable in the worker: `pip install` it, or put its folder on "
+                "PYTHONPATH."
+            ) from error
+        return loaded if self.argument is None else partial(loaded, self.argument)
+
+
+def refer(params: Params, field: str) -> Reference:
+    """Return the reference behind the value of a field annotated with a registry.
+
+    Raises:
+        StageError: the name is in no registry of the field.
+    """
+    name = getattr(params, field)
+    for registry in type(params).model_fields[field].metadata:
+        if not isinstance(registry, Registry):
+            continue
+        entry = registry.find(name)
+        if entry is None:
+            known = sorted([*registry.entries, *(f"{prefix}..." for prefix in registry.prefixes)])
+            raise StageError(f"unknown {registry.kind} {name!r}; known: {', '.join(known)}.")
+        families = [prefix for prefix in registry.prefixes if name.startswith(prefix)]
+        argument = None
+        if name not in registry.entries and families:
+            argument = name.removeprefix(families[0])
+        return Reference(name=name, target=entry.target, argument=argument, digest=entry.digest)
+    raise StageError(f"parameter {field!r} has no registry.")

@@ -1,0 +1,209 @@
+"""The comparison as a picture: accuracy against sparsity, one line a method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from stages.report.summary import PUBLISHED, SECTIONS, Lines, Point, Summary
+
+# Okabe and Ito's palette, which people with any colour vision can tell apart; methods differ in
+# their markers, too.
+_COLOURS = {
+    "fishleg": "#D55E00",
+    "obs": "#0072B2",
+    "kfac": "#009E73",
+    "diagonal": "#CC79A7",
+    "magnitude": "#555555",
+}
+_SPARE_COLOURS = ("#E69F00", "#56B4E9", "#882255", "#117733", "#999933")
+_MARKERS = {"fishleg": "o", "obs": "s", "kfac": "^", "diagonal": "D", "magnitude": "v"}
+_GREY = "#777777"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Style:
+    """How one section's lines look; `shift` sets them apart, in doublings of compression."""
+
+    line: Literal["-", "--", ":"]
+    filled: bool
+    shift: float = 0.0
+
+
+_STYLES = {
+    SECTIONS["oneshot", False]: _Style(line="-", filled=True),
+    SECTIONS["oneshot", True]: _Style(line="-", filled=True),
+    SECTIONS["gradual", False]: _Style(line=":", filled=False, shift=0.04),
+    SECTIONS["gradual", True]: _Style(line="--", filled=True, shift=0.08),
+}
+_PANELS = {
+    "Without training": (SECTIONS["oneshot", False],),
+    "With training": (
+        SECTIONS["oneshot", True],
+        SECTIONS["gradual", False],
+        SECTIONS["gradual", True],
+    ),
+}
+
+
+def draw(summary: Summary, title: str, path: Path) -> None:
+    """Write the figure as PNG: a panel for one-shot results, one for those with training."""
+    panels = {
+        name: {one: summary.sections[one] for one in titles if one in summary.sections}
+        for name, titles in _PANELS.items()
+    }
+    panels = {name: sections for name, sections in panels.items() if sections}
+    methods = [method for lines in summary.sections.values() for method in lines]
+    colours = _colours(methods)
+    style: dict[Any, Any] = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
+    with matplotlib.rc_context(style):
+        wide = len(panels) > 1  # then the legend has room below, else beside
+        width = 6.4 * len(panels) if wide else 9.0
+        figure = Figure(figsize=(width, 5.2), layout="constrained")
+        axes = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
+        for axis, (name, sections) in zip(axes, panels.items(), strict=False):
+            _draw_panel(axis, name, sections, summary.dense, colours)
+        if colours:
+            handles = [_handle(method, colour) for method, colour in colours.items()]
+            figure.legend(
+                handles=handles,
+                loc="outside lower center" if wide else "outside right center",
+                ncols=6 if wide else 1,
+                frameon=False,
+            )
+        figure.suptitle(title, fontsize=13)
+        figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def _draw_panel(
+    axis: Any,
+    name: str,
+    sections: Mapping[str, Lines],
+    dense: Point | None,
+    colours: Mapping[str, str],
+) -> None:
+    for section, lines in sections.items():
+        for method, points in lines.items():
+            _draw_line(axis, _STYLES[section], method, points, colours[method])
+    if dense is not None:
+        _draw_dense(axis, dense.mean)
+    _scale(
+        axis, sorted({s for lines in sections.values() for line in lines.values() for s in line})
+    )
+    axis.set_title(name, fontsize=11)
+    axis.set_ylabel("accuracy (%)")
+    axis.grid(axis="y", color="#E5E5E5")
+    axis.set_axisbelow(True)
+    if len(sections) > 1:
+        handles = [_kind_handle(section) for section in sections]
+        axis.legend(handles=handles, loc="lower left", fontsize=9, frameon=False)
+
+
+def _draw_line(
+    axis: Any, style: _Style, method: str, points: Mapping[float, Point], colour: str
+) -> None:
+    """Draw one method's means with a band, or bars, from the lowest to the highest seed."""
+    there = {
+        _to_sparsity(_from_sparsity(sparsity) + style.shift): point
+        for sparsity, point in points.items()
+        if point.accuracies
+    }
+    if not there:
+        return
+    low = [min(point.accuracies) for point in there.values()]
+    high = [max(point.accuracies) for point in there.values()]
+    handle = _handle(method, colour)
+    axis.plot(
+        list(there),
+        [point.mean for point in there.values()],
+        color=colour,
+        linestyle=handle.get_linestyle() if method.endswith(PUBLISHED) else style.line,
+        linewidth=handle.get_linewidth(),
+        marker=handle.get_marker(),
+        markerfacecolor=handle.get_markerfacecolor() if style.filled else "white",
+        markersize=6,
+        zorder=4 if method.startswith("fishleg") else 3,
+    )
+    if len(there) > 1:
+        axis.fill_between(list(there), low, high, color=colour, alpha=0.15, linewidth=0)
+    else:
+        axis.vlines(list(there), low, high, color=colour, alpha=0.4, linewidth=2)
+
+
+def _draw_dense(axis: Any, accuracy: float) -> None:
+    axis.axhline(accuracy, color="#999999", linewidth=1, zorder=0)
+    axis.annotate(
+        f"dense {accuracy:.1f}",
+        (1, accuracy),
+        xycoords=("axes fraction", "data"),
+        ha="right",
+        va="bottom",
+        color=_GREY,
+        fontsize=9,
+    )
+
+
+def _handle(method: str, colour: str) -> Line2D:
+    """Return the legend's line of a method; published ones are thin, dashed and hollow."""
+    published = method.endswith(PUBLISHED)
+    return Line2D(
+        [],
+        [],
+        color=colour,
+        linestyle="--" if published else "-",
+        linewidth=1.2 if published else 2.6 if method.startswith("fishleg") else 1.8,
+        marker=_MARKERS.get(method.partition(" ")[0], "o"),
+        markerfacecolor="white" if published else colour,
+        label=method,
+    )
+
+
+def _kind_handle(section: str) -> Line2D:
+    """Return the legend's line of a section, in grey."""
+    style = _STYLES[section]
+    return Line2D(
+        [],
+        [],
+        color=_GREY,
+        linestyle=style.line,
+        marker="o",
+        markerfacecolor=_GREY if style.filled else "white",
+        label=section.lower(),
+    )
+
+
+def _colours(methods: Iterable[str]) -> dict[str, str]:
+    """Return a colour for each method; those without one of their own take the spare ones."""
+    unknown = dict.fromkeys(method for method in methods if method not in _COLOURS)
+    spare = {m: _SPARE_COLOURS[i % len(_SPARE_COLOURS)] for i, m in enumerate(unknown)}
+    return {method: _COLOURS.get(method) or spare[method] for method in dict.fromkeys(methods)}
+
+
+def _scale(axis: Any, sparsities: Sequence[float]) -> None:
+    """Space sparsities by doublings of compression, so that 0.9, 0.95 and 0.98 stand apart."""
+    axis.set_xscale("function", functions=(_from_sparsity, _to_sparsity))
+    axis.xaxis.set_major_locator(FixedLocator(list(sparsities)))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
+    margin = 0.15
+    low, high = _from_sparsity(min(sparsities)), _from_sparsity(max(sparsities))
+    axis.set_xlim(_to_sparsity(low - margin), _to_sparsity(high + margin))
+    axis.set_xlabel("weights removed (%)")
+
+
+def _from_sparsity(sparsity: Any) -> Any:
+    """Return -log2 of the fraction left."""
+    return -np.log2(np.clip(1 - np.asarray(sparsity), 1e-9, None))
+
+
+def _to_sparsity(place: Any) -> Any:
+    """Return the sparsity at a place on the axis: `_from_sparsity` undone."""
+    return 1 - np.exp2(-np.asarray(place))

@@ -1,0 +1,90 @@
+"""The comparison as a Markdown table for people and a CSV file for programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+
+from stages.report.summary import PUBLISHED, Lines, Point, Row, Summary
+
+_COLUMNS = (
+    "model_cell",
+    "key",
+    "method",
+    "mode",
+    "finetuned",
+    "sparsity",
+    "seed",
+    "damping",
+    "split",
+    "accuracy",
+    "nll",
+    "ece",
+    "nonzero",
+    "prunable",
+    "parameters",
+)
+
+
+def markdown(summary: Summary, title: str) -> str:
+    """Return one table a section: a row for each method, a column for each sparsity."""
+    parts = [f"# {title}"]
+    if summary.dense is not None:
+        parts.append(f"Dense network: {_cell(summary.dense)} % accuracy.")
+    for section, lines in summary.sections.items():
+        parts += [f"## {section}", _table(lines)]
+    parts.append(
+        "Accuracy in percent, mean ± half the range over seeds; the best of a column is bold. "
+        "Sparsity is the fraction of prunable weights removed."
+    )
+    if summary.failed:
+        cells = "\n".join(f"- `{name}`" for name in summary.failed)
+        parts.append(f"† Failed, and so not in the numbers:\n\n{cells}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(lines: Lines) -> str:
+    sparsities = sorted({sparsity for points in lines.values() for sparsity in points})
+    best = {sparsity: _best(lines, sparsity) for sparsity in sparsities}
+    out = [
+        f"| method | {' | '.join(f'{sparsity:g}' for sparsity in sparsities)} |",
+        f"|---|{'---:|' * len(sparsities)}",
+    ]
+    for method, points in lines.items():
+        cells = [
+            _cell(points[sparsity], bold=method == best[sparsity]) if sparsity in points else ""
+            for sparsity in sparsities
+        ]
+        name = f"*{method}*" if method.endswith(PUBLISHED) else method
+        out.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(out)
+
+
+def _best(lines: Lines, sparsity: float) -> str:
+    """Return the method with the highest mean, published ones left out; the first of equals."""
+    means = {
+        method: points[sparsity].mean
+        for method, points in lines.items()
+        if sparsity in points and points[sparsity].accuracies and not method.endswith(PUBLISHED)
+    }
+    return max(means, key=means.__getitem__) if len(means) > 1 else ""
+
+
+def _cell(point: Point, *, bold: bool = False) -> str:
+    mark = " †" if point.failed else ""
+    if not point.accuracies:
+        return f"failed{mark}"
+    text = f"{point.mean:.2f}"
+    if len(point.accuracies) > 1:
+        text += f" ± {point.spread:.2f}"
+    return (f"**{text}**" if bold else text) + mark
+
+
+def csv_text(rows: Sequence[Row]) -> str:
+    """Return all rows, one line for each evaluated model."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, _COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()

@@ -1,0 +1,52 @@
+"""Stage `select`: passes on the candidate that is best on the validation split."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.stage import Context, StageError, write_json
+from stages.data.source import load_data
+from stages.determinism import compute_deterministically
+from stages.metrics import measure
+from stages.model_folder import load_model
+
+if TYPE_CHECKING:
+    from stages.catalogue import SelectParams
+
+
+def select(ctx: Context) -> None:
+    """Measure all candidates, copy the best to output `model`, and say how close it was.
+
+    The earlier of two equal candidates wins. Candidates whose cells failed are passed over.
+
+    Raises:
+        StageError: all of them failed.
+    """
+    params: SelectParams = ctx.params
+    compute_deterministically(ctx.device)
+    folders = {one.cell: one.path for one in ctx.inputs["candidates"] if one.path is not None}
+    if not folders:
+        raise StageError("select: every candidate failed; mend one of the cells upstream.")
+    scores: dict[str, dict[str, float]] = {}
+    for cell, folder in folders.items():
+        model = load_model(folder, ctx.device)
+        dataset, _ = load_data(model.facts.data)
+        scores[cell] = measure(model.network, dataset, dataset.validation)
+        ctx.say(f"{cell}: validation {params.metric} {scores[cell][params.metric]:.3f}")
+        ctx.progress(len(scores), len(folders), "model")
+    sign = 1 if params.metric == "accuracy" else -1
+    best = max(scores, key=lambda cell: sign * scores[cell][params.metric])
+    _pass_on(ctx, best, folders[best])
+    ctx.log({f"validation/{name}": value for name, value in scores[best].items()})
+    ctx.say(f"chosen: {best}")
+
+
+def _pass_on(ctx: Context, cell: str, source: Path) -> None:
+    """Copy the chosen model's folder, and note in its facts where it comes from."""
+    folder = ctx.output("model")
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    facts = json.loads((folder / "model.json").read_text("utf-8"))
+    write_json(folder / "model.json", {**facts, "selected": cell})

@@ -1,0 +1,267 @@
+"""The one training loop: SGD or AdamW, cosine schedule, distillation, masks kept, resumable.
+
+A run's whole state is the network, the optimiser's moments and a cursor (epoch, batch). Learning
+rate, batches, crops and dropout are functions of the cursor, so a run that goes on from a
+checkpoint reaches the same bits as an undisturbed one (equal device and thread count).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.stage import Context, StageError, write_json
+from stages.data.batches import batches_per_epoch, training_batches
+from stages.data.dataset import DataSet
+from stages.determinism import derive_seed
+from stages.metrics import measure
+from stages.tensor_files import load_tensors, save_tensors, with_prefix, without_prefix
+
+if TYPE_CHECKING:
+    from stages.catalogue import TrainingParams
+
+_CHECK_EVERY = 20  # batches between looks at the loss; each look waits for a GPU
+_PROGRESS_EVERY_S = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A network whose outputs are matched besides the labels.
+
+    The loss is (1 - weight) CE(labels) + weight T^2 KL(teacher_T || student_T), with outputs
+    divided by the temperature T (G. Hinton et al., arXiv 1503.02531).
+    """
+
+    network: nn.Module
+    weight: float
+    temperature: float
+
+
+class Training:
+    """One run of training, from fresh or pruned weights.
+
+    Args:
+        network: trained in place, on its own device.
+        dataset: trains on its training split, validates on its validation split.
+        params: the recipe.
+        masks: weight name -> bool in the weight's shape; weights outside are zero after each step.
+        teacher: for distillation, or None.
+        purpose: tells apart the runs of one stage; different purposes see different batches.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        dataset: DataSet,
+        params: TrainingParams,
+        *,
+        masks: Mapping[str, Tensor] | None = None,
+        teacher: Teacher | None = None,
+        purpose: str = "training",
+    ):
+        self.device = str(next(network.parameters()).device.type)
+        self.network = network
+        if self.device == "cuda":
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.dataset = dataset.map_splits(lambda split: split.to(self.device))
+        self.params = params
+        self.teacher = teacher
+        self.seed = derive_seed(params.seed, purpose)
+        parameters = dict(network.named_parameters())
+        self.removed = [(parameters[name], ~mask) for name, mask in (masks or {}).items()]
+        self.optimizer = _optimizer(network, params)
+        self.batches = batches_per_epoch(len(dataset.train), params.batch_size)
+        self.epoch = 0
+        self.batch = 0
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+
+    # -- state
+
+    def save(self, folder: Path) -> None:
+        """Write the whole state into a checkpoint's folder."""
+        moments = {
+            f"{index}.{name}": value
+            for index, state in self.optimizer.state_dict()["state"].items()
+            for name, value in state.items()
+            if isinstance(value, Tensor)
+        }
+        tensors = {
+            **with_prefix("network", self.network.state_dict()),
+            **with_prefix("optimizer", moments),
+            "loss_sum": self.loss_sum,
+        }
+        save_tensors(folder / "training.safetensors", tensors)
+        write_json(folder / "training.json", {"epoch": self.epoch, "batch": self.batch})
+
+    def load(self, folder: Path) -> None:
+        """Go on from a state that `save` wrote."""
+        tensors = load_tensors(folder / "training.safetensors")
+        self.network.load_state_dict(without_prefix("network", tensors))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in without_prefix("optimizer", tensors).items():
+            index, _, name = key.partition(".")
+            moments.setdefault(int(index), {})[name] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.loss_sum = tensors["loss_sum"].to(self.device)
+        cursor = json.loads((folder / "training.json").read_text("utf-8"))
+        self.epoch, self.batch = cursor["epoch"], cursor["batch"]
+
+    def resume(self, ctx: Context) -> None:
+        """Go on from the cell's last checkpoint, if it has one."""
+        folder = ctx.last_checkpoint()
+        if folder is not None:
+            self.load(folder)
+            ctx.say(f"going on from epoch {self.epoch}, batch {self.batch}")
+
+    # -- running
+
+    def run(
+        self,
+        ctx: Context,
+        *,
+        first_step: int = 0,
+        also_save: Callable[[Path], None] | None = None,
+    ) -> None:
+        """Train to the last epoch, with metrics, progress and checkpoints through `ctx`.
+
+        Args:
+            ctx: the stage's context.
+            first_step: number of the first epoch in the metrics' series.
+            also_save: adds the stage's own state to each checkpoint.
+
+        A loss that is not finite ends the stage with a StageError; the last checkpoint is kept.
+        """
+        shown = time.monotonic()
+        while self.epoch < self.params.epochs:
+            batches = training_batches(
+                self.dataset,
+                batch_size=self.params.batch_size,
+                seed=self.seed,
+                epoch=self.epoch,
+                start=self.batch,
+                augment=self.params.augment,
+            )
+            for inputs, labels in batches:
+                self._step(inputs, labels)
+                self.batch += 1
+                last = self.batch == self.batches
+                if last:
+                    self._finish_epoch(ctx, first_step)
+                elif self.batch % _CHECK_EVERY == 0:
+                    self._require_finite()
+                if last or time.monotonic() - shown > _PROGRESS_EVERY_S:
+                    shown = time.monotonic()
+                    done = self.epoch + self.batch / self.batches
+                    ctx.progress(first_step + done, first_step + self.params.epochs, "epoch")
+                if ctx.checkpoint_due():
+                    self._require_finite()
+                    with ctx.checkpoint() as folder:
+                        self.save(folder)
+                        if also_save is not None:
+                            also_save(folder)
+        self.network.eval()
+
+    def _step(self, inputs: Tensor, labels: Tensor) -> None:
+        """Take one optimiser step; dropout and the like draw from a seed of this very batch."""
+        torch.manual_seed(derive_seed(self.seed, "batch", self.epoch, self.batch))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(
+                self.params, self.epoch * self.batches + self.batch, self.batches
+            )
+        self.network.train()
+        if self.device == "cuda" and inputs.ndim == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        loss = self._loss(inputs, labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.loss_sum += loss.detach()
+        with torch.no_grad():
+            for parameter, removed in self.removed:
+                parameter.masked_fill_(removed, 0.0)
+
+    def _loss(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(self.device, torch.bfloat16, enabled=self._half_precision()):
+            outputs = self.network(inputs)
+        outputs = outputs.float()
+        smoothing = self.params.label_smoothing
+        loss = functional.cross_entropy(outputs, labels, label_smoothing=smoothing)
+        if self.teacher is None:
+            return loss
+        with (
+            torch.no_grad(),
+            torch.autocast(self.device, torch.bfloat16, enabled=self._half_precision()),
+        ):
+            target = self.teacher.network(inputs)
+        temperature = self.teacher.temperature
+        divergence = functional.kl_div(
+            functional.log_softmax(outputs / temperature, -1),
+            functional.log_softmax(target.float() / temperature, -1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        weight = self.teacher.weight
+        return (1 - weight) * loss + weight * temperature**2 * divergence
+
+    def _half_precision(self) -> bool:
+        if self.params.precision == "auto":
+            return self.device == "cuda" and torch.cuda.is_bf16_supported()
+        return self.params.precision == "bfloat16"
+
+    def _finish_epoch(self, ctx: Context, first_step: int) -> None:
+        """Report the epoch that ends here, and move the cursor to the next one."""
+        self._require_finite()
+        self.epoch, self.batch = self.epoch + 1, 0
+        metrics = {"train/loss": self.loss_sum.item() / self.batches}
+        self.loss_sum.zero_()
+        if len(self.dataset.validation):
+            found = measure(self.network, self.dataset, self.dataset.validation)
+            metrics |= {"validation/accuracy": found["accuracy"], "validation/nll": found["nll"]}
+        ctx.log(metrics, step=first_step + self.epoch)
+
+    def _require_finite(self) -> None:
+        if not math.isfinite(self.loss_sum.item()):
+            raise StageError(
+                f"The training loss became {self.loss_sum.item()} in epoch {self.epoch + 1}, by "
+                f"batch {self.batch} of {self.batches}. The last checkpoint before it is kept. "
+                f"Lower lr (now {self.params.lr}) or raise warmup_epochs."
+            )
+
+
+def learning_rate(params: TrainingParams, step: int, batches: int) -> float:
+    """Return the rate of optimiser step `step`: linear warm-up, then a half cosine down to 0.
+
+    Args:
+        params: the recipe (`lr`, `epochs`, `warmup_epochs`).
+        step: from 0.
+        batches: optimiser steps in an epoch.
+    """
+    warmup = params.warmup_epochs * batches
+    if step < warmup:
+        return params.lr * (step + 1) / (warmup + 1)
+    along = (step - warmup) / max(params.epochs * batches - warmup, 1)
+    return params.lr * 0.5 * (1 + math.cos(math.pi * along))
+
+
+def _optimizer(network: nn.Module, params: TrainingParams) -> torch.optim.Optimizer:
+    """Build the optimiser; weight decay acts on matrices and kernels, not on biases and norms."""
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": params.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    if params.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=params.lr)
+    return torch.optim.SGD(
+        groups, lr=params.lr, momentum=params.momentum, nesterov=params.momentum > 0
+    )

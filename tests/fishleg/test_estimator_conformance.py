@@ -1,0 +1,266 @@
+"""One suite for all estimators. A new one, or a new option, is one line in `CASES`."""
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from fishleg.errors import FishLegError, NotFitted
+from fishleg.estimators import (
+    ESTIMATORS,
+    KFAC,
+    AbstractEstimator,
+    BlockWoodbury,
+    DiagonalFisher,
+    FishLeg,
+    FitProgress,
+    Identity,
+)
+from fishleg.gradients import GradientSource
+from fishleg.parameters import Partition, partition_parameters
+from tests.fishleg.networks import Tied, mixed_source
+
+TOLERANCE = {
+    torch.float64: {"rtol": 1e-10, "atol": 1e-10},
+    torch.float32: {"rtol": 1e-4, "atol": 1e-4},
+}
+DAMPING = 0.01
+
+CASES: dict[str, Callable[[Partition], AbstractEstimator]] = {
+    "identity": lambda partition: Identity(partition, damping=DAMPING),
+    "diagonal": lambda partition: DiagonalFisher(partition, damping=DAMPING),
+    "woodbury": lambda partition: BlockWoodbury(partition, damping=DAMPING),
+    "woodbury, small": lambda partition: BlockWoodbury(partition, damping=DAMPING, block_size=5),
+    "kfac": lambda partition: KFAC(partition, damping=DAMPING),
+    "kfac, factors only": lambda partition: KFAC(partition, damping=DAMPING, dense_size=0),
+    "fishleg": lambda partition: FishLeg(partition, damping=DAMPING),
+    "fishleg, kfac": lambda partition: FishLeg(partition, damping=DAMPING, warm_start="kfac"),
+    "fishleg, exact masks": lambda partition: FishLeg(partition, damping=DAMPING, mask_fit="exact"),
+    "fishleg, scaled": lambda partition: FishLeg(
+        partition, damping=DAMPING, structure="kronecker_scaled", solver="adam", steps=3
+    ),
+    "fishleg, tensor": lambda partition: FishLeg(
+        partition, damping=DAMPING, structure="tensor", solver="adam", steps=3
+    ),
+    "fishleg, tensor scaled": lambda partition: FishLeg(
+        partition, damping=DAMPING, structure="tensor_scaled", solver="adam", steps=3
+    ),
+    "fishleg, eigen": lambda partition: FishLeg(
+        partition, damping=DAMPING, structure="eigen", warm_start="kfac"
+    ),
+    "fishleg, block": lambda partition: FishLeg(partition, damping=DAMPING, structure="block"),
+    "fishleg, diagonal": lambda partition: FishLeg(
+        partition, damping=DAMPING, structure="diagonal"
+    ),
+    "fishleg, full": lambda partition: FishLeg(partition, damping=DAMPING, structure="full"),
+}
+
+
+def source(dtype: torch.dtype = torch.float64) -> GradientSource:
+    return mixed_source(dtype=dtype, labels="enumerated", batch_size=7)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, **TOLERANCE[expected.dtype])
+
+
+def random_masks(partition: Partition) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    masks = {
+        group.name: torch.rand(group.shape, generator=generator) < 0.6
+        for group in partition.prunable
+    }
+    for group in partition.prunable:
+        if group.bias is not None:
+            masks[group.name][:, -1] = True
+    return masks
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
+def make(request) -> Callable[[Partition], AbstractEstimator]:
+    return request.param
+
+
+@dataclass
+class Fit:
+    """A fit and what was seen of it."""
+
+    estimator: AbstractEstimator
+    data: GradientSource
+    model_before: dict[str, torch.Tensor]
+    progress: list[FitProgress]
+
+
+def fit(make: Callable[[Partition], AbstractEstimator], dtype: torch.dtype) -> Fit:
+    data = source(dtype)
+    data.model.train()
+    before = copy.deepcopy(data.model.state_dict())
+    result = Fit(make(data.partition), data, before, [])
+    result.estimator.fit(data, result.progress.append)
+    return result
+
+
+@pytest.fixture(scope="module")
+def fits(make) -> dict[torch.dtype, Fit]:
+    return {dtype: fit(make, dtype) for dtype in TOLERANCE}
+
+
+@pytest.fixture(params=TOLERANCE, ids=str)
+def fitted(request, fits) -> AbstractEstimator:
+    return fits[request.param].estimator
+
+
+@pytest.fixture
+def fitted64(fits) -> AbstractEstimator:
+    return fits[torch.float64].estimator
+
+
+def test_every_group_has_a_block_of_its_shape(fitted):
+    blocks = fitted.blocks()
+    assert list(blocks) == list(fitted.partition.names)
+    for group in fitted.partition.groups:
+        assert blocks[group.name].shape == group.shape
+    assert fitted.masks is None
+
+
+def test_matvec_is_that_of_the_blocks(fitted):
+    dtype = next(iter(fitted.diagonal().values())).dtype
+    v = {group.name: torch.randn(2, *group.shape, dtype=dtype) for group in fitted.partition.groups}
+    before = copy.deepcopy(v)
+    image = fitted.matvec(v)
+    assert list(image) == list(v)
+    for name, value in v.items():
+        assert torch.equal(value, before[name])
+        dense = fitted.block(name).dense()
+        close(image[name], (value.flatten(1) @ dense.T).reshape(value.shape))
+
+
+def test_blocks_are_symmetric_and_positive_definite(fitted):
+    for block in fitted.blocks().values():
+        dense = block.dense().double()
+        scale = dense.abs().max()
+        assert (dense - dense.T).abs().max() <= 1e-6 * scale
+        assert torch.linalg.eigvalsh(dense).min() > 0
+
+
+def test_diagonal_submatrix_and_trace(fitted):
+    for name, diagonal in fitted.diagonal().items():
+        block = fitted.block(name)
+        dense = block.dense()
+        close(diagonal.flatten(), dense.diagonal())
+        close(block.trace(), dense.trace())
+        index = torch.randperm(len(dense))[:4]
+        close(block.submatrix(index), dense[index][:, index])
+
+
+def test_the_models_dtype_is_kept(fits):
+    for dtype, found in fits.items():
+        for block in found.estimator.blocks().values():
+            assert {tensor.dtype for tensor in block.tensors().values()} == {dtype}
+
+
+def test_the_model_is_left_as_it_was(fits):
+    for found in fits.values():
+        for name, tensor in found.data.model.state_dict().items():
+            assert torch.equal(tensor, found.model_before[name])
+        assert all(module.training for module in found.data.model.modules())
+
+
+def test_the_callback_sees_the_fit_to_its_end(fits):
+    for found in fits.values():
+        done = [progress.done for progress in found.progress]
+        assert done == sorted(done)
+        assert found.progress[-1].done == found.progress[-1].total
+        values = [value for progress in found.progress for value in progress.metrics.values()]
+        assert all(isinstance(value, float) for value in values)
+
+
+def test_two_fits_give_the_same_bits(make, fitted64):
+    again = make(fitted64.partition)
+    again.fit(source())
+    for name, block in again.blocks().items():
+        for key, tensor in block.tensors().items():
+            assert torch.equal(tensor, fitted64.block(name).tensors()[key])
+
+
+def test_state_goes_through_json_and_goes_on_to_the_same_bits(make, fitted64):
+    state = fitted64.state_dict()
+    assert all(tensor.is_contiguous() for tensor in state["tensors"].values())
+    meta = json.loads(json.dumps(state["meta"]))
+    restored, twin = (make(fitted64.partition) for _ in range(2))
+    for estimator in (restored, twin):
+        estimator.load_state_dict({"tensors": copy.deepcopy(state["tensors"]), "meta": meta})
+    assert restored.memory_bytes() == fitted64.memory_bytes()
+    for name, block in fitted64.blocks().items():
+        assert torch.equal(restored.block(name).dense(), block.dense())
+
+    masks = random_masks(fitted64.partition)
+    restored.refine(source(), masks)
+    second = make(fitted64.partition)
+    second.load_state_dict(restored.state_dict())
+    assert (second.masks is None) == (restored.masks is None)
+    if restored.masks is not None:
+        assert restored.masks.keys() == second.masks.keys()
+        assert all(torch.equal(mask, second.masks[name]) for name, mask in restored.masks.items())
+    twin.refine(source(), masks)
+    for name, block in restored.blocks().items():
+        assert torch.equal(twin.block(name).dense(), block.dense())
+        assert torch.equal(second.block(name).dense(), block.dense())
+
+
+def test_refine_stays_positive_definite_on_the_survivors(make, fitted64):
+    estimator = make(fitted64.partition)
+    estimator.load_state_dict(fitted64.state_dict())
+    masks = random_masks(fitted64.partition)
+    before = copy.deepcopy(masks)
+    estimator.refine(source(), masks)
+    for name, mask in masks.items():
+        assert torch.equal(mask, before[name])
+        survivors = mask.flatten()
+        dense = estimator.block(name).dense()[survivors][:, survivors]
+        close(dense, dense.T)
+        assert torch.linalg.eigvalsh(dense).min() > 0
+    if estimator.masks is not None:
+        assert all(torch.equal(estimator.masks[name], mask) for name, mask in masks.items())
+
+
+def test_memory_is_what_is_allocated(fitted):
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for block in fitted.blocks().values()
+        for tensor in block.tensors().values()
+    }
+    assert fitted.memory_bytes() == sum(storages.values())
+
+
+def test_use_before_fit_is_an_error(make, fitted64):
+    with pytest.raises(NotFitted, match="call fit"):
+        make(fitted64.partition).diagonal()
+
+
+def test_every_registered_estimator_is_in_the_suite():
+    names = {make(partition_parameters(Tied())).name for make in CASES.values()}
+    assert names == set(ESTIMATORS)
+    assert all(estimator.name == name for name, estimator in ESTIMATORS.items())
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_damping_must_be_positive(name):
+    with pytest.raises(ValueError, match="damping"):
+        ESTIMATORS[name](partition_parameters(Tied()), damping=0.0)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_states_of_others_are_refused(name):
+    data = source()
+    estimator = ESTIMATORS[name](data.partition, damping=DAMPING)
+    estimator.fit(data)
+    state = estimator.state_dict()
+    with pytest.raises(FishLegError, match="groups"):
+        ESTIMATORS[name](partition_parameters(Tied()), damping=DAMPING).load_state_dict(state)
+    state["meta"]["estimator"] = "another"
+    with pytest.raises(FishLegError, match="'another'"):
+        ESTIMATORS[name](data.partition, damping=DAMPING).load_state_dict(state)

@@ -1,0 +1,125 @@
+import itertools
+import math
+
+import pytest
+import torch
+
+from fishleg.errors import ShapeMismatch
+from fishleg.likelihoods import Categorical, Gaussian
+from fishleg.rng import SampleGenerator
+from tests.reference import gaussian_hessian, softmax_hessian
+
+N, D = 4, 3
+DRAWS = 20_000
+FREQUENCY_ERROR = 5 * 0.5 / math.sqrt(DRAWS)
+
+
+@pytest.fixture
+def outputs() -> torch.Tensor:
+    return torch.randn(N, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+LIKELIHOODS = [Categorical(), Gaussian(), Gaussian(0.25)]
+
+
+def hessian_of(likelihood, f: torch.Tensor) -> torch.Tensor:
+    if isinstance(likelihood, Categorical):
+        return softmax_hessian(f)
+    return gaussian_hessian(f, likelihood.variance)
+
+
+def test_categorical_loss_by_hand():
+    logits = torch.tensor([[0.0, math.log(3.0)]])
+    assert Categorical().nll(logits, torch.tensor([1])) == pytest.approx(math.log(4 / 3))
+
+
+def test_gaussian_loss_by_hand():
+    loss = Gaussian(4.0).nll(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 2.0]]))
+    assert loss == pytest.approx(4 / 8 + math.log(2 * math.pi * 4))
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_fisher_product_is_the_dense_one(likelihood, outputs):
+    v = torch.randn_like(outputs)
+    expected = torch.stack([hessian_of(likelihood, f) @ x for f, x in zip(outputs, v, strict=True)])
+    torch.testing.assert_close(likelihood.fisher_product(outputs, v), expected)
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_enumerated_gradients_give_the_output_fisher(likelihood, outputs):
+    targets, weights = likelihood.enumerate(outputs)
+    assert targets.shape[:2] == (D, N)
+    torch.testing.assert_close(weights.sum(1), torch.ones(N, dtype=torch.float64))
+    leaf = outputs.clone().requires_grad_()
+    total = torch.zeros(N, D, D, dtype=torch.float64)
+    for target, weight in zip(targets, weights.unbind(1), strict=True):
+        (g,) = torch.autograd.grad(likelihood.nll(leaf, target).sum(), leaf)
+        total += weight[:, None, None] * g[:, :, None] * g[:, None, :]
+    for found, f in zip(total, outputs, strict=True):
+        torch.testing.assert_close(found, hessian_of(likelihood, f))
+
+
+def test_categorical_samples_have_the_model_frequencies():
+    logits = torch.tensor([0.3, -1.0, 1.2], dtype=torch.float64)
+    labels = Categorical().sample(logits.expand(DRAWS, 3), SampleGenerator(0, torch.arange(DRAWS)))
+    frequencies = labels.bincount(minlength=3) / DRAWS
+    assert (frequencies - logits.softmax(0)).abs().max() < FREQUENCY_ERROR
+
+
+def test_categorical_never_draws_an_impossible_class():
+    logits = torch.tensor([0.0, -math.inf, -200.0]).expand(1000, 3)
+    assert (Categorical().sample(logits, SampleGenerator(0, torch.arange(1000))) == 0).all()
+
+
+def test_matched_labels_have_exactly_the_moments_of_sampled_ones(outputs, monkeypatch):
+    """Over all sign vectors, each equally likely, the mean gradient is 0 and its covariance H."""
+    generator = SampleGenerator(0, torch.arange(N))
+    leaf = outputs.clone().requires_grad_()
+    mean, covariance = torch.zeros(N, D), torch.zeros(N, D, D, dtype=torch.float64)
+    for signs in itertools.product([0.25, 0.75], repeat=D):
+        uniform = torch.tensor(signs, dtype=torch.float64).expand(N, D)
+        monkeypatch.setattr(generator, "uniform", lambda *shape, uniform=uniform: uniform)
+        target = Categorical().match(outputs, generator)
+        (g,) = torch.autograd.grad(Categorical().nll(leaf, target).sum(), leaf)
+        mean = mean + g / 2**D
+        covariance += g[:, :, None] * g[:, None, :] / 2**D
+    torch.testing.assert_close(mean, torch.zeros_like(mean))
+    for found, f in zip(covariance, outputs, strict=True):
+        torch.testing.assert_close(found, hessian_of(Categorical(), f))
+
+
+def test_weighted_classes_and_class_numbers_mean_the_same(outputs):
+    labels = torch.arange(N) % D
+    weights = torch.nn.functional.one_hot(labels, D).to(outputs.dtype)
+    found = Categorical().nll(outputs, weights)
+    torch.testing.assert_close(found, Categorical().nll(outputs, labels))
+
+
+def test_gaussian_samples_have_mean_and_variance():
+    f = torch.full((DRAWS, 1), 2.0)
+    y = Gaussian(9.0).sample(f, SampleGenerator(0, torch.arange(DRAWS)))
+    assert y.dtype == f.dtype
+    assert abs(y.mean() - 2) < 5 * 3 / math.sqrt(DRAWS)
+    assert abs(y.var() - 9) < 5 * 9 * math.sqrt(2 / DRAWS)
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_labels_do_not_depend_on_the_batching(likelihood, outputs):
+    whole = likelihood.sample(outputs, SampleGenerator(0, torch.arange(N)))
+    parts = [
+        likelihood.sample(outputs[i : i + 1], SampleGenerator(0, torch.tensor([i])))
+        for i in range(N)
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_wrong_shapes_are_refused(outputs):
+    with pytest.raises(ShapeMismatch, match="samples, classes"):
+        Categorical().sample(outputs[None], SampleGenerator(0, torch.arange(1)))
+    with pytest.raises(ShapeMismatch, match=r"\(4, 3\)"):
+        Gaussian().nll(outputs, outputs[:, :1])
+
+
+def test_variance_must_be_positive():
+    with pytest.raises(ValueError, match="positive"):
+        Gaussian(0.0)

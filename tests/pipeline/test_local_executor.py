@@ -1,0 +1,158 @@
+"""Plain processes as workers."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_worker import fail_task, start_task, task_of
+from toy_runs import alive, wait_for
+
+from pipeline.errors import BadInput
+from pipeline.executors.local import LocalExecutor, _list_gpus, _Machine
+from pipeline.stage import Resources
+from pipeline.store import Store
+from pipeline.worker import Outcome, Task
+
+ONE_CPU = Resources()
+
+
+@pytest.fixture
+def executor(toy: Path) -> Iterator[LocalExecutor]:
+    executor = LocalExecutor()
+    executor._machine = _Machine(cpus=2, memory=1000, gpus={"0": "NVIDIA H100", "1": "NVIDIA A10"})
+    yield executor
+    executor.stop()
+
+
+def named(task: Task, name: str) -> Task:
+    return {**task, "cell": name, "key": name.ljust(64, "0")}
+
+
+def slow_task(name: str = "slow", **params: Any) -> Task:
+    fields = {"steps": 1000, "delay_s": 0.05, **params}
+    return named(task_of("toy.slow:slow", "SlowParams", fields), name)
+
+
+def collect(executor: LocalExecutor, count: int) -> dict[str, Outcome]:
+    found: dict[str, Outcome] = {}
+    end = time.monotonic() + 30
+    while len(found) < count:
+        assert time.monotonic() < end, f"only {sorted(found)} ended"
+        found.update(executor.wait(0.2))
+    return found
+
+
+def pid_of(name: str) -> int:
+    store, key = Store(".fls"), name.ljust(64, "0")
+    wait_for(lambda: store.attempts(key) and store.read_events(key, 1)[0])
+    pid: int = store.read_events(key, 1)[0][0]["pid"]
+    return pid
+
+
+def test_cpu_workers_stay_warm_and_a_gpu_stage_gets_a_fresh_one(executor: LocalExecutor) -> None:
+    for name in ("a", "b"):
+        executor.submit(named(start_task(), name), ONE_CPU)
+        assert collect(executor, 1)[name]["status"] == "ok"
+    executor.submit(
+        named(start_task(num_gpus=1), "c"), Resources(num_gpus=1, accelerator_type="A10")
+    )
+    assert collect(executor, 1)["c"]["status"] == "ok"
+    assert pid_of("a") == pid_of("b") != pid_of("c")
+    assert not alive(pid_of("c"))
+
+
+def test_no_more_runs_than_there_is_room_for(executor: LocalExecutor) -> None:
+    for name in ("a", "b", "c"):
+        executor.submit(slow_task(name, steps=4), ONE_CPU)
+    assert len(executor._busy) == 2
+    assert set(collect(executor, 3)) == {"a", "b", "c"}
+
+
+def test_a_large_task_is_not_starved_by_small_ones(executor: LocalExecutor) -> None:
+    executor.submit(slow_task("a"), ONE_CPU)
+    executor.submit(slow_task("large"), Resources(num_cpus=2))
+    executor.submit(slow_task("b"), ONE_CPU)
+    assert set(executor._busy) == {"a"}
+    executor.cancel("a")
+    executor.wait(0)
+    assert set(executor._busy) == {"large"}
+
+
+def test_the_death_of_a_worker_is_reported_and_leaves_room(executor: LocalExecutor) -> None:
+    for _ in range(3):
+        executor.submit(fail_task("exit"), ONE_CPU)
+        outcome = collect(executor, 1)["cell"]
+        assert outcome["status"] == "died"
+        assert "exit code 3" in outcome["error"]["message"]
+        assert not outcome["error"]["user"]
+    executor.submit(slow_task(), ONE_CPU)
+    os.kill(pid_of("slow"), 9)
+    assert "SIGKILL; out of memory?" in collect(executor, 1)["slow"]["error"]["message"]
+
+
+def test_a_cancelled_task_is_killed_and_not_reported(executor: LocalExecutor) -> None:
+    executor.submit(slow_task("a"), ONE_CPU)
+    pid = pid_of("a")
+    executor.cancel("a")
+    assert not alive(pid)
+    assert executor.wait(0.1) == []
+
+
+def test_stopping_kills_all(executor: LocalExecutor) -> None:
+    for name in ("a", "b", "c"):
+        executor.submit(slow_task(name), ONE_CPU)
+    pids = [pid_of("a"), pid_of("b")]
+    executor.stop()
+    assert not any(map(alive, pids))
+
+
+def test_what_no_machine_has_is_refused_by_name(executor: LocalExecutor) -> None:
+    executor.check([("fine", Resources(num_cpus=2, num_gpus=2, memory_bytes=1000))])
+    demands = [
+        ("train[seed=0]", Resources(num_cpus=3)),
+        ("train[seed=1]", Resources(num_cpus=3)),
+        ("prune", Resources(num_gpus=1, accelerator_type="T4")),
+        ("odd", Resources(num_gpus=1.5)),
+        ("big", Resources(memory_bytes=2000)),
+    ]
+    with pytest.raises(BadInput) as caught:
+        executor.check(demands)
+    assert str(caught.value).splitlines() == [
+        "train asks for num_cpus: 3; this machine has 2.",
+        "prune asks for num_gpus: 1 of type T4; this machine has 0.",
+        "odd asks for num_gpus: 1.5; above 1 it must be a whole number.",
+        "big asks for memory: 2000 bytes; this machine has 1000.",
+        "Lower the stage's `resources:`, or run on a cluster with --executor ray.",
+    ]
+
+
+def test_fractions_of_gpus_share_a_device() -> None:
+    machine = _Machine(cpus=8, memory=0, gpus={"0": "H100", "1": "H100"})
+    half = Resources(num_cpus=0, num_gpus=0.5)
+    shares = [machine.take(half, keep_cpus=0) for _ in range(3)]
+    assert [share.devices[0][0] for share in shares if share] == ["0", "0", "1"]
+    assert machine.take(Resources(num_gpus=1), keep_cpus=0) is None
+    for share in shares:
+        assert share is not None
+        machine.give(share)
+    both = machine.take(Resources(num_gpus=2), keep_cpus=0)
+    assert both is not None
+    assert sorted(both.devices) == [("0", 1.0), ("1", 1.0)]
+
+
+def test_gpus_are_listed_as_far_as_they_may_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '0, GPU-a, NVIDIA H100'\necho '1, GPU-b, NVIDIA A10'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert _list_gpus() == {"0": "NVIDIA H100", "1": "NVIDIA A10"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-b")
+    assert _list_gpus() == {"GPU-b": "NVIDIA A10"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert _list_gpus() == {}

@@ -1,0 +1,114 @@
+"""Ray as executor: the same outcomes, the same numbers. All tests share one Ray instance."""
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_local_executor import named, pid_of, slow_task
+from test_worker import fail_task, start_task
+from toy_runs import DIAMOND, ROOT, TOY, alive, last_run, numbers, run_here, write_spec
+
+from pipeline import launch
+from pipeline.errors import BadInput
+from pipeline.executors import ExecutorName, make_executor
+from pipeline.executors.base import AbstractExecutor
+from pipeline.stage import Resources
+from pipeline.worker import Outcome
+
+ONE_CPU = Resources()
+HALF_CPU = Resources(num_cpus=0.5)
+
+
+@pytest.fixture(scope="module")
+def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AbstractExecutor]:
+    """A Ray executor, whose workers find the plugin; they get this process's environment."""
+    folder = tmp_path_factory.mktemp("plugin")
+    shutil.copytree(TOY, folder / "toy")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{folder}")
+        executor = make_executor(ExecutorName.RAY)
+        yield executor
+        executor.stop()
+        executor.stop()  # twice does no harm
+
+
+@pytest.fixture
+def executor(instance: AbstractExecutor, toy: Path) -> AbstractExecutor:
+    return instance
+
+
+def collect(executor: AbstractExecutor, count: int) -> dict[str, Outcome]:
+    found: dict[str, Outcome] = {}
+    end = time.monotonic() + 60
+    while len(found) < count:
+        assert time.monotonic() < end, f"only {sorted(found)} ended"
+        found.update(executor.wait(0.2))
+    return found
+
+
+def test_ray_and_local_give_the_same_numbers(
+    executor: AbstractExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = DIAMOND + "    slow: {uses: slow, params: {delay_s: 0}}\n"
+    write_spec(stages, storage="local")
+    assert run_here()[0] == 0
+    monkeypatch.setattr(launch, "make_executor", lambda name: executor)
+    monkeypatch.setattr(executor, "stop", lambda: None)
+    write_spec(stages, storage="ray")
+    assert run_here(executor=ExecutorName.RAY)[0] == 0
+    assert numbers("ray") == numbers("local") != {}
+    keys = [
+        {name: status.key for name, status in last_run(storage).cells.items()}
+        for storage in ("ray", "local")
+    ]
+    assert keys[0] == keys[1]
+
+
+def test_outcomes_are_data_and_workers_stay_warm(executor: AbstractExecutor) -> None:
+    for name in ("a", "b"):
+        executor.submit(named(start_task(), name), ONE_CPU)
+        assert collect(executor, 1)[name]["status"] == "ok"
+    assert pid_of("a") == pid_of("b")
+    executor.submit(fail_task("user"), ONE_CPU)
+    outcome = collect(executor, 1)["cell"]
+    assert outcome["error"]["user"]
+    assert "on purpose" in outcome["error"]["message"]
+
+
+def test_the_death_of_a_worker_is_nobodys_fault(executor: AbstractExecutor) -> None:
+    executor.submit(fail_task("exit"), ONE_CPU)
+    outcome = collect(executor, 1)["cell"]
+    assert outcome["status"] == "died"
+    assert "WorkerCrashedError" in outcome["error"]["message"]
+    assert not outcome["error"]["user"]
+
+
+def test_a_cancelled_task_is_killed_and_not_reported(executor: AbstractExecutor) -> None:
+    executor.submit(slow_task("a"), HALF_CPU)
+    pid = pid_of("a")
+    executor.cancel("a")
+    end = time.monotonic() + 10
+    while alive(pid):
+        assert time.monotonic() < end, "still alive"
+        time.sleep(0.05)
+    assert executor.wait(0) == []
+
+
+def test_what_no_node_has_is_refused_by_name(executor: AbstractExecutor) -> None:
+    executor.check([("fine", ONE_CPU)])
+    with pytest.raises(BadInput, match=r"train asks for num_cpus: 4096, .*the largest node has"):
+        executor.check([("train[seed=0]", Resources(num_cpus=4096))])
+    with pytest.raises(BadInput, match="accelerator_type: H100"):
+        executor.check([("train", Resources(accelerator_type="H100"))])
+
+
+def test_ray_listens_to_this_machine_only(executor: AbstractExecutor) -> None:
+    import ray
+
+    assert [node["NodeManagerAddress"] for node in ray.nodes()] == ["127.0.0.1"]
+    assert logging.getLogger("ray").level >= logging.ERROR

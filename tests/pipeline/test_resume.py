@@ -1,0 +1,163 @@
+"""Runs that are killed, stopped, and go on."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toy_runs import (
+    alive,
+    checkpoint_exists,
+    fls,
+    kill,
+    last_run,
+    numbers,
+    ran,
+    resume_here,
+    run_here,
+    start_fls,
+    states,
+    wait_for,
+    write_spec,
+)
+
+from pipeline.errors import BadInput
+from pipeline.runs import RunState, State, find_run
+from pipeline.store import Store
+
+STAGES = """
+    start: {uses: start, params: {value: 10}}
+    slow: {uses: slow, inputs: {number: start}, params: {steps: 60, delay_s: 0.05}}
+    add: {uses: add, inputs: {number: slow}}
+"""
+RUN = ("run", "--executor", "local", "--tracking", "jsonl")
+
+
+def slow_events(attempt: int) -> list[dict[str, Any]]:
+    return Store(".fls").read_events(last_run().cells["slow"].key, attempt)[0]
+
+
+@pytest.fixture
+def undisturbed(toy: Path) -> float:
+    """Return what the slow stage gives when nobody interferes."""
+    write_spec(STAGES, storage=".fls-undisturbed")
+    assert run_here(overrides=["slow.delay_s=0"])[0] == 0
+    (toy / "ran").unlink()
+    write_spec(STAGES)
+    return numbers(".fls-undisturbed")["slow"]
+
+
+def test_a_killed_driver_takes_its_workers_along_and_its_run_goes_on(undisturbed: float) -> None:
+    process = start_fls(*RUN)
+    wait_for(checkpoint_exists)
+    assert kill(process, signal.SIGKILL) == -signal.SIGKILL
+    pid = slow_events(1)[0]["pid"]
+    wait_for(lambda: not alive(pid))
+    interrupted = last_run()
+    assert interrupted.state is RunState.RUNNING
+    assert interrupted.observed_state() is RunState.INTERRUPTED
+    assert "interrupted" in fls("status")[1]
+
+    code, _, errors = fls("resume", "last")
+    assert (code, errors) == (0, "")
+    assert len(Store(".fls").list_runs()) == 1
+    assert last_run().observed_state() is RunState.DONE
+    assert states(last_run()) == dict.fromkeys(("start", "slow", "add"), State.DONE)
+    assert ran() == {"start": 1, "slow": 1, "add": 1}
+    assert numbers()["slow"] == undisturbed
+    texts = [event["text"] for event in slow_events(2) if event["type"] == "text"]
+    assert texts[0].startswith("goes on from step")
+    first = [event["step"] for event in slow_events(2) if event["type"] == "metrics"][0]
+    assert first > 1
+    # No step is missing in what was said before and after the kill.
+    said = [event for attempt in (1, 2) for event in slow_events(attempt)]
+    steps = {event["step"] for event in said if event["type"] == "metrics" and event["step"]}
+    assert steps == set(range(1, 61))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_says_so_and_goes_on(undisturbed: float, number: int) -> None:
+    process = start_fls(*RUN)
+    wait_for(checkpoint_exists)
+    assert kill(process, number) == 128 + number
+    assert not alive(slow_events(1)[0]["pid"])
+    assert last_run().observed_state() is RunState.STOPPED
+    assert states(last_run())["slow"] is State.WAITING
+    code, output = resume_here(last_run())
+    assert code == 0
+    assert last_run().pid == os.getpid()
+    assert numbers()["slow"] == undisturbed
+    assert ran() == {"start": 1, "slow": 1, "add": 1}
+    assert resume_here(last_run()) == (
+        0,
+        f"Nothing to do: run {last_run().run_id} is complete.\n",
+    )
+
+
+def test_a_worker_that_is_killed_is_replaced(undisturbed: float) -> None:
+    process = start_fls(*RUN)
+    wait_for(checkpoint_exists)
+    pid = slow_events(1)[0]["pid"]
+    os.kill(pid, signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "slow: The worker process died by signal SIGKILL" in output
+    assert numbers()["slow"] == undisturbed
+    assert slow_events(2)[0]["pid"] != pid
+
+
+def test_a_run_that_is_running_is_not_resumed(toy: Path) -> None:
+    write_spec(STAGES)
+    process = start_fls(*RUN)
+    try:
+        wait_for(checkpoint_exists)
+        code, _, errors = fls("resume", "last")
+        assert code == 2
+        assert f"is running: process {process.pid} on" in errors
+        assert "running" in fls("status", "last")[1]
+    finally:
+        kill(process)
+
+
+def test_a_failed_run_goes_on_where_it_failed(toy: Path) -> None:
+    write_spec(
+        """
+        good: {uses: start, params: {value: 1}}
+        bad: {uses: fail, inputs: {number: good}, params: {counter: counter, until: 1}}
+        end: {uses: add, inputs: {number: bad}}
+        """
+    )
+    assert run_here()[0] == 1
+    assert states(last_run())["end"] is State.SKIPPED
+    assert resume_here(last_run())[0] == 0
+    assert ran() == {"good": 1, "bad": 1, "end": 1}
+    assert set(states(last_run()).values()) == {State.DONE}
+
+
+def test_a_run_goes_on_as_it_was_asked_for_whatever_the_file_says_now(toy: Path) -> None:
+    path = write_spec(
+        """
+        bad: {uses: fail, params: {counter: counter, until: 1}}
+        end: {uses: add, matrix: {amount: [1, 2]}, inputs: {number: bad}}
+        """
+    )
+    run_here(overrides=["end.amount=[5]"])
+    path.write_text("nonsense")
+    assert resume_here(last_run())[0] == 0
+    assert numbers()["end[amount=5]"] == 6.0
+    assert "end[amount=1]" not in ran()
+
+
+def test_a_run_is_found_by_the_beginning_of_its_id(toy: Path) -> None:
+    write_spec("start: {uses: start, params: {value: 1}}")
+    run_here()
+    run_here(selection=None, overrides=["start.value=2"])
+    store = Store(".fls")
+    first, second = store.list_runs()
+    assert find_run(store, "last").run_id == second
+    assert find_run(store, first).run_id == first
+    with pytest.raises(BadInput, match="stands for several runs"):
+        find_run(store, "20")
+    with pytest.raises(BadInput, match="has no run 'x'"):
+        find_run(store, "x")

@@ -1,0 +1,2 @@
+def plus(value: int, operand: int) -> int:
+    return value + operand

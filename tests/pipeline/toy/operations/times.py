@@ -1,0 +1,2 @@
+def times(value: int, operand: int) -> int:
+    return value * operand

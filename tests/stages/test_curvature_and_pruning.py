@@ -1,0 +1,256 @@
+"""From curvature to pruned models: exact counts, facts, interrupted runs, mistakes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running_stages import STAGES, Ran, artifact, run_stage
+from test_training import Stopped, assert_same_model, stop_after
+
+from fishleg.estimators.fishleg_options import FishLegOptions
+from fishleg.pruning import removal_count
+from pipeline.stage import Context, StageError
+from stages.catalogue import METHODS, CurvatureParams, FishLegParams
+from stages.curvature import curvature
+from stages.model_folder import Model, load_model
+from stages.prune_gradual import prune_gradual
+
+QUICK = {"samples": 60, "batch_size": 20, "damping": 1e-3, "fishleg": {"sweeps": 2}}
+
+
+@pytest.fixture(scope="module")
+def estimates(dense: Ran, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ran]:
+    """The tiny network's curvature by every method."""
+    folder = tmp_path_factory.mktemp("curvature")
+    return {
+        method: run_stage(
+            "curvature",
+            folder / method,
+            {**QUICK, "method": method, "certificate_samples": 20},
+            {"model": dense.output()},
+        )
+        for method in METHODS.entries
+    }
+
+
+def prune(folder: Path, dense: Ran, estimate: Ran, **params: Any) -> Ran:
+    inputs = {"model": dense.output(), "curvature": estimate.output("curvature")}
+    return run_stage("prune_oneshot", folder, {"certificate_samples": 20, **params}, inputs)
+
+
+def assert_sparsity(model: Model, sparsity: float) -> None:
+    counts = model.counts()
+    removed = removal_count(counts["prunable"], sparsity)
+    assert counts["nonzero"] == counts["prunable"] - removed
+    assert sum(int((~mask).sum()) for mask in model.masks.values()) == removed
+    for name, mask in model.masks.items():
+        assert torch.equal(model.network.get_parameter(name) != 0, mask)
+
+
+@pytest.mark.parametrize("method", METHODS.entries)
+def test_every_method_prunes_to_the_exact_count(
+    method: str, dense: Ran, estimates: dict[str, Ran], tmp_path: Path
+) -> None:
+    ran = prune(tmp_path, dense, estimates[method], sparsity=0.777)
+    model = load_model(ran.output(), "cpu")
+    assert_sparsity(model, 0.777)
+    facts = model.facts
+    assert (facts.method, facts.mode, facts.sparsity) == (method, "oneshot", 0.777)
+    assert (facts.damping, facts.finetuned) == (1e-3, False)
+    assert (
+        json.loads((ran.output() / "model.json").read_text())["nonzero"]
+        == model.counts()["nonzero"]
+    )
+    assert ran.metrics()["pruned/measured_kl"] > 0
+    assert ran.metrics()["pruned/predicted_kl"] > 0
+
+
+@pytest.mark.parametrize("compensation", ["none", "independent", "fisher"])
+def test_every_compensation_runs(
+    compensation: str, dense: Ran, estimates: dict[str, Ran], tmp_path: Path
+) -> None:
+    ran = prune(
+        tmp_path,
+        dense,
+        estimates["fishleg"],
+        sparsity=0.5,
+        compensation=compensation,
+        cg_iterations=20,
+    )
+    assert_sparsity(load_model(ran.output(), "cpu"), 0.5)
+
+
+def test_an_estimate_is_certified_on_unseen_samples(estimates: dict[str, Ran]) -> None:
+    for method, ran in estimates.items():
+        facts = json.loads((ran.output("curvature") / "curvature.json").read_text())
+        certificate = facts["certificate"]["network"]
+        assert certificate["best_scale"] > 0, method
+        if method in {"diagonal", "magnitude"}:
+            assert certificate["diagonal_objective"] < certificate["objective"]
+        assert ran.metrics()["certificate/objective"] == certificate["objective"]
+        assert ran.metrics()["memory_bytes"] > 0
+
+
+def test_kept_weights_are_not_pruned(dense: Ran, tmp_path: Path) -> None:
+    facts = json.loads((dense.output() / "model.json").read_text())
+    facts["keep"] = ["conv1.weight", "fc*.weight"]
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    for name in ("model.safetensors", "masks.safetensors"):
+        (kept / name).write_bytes((dense.output() / name).read_bytes())
+    (kept / "model.json").write_text(json.dumps(facts))
+    inputs = {"model": kept}
+    estimate = run_stage("curvature", tmp_path / "c", {**QUICK, "method": "magnitude"}, inputs)
+    inputs["curvature"] = estimate.output("curvature")
+    ran = run_stage("prune_oneshot", tmp_path / "p", {"sparsity": 0.9}, inputs)
+    model = load_model(ran.output(), "cpu")
+    assert sorted(model.masks) == ["block.conv1.weight", "block.conv2.weight"]
+    assert_sparsity(model, 0.9)
+
+
+def test_parameters_without_curvature_are_named(dense: Ran, tmp_path: Path) -> None:
+    """BatchNorm, convolutions and linear layers are all covered: nothing to name."""
+    ran = run_stage(
+        "curvature", tmp_path, {**QUICK, "method": "diagonal"}, {"model": dense.output()}
+    )
+    assert "no curvature" not in ran.texts()
+
+
+def test_a_fit_that_was_killed_reaches_the_same_bits(dense: Ran, tmp_path: Path) -> None:
+    params = {**QUICK, "method": "fishleg", "certificate_samples": 0}
+    inputs = {"model": dense.output()}
+    whole = run_stage("curvature", tmp_path / "whole", params, inputs)
+    ctx = Context(
+        params=CurvatureParams.model_validate(params),
+        folder=tmp_path / "killed",
+        inputs={"model": [artifact(dense.output())]},
+        emit=stop_after(7),
+        checkpoint_every_s=0,
+    )
+    with pytest.raises(Stopped):
+        curvature(ctx)
+    again = run_stage("curvature", tmp_path / "killed", params, inputs)
+    assert "going on from an unfinished fit" in again.texts()
+    for name in ("curvature.safetensors", "curvature.json"):
+        paths = [ran.output("curvature") / name for ran in (whole, again)]
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_the_curvature_of_another_model_is_refused(
+    dense: Ran, estimates: dict[str, Ran], tmp_path: Path
+) -> None:
+    estimate = artifact(estimates["obs"].output("curvature"), cell="curvature[seed=1]")
+    other = artifact(dense.output(), cell="pretrain[seed=0]")
+    object.__setattr__(other, "key", "another")
+    with pytest.raises(StageError, match=r"curvature\[seed=1\] .* than pretrain\[seed=0\]"):
+        run_stage(
+            "prune_oneshot",
+            tmp_path,
+            {"sparsity": 0.5},
+            {"model": [other], "curvature": [estimate]},
+        )
+
+
+GRADUAL = {
+    **QUICK,
+    "sparsity": 0.9,
+    "steps": 3,
+    "epochs": 1,
+    "batch_size": 64,
+    "lr": 0.02,
+    "warmup_epochs": 0.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "carry"), [("fishleg", "refine"), ("obs", "reestimate"), ("magnitude", "refine")]
+)
+def test_gradual_pruning_reaches_the_exact_count(
+    method: str, carry: str, dense: Ran, tmp_path: Path
+) -> None:
+    ran = run_stage(
+        "prune_gradual",
+        tmp_path,
+        {**GRADUAL, "method": method, "carry": carry},
+        {"model": dense.output()},
+    )
+    model = load_model(ran.output(), "cpu")
+    assert_sparsity(model, 0.9)
+    assert (model.facts.method, model.facts.mode) == (method, "gradual")
+    steps = [
+        event["values"]["pruned/sparsity"]
+        for event in ran.events
+        if event["type"] == "metrics" and "pruned/sparsity" in event["values"]
+    ]
+    assert steps == sorted(steps)
+    assert len(steps) == 3
+    assert ran.metrics()["validation/accuracy"] > 30
+
+
+@pytest.mark.parametrize("carry", ["refine", "reestimate"])
+@pytest.mark.parametrize("checkpoints", [5, 20], ids=["in the first step", "in the second"])
+def test_a_gradual_pruning_that_was_killed_reaches_the_same_bits(
+    carry: str, checkpoints: int, dense: Ran, tmp_path: Path
+) -> None:
+    """A checkpoint before each step's training and after each of its 16 batches."""
+    params = {**GRADUAL, "method": "fishleg", "carry": carry, "steps": 2}
+    inputs = {"model": dense.output()}
+    whole = run_stage("prune_gradual", tmp_path / "whole", params, inputs)
+    ctx = Context(
+        params=STAGES["prune_gradual"].params.model_validate(params),
+        folder=tmp_path / "killed",
+        inputs={"model": [artifact(dense.output())]},
+        emit=stop_after(checkpoints),
+        checkpoint_every_s=0,
+    )
+    with pytest.raises(Stopped):
+        prune_gradual(ctx)
+    again = run_stage("prune_gradual", tmp_path / "killed", params, inputs)
+    assert_same_model(whole.output(), again.output())
+    assert len([e for e in again.events if "pruned/sparsity" in e.get("values", {})]) < 2
+
+
+def test_several_steps_without_training_are_one_shot(dense: Ran, tmp_path: Path) -> None:
+    ran = run_stage(
+        "prune_gradual",
+        tmp_path,
+        {**GRADUAL, "method": "fishleg", "epochs": 0, "steps": 2},
+        {"model": dense.output()},
+    )
+    model = load_model(ran.output(), "cpu")
+    assert model.facts.mode == "oneshot"
+    assert_sparsity(model, 0.9)
+
+
+def test_a_schedule_does_not_bring_weights_back(
+    dense: Ran, estimates: dict[str, Ran], tmp_path: Path
+) -> None:
+    sparse = prune(tmp_path / "p", dense, estimates["magnitude"], sparsity=0.95)
+    with pytest.raises(StageError, match=r"sparsity: 0.9 is below 0.95"):
+        run_stage(
+            "prune_gradual",
+            tmp_path / "g",
+            {**GRADUAL, "method": "magnitude"},
+            {"model": sparse.output()},
+        )
+
+
+def test_a_wrong_option_is_the_users_error(dense: Ran, tmp_path: Path) -> None:
+    params = {**QUICK, "method": "kfac", "options": {"rank": 3}}
+    with pytest.raises(StageError, match="curvature method 'kfac': .*rank"):
+        run_stage("curvature", tmp_path, params, {"model": dense.output()})
+
+
+def test_options_of_other_methods_do_not_enter_the_parameters() -> None:
+    one = CurvatureParams(method="obs", fishleg=FishLegParams(sweeps=9))
+    assert one == CurvatureParams(method="obs")
+    assert CurvatureParams(method="fishleg", fishleg=FishLegParams(sweeps=9)).fishleg.sweeps == 9
+
+
+def test_the_catalogue_has_the_librarys_defaults() -> None:
+    declared = FishLegParams().model_dump()
+    actual = vars(FishLegOptions())
+    assert declared == {name: actual[name] for name in declared}
+    assert set(actual) - set(declared) == {"seed"}

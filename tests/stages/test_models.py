@@ -1,0 +1,148 @@
+"""Networks by name, checkpoints in and out."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from running_stages import Ran, run_stage
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.stage import StageError
+from stages.catalogue import MODELS, ImportParams
+from stages.data.source import DataSource, load_data
+from stages.exporter import export
+from stages.metrics import measure
+from stages.models.resnet_cifar import resnet20
+from stages.reference import refer
+
+
+@pytest.mark.parametrize("name", MODELS.entries)
+def test_the_catalogue_knows_each_networks_size(name: str) -> None:
+    network = MODELS.load(name)(10)
+    size = sum(parameter.numel() for parameter in network.parameters())
+    assert size == MODELS.entries[name].facts["parameters"]
+
+
+def reference_to(model: str) -> nn.Module:
+    return refer(ImportParams(model=model, dataset="digits", path="-"), "model").load()(
+        num_classes=3
+    )
+
+
+def test_torchvision_models_come_by_name() -> None:
+    network = reference_to("torchvision/resnet18")
+    assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
+    with pytest.raises(StageError, match="did you mean torchvision/resnet18"):
+        reference_to("torchvision/resnet81")
+
+
+def test_a_network_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_network.py").write_text(
+        "from torch import nn\n\ndef build(num_classes):\n    return nn.Linear(64, num_classes)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert reference_to("my_network:build").out_features == 3
+    with pytest.raises(StageError, match="no_such_module"):
+        reference_to("no_such_module:build")
+
+
+class PlainBlock(nn.Module):
+    """He et al.'s basic block, written without this project."""
+
+    def __init__(self, before: int, width: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = None
+        if before != width:
+            skip = nn.Conv2d(before, width, 1, stride, bias=False)
+            self.downsample = nn.Sequential(skip, nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = x if self.downsample is None else self.downsample(x)
+        x = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        return (x + skip).relu()
+
+
+class PlainResNet20(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(*[PlainBlock(16, 16, 1) for _ in range(3)])
+        self.layer2 = nn.Sequential(
+            PlainBlock(16, 32, 2), PlainBlock(32, 32, 1), PlainBlock(32, 32, 1)
+        )
+        self.layer3 = nn.Sequential(
+            PlainBlock(32, 64, 2), PlainBlock(64, 64, 1), PlainBlock(64, 64, 1)
+        )
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv1(x)).relu()
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+def test_an_exported_resnet20_is_a_plain_pytorch_network(
+    assets: Path, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Imported, pruned to a half, exported, and loaded into a network that knows nothing of us."""
+    monkeypatch.setenv("FISHLEG_DATA", str(published))
+    dense = run_stage(
+        "import_checkpoint",
+        tmp_path / "dense",
+        {
+            "path": str(assets / "checkpoints" / "resnet20_cifar10.safetensors"),
+            "model": "resnet20",
+            "keep": ["*.downsample.0.weight"],
+            "dataset": "cifar10",
+            "subset": 500,
+        },
+    )
+    inputs = {"model": dense.output()}
+    params = {"method": "magnitude", "samples": 10, "certificate_samples": 0}
+    estimate = run_stage("curvature", tmp_path / "curvature", params, inputs)
+    inputs["curvature"] = estimate.output("curvature")
+    params = {"sparsity": 0.5, "certificate_samples": 0}
+    pruned = run_stage("prune_oneshot", tmp_path / "pruned", params, inputs)
+    export(pruned.output(), tmp_path / "exported")
+
+    facts = json.loads((tmp_path / "exported" / "model.json").read_text())
+    assert (facts["prunable"], facts["nonzero"]) == (268_336, 134_168)
+    plain = PlainResNet20().eval()
+    plain.load_state_dict(load_file(tmp_path / "exported" / "model.safetensors"))
+    dataset, _ = load_data(DataSource.from_json(facts["data"]))
+    ours = resnet20(10).eval()
+    ours.load_state_dict(plain.state_dict())
+    with torch.inference_mode():
+        outputs = plain((dataset.test.inputs / 255 - 0.5) / 0.5)
+    accuracy = 100 * (outputs.argmax(-1) == dataset.test.labels).double().mean().item()
+    assert accuracy == measure(ours, dataset, dataset.test)["accuracy"]
+    assert 82 < accuracy < 95  # 88.4 % on all test images
+
+
+def import_file(path: Path, folder: Path) -> Ran:
+    params = {"path": str(path), "model": "digits_resnet", "dataset": "digits"}
+    return run_stage("import_checkpoint", folder, params)
+
+
+def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="no such file"):
+        import_file(tmp_path / "nothing.safetensors", tmp_path)
+    (tmp_path / "text.safetensors").write_text("not tensors")
+    with pytest.raises(StageError, match="not a safetensors file.*save_file"):
+        import_file(tmp_path / "text.safetensors", tmp_path)
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(StageError, match="does not fit the network:.*\n.*Missing key"):
+        import_file(tmp_path / "other.safetensors", tmp_path)
+
+
+def test_patterns_that_match_nothing_are_an_error(tmp_path: Path) -> None:
+    params = {"model": "digits_resnet", "dataset": "digits", "epochs": 1, "keep": ["head.*"]}
+    with pytest.raises(StageError, match=r"'head\.\*' matches no parameter.*fc2\.weight"):
+        run_stage("pretrain", tmp_path, params)

@@ -1,0 +1,61 @@
+"""What the README says is true: its commands exist, its example runs, its tree is the tree."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from pipeline.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMAND = re.compile(r"^    (?:\w+=\S+ )*(fls .*?)(?:\s{2,}#.*)?$", re.MULTILINE)
+COMMANDS = sorted(set(COMMAND.findall(README)))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_and_its_options_exist(command):
+    _, name, *arguments = shlex.split(command)
+    done = CliRunner().invoke(app, [name, "--help"])
+    assert done.exit_code == 0, done.output
+    for option in (argument for argument in arguments if argument.startswith("--")):
+        assert option in done.output
+    for file in (argument for argument in arguments if argument.endswith(".yaml")):
+        assert (ROOT / file).is_file()
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) >= 6
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\(((?!https?:)[^)]+)\)", README))
+def test_a_link_leads_somewhere(target):
+    assert (ROOT / target).exists()
+
+
+def test_the_library_example_runs():
+    (example,) = re.findall(r"```python\n(import fishleg\n.*?)```", README, re.DOTALL)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+    names = {"model": model, "images": torch.randn(32, 1, 4, 4)}
+    exec(compile(example, "README.md", "exec"), names)  # noqa: S102 - our own README
+    assert names["report"].removed == 43  # floor(0.9 * 48 + 1/2)
+    assert int((model[1].weight == 0).sum()) == 43
+
+
+def test_the_tree_names_every_module():
+    tracked = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "fishleg", "stages", "pipeline", "experiments"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    tree = README.split("## The tree")[1]
+    named = set(re.findall(r"^ +(\S+?)/? ", tree, re.MULTILINE))
+    modules = {Path(file).name for file in tracked if file.endswith(".py")} - {"__init__.py"}
+    assert modules <= named
+    assert {name for name in named if name.endswith(".py")} <= modules
