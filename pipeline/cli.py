@@ -200,7 +200,7 @@ def status(
 
 @_command(
     "fls resume last",
-    "fls resume 20260730-101500-1f2e",
+    "fls resume 20260730-101500-042-1f2e",
 )
 def resume(
     run: Annotated[str, typer.Argument(help="A run, or 'last'.")],
@@ -213,7 +213,7 @@ def resume(
 
 @_command(
     "fls logs 'pretrain[seed=0]'",
-    "fls logs compare --run 20260730-101500-1f2e",
+    "fls logs compare --run 20260730-101500-042-1f2e",
 )
 def logs(
     cell: Annotated[str, typer.Argument(help="A cell's full name.")],

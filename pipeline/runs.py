@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
@@ -176,8 +177,9 @@ class RunRecord:
 
 
 def new_run_id() -> str:
-    """Return an id that sorts by time and that two drivers do not share."""
-    return time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(2)
+    """Return an id that sorts by time, to the millisecond, and that two drivers do not share."""
+    now = datetime.now(UTC)
+    return f"{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}-{secrets.token_hex(2)}"
 
 
 def load_run(store: Store, run_id: str) -> RunRecord:

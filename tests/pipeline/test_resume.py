@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from toy_runs import (
 )
 
 from pipeline.errors import BadInput
-from pipeline.runs import RunState, State, find_run
+from pipeline.runs import RunState, State, find_run, new_run_id
 from pipeline.store import Store
 
 STAGES = """
@@ -161,3 +162,12 @@ def test_a_run_is_found_by_the_beginning_of_its_id(toy: Path) -> None:
         find_run(store, "20")
     with pytest.raises(BadInput, match="has no run 'x'"):
         find_run(store, "x")
+
+
+def test_run_ids_of_one_driver_sort_by_time() -> None:
+    ids = []
+    for _ in range(20):
+        ids.append(new_run_id())
+        time.sleep(0.002)
+    assert ids == sorted(ids)
+    assert len({one[:15] for one in ids}) <= 2, "the seconds alone cannot have ordered them"
