@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fishleg.errors import ShapeMismatch
+from fishleg.errors import FishLegError, ShapeMismatch
 from fishleg.rng import SampleGenerator
 
 
@@ -58,6 +58,24 @@ class AbstractLikelihood(ABC):
             sum_c weights[n, c] l'(f_n, targets[c, n]) l'(f_n, targets[c, n])^T = H(f_n).
         """
         return None
+
+    def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor:
+        """Return KL( p(. | reference) || p(. | outputs) ) of each sample, (n,), in nats.
+
+        This default sums the losses' differences over enumerated labels, which is exact where they
+        are all the labels there are.
+
+        Raises:
+            FishLegError: the labels cannot be enumerated.
+        """
+        found = self.enumerate(reference)
+        if found is None:
+            raise FishLegError(
+                f"{type(self).__name__} cannot enumerate its labels; give it a method `divergence`."
+            )
+        targets, weights = found
+        losses = [self.nll(outputs, one) - self.nll(reference, one) for one in targets]
+        return (torch.stack(losses, dim=1) * weights).sum(1)
 
     def match(self, outputs: Tensor, generator: SampleGenerator) -> Tensor:
         """Return targets whose loss gradients have mean 0 and covariance H, as sampled ones do.
@@ -107,6 +125,12 @@ class Categorical(AbstractLikelihood):
         p = outputs.softmax(-1)
         return p * (v - (p * v).sum(-1, keepdim=True))
 
+    def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor:
+        """Return sum_c p_c (log p_c - log q_c), (n,), with p = softmax(reference)."""
+        _check_logits(outputs)
+        wanted, found = reference.log_softmax(-1), outputs.log_softmax(-1)
+        return (wanted.exp() * (wanted - found)).sum(-1)
+
     def enumerate(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return all classes, (C, n), with their probabilities, (n, C)."""
         _check_logits(outputs)
@@ -154,6 +178,10 @@ class Gaussian(AbstractLikelihood):
     def fisher_product(self, outputs: Tensor, v: Tensor) -> Tensor:
         """Return v / variance."""
         return v / self.variance
+
+    def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor:
+        """Return ||f_reference - f||^2 / (2 variance), (n,)."""
+        return 0.5 * (reference - outputs).flatten(1).square().sum(-1) / self.variance
 
     def enumerate(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return one target for each of the d outputs, f + sqrt(d variance) e_j, of weight 1/d.

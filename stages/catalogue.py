@@ -8,7 +8,8 @@ them through the parameter class (see `stages.reference`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from itertools import pairwise
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -296,7 +297,6 @@ class EstimatorParams(CalibrationParams):
 class PruningParams(Params):
     """How weights are chosen and survivors moved."""
 
-    sparsity: float = Field(ge=0, lt=1, description="fraction of the prunable weights removed")
     distribution: Literal["global", "uniform"] = Field(
         default="global", description="least salient of the whole network, or of each layer"
     )
@@ -341,8 +341,17 @@ class CurvatureParams(EstimatorParams):
 
 
 class OneshotParams(PruningParams, MethodAxes):
-    """Of `prune_oneshot`."""
+    """Of `prune_oneshot`: a sparsity, or a budget."""
 
+    sparsity: float | None = Field(
+        default=None, ge=0, lt=1, description="fraction of the prunable weights removed"
+    )
+    within: float | None = Field(
+        default=None,
+        ge=0,
+        description="instead of a sparsity: the highest one that costs at most so many points of "
+        "accuracy on the validation split, by bisection",
+    )
     seed: int = Field(default=0, ge=0, description="axis: the inputs' seed")
     certificate_samples: int = Field(
         default=250,
@@ -351,28 +360,131 @@ class OneshotParams(PruningParams, MethodAxes):
         "0: none",
     )
 
+    @model_validator(mode="after")
+    def _one_target(self) -> OneshotParams:
+        return _with_one_target(self)
 
-class GradualParams(PruningParams, EstimatorParams, TrainingParams):
-    """Of `prune_gradual`."""
+
+class StepwiseParams(PruningParams, EstimatorParams):
+    """Of pruning in steps."""
 
     sparsity: float = Field(gt=0, lt=1, description="fraction removed after the last step")
     initial_sparsity: float = Field(
         default=0.0, ge=0, lt=1, description="where the schedule begins"
     )
     steps: int = Field(default=8, ge=1, description="pruning steps")
-    schedule: Literal["cubic", "linear"] = Field(
-        default="cubic", description="fast at first and slow at the end, or equal steps"
+    schedule: Literal["cubic", "linear", "geometric"] = Field(
+        default="cubic",
+        description="fast at first and slow at the end; equal steps; or equal fractions of what is "
+        "left",
+    )
+    stops: list[float] = Field(
+        default=[],
+        description="sparsities after each step but the last, in place of a schedule",
     )
     carry: Literal["refine", "reestimate"] = Field(
         default="refine",
         description="between steps: take the new weights and masks into the estimate, or start "
         "it anew (methods without a state always do)",
     )
-    epochs: int = Field(
-        default=1, ge=0, description="of training after each step; 0: one-shot in several steps"
-    )
+    seed: int = Field(default=0, ge=0, description="of samples, labels, batches and crops")
+
+    @model_validator(mode="after")
+    def _rising(self) -> StepwiseParams:
+        rising = [0.0, *self.stops, self.sparsity]
+        if any(not low < high for low, high in pairwise(rising)):
+            raise ValueError(
+                f"stops: expected to rise from above 0 to below sparsity, got {rising}"
+            )
+        return self
+
+
+class GradualParams(StepwiseParams, TrainingParams):
+    """Of `prune_gradual`."""
+
+    epochs: int = Field(default=1, ge=0, description="of training after each step")
     batch_size: int = Field(default=128, ge=1, description="samples in an optimiser step")
     seed: int = Field(default=0, ge=0, description="of samples, labels, batches and crops")
+
+
+class RefinementParams(Params):
+    """Of the short runs that move survivors towards the dense model's outputs."""
+
+    samples: int = Field(
+        default=5000, ge=1, description="calibration samples, the curvature's among them; no labels"
+    )
+    steps: int = Field(default=100, ge=0, description="optimiser steps after each pruning step")
+    last_steps: int | None = Field(
+        default=None, ge=0, description="after the last pruning step; null for as many"
+    )
+    batch_size: int = Field(default=128, ge=1, description="samples in a step")
+    lr: float | None = Field(
+        default=None, gt=0, description="peak learning rate; null for the method's own"
+    )
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of adam and natural")
+    trust: float = Field(default=1e-2, gt=0, description="longest step, in nats (natural)")
+    cg_iterations: int = Field(default=10, ge=1, description="a step (gauss_newton)")
+    temperature: float = Field(default=1.0, gt=0, description="of both outputs")
+    statistics: Literal["frozen", "batch"] = Field(
+        default="batch", description="batch norms keep the dense model's, or follow the batches"
+    )
+    augment: bool = Field(default=True, description="the data set's own random crops and flips")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of forward and backward"
+    )
+
+
+class MultistepParams(StepwiseParams):
+    """Of `prune_multistep`."""
+
+    schedule: Literal["cubic", "linear", "geometric"] = Field(
+        default="geometric",
+        description="fast at first and slow at the end; equal steps; or equal fractions of what is "
+        "left",
+    )
+    refine: Literal["none", "adam", "natural", "gauss_newton"] = Field(
+        default="adam",
+        description="after each step, by KL(dense || pruned) on the calibration samples: not at "
+        "all, or by one of these",
+    )
+    refinement: RefinementParams = Field(
+        default=RefinementParams(), description="options of the refinement"
+    )
+
+    @model_validator(mode="after")
+    def _forget_refinement(self) -> MultistepParams:
+        """Reset the options when nothing is refined: what is not used must not enter the key."""
+        if self.refine == "none":
+            object.__setattr__(self, "refinement", RefinementParams())
+        return self
+
+
+class PickParams(MethodAxes):
+    """Of `pick`: a sparsity, or a budget."""
+
+    sparsity: float | None = Field(
+        default=None, ge=0, lt=1, description="one of those that the pruning stopped at"
+    )
+    within: float | None = Field(
+        default=None,
+        ge=0,
+        description="instead of a sparsity: the sparsest step that costs at most so many points of "
+        "accuracy on the validation split",
+    )
+    seed: int = Field(default=0, ge=0, description="axis: the input's seed")
+
+    @model_validator(mode="after")
+    def _one_target(self) -> PickParams:
+        return _with_one_target(self)
+
+
+_Target = TypeVar("_Target", OneshotParams, PickParams)
+
+
+def _with_one_target(params: _Target) -> _Target:
+    if (params.sparsity is None) == (params.within is None):
+        raise ValueError("give either `sparsity` or `within`")
+    return params
 
 
 class FinetuneParams(TrainingParams, MethodAxes):
@@ -539,6 +651,25 @@ CATALOGUE = Catalogue(
             },
             outputs=_GIVES_MODEL,
             summary="removes weights in one step, and moves the others",
+        ),
+        Stage(
+            name="prune_multistep",
+            entry="stages.prune_multistep:prune_multistep",
+            params=MultistepParams,
+            inputs={"model": _MODEL},
+            outputs={
+                **_GIVES_MODEL,
+                "steps": Output(kind="steps", summary="the model after each step"),
+            },
+            summary="one-shot pruning in several steps, refined without labels",
+        ),
+        Stage(
+            name="pick",
+            entry="stages.pick:pick",
+            params=PickParams,
+            inputs={"steps": Input(kind="steps", summary="of a multi-step pruning")},
+            outputs=_GIVES_MODEL,
+            summary="passes on the step of a sparsity, or the sparsest within a budget",
         ),
         Stage(
             name="prune_gradual",

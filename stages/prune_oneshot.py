@@ -8,20 +8,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from fishleg.certificate import pruning_certificate
+from fishleg.estimators.base import AbstractEstimator
+from fishleg.gradients import GradientSource
 from pipeline.stage import Context, StageError
+from stages.data.dataset import DataSet
 from stages.data.source import load_data
 from stages.determinism import compute_deterministically
 from stages.estimate import load_estimate
-from stages.metrics import log_validation
-from stages.model_folder import input_model, save_model
+from stages.metrics import log_validation, measure
+from stages.model_folder import Model, input_model, save_model
 from stages.pruning import prune
+
+_BISECTIONS = 10
 
 if TYPE_CHECKING:
     from stages.catalogue import OneshotParams
 
 
 def prune_oneshot(ctx: Context) -> None:
-    """Prune input `model` by input `curvature`, and write output `model`.
+    """Prune input `model` by input `curvature`, to a sparsity or a budget; write output `model`.
 
     Raises:
         StageError: the curvature is another model's.
@@ -40,8 +45,11 @@ def prune_oneshot(ctx: Context) -> None:
         )
     source = recipe.calibration.gradients(model, partition, dataset)
     before = copy.deepcopy(model.network)
-    pruned = prune(ctx, model, estimator, source, params=params, sparsity=params.sparsity)
-    facts = recipe.facts(mode="oneshot", sparsity=params.sparsity)
+    sparsity = params.sparsity
+    if sparsity is None:
+        sparsity = _sparsest_within(ctx, model, estimator, source, dataset)
+    pruned = prune(ctx, model, estimator, source, params=params, sparsity=sparsity)
+    facts = recipe.facts(mode="oneshot", sparsity=sparsity)
     save_model(ctx.output("model"), pruned.with_facts(**facts))
     chosen = recipe.calibration.indices(dataset)[: params.certificate_samples]
     if len(chosen):
@@ -50,3 +58,32 @@ def prune_oneshot(ctx: Context) -> None:
         found = pruning_certificate(unpruned, dict(pruned.network.named_parameters()))
         ctx.log({f"pruned/{name}": value for name, value in found.items()})
     log_validation(ctx, pruned.network, dataset)
+
+
+def _sparsest_within(
+    ctx: Context,
+    model: Model,
+    estimator: AbstractEstimator,
+    source: GradientSource,
+    dataset: DataSet,
+) -> float:
+    """Return the highest sparsity, to 1/1024, that keeps within the budget of accuracy.
+
+    Bisection takes accuracy to fall with sparsity. Each trial prunes a copy and measures it on the
+    validation split; the estimate is the same throughout.
+    """
+    params: OneshotParams = ctx.params
+    points = cast(float, params.within)
+    dense = measure(model.network, dataset, dataset.validation)["accuracy"]
+    low, high = 0, 2**_BISECTIONS
+    for done in range(_BISECTIONS):
+        middle = (low + high) // 2
+        trial = replace(model, network=copy.deepcopy(model.network))
+        pruned = prune(
+            ctx, trial, estimator, source, params=params, sparsity=middle / 2**_BISECTIONS
+        )
+        lost = dense - measure(pruned.network, dataset, dataset.validation)["accuracy"]
+        low, high = (middle, high) if lost <= points else (low, middle)
+        ctx.say(f"sparsity {middle / 2**_BISECTIONS:.4f}: {lost:.2f} points of accuracy lost")
+        ctx.progress(done + 1, _BISECTIONS, "bisection")
+    return low / 2**_BISECTIONS

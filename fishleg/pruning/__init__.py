@@ -1,4 +1,4 @@
-"""Saliency, selection, compensation, schedules and the surgeon."""
+"""Saliency, selection, compensation, refinement, schedules and the surgeon."""
 
 from fishleg.pruning.compensation import (
     COMPENSATIONS,
@@ -16,8 +16,9 @@ from fishleg.pruning.masks import (
     group_masks,
     weight_masks,
 )
+from fishleg.pruning.refinement import Refinement, RefinementOptions, refine
 from fishleg.pruning.saliency import group_saliency, saliency
-from fishleg.pruning.schedule import cubic, linear
+from fishleg.pruning.schedule import cubic, geometric, linear
 from fishleg.pruning.selection import DISTRIBUTIONS, removal_count, select, select_n_of_m
 from fishleg.pruning.surgeon import PruneReport, prune_once, prune_to
 
@@ -38,6 +39,7 @@ __all__ = [
     "constrained_set",
     # schedules
     "cubic",
+    "geometric",
     "linear",
     # masks
     "Masks",
@@ -47,6 +49,10 @@ __all__ = [
     "apply_masks",
     "weight_masks",
     "group_masks",
+    # refinement
+    "Refinement",
+    "RefinementOptions",
+    "refine",
     # the surgeon
     "PruneReport",
     "prune_once",

@@ -207,26 +207,73 @@ def _by_fisher(
     target = flat.join({name: _restrict(gone[name], weights[name]) for name in partition.names})
     survives = flat.join({name: support[name] & ~gone[name] for name in partition.names})
 
-    def fisher(v: Tensor) -> Tensor:
-        product = fisher_vector_product(source, partition.scatter(flat.split(v)), form="exact")
-        return flat.join(partition.gather(product))
-
-    image = fisher(target)
+    image = flat.join(_fisher_product(source, partition, flat.split(target)))
     rhs = _restrict(survives, image)
-    move, solve = conjugate_gradient(
-        lambda v: _restrict(survives, fisher(v) + estimator.damping * v),
-        rhs,
-        preconditioner=lambda r: _restrict(survives, flat.join(estimator.matvec(flat.split(r)))),
+    moves, solve = solve_on_survivors(
+        estimator,
+        source,
+        flat.split(rhs),
+        flat.split(survives),
         tolerance=tolerance,
         max_iterations=max_iterations,
     )
     # d = move - target; by Galerkin, move^T (F_rr + gamma I) move = move^T rhs at every iterate
     within = float((target * (image + estimator.damping * target)).sum())
-    return flat.split(move), CompensationReport(
-        method="fisher",
-        predicted=0.5 * (within - float((move * rhs).sum())),
-        solves={NETWORK: solve},
+    gained = float((flat.join(moves) * rhs).sum())
+    return moves, CompensationReport(
+        method="fisher", predicted=0.5 * (within - gained), solves={NETWORK: solve}
     )
+
+
+def solve_on_survivors(
+    estimator: AbstractEstimator,
+    source: GradientSource,
+    rhs: Mapping[str, Tensor],
+    survives: Mapping[str, Tensor],
+    *,
+    tolerance: float,
+    max_iterations: int,
+) -> tuple[dict[str, Tensor], CGReport]:
+    """Solve (F_rr + gamma I) x_r = b_r across the network, F exact, and x = 0 elsewhere.
+
+    Conjugate gradients, preconditioned by m o Q o m.
+
+    Args:
+        estimator: gives Q and gamma.
+        source: of F, at the model's present weights.
+        rhs: group name -> b (rows, columns), all groups.
+        survives: group name -> bool (rows, columns), r, all groups.
+        tolerance: relative residual at which they stop.
+        max_iterations: at most.
+
+    Returns:
+        Group name -> x (rows, columns), and how it went. Errors as for `conjugate_gradient`.
+
+    Cost: an exact F-vector product over the source's samples, and a product with Q, an iteration.
+    """
+    partition = estimator.partition
+    flat = _Flattening(partition)
+    kept = flat.join(survives)
+
+    def damped(v: Tensor) -> Tensor:
+        image = flat.join(_fisher_product(source, partition, flat.split(v)))
+        return _restrict(kept, image + estimator.damping * v)
+
+    solution, solve = conjugate_gradient(
+        damped,
+        _restrict(kept, flat.join(rhs)),
+        preconditioner=lambda r: _restrict(kept, flat.join(estimator.matvec(flat.split(r)))),
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+    )
+    return flat.split(solution), solve
+
+
+def _fisher_product(
+    source: GradientSource, partition: Partition, v: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return F v, group name -> (rows, columns), exactly."""
+    return partition.gather(fisher_vector_product(source, partition.scatter(v), form="exact"))
 
 
 class _Flattening:

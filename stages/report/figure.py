@@ -33,21 +33,31 @@ _GREY = "#777777"
 class _Style:
     """How one section's lines look; `shift` sets them apart, in doublings of compression."""
 
-    line: Literal["-", "--", ":"]
+    line: Literal["-", "--", ":", "-."]
     filled: bool
     shift: float = 0.0
 
 
 _STYLES = {
     SECTIONS["oneshot", False]: _Style(line="-", filled=True),
+    SECTIONS["multistep", False]: _Style(line="--", filled=False, shift=0.04),
+    SECTIONS["refined", False]: _Style(line=":", filled=True, shift=0.08),
     SECTIONS["oneshot", True]: _Style(line="-", filled=True),
+    SECTIONS["multistep", True]: _Style(line="-.", filled=False, shift=0.12),
+    SECTIONS["refined", True]: _Style(line="-.", filled=True, shift=0.16),
     SECTIONS["gradual", False]: _Style(line=":", filled=False, shift=0.04),
     SECTIONS["gradual", True]: _Style(line="--", filled=True, shift=0.08),
 }
 _PANELS = {
-    "Without training": (SECTIONS["oneshot", False],),
+    "Without training": (
+        SECTIONS["oneshot", False],
+        SECTIONS["multistep", False],
+        SECTIONS["refined", False],
+    ),
     "With training": (
         SECTIONS["oneshot", True],
+        SECTIONS["multistep", True],
+        SECTIONS["refined", True],
         SECTIONS["gradual", False],
         SECTIONS["gradual", True],
     ),

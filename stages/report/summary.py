@@ -10,7 +10,11 @@ Row = Mapping[str, Any]
 
 SECTIONS = {
     ("oneshot", False): "One-shot",
+    ("multistep", False): "One-shot in several steps",
+    ("refined", False): "One-shot in several steps, refined without labels",
     ("oneshot", True): "One-shot, then fine-tuned",
+    ("multistep", True): "One-shot in several steps, then fine-tuned",
+    ("refined", True): "One-shot in several steps, refined, then fine-tuned",
     ("gradual", False): "Gradual",
     ("gradual", True): "Gradual, then fine-tuned",
 }

@@ -212,7 +212,7 @@ def test_a_gradual_pruning_that_was_killed_reaches_the_same_bits(
     assert len([e for e in again.events if "pruned/sparsity" in e.get("values", {})]) < 2
 
 
-def test_several_steps_without_training_are_one_shot(dense: Ran, tmp_path: Path) -> None:
+def test_several_steps_without_training_are_multistep(dense: Ran, tmp_path: Path) -> None:
     ran = run_stage(
         "prune_gradual",
         tmp_path,
@@ -220,7 +220,7 @@ def test_several_steps_without_training_are_one_shot(dense: Ran, tmp_path: Path)
         {"model": dense.output()},
     )
     model = load_model(ran.output(), "cpu")
-    assert model.facts.mode == "oneshot"
+    assert model.facts.mode == "multistep"
     assert_sparsity(model, 0.9)
 
 

@@ -1,0 +1,312 @@
+"""Refinement: a short run that moves the survivors back towards the dense network's outputs.
+
+    least over the survivors:   D(w) = (1/N) sum_n KL( p_dense(. | x_n) || p_w(. | x_n) )
+
+No label is read: the dense network says what is wanted, on calibration inputs, which may be
+augmented. What was removed stays 0. The Hessian of D where p_w = p_dense is the Fisher, so the Q of
+the pruning step is at hand as a preconditioner.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fishleg.calibration import Calibration
+from fishleg.errors import FishLegError, UnknownName
+from fishleg.estimators.base import AbstractEstimator
+from fishleg.gradients import GradientSource
+from fishleg.likelihoods import AbstractLikelihood
+from fishleg.parameters import Partition
+from fishleg.pruning.compensation import solve_on_survivors
+from fishleg.pruning.masks import apply_masks
+
+RefinementMethod = Literal["adam", "natural", "gauss_newton"]
+Statistics = Literal["frozen", "batch"]
+_RATES = {"adam": 1e-3, "natural": 0.1, "gauss_newton": 1.0}
+_CHECK_EVERY = 20  # steps between looks at the divergence; each look waits for a GPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefinementOptions:
+    """How survivors are moved back.
+
+    Attributes:
+        method: "adam" (Kingma and Ba, arXiv 1412.6980); "natural": u = m o Q (m o g), the FishLeg
+            update (Garcia et al., ICLR 2023), with momentum; "gauss_newton": the solution of
+            (F_rr + gamma I) d = -g on the batch, by conjugate gradients preconditioned by Q.
+        learning_rate: at its peak; None for the method's own, 1e-3, 0.1 and 1. Linear warm-up over
+            the first twentieth of the steps, then a half cosine down to 0 (no schedule for
+            "gauss_newton").
+        momentum: of "natural", and the first decay of "adam", in [0, 1).
+        trust: "natural": longest step, as the divergence 1/2 d^T F_g d that Q predicts for it, in
+            nats; > 0.
+        cg_iterations: "gauss_newton": at most, a step.
+        temperature: T > 0: both outputs are divided by it, and the divergence multiplied by T^2
+            (Hinton et al., arXiv 1503.02531).
+        statistics: "frozen": batch norms keep the dense network's mean and variance. "batch": they
+            normalise by the batch and follow it, since removing weights shifts both.
+        bfloat16: of forward and backward passes; weights and moments stay as they are.
+    """
+
+    method: RefinementMethod = "adam"
+    learning_rate: float | None = None
+    momentum: float = 0.9
+    trust: float = 1e-2
+    cg_iterations: int = 10
+    temperature: float = 1.0
+    statistics: Statistics = "batch"
+    bfloat16: bool = False
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("method", RefinementMethod), ("statistics", Statistics)):
+            if getattr(self, name) not in get_args(kinds):
+                raise UnknownName(name, getattr(self, name), get_args(kinds))
+        for name in ("trust", "temperature", "cg_iterations"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum: expected a number in [0, 1), got {self.momentum}.")
+
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate at its peak."""
+        return self.learning_rate or _RATES[self.method]
+
+
+class Refinement:
+    """One run of refinement; its state is the model, the moments and the number of steps done.
+
+    Args:
+        model: pruned, moved in place; on its own device.
+        reference: the dense network, left alone.
+        likelihood: what the outputs mean.
+        partition: the model's groups.
+        masks: group name -> bool (rows, columns), the survivors.
+        steps: of the whole run, >= 1.
+        options: see `RefinementOptions`.
+        estimator: its Q preconditions "natural" and "gauss_newton".
+
+    Attributes:
+        done: steps made.
+
+    Raises:
+        FishLegError: the method needs an estimator, and there is none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        reference: nn.Module,
+        likelihood: AbstractLikelihood,
+        partition: Partition,
+        masks: Mapping[str, Tensor],
+        *,
+        steps: int,
+        options: RefinementOptions,
+        estimator: AbstractEstimator | None = None,
+    ):
+        if options.method != "adam" and estimator is None:
+            raise FishLegError(f"refinement {options.method!r} needs `estimator`, got None.")
+        self.model = model
+        self.reference = reference.eval()
+        self.likelihood = likelihood
+        self.partition = partition
+        self.masks = dict(masks)
+        self.steps = steps
+        self.options = options
+        self.estimator = estimator
+        self.done = 0
+        covered = {tensor for group in partition.groups for tensor in group.tensors}
+        self._moved = {
+            name: parameter for name, parameter in model.named_parameters() if name in covered
+        }
+        self._optimizer = self._build_optimizer()
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        options, moved = self.options, list(self._moved.values())
+        if options.method == "adam":
+            return torch.optim.Adam(moved, lr=options.peak_rate, betas=(options.momentum, 0.999))
+        momentum = options.momentum if options.method == "natural" else 0.0
+        return torch.optim.SGD(moved, lr=options.peak_rate, momentum=momentum)
+
+    # -- steps
+
+    def step(self, inputs: Tensor) -> Tensor:
+        """Take one step on a batch of the model's inputs, and return D on it before the step.
+
+        Cost: a forward pass of the dense network, a forward and backward one of the model; beside
+        it a product with Q ("natural"), or `cg_iterations` exact F-vector products on the batch.
+        """
+        rate = self._rate()
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self.model.eval()
+        with self._statistics():
+            divergence = self.divergence(inputs)
+        self._optimizer.zero_grad()
+        divergence.backward()
+        if self.options.method != "adam":
+            self._precondition(inputs, rate)
+        self._optimizer.step()
+        apply_masks(self.model, self.partition, self.masks)
+        self.done += 1
+        return divergence.detach()
+
+    def divergence(self, inputs: Tensor) -> Tensor:
+        """Return the mean over the batch of T^2 KL(dense_T || model_T), a scalar, in nats."""
+        kind = inputs.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=self.options.bfloat16):
+            with torch.no_grad():
+                wanted = self.reference(inputs)
+            outputs = self.model(inputs)
+        temperature = self.options.temperature
+        found = self.likelihood.divergence(
+            wanted.float() / temperature, outputs.float() / temperature
+        )
+        return temperature**2 * found.mean()
+
+    def _rate(self) -> float:
+        peak = self.options.peak_rate
+        if self.options.method == "gauss_newton":
+            return peak
+        warmup = self.steps / 20
+        along = (self.done - warmup) / max(self.steps - warmup, 1)
+        rising = (self.done + 1) / (warmup + 1)
+        return peak * (rising if along < 0 else 0.5 * (1 + math.cos(math.pi * along)))
+
+    @contextmanager
+    def _statistics(self) -> Iterator[None]:
+        """Let batch norms follow the batch, if wanted; all else stays in evaluation mode."""
+        wanted = self.options.statistics == "batch"
+        norms = [one for one in self.model.modules() if wanted and isinstance(one, _BatchNorm)]
+        for norm in norms:
+            norm.train()
+        try:
+            yield
+        finally:
+            for norm in norms:
+                norm.eval()
+
+    @torch.no_grad()
+    def _precondition(self, inputs: Tensor, rate: float) -> None:
+        """Put the step's direction in place of each gradient."""
+        found = {
+            name: torch.zeros_like(one) if one.grad is None else one.grad
+            for name, one in self._moved.items()
+        }
+        gradients = self.partition.gather(found)
+        for name, mask in self.masks.items():
+            gradients[name] = gradients[name] * mask
+        if self.options.method == "natural":
+            moves = self._natural(gradients, rate)
+        else:
+            moves = self._gauss_newton(gradients, inputs)
+        for name, move in self.partition.scatter(moves).items():
+            self._moved[name].grad = move
+
+    def _natural(self, gradients: Mapping[str, Tensor], rate: float) -> dict[str, Tensor]:
+        """Return m o Q (m o g), no longer than the trust region allows.
+
+        With Q = F_g^-1 a step d = -rate u has 1/2 d^T F_g d = 1/2 rate^2 u^T g.
+        """
+        moves = self._estimator.matvec(gradients)
+        for name, mask in self.masks.items():
+            moves[name] = moves[name] * mask
+        length = torch.stack([(moves[name] * gradients[name]).sum() for name in moves]).sum()
+        longest = 2 * self.options.trust / rate**2
+        scale = (longest / length.clamp(min=1e-30)).sqrt().clamp(max=1.0)
+        return {name: scale * move for name, move in moves.items()}
+
+    def _gauss_newton(self, gradients: Mapping[str, Tensor], inputs: Tensor) -> dict[str, Tensor]:
+        source = GradientSource(
+            self.model,
+            self.likelihood,
+            self.partition,
+            Calibration(inputs=inputs),
+            batch_size=len(inputs),
+        )
+        survives = {
+            name: self.masks.get(name, torch.ones_like(matrix, dtype=torch.bool))
+            for name, matrix in gradients.items()
+        }
+        move, _ = solve_on_survivors(
+            self._estimator,
+            source,
+            gradients,
+            survives,
+            tolerance=1e-3,
+            max_iterations=self.options.cg_iterations,
+        )
+        return move
+
+    @property
+    def _estimator(self) -> AbstractEstimator:
+        if self.estimator is None:  # the constructor has refused it
+            raise FishLegError("no estimator")
+        return self.estimator
+
+    # -- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return `{"tensors": {name: Tensor}, "meta": {"done": int}}`; the model is not in it."""
+        moments = {
+            f"{index}.{name}": value
+            for index, state in self._optimizer.state_dict()["state"].items()
+            for name, value in state.items()
+            if isinstance(value, Tensor)
+        }
+        return {"tensors": moments, "meta": {"done": self.done}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in state["tensors"].items():
+            index, _, name = key.partition(".")
+            moments.setdefault(int(index), {})[name] = value
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.done = state["meta"]["done"]
+
+
+def refine(
+    refinement: Refinement, batches: Iterable[Tensor], every: int = _CHECK_EVERY
+) -> Iterator[float]:
+    """Go on with a run to its last step; yield the mean divergence of every few steps.
+
+    Args:
+        refinement: the run, from wherever it is.
+        batches: of the model's inputs; at least as many as steps are left.
+        every: steps between looks.
+
+    Yields:
+        D, in nats, averaged over the steps since the last look.
+
+    Raises:
+        FishLegError: the divergence is not finite, or the batches have ended too early.
+    """
+    stream, total, since = iter(batches), torch.zeros(()), 0
+    while refinement.done < refinement.steps:
+        inputs = next(stream, None)
+        if inputs is None:
+            raise FishLegError(
+                f"The batches ended after step {refinement.done} of {refinement.steps}."
+            )
+        total, since = total.to(inputs.device) + refinement.step(inputs), since + 1
+        if refinement.done % every == 0 or refinement.done == refinement.steps:
+            mean = total.item() / since
+            if not math.isfinite(mean):
+                raise FishLegError(
+                    f"refinement: the divergence became {mean} by step {refinement.done} of "
+                    f"{refinement.steps}; lower learning_rate (now "
+                    f"{refinement.options.peak_rate:g})."
+                )
+            yield mean
+            total, since = torch.zeros_like(total), 0

@@ -1,0 +1,66 @@
+"""Stage `pick`: passes on one step of a multi-step pruning."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from pipeline.stage import Context, StageError, write_json
+
+if TYPE_CHECKING:
+    from stages.catalogue import PickParams
+
+
+def pick(ctx: Context) -> None:
+    """Copy the step of the wanted sparsity, or the sparsest in the budget, to output `model`."""
+    params: PickParams = ctx.params
+    folder = cast(Path, ctx.input("steps").path)
+    facts = json.loads((folder / "steps.json").read_text("utf-8"))
+    steps: list[dict[str, float]] = facts["steps"]
+    if params.sparsity is not None:
+        number = _of_sparsity(steps, params.sparsity)
+    else:
+        number = _within(steps, facts["dense"]["validation_accuracy"], cast(float, params.within))
+    model = ctx.output("model")
+    shutil.copytree(folder / f"{number + 1:03d}", model, dirs_exist_ok=True)
+    note: dict[str, Any] = {**steps[number], "step": number + 1}
+    known = json.loads((model / "model.json").read_text("utf-8"))
+    write_json(model / "model.json", {**known, "picked": note})
+    ctx.log(note)
+
+
+def _of_sparsity(steps: Sequence[dict[str, float]], sparsity: float) -> int:
+    """Return the number of the step that stopped at `sparsity`.
+
+    Raises:
+        StageError: none did.
+    """
+    for number, step in enumerate(steps):
+        if step["sparsity"] == sparsity:
+            return number
+    known = ", ".join(f"{step['sparsity']:g}" for step in steps)
+    raise StageError(
+        f"pick: no step stopped at sparsity {sparsity:g}; the steps are {known}. Add it to `stops` "
+        "of the multi-step pruning."
+    )
+
+
+def _within(steps: Sequence[dict[str, float]], dense: float, points: float) -> int:
+    """Return the number of the sparsest step that is at most `points` below dense.
+
+    Raises:
+        StageError: even the first is not.
+    """
+    good = [
+        number for number, step in enumerate(steps) if step["validation_accuracy"] >= dense - points
+    ]
+    if not good:
+        raise StageError(
+            f"pick: no step is within {points:g} points of the dense model's {dense:.2f} % on the "
+            f"validation split; the first, at sparsity {steps[0]['sparsity']:g}, has "
+            f"{steps[0]['validation_accuracy']:.2f} %. Begin with a lower sparsity."
+        )
+    return good[-1]

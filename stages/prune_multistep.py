@@ -1,0 +1,214 @@
+"""Stage `prune_multistep`: one-shot pruning in several steps, without labels.
+
+Only calibration samples are seen, at most 5,000 by default. The model after every step is kept, so
+that one run gives a model for each sparsity it passes; stage `pick` passes one of them on.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fishleg.likelihoods import Categorical
+from fishleg.pruning import Refinement, RefinementOptions, group_masks, refine
+from pipeline.stage import Context, write_json
+from stages.data.batches import batches_per_epoch, training_batches
+from stages.data.dataset import DataSet
+from stages.determinism import compute_deterministically, derive_seed
+from stages.estimate import user_errors
+from stages.metrics import log_validation, measure
+from stages.model_folder import Model, save_model
+from stages.stepwise import StepwisePruning
+from stages.tensor_files import load_tensors, save_tensors, with_prefix, without_prefix
+
+if TYPE_CHECKING:
+    from stages.catalogue import MultistepParams
+
+
+def prune_multistep(ctx: Context) -> None:
+    """Prune input `model` along the schedule; write outputs `model` and `steps`.
+
+    Each step brings the curvature up to date, removes weights, moves the others and, unless
+    `refine` is none, refines them towards the dense model's outputs. A checkpoint stands within the
+    refinement of a step, whose weights are removed already, or between two steps.
+    """
+    compute_deterministically(ctx.device)
+    run = MultistepPruning(ctx)
+    unfinished = ctx.last_checkpoint()
+    first = 0 if unfinished is None else run.load(unfinished)
+    for step in range(first, len(run.sparsities)):
+        if not run.refining:
+            run.update_curvature(step)
+            run.prune(step)
+        run.refine(step)
+        run.keep(step)
+        if ctx.checkpoint_due():
+            run.checkpoint(step + 1)
+    shutil.copytree(run.kept, ctx.output("steps"), dirs_exist_ok=True)
+    save_model(ctx.output("model"), run.present(len(run.sparsities) - 1))
+    log_validation(ctx, run.model.network, run.dataset)
+
+
+class MultistepPruning(StepwisePruning):
+    """Adds the refinement, and keeps the model of every step.
+
+    Attributes:
+        kept: folder with a model folder for each finished step, and `steps.json` about them.
+        refining: the state of the refinement that a checkpoint stood in, until it goes on.
+    """
+
+    def __init__(self, ctx: Context):
+        super().__init__(ctx)
+        self.params: MultistepParams = ctx.params
+        self.dense = copy.deepcopy(self.model.network)
+        self.kept = ctx.folder / "kept"
+        shutil.rmtree(self.kept, ignore_errors=True)
+        self.kept.mkdir(parents=True)
+        found = measure(self.dense, self.dataset, self.dataset.validation)
+        self.steps: list[dict[str, float]] = []
+        self.before = {"validation_accuracy": found["accuracy"], "validation_nll": found["nll"]}
+        self.refining: dict[str, Any] | None = None
+        self.earlier_s = 0.0
+        self.began = time.monotonic()
+
+    def refine(self, step: int) -> None:
+        """Refine the survivors, from the start or from a checkpoint."""
+        steps = self._refinement_steps(step)
+        if not steps:
+            return
+        refinement = Refinement(
+            self.model.network,
+            self.dense,
+            Categorical(),
+            self.partition,
+            group_masks(self.partition, self.model.masks),
+            steps=steps,
+            options=self._options(),
+            estimator=self.estimator,
+        )
+        if self.refining is not None:
+            refinement.load_state_dict(self.refining)
+            self.refining = None
+        elif self.ctx.checkpoint_due():
+            self.checkpoint(step, refinement)
+        with user_errors():
+            for divergence in refine(refinement, self._batches(step, refinement.done)):
+                before = sum(self._refinement_steps(earlier) for earlier in range(step))
+                self.ctx.log({"refinement/divergence": divergence}, step=before + refinement.done)
+                self.ctx.progress(
+                    refinement.done, steps, f"refinement step, pruning step {step + 1}"
+                )
+                if self.ctx.checkpoint_due():
+                    self.checkpoint(step, refinement)
+
+    def keep(self, step: int) -> None:
+        """Keep the model as it is after `step`, with what it took so far."""
+        save_model(self._folder(step), self.present(step))
+        found = measure(self.model.network, self.dataset, self.dataset.validation)
+        self.steps.append(
+            {
+                "sparsity": self.sparsities[step],
+                "validation_accuracy": found["accuracy"],
+                "validation_nll": found["nll"],
+                "seconds": self._seconds(),
+            }
+        )
+        write_json(self.kept / "steps.json", {"dense": self.before, "steps": self.steps})
+        numbers = {f"step/{name}": value for name, value in self.steps[-1].items()}
+        self.ctx.log(numbers, step=step + 1)
+
+    def present(self, step: int) -> Model:
+        """Return the model with the facts of `step`."""
+        mode = "multistep" if self.params.refine == "none" else "refined"
+        return self.model.with_facts(
+            **self.recipe.facts(mode=mode, sparsity=self.sparsities[step]), seed=self.params.seed
+        )
+
+    def checkpoint(self, step: int, refinement: Refinement | None = None) -> None:
+        """Write a checkpoint: before `step`, or within its refinement."""
+        tensors = with_prefix("network", self.model.network.state_dict())
+        facts: dict[str, Any] = {"seconds": self._seconds(), "steps": self.steps, "refining": None}
+        if refinement is not None:
+            state = refinement.state_dict()
+            tensors |= with_prefix("moments", state["tensors"])
+            facts["refining"] = state["meta"]
+        with self.ctx.checkpoint() as folder:
+            self.save(folder, step)
+            shutil.copytree(self.kept, folder / "kept")
+            save_tensors(folder / "multistep.safetensors", tensors)
+            write_json(folder / "multistep.json", facts)
+
+    def load(self, folder: Path) -> int:
+        """Restore what `checkpoint` wrote, and return the number of its step."""
+        step = super().load(folder)
+        shutil.copytree(folder / "kept", self.kept, dirs_exist_ok=True)
+        tensors = load_tensors(folder / "multistep.safetensors", self.ctx.device)
+        facts = json.loads((folder / "multistep.json").read_text("utf-8"))
+        self.model.network.load_state_dict(without_prefix("network", tensors))
+        self.earlier_s, self.steps = facts["seconds"], facts["steps"]
+        if facts["refining"] is not None:
+            moments = without_prefix("moments", tensors)
+            self.refining = {"tensors": moments, "meta": facts["refining"]}
+        return step
+
+    def _seconds(self) -> float:
+        return self.earlier_s + time.monotonic() - self.began
+
+    def _folder(self, step: int) -> Path:
+        folder = self.kept / f"{step + 1:03d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _refinement_steps(self, step: int) -> int:
+        if self.params.refine == "none":
+            return 0
+        options = self.params.refinement
+        last = step == len(self.sparsities) - 1
+        return options.last_steps or options.steps if last else options.steps
+
+    def _options(self) -> RefinementOptions:
+        own, params = self.params.refinement, self.params
+        return RefinementOptions(
+            method="adam" if params.refine == "none" else params.refine,
+            learning_rate=own.lr,
+            momentum=own.momentum,
+            trust=own.trust,
+            cg_iterations=own.cg_iterations,
+            temperature=own.temperature,
+            statistics=own.statistics,
+            bfloat16=own.precision == "bfloat16",
+        )
+
+    def _batches(self, step: int, done: int) -> Iterator[Tensor]:
+        """Yield model inputs from the calibration samples, going on after `done` batches."""
+        own = self.params.refinement
+        data = self._calibration_data()
+        seed = derive_seed(self.params.seed, f"refinement {step}")
+        each = batches_per_epoch(len(data.train), own.batch_size)
+        epoch, start = divmod(done, each)
+        while True:
+            batches = training_batches(
+                data,
+                batch_size=own.batch_size,
+                seed=seed,
+                epoch=epoch,
+                start=start,
+                augment=own.augment,
+            )
+            for inputs, _ in batches:
+                yield inputs
+            epoch, start = epoch + 1, 0
+
+    def _calibration_data(self) -> DataSet:
+        """Return the data set with the calibration samples for its training split."""
+        calibration = replace(self.recipe.calibration, samples=self.params.refinement.samples)
+        chosen = self.dataset.train.take(calibration.indices(self.dataset))
+        return replace(self.dataset, train=chosen.to(self.ctx.device))

@@ -1,0 +1,202 @@
+"""Refinement: divergences, steps that solve quadratics, zeros kept, state, mistakes."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fishleg.calibration import Calibration
+from fishleg.errors import FishLegError, UnknownName
+from fishleg.estimators import FishLeg
+from fishleg.gradients import GradientSource
+from fishleg.likelihoods import AbstractLikelihood, Categorical, Gaussian
+from fishleg.parameters import Partition, partition_parameters
+from fishleg.pruning import Masks, Refinement, RefinementOptions, dense_masks, refine
+
+SAMPLES = 60
+
+
+def make_inputs(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+def linear_problem() -> tuple[nn.Module, nn.Module, Tensor, Partition, Masks]:
+    """A dense linear network, the same with a third of its weights removed, and inputs."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(4, 3)).double()
+    pruned = copy.deepcopy(dense)
+    partition = partition_parameters(pruned)
+    masks = dense_masks(partition)
+    masks["0"][:, :4] = torch.arange(12).reshape(3, 4) % 3 > 0
+    with torch.no_grad():
+        pruned[0].weight.mul_(masks["0"][:, :4])
+        pruned[0].bias.add_(0.5)
+    return dense, pruned, make_inputs(SAMPLES, 4), partition, masks
+
+
+def full_estimate(model: nn.Module, partition: Partition, inputs: Tensor, masks: Masks) -> FishLeg:
+    source = GradientSource(
+        model, Gaussian(), partition, Calibration(inputs=inputs), labels="enumerated"
+    )
+    estimator = FishLeg(partition, damping=1e-9, structure="full")
+    estimator.fit(source)
+    estimator.refine(source, masks)
+    return estimator
+
+
+def least_squares(dense: nn.Module, inputs: Tensor, mask: Tensor) -> Tensor:
+    """Return the best masked (3, 5) weights, row by row."""
+    design = torch.cat([inputs, torch.ones(len(inputs), 1, dtype=inputs.dtype)], 1)
+    with torch.no_grad():
+        wanted = dense(inputs)
+    best = torch.zeros(3, 5, dtype=inputs.dtype)
+    for row in range(3):
+        kept = mask[row].nonzero().flatten()
+        best[row, kept] = torch.linalg.lstsq(design[:, kept], wanted[:, row]).solution
+    return best
+
+
+@pytest.mark.parametrize("method", ["natural", "gauss_newton"])
+def test_one_step_solves_a_masked_quadratic(method: Any) -> None:
+    dense, pruned, inputs, partition, masks = linear_problem()
+    estimator = full_estimate(pruned, partition, inputs, masks)
+    refinement = Refinement(
+        pruned,
+        dense,
+        Gaussian(),
+        partition,
+        masks,
+        steps=1,
+        options=RefinementOptions(
+            method=method, learning_rate=1.0, trust=1e6, cg_iterations=50, momentum=0.0
+        ),
+        estimator=estimator,
+    )
+    refinement._rate = lambda: 1.0  # the schedule's warm-up would shorten a run of one step
+    refinement.step(inputs)
+    found = torch.cat([pruned[0].weight, pruned[0].bias[:, None]], 1)
+    best = least_squares(dense, inputs, masks["0"])
+    torch.testing.assert_close(found.detach(), best, rtol=1e-3, atol=1e-4)
+
+
+def test_a_natural_step_is_no_longer_than_the_trust_region() -> None:
+    dense, pruned, inputs, partition, masks = linear_problem()
+    estimator = full_estimate(pruned, partition, inputs, masks)
+    before = torch.cat([pruned[0].weight, pruned[0].bias[:, None]], 1).detach().clone()
+    options = RefinementOptions(method="natural", learning_rate=1.0, trust=1e-4, momentum=0.0)
+    refinement = Refinement(
+        pruned,
+        dense,
+        Gaussian(),
+        partition,
+        masks,
+        steps=1,
+        options=options,
+        estimator=estimator,
+    )
+    refinement._rate = lambda: 1.0
+    refinement.step(inputs)
+    move = torch.cat([pruned[0].weight, pruned[0].bias[:, None]], 1).detach() - before
+    design = torch.cat([inputs, torch.ones(SAMPLES, 1, dtype=inputs.dtype)], 1)
+    length = 0.5 * (design @ move.T).square().sum() / SAMPLES
+    assert length.item() == pytest.approx(1e-4, rel=1e-4)
+
+
+@pytest.mark.parametrize("statistics", ["frozen", "batch"])
+def test_adam_lowers_the_divergence_and_keeps_zeros(statistics: Any) -> None:
+    dense, pruned, partition, masks, inputs = classifier()
+    mean = pruned[1].running_mean.clone()
+    options = RefinementOptions(learning_rate=1e-2, statistics=statistics)
+    refinement = Refinement(
+        pruned, dense, Categorical(), partition, masks, steps=60, options=options
+    )
+    with torch.no_grad():
+        before = refinement.divergence(inputs).item()
+    reports = list(refine(refinement, [inputs] * 60))
+    with torch.no_grad():
+        after = refinement.divergence(inputs).item()
+    assert after < 0.3 * before
+    assert len(reports) == 3
+    assert not pruned[0].weight[~masks["0"][:, :-1]].any()
+    assert torch.equal(pruned[1].running_mean, mean) == (statistics == "frozen")
+    assert not any(module.training for module in pruned.modules())
+
+
+def classifier() -> tuple[nn.Module, nn.Module, Partition, Masks, Tensor]:
+    torch.manual_seed(1)
+    dense = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)).double()
+    dense.eval()
+    with torch.no_grad():
+        dense[3].weight.mul_(4.0)
+    pruned = copy.deepcopy(dense)
+    partition = partition_parameters(pruned)
+    masks = dense_masks(partition)
+    masks["0"][::2, :6] = False
+    with torch.no_grad():
+        pruned[0].weight.mul_(masks["0"][:, :6])
+    return dense, pruned, partition, masks, make_inputs(SAMPLES, 6)
+
+
+def test_a_run_goes_on_from_its_state_to_the_same_bits() -> None:
+    def run(stop: int | None) -> nn.Module:
+        dense, pruned, partition, masks, inputs = classifier()
+        batches = [inputs[start : start + 20] for start in (0, 20, 40)] * 4
+
+        def begin(model: nn.Module) -> Refinement:
+            return Refinement(
+                model,
+                dense,
+                Categorical(),
+                partition,
+                masks,
+                steps=12,
+                options=RefinementOptions(),
+            )
+
+        first = begin(pruned)
+        if stop is None:
+            list(refine(first, batches))
+            return pruned
+        for batch in batches[:stop]:
+            first.step(batch)
+        again = copy.deepcopy(pruned)
+        second = begin(again)
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        list(refine(second, batches[stop:]))
+        return again
+
+    whole, resumed = run(None).state_dict(), run(5).state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("likelihood", [Categorical(), Gaussian(variance=2.0)])
+def test_a_divergence_is_the_enumerated_one(likelihood: AbstractLikelihood) -> None:
+    reference, outputs = make_inputs(2, 7, 5)
+    found = likelihood.divergence(reference, outputs)
+    if isinstance(likelihood, Categorical):
+        expected = AbstractLikelihood.divergence(likelihood, reference, outputs)
+    else:
+        dense = [torch.distributions.Normal(one, 2.0**0.5) for one in (reference, outputs)]
+        expected = torch.distributions.kl_divergence(*dense).sum(-1)
+    torch.testing.assert_close(found, expected)
+    assert (found > 0).all()
+
+
+def test_mistakes_are_named() -> None:
+    dense, pruned, partition, masks, inputs = classifier()
+    with pytest.raises(UnknownName, match="method"):
+        RefinementOptions(method="sgd")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="temperature"):
+        RefinementOptions(temperature=0.0)
+    given: dict[str, Any] = {"steps": 3}
+    natural = RefinementOptions(method="natural")
+    with pytest.raises(FishLegError, match="needs `estimator`"):
+        Refinement(pruned, dense, Categorical(), partition, masks, options=natural, **given)
+    adam = RefinementOptions()
+    run = Refinement(pruned, dense, Categorical(), partition, masks, options=adam, **given)
+    with pytest.raises(FishLegError, match="ended after step 1 of 3"):
+        list(refine(run, [inputs]))
+    with pytest.raises(FishLegError, match="divergence became nan"):
+        list(refine(run, [inputs * torch.nan] * 3))

@@ -1,0 +1,122 @@
+"""Pruning in several steps without labels: counts, kept steps, budgets, interrupted runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from running_stages import STAGES, Ran, artifact, run_stage
+from test_curvature_and_pruning import assert_sparsity
+from test_training import Stopped, assert_same_model, stop_after
+
+from pipeline.stage import Context, StageError
+from stages.model_folder import load_model
+from stages.prune_multistep import prune_multistep
+
+STEPWISE = {
+    "method": "fishleg",
+    "samples": 60,
+    "batch_size": 20,
+    "damping": 1e-3,
+    "fishleg": {"sweeps": 1},
+    "stops": [0.5, 0.8],
+    "sparsity": 0.9,
+    "refinement": {"samples": 300, "steps": 25, "batch_size": 50, "lr": 1e-2},
+}
+
+
+def multistep(folder: Path, dense: Ran, **params: Any) -> Ran:
+    inputs = {"model": dense.output()}
+    return run_stage("prune_multistep", folder, {**STEPWISE, **params}, inputs)
+
+
+@pytest.fixture(scope="module")
+def refined(dense: Ran, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    return multistep(tmp_path_factory.mktemp("refined"), dense)
+
+
+def test_every_step_has_its_exact_count_and_is_kept(refined: Ran, tmp_path: Path) -> None:
+    steps = json.loads((refined.output("steps") / "steps.json").read_text())["steps"]
+    assert [step["sparsity"] for step in steps] == [0.5, 0.8, 0.9]
+    for number, step in enumerate(steps, start=1):
+        model = load_model(refined.output("steps") / f"{number:03d}", "cpu")
+        assert_sparsity(model, step["sparsity"])
+        assert (model.facts.mode, model.facts.method) == ("refined", "fishleg")
+    assert_same_model(refined.output("steps") / "003", refined.output())
+
+
+def test_refinement_lowers_the_divergence(refined: Ran, dense: Ran, tmp_path: Path) -> None:
+    plain = multistep(tmp_path, dense, refine="none")
+    assert load_model(plain.output(), "cpu").facts.mode == "multistep"
+    assert_sparsity(load_model(plain.output(), "cpu"), 0.9)
+    gained = refined.metrics()["validation/nll"] / plain.metrics()["validation/nll"]
+    assert gained < 0.8
+
+
+@pytest.mark.parametrize("refine", ["natural", "gauss_newton"])
+def test_every_refinement_runs(refine: str, dense: Ran, tmp_path: Path) -> None:
+    options = {"samples": 100, "steps": 2, "batch_size": 50, "cg_iterations": 2}
+    ran = multistep(tmp_path, dense, refine=refine, refinement=options)
+    assert_sparsity(load_model(ran.output(), "cpu"), 0.9)
+
+
+@pytest.mark.parametrize("checkpoints", [1, 4, 9])
+def test_a_run_that_was_killed_reaches_the_same_bits(
+    checkpoints: int, dense: Ran, tmp_path: Path
+) -> None:
+    """Checkpoints: three in each refinement (of 25 steps, looked at every 20), and one after."""
+    inputs = {"model": dense.output()}
+    whole = multistep(tmp_path / "whole", dense)
+    ctx = Context(
+        params=STAGES["prune_multistep"].params.model_validate(STEPWISE),
+        folder=tmp_path / "killed",
+        inputs={"model": [artifact(dense.output())]},
+        emit=stop_after(checkpoints),
+        checkpoint_every_s=0,
+    )
+    with pytest.raises(Stopped):
+        prune_multistep(ctx)
+    again = run_stage("prune_multistep", tmp_path / "killed", STEPWISE, inputs)
+    assert_same_model(whole.output(), again.output())
+    assert_same_model(whole.output("steps") / "001", again.output("steps") / "001")
+    steps = json.loads((again.output("steps") / "steps.json").read_text())["steps"]
+    assert [step["sparsity"] for step in steps] == [0.5, 0.8, 0.9]
+
+
+def test_pick_takes_a_sparsity(refined: Ran, tmp_path: Path) -> None:
+    ran = run_stage("pick", tmp_path, {"sparsity": 0.8}, {"steps": refined.output("steps")})
+    assert_sparsity(load_model(ran.output(), "cpu"), 0.8)
+    with pytest.raises(
+        StageError, match=r"no step stopped at sparsity 0.7; the steps are 0.5, 0.8"
+    ):
+        run_stage("pick", tmp_path / "no", {"sparsity": 0.7}, {"steps": refined.output("steps")})
+
+
+def test_pick_takes_the_sparsest_step_within_a_budget(refined: Ran, tmp_path: Path) -> None:
+    facts = json.loads((refined.output("steps") / "steps.json").read_text())
+    dense = facts["dense"]["validation_accuracy"]
+    lost = [dense - step["validation_accuracy"] for step in facts["steps"]]
+    assert lost[0] < lost[2], "the tiny network loses accuracy on the way"
+    inputs = {"steps": refined.output("steps")}
+    ran = run_stage("pick", tmp_path / "a", {"within": max(lost[0], 0.0)}, inputs)
+    sparsity = load_model(ran.output(), "cpu").facts.sparsity
+    assert sparsity == max(
+        step["sparsity"]
+        for step, points in zip(facts["steps"], lost, strict=True)
+        if points <= max(lost[0], 0.0)
+    )
+    ran = run_stage("pick", tmp_path / "b", {"within": 100.0}, inputs)
+    assert load_model(ran.output(), "cpu").facts.sparsity == 0.9
+
+
+@pytest.mark.parametrize("stage", ["pick", "prune_oneshot"])
+@pytest.mark.parametrize("params", [{}, {"sparsity": 0.5, "within": 1.0}])
+def test_a_target_is_a_sparsity_or_a_budget(stage: str, params: dict[str, float]) -> None:
+    with pytest.raises(ValidationError, match="either `sparsity` or `within`"):
+        STAGES[stage].params.model_validate(params)
+
+
+def test_stops_rise() -> None:
+    with pytest.raises(ValidationError, match="expected to rise"):
+        STAGES["prune_multistep"].params.model_validate({**STEPWISE, "stops": [0.8, 0.5]})
