@@ -421,7 +421,7 @@ class RefinementParams(Params):
     lr: float | None = Field(
         default=None, gt=0, description="peak learning rate; null for the method's own"
     )
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="of adam and natural")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of sgd, adam and natural")
     trust: float = Field(default=1e-2, gt=0, description="longest step, in nats (natural)")
     cg_iterations: int = Field(default=10, ge=1, description="a step (gauss_newton)")
     temperature: float = Field(default=1.0, gt=0, description="of both outputs")
@@ -442,7 +442,7 @@ class MultistepParams(StepwiseParams):
         description="fast at first and slow at the end; equal steps; or equal fractions of what is "
         "left",
     )
-    refine: Literal["none", "adam", "natural", "gauss_newton"] = Field(
+    refine: Literal["none", "sgd", "adam", "natural", "gauss_newton"] = Field(
         default="adam",
         description="after each step, by KL(dense || pruned) on the calibration samples: not at "
         "all, or by one of these",

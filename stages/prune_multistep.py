@@ -12,13 +12,14 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from fishleg.likelihoods import Categorical
-from fishleg.pruning import Refinement, RefinementOptions, group_masks, refine
+from fishleg.pruning import Refinement, RefinementOptions, group_masks, mean_divergence, refine
 from pipeline.stage import Context, write_json
 from stages.data.batches import batches_per_epoch, training_batches
 from stages.data.dataset import DataSet
@@ -31,6 +32,8 @@ from stages.tensor_files import load_tensors, save_tensors, with_prefix, without
 
 if TYPE_CHECKING:
     from stages.catalogue import MultistepParams
+
+_EVALUATED_AT_ONCE = 500
 
 
 def prune_multistep(ctx: Context) -> None:
@@ -84,6 +87,7 @@ class MultistepPruning(StepwisePruning):
         steps = self._refinement_steps(step)
         if not steps:
             return
+        begin = self._divergence() if self.refining is None else 1.0
         refinement = Refinement(
             self.model.network,
             self.dense,
@@ -93,6 +97,7 @@ class MultistepPruning(StepwisePruning):
             steps=steps,
             options=self._options(),
             estimator=self.estimator,
+            begin=begin,
         )
         if self.refining is not None:
             refinement.load_state_dict(self.refining)
@@ -167,6 +172,12 @@ class MultistepPruning(StepwisePruning):
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def _divergence(self) -> float:
+        """Return D on the calibration samples as they are."""
+        inputs = self.calibration.train.inputs.split(_EVALUATED_AT_ONCE)
+        batches = map(self.calibration.normalise, inputs)
+        return mean_divergence(self.model.network, self.dense, Categorical(), batches)
+
     def _refinement_steps(self, step: int) -> int:
         if self.params.refine == "none":
             return 0
@@ -190,7 +201,7 @@ class MultistepPruning(StepwisePruning):
     def _batches(self, step: int, done: int) -> Iterator[Tensor]:
         """Yield model inputs from the calibration samples, going on after `done` batches."""
         own = self.params.refinement
-        data = self._calibration_data()
+        data = self.calibration
         seed = derive_seed(self.params.seed, f"refinement {step}")
         each = batches_per_epoch(len(data.train), own.batch_size)
         epoch, start = divmod(done, each)
@@ -207,7 +218,8 @@ class MultistepPruning(StepwisePruning):
                 yield inputs
             epoch, start = epoch + 1, 0
 
-    def _calibration_data(self) -> DataSet:
+    @cached_property
+    def calibration(self) -> DataSet:
         """Return the data set with the calibration samples for its training split."""
         calibration = replace(self.recipe.calibration, samples=self.params.refinement.samples)
         chosen = self.dataset.train.take(calibration.indices(self.dataset))

@@ -16,7 +16,12 @@ from fishleg.pruning.masks import (
     group_masks,
     weight_masks,
 )
-from fishleg.pruning.refinement import Refinement, RefinementOptions, refine
+from fishleg.pruning.refinement import (
+    Refinement,
+    RefinementOptions,
+    mean_divergence,
+    refine,
+)
 from fishleg.pruning.saliency import group_saliency, saliency
 from fishleg.pruning.schedule import cubic, geometric, linear
 from fishleg.pruning.selection import DISTRIBUTIONS, removal_count, select, select_n_of_m
@@ -52,6 +57,7 @@ __all__ = [
     # refinement
     "Refinement",
     "RefinementOptions",
+    "mean_divergence",
     "refine",
     # the surgeon
     "PruneReport",

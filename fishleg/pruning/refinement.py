@@ -28,9 +28,10 @@ from fishleg.parameters import Partition
 from fishleg.pruning.compensation import solve_on_survivors
 from fishleg.pruning.masks import apply_masks
 
-RefinementMethod = Literal["adam", "natural", "gauss_newton"]
+RefinementMethod = Literal["sgd", "adam", "natural", "gauss_newton"]
 Statistics = Literal["frozen", "batch"]
-_RATES = {"adam": 1e-3, "natural": 0.1, "gauss_newton": 1.0}
+_RATES = {"sgd": 0.01, "adam": 5e-3, "natural": 0.1, "gauss_newton": 1.0}
+_PRECONDITIONED = {"natural", "gauss_newton"}
 _CHECK_EVERY = 20  # steps between looks at the divergence; each look waits for a GPU
 
 
@@ -39,13 +40,16 @@ class RefinementOptions:
     """How survivors are moved back.
 
     Attributes:
-        method: "adam" (Kingma and Ba, arXiv 1412.6980); "natural": u = m o Q (m o g), the FishLeg
-            update (Garcia et al., ICLR 2023), with momentum; "gauss_newton": the solution of
-            (F_rr + gamma I) d = -g on the batch, by conjugate gradients preconditioned by Q.
-        learning_rate: at its peak; None for the method's own, 1e-3, 0.1 and 1. Linear warm-up over
-            the first twentieth of the steps, then a half cosine down to 0 (no schedule for
-            "gauss_newton").
-        momentum: of "natural", and the first decay of "adam", in [0, 1).
+        method: "sgd", with momentum; "adam" (Kingma and Ba, arXiv 1412.6980); "natural":
+            u = m o Q (m o g), the FishLeg update (Garcia et al., ICLR 2023), with momentum;
+            "gauss_newton": the solution of (F_rr + gamma I) d = -g on the batch, by conjugate
+            gradients preconditioned by Q.
+        learning_rate: at its peak; None for the method's own, 0.01, 5e-3, 0.1 and 1. Linear warm-up
+            over the first twentieth of the steps, then a half cosine down to 0 (no schedule for
+            "gauss_newton"). Adam's moves do not shrink with the gradient, so its rate is that of
+            a run which begins at D = 1 nat, and is multiplied by min(1, sqrt(D)) for the run's own
+            D: in a quadratic the way to the optimum is as long as the root of the divergence.
+        momentum: of "sgd" and "natural", and the first decay of "adam", in [0, 1).
         trust: "natural": longest step, as the divergence 1/2 d^T F_g d that Q predicts for it, in
             nats; > 0.
         cg_iterations: "gauss_newton": at most, a step.
@@ -75,11 +79,6 @@ class RefinementOptions:
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum: expected a number in [0, 1), got {self.momentum}.")
 
-    @property
-    def peak_rate(self) -> float:
-        """The learning rate at its peak."""
-        return self.learning_rate or _RATES[self.method]
-
 
 class Refinement:
     """One run of refinement; its state is the model, the moments and the number of steps done.
@@ -93,9 +92,11 @@ class Refinement:
         steps: of the whole run, >= 1.
         options: see `RefinementOptions`.
         estimator: its Q preconditions "natural" and "gauss_newton".
+        begin: D at the beginning, in nats, > 0, such as `mean_divergence` measures it.
 
     Attributes:
         done: steps made.
+        begin: D at the beginning, in nats.
 
     Raises:
         FishLegError: the method needs an estimator, and there is none.
@@ -112,8 +113,9 @@ class Refinement:
         steps: int,
         options: RefinementOptions,
         estimator: AbstractEstimator | None = None,
+        begin: float = 1.0,
     ):
-        if options.method != "adam" and estimator is None:
+        if options.method in _PRECONDITIONED and estimator is None:
             raise FishLegError(f"refinement {options.method!r} needs `estimator`, got None.")
         self.model = model
         self.reference = reference.eval()
@@ -124,6 +126,7 @@ class Refinement:
         self.options = options
         self.estimator = estimator
         self.done = 0
+        self.begin = begin
         covered = {tensor for group in partition.groups for tensor in group.tensors}
         self._moved = {
             name: parameter for name, parameter in model.named_parameters() if name in covered
@@ -133,9 +136,16 @@ class Refinement:
     def _build_optimizer(self) -> torch.optim.Optimizer:
         options, moved = self.options, list(self._moved.values())
         if options.method == "adam":
-            return torch.optim.Adam(moved, lr=options.peak_rate, betas=(options.momentum, 0.999))
-        momentum = options.momentum if options.method == "natural" else 0.0
-        return torch.optim.SGD(moved, lr=options.peak_rate, momentum=momentum)
+            return torch.optim.Adam(moved, lr=self.peak_rate, betas=(options.momentum, 0.999))
+        momentum = 0.0 if options.method == "gauss_newton" else options.momentum
+        return torch.optim.SGD(moved, lr=self.peak_rate, momentum=momentum)
+
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate at its peak."""
+        options = self.options
+        scale = min(1.0, math.sqrt(self.begin)) if options.method == "adam" else 1.0
+        return scale * (options.learning_rate or _RATES[options.method])
 
     # -- steps
 
@@ -153,7 +163,7 @@ class Refinement:
             divergence = self.divergence(inputs)
         self._optimizer.zero_grad()
         divergence.backward()
-        if self.options.method != "adam":
+        if self.options.method in _PRECONDITIONED:
             self._precondition(inputs, rate)
         self._optimizer.step()
         apply_masks(self.model, self.partition, self.masks)
@@ -174,7 +184,7 @@ class Refinement:
         return temperature**2 * found.mean()
 
     def _rate(self) -> float:
-        peak = self.options.peak_rate
+        peak = self.peak_rate
         if self.options.method == "gauss_newton":
             return peak
         warmup = self.steps / 20
@@ -256,14 +266,14 @@ class Refinement:
     # -- state
 
     def state_dict(self) -> dict[str, Any]:
-        """Return `{"tensors": {name: Tensor}, "meta": {"done": int}}`; the model is not in it."""
+        """Return `{"tensors": {name: Tensor}, "meta": {...}}`; the model is not in it."""
         moments = {
             f"{index}.{name}": value
             for index, state in self._optimizer.state_dict()["state"].items()
             for name, value in state.items()
             if isinstance(value, Tensor)
         }
-        return {"tensors": moments, "meta": {"done": self.done}}
+        return {"tensors": moments, "meta": {"done": self.done, "begin": self.begin}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
@@ -273,7 +283,27 @@ class Refinement:
             moments.setdefault(int(index), {})[name] = value
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.done = state["meta"]["done"]
+        self.done, self.begin = state["meta"]["done"], state["meta"]["begin"]
+
+
+def mean_divergence(
+    model: nn.Module,
+    reference: nn.Module,
+    likelihood: AbstractLikelihood,
+    batches: Iterable[Tensor],
+) -> float:
+    """Return D over all inputs of `batches`, in nats, both networks in evaluation mode.
+
+    Cost: a forward pass of each network.
+    """
+    model.eval()
+    reference.eval()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for inputs in batches:
+            found = likelihood.divergence(reference(inputs).float(), model(inputs).float())
+            total, count = total + found.double().sum().item(), count + len(inputs)
+    return total / count
 
 
 def refine(
@@ -306,7 +336,7 @@ def refine(
                 raise FishLegError(
                     f"refinement: the divergence became {mean} by step {refinement.done} of "
                     f"{refinement.steps}; lower learning_rate (now "
-                    f"{refinement.options.peak_rate:g})."
+                    f"{refinement.peak_rate:g})."
                 )
             yield mean
             total, since = torch.zeros_like(total), 0

@@ -13,7 +13,14 @@ from fishleg.estimators import FishLeg
 from fishleg.gradients import GradientSource
 from fishleg.likelihoods import AbstractLikelihood, Categorical, Gaussian
 from fishleg.parameters import Partition, partition_parameters
-from fishleg.pruning import Masks, Refinement, RefinementOptions, dense_masks, refine
+from fishleg.pruning import (
+    Masks,
+    Refinement,
+    RefinementOptions,
+    dense_masks,
+    mean_divergence,
+    refine,
+)
 
 SAMPLES = 60
 
@@ -184,10 +191,34 @@ def test_a_divergence_is_the_enumerated_one(likelihood: AbstractLikelihood) -> N
     assert (found > 0).all()
 
 
+@pytest.mark.parametrize(("method", "expected"), [("adam", 0.5), ("sgd", 2.0)])
+def test_rate_of_adam_is_scaled_by_the_root_of_the_divergence(method: Any, expected: float) -> None:
+    dense, pruned, partition, masks, _ = classifier()
+    options = RefinementOptions(method=method, learning_rate=2.0)
+    given: dict[str, Any] = {"steps": 3, "options": options, "begin": 1 / 16}
+    run = Refinement(pruned, dense, Categorical(), partition, masks, **given)
+    assert run.peak_rate == expected
+    again = Refinement(pruned, dense, Categorical(), partition, masks, **given | {"begin": 9.0})
+    assert again.peak_rate == 2.0
+    again.load_state_dict(run.state_dict())
+    assert again.peak_rate == expected
+
+
+def test_mean_divergence_is_over_all_inputs_in_evaluation_mode() -> None:
+    dense, pruned, _, _, inputs = classifier()
+    pruned.train()
+    found = mean_divergence(pruned, dense, Categorical(), inputs.split(7))
+    assert not pruned.training
+    with torch.no_grad():
+        target, other = (net(inputs).log_softmax(-1) for net in (dense, pruned))
+    expected = (target.exp() * (target - other)).sum(-1).mean().item()
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 def test_mistakes_are_named() -> None:
     dense, pruned, partition, masks, inputs = classifier()
     with pytest.raises(UnknownName, match="method"):
-        RefinementOptions(method="sgd")  # type: ignore[arg-type]
+        RefinementOptions(method="momentum")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="temperature"):
         RefinementOptions(temperature=0.0)
     given: dict[str, Any] = {"steps": 3}
