@@ -6,11 +6,11 @@ READY  := $(VENV)/.ready
 # One thread a process: two torch processes with two threads each on two cores are many times slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help run test check format lint types doctest imports clean
+.PHONY: help run test benchmarks results check format lint types doctest imports clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 12
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 14
 
 $(READY): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (a few minutes, once) ..."
@@ -23,6 +23,12 @@ run: $(READY)  ## Run the default experiment (pipeline.yaml): trains, prunes, co
 
 test: $(READY)  ## Run the tests
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
+
+benchmarks: $(READY)  ## Run what is not finished of the benchmarks (hours)
+	@$(BIN)/python -m benchmarks run
+
+results: $(READY)  ## Make docs/results.md from the benchmarks' results
+	@$(BIN)/python -m benchmarks report
 
 check: format lint types imports test doctest  ## Everything that CI checks
 

@@ -48,7 +48,7 @@ class Manifest:
         attempt: number of the attempt that made it.
         ingredients: see `pipeline.keys.Identity`.
         outputs: output -> file -> {"sha256": hex, "bytes": int}.
-        facts: about the making: device, threads, versions, seconds, and what else the worker notes.
+        facts: about the making: device, threads, versions, and its cost (`pipeline.cost`).
         time: Unix seconds of publication.
     """
 

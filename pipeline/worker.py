@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from pipeline.attempt import Attempt
+from pipeline.cost import CostMeter
 from pipeline.errors import Damaged, PipelineError
 from pipeline.events import EventWriter, LineWriter
 from pipeline.stage import Artifact, Context, Params, StageError
@@ -121,14 +122,16 @@ def run_task(task: Task) -> Outcome:
 
 
 def _attempt(task: Task, store: Store, attempt: Attempt, events: EventWriter) -> Outcome:
-    began = time.monotonic()
     try:
+        meter = CostMeter()
         with LineWriter(events.emit) as lines, redirect_stdout(lines), redirect_stderr(lines):
             stage = _load(task["entry"])
             context = _make_context(task, store, attempt, events)
             stage(context)
+        cost = meter.read()
+        events.emit({"type": "metrics", "time": time.time(), "step": None, "values": cost})
         events.flush()
-        facts = _facts(task, context, time.monotonic() - began)
+        facts = {**_facts(task, context), **cost}
         published = attempt.publish(task["ingredients"], task["outputs"], facts)
         return {"status": "ok" if published else "lost"}
     except Damaged as error:
@@ -222,7 +225,7 @@ def _device(task: Task, torch: Any) -> str:
     return "cuda"
 
 
-def _facts(task: Task, context: Context, seconds: float) -> dict[str, Any]:
+def _facts(task: Task, context: Context) -> dict[str, Any]:
     """Describe where and how a result was made: recorded in the manifest, not part of the key."""
     # Looked up in the dictionary: an attribute access may import, warn or fail.
     versions = {
@@ -234,7 +237,6 @@ def _facts(task: Task, context: Context, seconds: float) -> dict[str, Any]:
     return {
         **_who(task),
         "cell": task["cell"],
-        "seconds": round(seconds, 3),
         "device": context.device,
         "threads": context.threads,
         "platform": platform.platform(),

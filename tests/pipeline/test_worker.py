@@ -76,7 +76,7 @@ def test_a_result_is_published_with_the_facts_of_its_making(toy: Path) -> None:
     assert manifest.facts["device"] == "cpu"
     assert manifest.facts["threads"] == 1
     assert manifest.facts["packages"]["pydantic"]
-    assert [event["type"] for event in events_of()] == ["start", "metrics", "end"]
+    assert [event["type"] for event in events_of()] == ["start", "metrics", "metrics", "end"]
 
 
 def test_a_result_that_is_there_is_not_made_again(toy: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_stage_without_gpu_sees_none_and_has_its_threads(toy: Path) -> None:
 
 def test_a_gpu_that_torch_cannot_use_is_an_error_and_no_fallback(toy: Path) -> None:
     class Cuda:
-        is_available = staticmethod(lambda: False)
+        is_available = is_initialized = staticmethod(lambda: False)
 
     class Torch:
         __version__ = "2.0+cpu"
@@ -225,7 +225,18 @@ def test_a_tail_follows_the_attempts_of_its_own_run(toy: Path) -> None:
     run_task({**start_task(), "run": "run-2"})
     first, second = (EventTail(store, run, {}) for run in ("run-1", "run-2"))
     assert [event["type"] for event in first.read("cell", KEY)[0]] == ["start", "end"]
-    assert [event["type"] for event in second.read("cell", KEY)[0]] == ["start", "metrics", "end"]
+    events, _ = second.read("cell", KEY)
+    assert [event["type"] for event in events] == ["start", "metrics", "metrics", "end"]
     events, cursor = second.read("cell", KEY)
     assert events == []
     assert EventTail(store, "run-2", {"cell": cursor}).read("cell", KEY) == ([], cursor)
+
+
+def test_what_the_stage_cost_is_in_the_manifest_and_among_the_metrics(toy: Path) -> None:
+    run_task(start_task())
+    manifest = Store(".fls").manifest(KEY)
+    assert manifest is not None
+    cost = {name: manifest.facts[name] for name in ("seconds", "cpu_seconds", "peak_bytes")}
+    assert cost["peak_bytes"] > 2**20
+    metrics = [event["values"] for event in events_of() if event["type"] == "metrics"]
+    assert metrics[-1] == cost

@@ -1,0 +1,1 @@
+"""The project's claims, each as something that anyone can run again."""

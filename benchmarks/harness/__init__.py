@@ -1,0 +1,1 @@
+"""What runs the benchmarks, keeps their results as JSON, and makes the report of them."""

@@ -1,0 +1,67 @@
+"""What a result was made with: versions, processor, commit and date."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+
+def describe_environment() -> dict[str, Any]:
+    """Describe this process and its machine, of which neither name nor paths are told."""
+    return {
+        "python": platform.python_version(),
+        "torch": importlib.metadata.version("torch"),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
+        "device": "cpu",
+        "commit": _commit(),
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+    }
+
+
+def environment_of(facts: Mapping[str, Any], made_s: float) -> dict[str, Any]:
+    """Describe where a pipeline's cell was made.
+
+    Args:
+        facts: of the cell's manifest; what they do not tell is taken from this machine.
+        made_s: when, in Unix seconds.
+    """
+    return {
+        **describe_environment(),
+        "python": facts["python"],
+        "torch": facts["packages"].get("torch"),
+        "threads": facts["threads"],
+        "device": facts["device"],
+        "date": f"{datetime.fromtimestamp(made_s, UTC):%Y-%m-%d}",
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """Return the commit of the working directory, marked when files differ from it."""
+    try:
+        done = subprocess.run(  # noqa: S603 - fixed arguments
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],  # noqa: S607
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):  # no Git here
+        return "unknown"
+    return done.stdout.strip()

@@ -1,0 +1,71 @@
+"""Benchmarks that are a pipeline: the product runs them, and its results become documents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.harness.documents import (
+    Document,
+    cell_path,
+    read_document,
+    write_document,
+    write_environment,
+)
+from benchmarks.harness.environment import environment_of
+from benchmarks.harness.lineage import path_cost
+from benchmarks.harness.suite import Benchmark, matches
+from pipeline.errors import BadInput
+from pipeline.executors import ExecutorName
+from pipeline.launch import start_run
+from pipeline.planner import Selection
+from pipeline.results import result_rows
+from pipeline.runs import RunOptions
+from pipeline.spec import Spec, load_spec
+from pipeline.store import Store
+from pipeline.tracking import TrackerName
+
+
+def run_pipeline(benchmark: Benchmark, results: Path, only: str | None, console: Console) -> int:
+    """Run a pipeline, as `fls run` does, and keep what has been evaluated, finished or not.
+
+    Returns:
+        The exit code of `fls run`.
+
+    Raises:
+        BadInput: the pipeline is not valid, or has no cell that fits `only`.
+    """
+    spec = load_spec(benchmark.path)
+    until = [cell.name for cell in spec.cells if only and matches(only, cell.name)]
+    if only and not until:
+        raise BadInput(f"{benchmark.path} has no cell {only!r}.")
+    options = RunOptions(
+        file=str(benchmark.path),
+        until=until,
+        executor=ExecutorName.LOCAL,
+        tracking=TrackerName.JSONL,
+    )
+    try:
+        return start_run(spec, options, Selection(until=until), console)
+    finally:
+        keep_results(spec, benchmark.name, results)
+
+
+def keep_results(spec: Spec, benchmark: str, results: Path) -> None:
+    """Write a document for each evaluated model; one that says the same already stays."""
+    store = Store(spec.storage)
+    for row in result_rows(spec, store)[1]:
+        cell, key = row.pop("model_cell"), row["key"]
+        del row["run_id"]  # known to one tracking server only
+        manifest = store.manifest(key)
+        if manifest is None:
+            continue
+        path = cell_path(results, benchmark, cell)
+        document: Document = {**row, "cell": cell, **path_cost(store, key)}
+        before = read_document(path) or {}
+        if document.items() <= before.items():
+            continue
+        environment = environment_of(manifest.facts, manifest.time)
+        document["environment"] = write_environment(results, environment)
+        write_document(path, document)

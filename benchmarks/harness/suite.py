@@ -1,0 +1,85 @@
+"""Which benchmarks there are, and where things are kept.
+
+A benchmark is a file in `benchmarks/`: a pipeline `NAME.yaml` that the product runs itself, or a
+module `NAME.py` with
+
+    TITLE: str                                            the section's heading
+    cells() -> dict[str, dict]                            cell name -> parameters, JSON
+    run_cell(params: dict, folder: Path) -> dict          the cell's result, JSON; `folder` is its
+                                                          own, and is kept until the cell is done
+    report(results: dict[str, dict], figures: Path) -> str    the section in Markdown, of the
+                                                          finished cells' documents; `figures` is
+                                                          the folder for its pictures
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from pipeline.errors import BadInput, nearest
+
+BENCHMARKS = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark: its name, and the pipeline or module that it is."""
+
+    name: str
+    path: Path
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether the product runs it, and not this package."""
+        return self.path.suffix == ".yaml"
+
+
+def list_benchmarks(folder: Path = BENCHMARKS) -> list[Benchmark]:
+    """Return the benchmarks of a folder by name."""
+    paths = [*folder.glob("*.yaml"), *folder.glob("*.py")]
+    return sorted(
+        (Benchmark(path.stem, path) for path in paths if not path.stem.startswith("_")),
+        key=lambda one: one.name,
+    )
+
+
+def find_benchmark(name: str, folder: Path = BENCHMARKS) -> Benchmark:
+    """Return the benchmark called `name`.
+
+    Raises:
+        BadInput: there is none.
+    """
+    known = {one.name: one for one in list_benchmarks(folder)}
+    if name not in known:
+        raise BadInput(f"there is no benchmark {name!r}{nearest(name, known)}.")
+    return known[name]
+
+
+def load_script(path: Path) -> ModuleType:
+    """Import a benchmark's module from its file."""
+    name = f"benchmarks.{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise BadInput(f"{path} is no Python module.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickles look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def store_folder() -> Path:
+    """Return where unfinished cells are kept: FISHLEG_BENCHMARKS_STORE, or .fls-benchmarks."""
+    return Path(os.environ.get("FISHLEG_BENCHMARKS_STORE", ".fls-benchmarks"))
+
+
+def matches(pattern: str | None, cell: str) -> bool:
+    """Tell whether a cell's whole name fits a pattern, in which `*` stands for any text."""
+    if pattern is None:
+        return True
+    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), cell) is not None

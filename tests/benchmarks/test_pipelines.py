@@ -1,0 +1,135 @@
+"""Benchmarks that are pipelines: what is evaluated is kept, with what it cost to make."""
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from benchmarks.harness.documents import read_cells
+from benchmarks.harness.pipelines import run_pipeline
+from benchmarks.harness.report import write_report
+from benchmarks.harness.suite import Benchmark
+from pipeline.planner import make_plan
+from pipeline.spec import load_spec
+from pipeline.store import Store
+
+SPEC = """
+name: small
+plugins: [stages]
+storage: store
+stages:
+  dense:
+    uses: pretrain
+    params: {dataset: digits, model: digits_resnet, model_args: {width: 4, hidden: 16}, epochs: 2}
+  curvature:
+    uses: curvature
+    matrix: {method: [diagonal], damping: [1.0e-4, 1.0e+3]}
+    inputs: {model: dense}
+    params: {samples: 50, certificate_samples: 0}
+  oneshot:
+    uses: prune_oneshot
+    matrix: {method: [diagonal], damping: [1.0e-4, 1.0e+3]}
+    inputs: {model: dense, curvature: curvature}
+    params: {sparsity: 0.5, certificate_samples: 0}
+  best:
+    uses: select
+    matrix: {method: [diagonal]}
+    inputs: {candidates: oneshot}
+  multistep:
+    uses: prune_multistep
+    inputs: {model: dense}
+    params:
+      method: diagonal
+      sparsity: 0.8
+      stops: [0.5]
+      steps: 2
+      samples: 50
+      refine: none
+  picked:
+    uses: pick
+    matrix: {sparsity: [0.5, 0.8]}
+    inputs: {steps: multistep}
+  evaluate:
+    uses: evaluate
+    inputs: {models: [dense, best, picked]}
+  compare:
+    uses: compare
+    inputs: {results: evaluate}
+    params:
+      title: Digits
+      published: [{method: other, sparsity: [0.5], accuracy: [12.34]}]
+"""
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("benchmarks")
+    (folder / "small.yaml").write_text(SPEC)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        benchmark = Benchmark("small", folder / "small.yaml")
+        assert run_pipeline(benchmark, folder / "results", None, Console(quiet=True)) == 0
+    return folder
+
+
+@pytest.fixture
+def facts(ran: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict]:
+    """Cell -> facts of its manifest."""
+    monkeypatch.chdir(ran)
+    spec = load_spec(ran / "small.yaml")
+    cells = make_plan(spec, Store(spec.storage)).cells
+    return {one.cell.name: dict(one.manifest.facts) for one in cells if one.manifest is not None}
+
+
+def test_the_dense_model_costs_nothing(ran: Path) -> None:
+    dense = read_cells(ran / "results", "small")["dense"]
+    assert (dense["seconds"], dense["cpu_seconds"], dense["peak_bytes"]) == (0, 0, 0)
+
+
+def test_a_selected_model_costs_what_the_chosen_candidate_did(
+    ran: Path, facts: dict[str, dict]
+) -> None:
+    found = read_cells(ran / "results", "small")["best[method=diagonal]"]
+    at = f"[damping={json.dumps(found['damping'])},method=diagonal]"
+    path = [facts[f"curvature{at}"], facts[f"oneshot{at}"]]
+    assert found["seconds"] == pytest.approx(sum(one["seconds"] for one in path), abs=2e-3)
+    assert found["cpu_seconds"] == pytest.approx(sum(one["cpu_seconds"] for one in path), abs=2e-3)
+    assert found["peak_bytes"] == max(one["peak_bytes"] for one in path)
+
+
+def test_a_picked_model_costs_the_time_up_to_its_step(ran: Path, facts: dict[str, dict]) -> None:
+    documents = read_cells(ran / "results", "small")
+    first, last = (documents[f"picked[sparsity={sparsity}]"] for sparsity in (0.5, 0.8))
+    assert 0 < first["seconds"] < last["seconds"] <= facts["multistep"]["seconds"]
+    assert 0 < first["cpu_seconds"] < last["cpu_seconds"] <= facts["multistep"]["cpu_seconds"]
+    assert first["peak_bytes"] == last["peak_bytes"] == facts["multistep"]["peak_bytes"]
+
+
+def test_documents_stay_as_they_are_when_nothing_is_new(ran: Path, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in (ran / "results").rglob("*.json")}
+    assert len(before) == 4 + 1
+    for path in (ran / "results").glob("small/*.json"):
+        path.write_text(path.read_text().replace('"environment": "', '"environment": "of old '))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ran)
+        benchmark = Benchmark("small", ran / "small.yaml")
+        run_pipeline(benchmark, ran / "results", None, Console(quiet=True))
+    kept = [path.read_text() for path in (ran / "results").glob("small/*.json")]
+    assert all('"environment": "of old ' in text for text in kept)
+    for path, content in before.items():
+        path.write_bytes(content)
+
+
+def test_the_report_has_accuracies_costs_and_published_rows(ran: Path, tmp_path: Path) -> None:
+    write_report(tmp_path / "results.md", ran / "results", ran)
+    text = (tmp_path / "results.md").read_text()
+    assert "## Digits" in text
+    assert "| *other (published)* | 12.34 |" in text
+    found = read_cells(ran / "results", "small")["picked[sparsity=0.8]"]
+    cost = f"({found['cpu_seconds']:.0f} s, {found['peak_bytes'] / 1e6:.0f} MB)"
+    assert f"{found['accuracy']:.2f}" in text
+    assert cost in text
+    assert (tmp_path / "results" / "small.png").exists()
+    write_report(tmp_path / "again" / "results.md", ran / "results", ran)
+    assert (tmp_path / "again" / "results.md").read_text() == text
