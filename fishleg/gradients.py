@@ -178,9 +178,14 @@ class GradientSource:
             start += len(value)
         return held
 
+    def held_bytes(self, name: str) -> int:
+        """Return the bytes of all gradients of group `name`: s self.rows rows columns."""
+        group = self.partition[name]
+        return self.rows * group.rows * group.columns * self.element_size(name)
+
     def fits(self, name: str, budget_bytes: int) -> bool:
         """Tell whether the held gradients of group `name` fit the budget."""
-        return self._held_bytes(name) <= budget_bytes
+        return self.held_bytes(name) <= budget_bytes
 
     def cut(self, groups: Sequence[str], budget_bytes: int) -> list[list[str]]:
         """Pack groups, in order, so that the held gradients of each pack fit the budget.
@@ -190,7 +195,7 @@ class GradientSource:
         packs: list[list[str]] = []
         room = 0
         for name in groups:
-            size = self._held_bytes(name)
+            size = self.held_bytes(name)
             if not packs or size > room:
                 packs.append([])
                 room = budget_bytes
@@ -214,6 +219,18 @@ class GradientSource:
         modules = {name: self._signalling_module(name) for name in names}
         for one in self._passes({module for module in modules.values() if module is not None}):
             yield self._lazy_signals(modules, one)
+
+    def heads(self, name: str) -> int | None:
+        """Return the convolution groups h of the layer of group `name`, 1 for a linear layer.
+
+        None where `layers` gives None: the group is not the weight of one layer on the fast path.
+        """
+        module = self._signalling_module(name)
+        return None if module is None else getattr(self.model.get_submodule(module), "groups", 1)
+
+    def element_size(self, name: str) -> int:
+        """Return the bytes of one number of group `name`: s in the formulas of memory."""
+        return self.model.get_parameter(self.partition[name].weight).element_size()
 
     def report(self) -> list[tuple[str, str]]:
         """Return (parameter, what of it) for all that is off the fast path or without curvature."""
@@ -306,11 +323,6 @@ class GradientSource:
         if modules or module is None or not group.weight.endswith("weight"):
             return None
         return module if has_signals(self.model.get_submodule(module)) else None
-
-    def _held_bytes(self, name: str) -> int:
-        group = self.partition[name]
-        size = self.model.get_parameter(group.weight).element_size()
-        return self.rows * group.rows * group.columns * size
 
 
 def _check_partition(model: nn.Module, partition: Partition) -> None:
