@@ -24,7 +24,7 @@ class LayerHessian(AbstractOnePassEstimator):
 
     1/2 d H d^T is what a move d of one row changes the layer's outputs by, squared, halved, summed
     over the T positions and averaged over the samples. So H, up to the factor 2 of OBC (arXiv
-    2208.11580, section 3) and SparseGPT (arXiv 2301.00774), is the curvature of each row alike: the
+    2208.11580) and SparseGPT (arXiv 2301.00774), is the curvature of each row alike: the
     one of `KFAC` with Gamma = I. The inputs of a convolution are its patches, those of a bias are
     ones. No label enters. mu = damping + relative_damping mean(diag H); SparseGPT takes one percent
     of the mean. Saliencies are output errors, whose units differ from layer to layer; to compare
