@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fishleg.calibration import DRAWN, Batch, Calibration, Labels, label
-from fishleg.capture import LayerSignals, evaluating, has_signals, layer_signals
+from fishleg.capture import LayerSignals, evaluating, has_signals, layer_signals, recording
 from fishleg.errors import FishLegError, ShapeMismatch, UnknownName
 from fishleg.likelihoods import Likelihood
 from fishleg.parameters import Partition
@@ -182,6 +182,46 @@ class GradientSource:
         """Return the bytes of all gradients of group `name`: s self.rows rows columns."""
         group = self.partition[name]
         return self.rows * group.rows * group.columns * self.element_size(name)
+
+    @cached_property
+    def pass_bytes(self) -> int:
+        """About the bytes that one batch's passes hold, found by a forward pass of one sample.
+
+        For each of the samples that are computed at once what autograd saves for the backward pass
+        (twice, if parameters are on the general path), the gradients of the hooked modules'
+        outputs, one a label, and twice the largest unfolded input; and the inputs and gradients
+        of the batch before, which a loop over batches lets go only when the next one is there.
+        """
+        device = next(self.model.parameters()).device
+        batch = next(self.calibration.batches(1, device))
+        modules = {name: self.model.get_submodule(name) for name in set(self._paths.values())}
+        own = {tensor.untyped_storage().data_ptr() for tensor in self.model.state_dict().values()}
+        saved: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                # the batch may be a part of all inputs, which are not counted
+                saved[storage.data_ptr()] = min(tensor.nbytes, storage.nbytes())
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with evaluating(self.model), recording(modules) as calls, hooks:
+            outputs = forward(self.model, batch)
+        size = outputs.element_size()
+        ends = {name: found[0].output_shape for name, found in calls.items()}
+        inputs = sum(found[0].activation.numel() for found in calls.values())
+        labels = min(self.rows_per_sample, self.batch_size)
+        gradients = labels * sum(end.numel() for end in ends.values())
+        unfolded = [
+            ends[name][2:].numel() * module.weight[0].numel() * module.groups
+            for name, module in modules.items()
+            if isinstance(module, nn.Conv2d)
+        ]
+        general = any(tensor not in self._paths for tensor in self._tensors())
+        each = sum(saved.values()) * (1 + general)
+        each += size * (inputs + 2 * gradients + 2 * max(unfolded, default=0))
+        return max(1, self.batch_size // self.rows_per_sample) * each
 
     def fits(self, name: str, budget_bytes: int) -> bool:
         """Tell whether the held gradients of group `name` fit the budget."""

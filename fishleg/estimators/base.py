@@ -131,12 +131,12 @@ class AbstractEstimator(ABC):
         return sum(self.footprint(source, name).held for name in self.partition.names)
 
     def peak_bytes(self, source: GradientSource) -> int:
-        """Return about how much a fit needs at its peak, beside the model and a batch's passes.
+        """Return about how much a fit needs at its peak, beside the model and the samples.
 
-        A pass holds the activations of one batch, which depend on the model; a smaller
-        `batch_size` of the source makes it smaller.
+        The formulas of the class, and the passes of one batch; see `GradientSource.pass_bytes`.
         """
-        return peak(self.footprint(source, name) for name in self.partition.names)
+        footprints = [self.footprint(source, name) for name in self.partition.names]
+        return peak(footprints) + source.pass_bytes
 
     def check_memory(self, source: GradientSource) -> None:
         """Check, before anything is allocated, that a fit to `source` fits the memory.
@@ -153,7 +153,7 @@ class AbstractEstimator(ABC):
             raise CapacityExceeded(
                 f"{self.name}: the fit needs about {show_bytes(needed)} ({held} of it for the "
                 f"estimate), expected at most the {show_bytes(limit)} available; choose "
-                f"{self.remedy}, or raise memory_limit."
+                f"{self.remedy}, a smaller batch_size, or raise memory_limit."
             )
 
     # -- state

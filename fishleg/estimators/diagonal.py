@@ -27,7 +27,7 @@ class DiagonalFisher(AbstractOnePassEstimator):
     """
 
     name = "diagonal"
-    remedy = "fewer samples in a batch (batch_size)"
+    remedy = "the method magnitude"
 
     def _estimate(
         self, source: GradientSource, masks: Mapping[str, Tensor] | None, progress: Progress

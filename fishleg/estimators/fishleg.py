@@ -279,7 +279,10 @@ class FishLeg(AbstractEstimator):
         )
 
     def peak_bytes(self, source: GradientSource) -> int:
-        """Return about how much a fit needs at its peak: all blocks, and one pack at work."""
+        """Return about how much a fit needs at its peak: all blocks, and one pack at work.
+
+        Beside the model and the samples, as in `AbstractEstimator`.
+        """
         budget = self.options.memory_bytes
         footprints = {name: self.footprint(source, name) for name in self.partition.names}
         packs = [
@@ -288,7 +291,8 @@ class FishLeg(AbstractEstimator):
             for pack in source.cut(self.partition.names, budget)
         ]
         work = max(one.work for one in footprints.values())
-        return sum(one.held for one in footprints.values()) + max(packs) + work
+        held = sum(one.held for one in footprints.values())
+        return held + max(packs) + work + source.pass_bytes
 
     # -- state
 

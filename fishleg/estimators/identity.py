@@ -43,3 +43,7 @@ class Identity(AbstractOnePassEstimator):
     def footprint(self, source: GradientSource, name: str) -> Footprint:
         """Return what group `name` needs: one number a parameter."""
         return Footprint(held=source.element_size(name) * self.partition[name].size, sums=0, work=0)
+
+    def peak_bytes(self, source: GradientSource) -> int:
+        """Return the bytes of the estimate: nothing else is made."""
+        return self.required_bytes(source)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from fishleg.calibration import Calibration
 from fishleg.errors import CapacityExceeded, NotFitted
@@ -109,3 +110,14 @@ def test_what_is_too_large_for_a_network_is_refused(
 def test_a_fit_goes_on_where_nobody_knows(resnet, monkeypatch):
     monkeypatch.setattr("fishleg.estimators.base.available_bytes", lambda device: None)
     DiagonalFisher(resnet.partition, damping=1e-4).check_memory(resnet)
+
+
+def test_the_passes_of_a_batch_by_hand():
+    """8 numbers a sample saved for the backward pass: the input and what tanh gave."""
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    inputs = Calibration(inputs=torch.randn(20, 3, dtype=torch.float64))
+    numbers = (3 + 5) + (3 + 5) + 2 * (5 + 2)  # saved, inputs of layers, gradients of two batches
+    assert source_of(model, inputs, batch_size=10).pass_bytes == 10 * 8 * numbers
+    labels = {"labels": "enumerated", "batch_size": 10}  # five samples, two labels each
+    numbers = (3 + 5) + (3 + 5) + 2 * 2 * (5 + 2)
+    assert source_of(model, inputs, **labels).pass_bytes == 5 * 8 * numbers
