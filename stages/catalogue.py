@@ -314,7 +314,9 @@ class EstimatorParams(CalibrationParams):
     mfac: MfacParams = Field(default=MfacParams(), description="options of the method mfac")
     layer: LayerParams = Field(default=LayerParams(), description="options of the method layer")
     options: dict[str, Any] = Field(
-        default={}, description="further keyword arguments of the method, for one of your own"
+        default={},
+        description="further keyword arguments of the method: memory_limit (bytes), or those of "
+        "a method of your own",
     )
 
     @model_validator(mode="after")

@@ -75,7 +75,7 @@ def invert_low_rank(gradients: Tensor, damping: float) -> WoodburyBlock:
         NotPositiveDefinite: the largest curvature exceeds the damping by more than the dtype of the
             gradients can tell, or a gradient is not finite.
 
-    Cost: O(m^2 rows columns + m^3), in float64; 8 (3 m^2 + 2 m 8192) bytes beside the gradients.
+    Cost: O(m^2 rows columns + m^3), in float64; 24 (m^2 + 8192 m) bytes beside the gradients.
     """
     flat = gradients.flatten(1)
     count = len(flat)

@@ -26,13 +26,13 @@ class MFAC(AbstractOnePassEstimator):
     E[v_k v_k^T] is the sum of g g^T over the run, so that the Fisher is estimated without bias
     from all samples. This differs from the paper, which takes the mean of a mini-batch of B: the
     cross terms of a mean vanish only for labels drawn from the model, and what is left is F / B,
-    which no damping makes good. The random signs need neither.
+    which no damping makes good. Random signs do without either.
 
     What the m vectors do not span has the inverse curvature 1 / damping, the largest.
 
-    Time: a pass of the gradients, 2 N P FLOPs, m^2 P for the inverse, 4 m P for a product and 2 m P
-    for the diagonal. Memory: s (m P + 1 a group) bytes; while fitting 8 (3 m^2 + 3 m 8192) more, or
-    3 n s r c of the largest group.
+    Time: a pass of the gradients, 2 N P FLOPs, 3 m^2 P in float64 for the inverse, 4 m P for a
+    product with Q and 2 m P for its diagonal. Memory: s (m P + 1 a group) bytes; while fitting
+    24 (m^2 + 8192 m) more, or 3 n s r c for the largest group.
 
     Args:
         partition: the groups.

@@ -26,7 +26,7 @@ class BlockWoodbury(AbstractOnePassEstimator):
     updates of Q take 4 N P b and cannot be reordered; and rounding does not build up over N steps.
     Blocks run along the row-major vector, within one group.
 
-    Time: a pass of the gradients, 2 N P b FLOPs for the sums and about 3 P b^2 for the inverses.
+    Time: a pass of the gradients, 2 N P b FLOPs for the sums and P b^2 for the inverses.
     Memory: s r c b bytes a group, padded to whole blocks; while fitting 8 r c b of float64 sums in
     their place, and for the largest group the more of 32 r c b, to invert, and s (3 n r c + r c b),
     to sum. b is the size of the group where that is smaller.
