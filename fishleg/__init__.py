@@ -15,14 +15,17 @@ from fishleg.errors import (
     UnknownName,
 )
 from fishleg.estimators import (
+    EKFAC,
     ESTIMATORS,
     KFAC,
+    MFAC,
     AbstractEstimator,
     BlockWoodbury,
     DiagonalFisher,
     FishLeg,
     FitProgress,
     Identity,
+    LayerHessian,
 )
 from fishleg.fisher import fisher_vector_product
 from fishleg.gradients import GradientSource
@@ -57,10 +60,13 @@ __all__ = [
     "AbstractEstimator",
     "BlockWoodbury",
     "DiagonalFisher",
+    "EKFAC",
     "FishLeg",
     "FitProgress",
     "Identity",
     "KFAC",
+    "LayerHessian",
+    "MFAC",
     # certificates
     "certify",
     "pruning_certificate",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fishleg.calibration import DRAWN, Batch, Calibration, Labels, label
-from fishleg.capture import LayerSignals, evaluating, has_signals, layer_signals
+from fishleg.capture import LayerSignals, evaluating, has_signals, layer_signals, recording
 from fishleg.errors import FishLegError, ShapeMismatch, UnknownName
 from fishleg.likelihoods import Likelihood
 from fishleg.parameters import Partition
@@ -178,9 +178,54 @@ class GradientSource:
             start += len(value)
         return held
 
+    def held_bytes(self, name: str) -> int:
+        """Return the bytes of all gradients of group `name`: s self.rows rows columns."""
+        group = self.partition[name]
+        return self.rows * group.rows * group.columns * self.element_size(name)
+
+    @cached_property
+    def pass_bytes(self) -> int:
+        """About the bytes that one batch's passes hold, found by a forward pass of one sample.
+
+        For each of the samples that are computed at once what autograd saves for the backward pass
+        (twice, if parameters are on the general path), the gradients of the hooked modules'
+        outputs, one a label, and twice the largest unfolded input; and the inputs and gradients
+        of the batch before, which a loop over batches lets go only when the next one is there.
+        """
+        device = next(self.model.parameters()).device
+        batch = next(self.calibration.batches(1, device))
+        modules = {name: self.model.get_submodule(name) for name in set(self._paths.values())}
+        own = {tensor.untyped_storage().data_ptr() for tensor in self.model.state_dict().values()}
+        saved: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                # the batch may be a part of all inputs, which are not counted
+                saved[storage.data_ptr()] = min(tensor.nbytes, storage.nbytes())
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with evaluating(self.model), recording(modules) as calls, hooks:
+            outputs = forward(self.model, batch)
+        size = outputs.element_size()
+        ends = {name: found[0].output_shape for name, found in calls.items()}
+        inputs = sum(found[0].activation.numel() for found in calls.values())
+        labels = min(self.rows_per_sample, self.batch_size)
+        gradients = labels * sum(end.numel() for end in ends.values())
+        unfolded = [
+            ends[name][2:].numel() * module.weight[0].numel() * module.groups
+            for name, module in modules.items()
+            if isinstance(module, nn.Conv2d)
+        ]
+        general = any(tensor not in self._paths for tensor in self._tensors())
+        each = sum(saved.values()) * (1 + general)
+        each += size * (inputs + 2 * gradients + 2 * max(unfolded, default=0))
+        return max(1, self.batch_size // self.rows_per_sample) * each
+
     def fits(self, name: str, budget_bytes: int) -> bool:
         """Tell whether the held gradients of group `name` fit the budget."""
-        return self._held_bytes(name) <= budget_bytes
+        return self.held_bytes(name) <= budget_bytes
 
     def cut(self, groups: Sequence[str], budget_bytes: int) -> list[list[str]]:
         """Pack groups, in order, so that the held gradients of each pack fit the budget.
@@ -190,7 +235,7 @@ class GradientSource:
         packs: list[list[str]] = []
         room = 0
         for name in groups:
-            size = self._held_bytes(name)
+            size = self.held_bytes(name)
             if not packs or size > room:
                 packs.append([])
                 room = budget_bytes
@@ -214,6 +259,18 @@ class GradientSource:
         modules = {name: self._signalling_module(name) for name in names}
         for one in self._passes({module for module in modules.values() if module is not None}):
             yield self._lazy_signals(modules, one)
+
+    def heads(self, name: str) -> int | None:
+        """Return the convolution groups h of the layer of group `name`, 1 for a linear layer.
+
+        None where `layers` gives None: the group is not the weight of one layer on the fast path.
+        """
+        module = self._signalling_module(name)
+        return None if module is None else getattr(self.model.get_submodule(module), "groups", 1)
+
+    def element_size(self, name: str) -> int:
+        """Return the bytes of one number of group `name`: s in the formulas of memory."""
+        return self.model.get_parameter(self.partition[name].weight).element_size()
 
     def report(self) -> list[tuple[str, str]]:
         """Return (parameter, what of it) for all that is off the fast path or without curvature."""
@@ -306,11 +363,6 @@ class GradientSource:
         if modules or module is None or not group.weight.endswith("weight"):
             return None
         return module if has_signals(self.model.get_submodule(module)) else None
-
-    def _held_bytes(self, name: str) -> int:
-        group = self.partition[name]
-        size = self.model.get_parameter(group.weight).element_size()
-        return self.rows * group.rows * group.columns * size
 
 
 def _check_partition(model: nn.Module, partition: Partition) -> None:

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from fishleg.blocks.dense import cut_chunks
-from fishleg.gradients import GradientSource
+from fishleg.gradients import GradientSource, LayerSignals
 
 Progress = Callable[[int], None]
+Moments = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 def accumulate(
     source: GradientSource,
-    moments: Callable[[Tensor], tuple[Tensor, ...]],
+    moments: Moments | Mapping[str, Moments],
     *,
     groups: Sequence[str] | None = None,
     masks: Mapping[str, Tensor] | None = None,
@@ -29,7 +30,8 @@ def accumulate(
 
     Args:
         source: of scaled gradients.
-        moments: maps gradients (n, rows, columns) to sums of statistics over n.
+        moments: maps gradients (n, rows, columns) to sums of statistics over n; or group name ->
+            such a map.
         groups: names; default all.
         masks: group name -> bool (rows, columns); gradients of removed weights count as zero.
         progress: told the gradient rows done so far.
@@ -40,7 +42,7 @@ def accumulate(
         for name, gradients in batch.items():
             if masks is not None and name in masks:
                 gradients = gradients * masks[name]
-            parts = moments(gradients)
+            parts = (moments if callable(moments) else moments[name])(gradients)
             if name not in totals:
                 totals[name] = [torch.zeros_like(part, dtype=torch.float64) for part in parts]
             for total, part in zip(totals[name], parts, strict=True):
@@ -107,29 +109,63 @@ def layer_moments(
 
     Cost: a pass of `source.layers`, and 2 T (rows^2 / h + h columns^2) FLOPs a sample and group.
     """
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def moments(signals: LayerSignals) -> tuple[Tensor, ...]:
+        g = signals.output_gradients
+        return _second_moments(g.flatten(0, 1)) / g.shape[3], _inputs(signals, source.rows)
+
+    sums = _accumulate_signals(source, moments, groups, progress)
+    return {name: (gamma, a) for name, (gamma, a) in sums.items()}
+
+
+def input_moments(
+    source: GradientSource, groups: Sequence[str], progress: Progress | None = None
+) -> dict[str, Tensor]:
+    """Return group name -> A = E[sum_t a_t a_t^T], (h, columns, columns), of `layer_moments`.
+
+    Cost: a pass of `source.layers`, whose backward half is not needed here, and
+    2 T h columns^2 FLOPs a sample and group.
+    """
+
+    def moments(signals: LayerSignals) -> tuple[Tensor, ...]:
+        return (_inputs(signals, source.rows),)
+
+    sums = _accumulate_signals(source, moments, groups, progress)
+    return {name: a for name, (a,) in sums.items()}
+
+
+def _accumulate_signals(
+    source: GradientSource,
+    moments: Callable[[LayerSignals], tuple[Tensor, ...]],
+    groups: Sequence[str],
+    progress: Progress | None,
+) -> dict[str, list[Tensor]]:
+    """Return group name -> float64 sums of the moments of layer signals, in one pass."""
+    totals: dict[str, list[Tensor]] = {}
     done = 0
     for batch in source.layers(groups):
         rows = 0
         for name, signals in batch.items():
             if signals is None:
                 continue
-            a, g = signals.activations, signals.output_gradients
-            rows, positions = g.shape[0] * g.shape[1], g.shape[3]
-            # Every label of a sample has the same input: count it by the share of labels here.
-            parts = (
-                _second_moments(g.flatten(0, 1)) / positions,
-                _second_moments(a) * (g.shape[1] / source.rows),
-            )
-            if name not in factors:
-                zeros = [torch.zeros_like(part, dtype=torch.float64) for part in parts]
-                factors[name] = (zeros[0], zeros[1])
-            for total, part in zip(factors[name], parts, strict=True):
+            rows = signals.output_gradients.shape[0] * signals.output_gradients.shape[1]
+            parts = moments(signals)
+            if name not in totals:
+                totals[name] = [torch.zeros_like(part, dtype=torch.float64) for part in parts]
+            for total, part in zip(totals[name], parts, strict=True):
                 total += part
         done += rows
         if progress is not None:
             progress(done)
-    return factors
+    return totals
+
+
+def _inputs(signals: LayerSignals, rows: int) -> Tensor:
+    """Return what a batch adds to A; `rows` are the gradient rows of the whole pass.
+
+    Every label of a sample has the same input: it is counted by the share of labels here.
+    """
+    return _second_moments(signals.activations) * (signals.output_gradients.shape[1] / rows)
 
 
 def _second_moments(x: Tensor) -> Tensor:

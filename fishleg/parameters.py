@@ -60,6 +60,11 @@ class ParameterGroup:
         return self.rows, self.columns
 
     @property
+    def size(self) -> int:
+        """Entries of the matrix, rows columns."""
+        return self.rows * self.columns
+
+    @property
     def kernel(self) -> int:
         """Spatial positions of the kernel, k k (1 for a matrix or vector)."""
         return prod(self.weight_shape[2:])

@@ -12,6 +12,7 @@ from fishleg.blocks.dense import DenseBlock, chunk_count, invert_damped
 from fishleg.blocks.diagonal import DiagonalBlock
 from fishleg.blocks.kronecker import KroneckerBlock
 from fishleg.blocks.tensor import TensorBlock
+from fishleg.parameters import ParameterGroup
 
 Structure = Literal[
     "eigen", "kronecker", "kronecker_scaled", "tensor", "tensor_scaled", "block", "diagonal", "full"
@@ -101,6 +102,35 @@ def fit_structure(
     over_inner = torch.einsum("ikil->kl", weight) / over_kernel.trace()
     bias = start.c[-1, -1].reshape(1) if start.shape[1] > inner * kernel else None
     return TensorBlock(start.b, over_kernel, over_inner, bias, scale)
+
+
+def count_numbers(
+    structure: Structure, group: ParameterGroup, *, heads: int, block_size: int
+) -> int:
+    """Return how many numbers a block of the given structure holds, padding included.
+
+    Args:
+        structure: of the block.
+        group: r rows and c columns.
+        heads: h, convolution groups of an eigenbasis.
+        block_size: b, of the block structure.
+
+    Returns:
+        r^2 + c^2 (kronecker), r^2 / h + h c^2 + r c (eigen), r^2 + in^2 + (k k)^2 and 1 for a bias
+        (tensor), r c more with a scale; ceil(r c / b) b^2 (block), r c (diagonal), (r c)^2 (full).
+    """
+    if structure in {"block", "full"}:
+        chunk = group.size if structure == "full" else min(block_size, group.size)
+        return chunk_count(group.size, chunk) * chunk**2
+    if structure == "diagonal":
+        return group.size
+    if structure == "eigen":
+        return group.rows**2 // heads + heads * group.columns**2 + group.size
+    scale = group.size if structure.endswith("_scaled") else 0
+    if structure.startswith("kronecker"):
+        return group.rows**2 + group.columns**2 + scale
+    inner = group.weight_columns // group.kernel
+    return group.rows**2 + inner**2 + group.kernel**2 + (group.bias is not None) + scale
 
 
 def _chunks(start: KroneckerBlock, block_size: int) -> DenseBlock:

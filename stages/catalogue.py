@@ -119,9 +119,21 @@ METHODS = Registry(
             target="fishleg.estimators:BlockWoodbury",
             summary="inverse of diagonal blocks by Woodbury's identity (WoodFisher, oBERT)",
         ),
+        "mfac": Entry(
+            target="fishleg.estimators:MFAC",
+            summary="low-rank inverse of a few gradients, layer by layer (M-FAC)",
+        ),
         "kfac": Entry(
             target="fishleg.estimators:KFAC",
             summary="Kronecker factors, damped exactly in their eigenbasis",
+        ),
+        "ekfac": Entry(
+            target="fishleg.estimators:EKFAC",
+            summary="curvature measured in the eigenbasis of K-FAC (EK-FAC)",
+        ),
+        "layer": Entry(
+            target="fishleg.estimators:LayerHessian",
+            summary="Hessian of each layer's output error, of its inputs alone (OBC, SparseGPT)",
         ),
         "diagonal": Entry(
             target="fishleg.estimators:DiagonalFisher",
@@ -272,6 +284,24 @@ class ObsParams(Params):
     block_size: int = Field(default=64, ge=1, description="weights in a diagonal block")
 
 
+class MfacParams(Params):
+    """Options of the method mfac."""
+
+    gradients: int = Field(
+        default=256, ge=1, description="vectors kept, each of samples / gradients gradients"
+    )
+
+
+class LayerParams(Params):
+    """Options of the method layer."""
+
+    relative_damping: float = Field(
+        default=0.01,
+        ge=0,
+        description="added to the Hessian's diagonal beside damping, in units of its mean",
+    )
+
+
 class EstimatorParams(CalibrationParams):
     """How curvature is estimated. Each method reads its own options and no other's."""
 
@@ -281,14 +311,24 @@ class EstimatorParams(CalibrationParams):
         default=FishLegParams(), description="options of the method fishleg"
     )
     obs: ObsParams = Field(default=ObsParams(), description="options of the method obs")
+    mfac: MfacParams = Field(default=MfacParams(), description="options of the method mfac")
+    layer: LayerParams = Field(default=LayerParams(), description="options of the method layer")
     options: dict[str, Any] = Field(
-        default={}, description="further keyword arguments of the method, for one of your own"
+        default={},
+        description="further keyword arguments of the method: memory_limit (bytes), or those of "
+        "a method of your own",
     )
 
     @model_validator(mode="after")
     def _forget_other_methods(self) -> EstimatorParams:
         """Reset the options of other methods: what is not used must not enter the key."""
-        for name, default in (("fishleg", FishLegParams()), ("obs", ObsParams())):
+        own = {
+            "fishleg": FishLegParams(),
+            "obs": ObsParams(),
+            "mfac": MfacParams(),
+            "layer": LayerParams(),
+        }
+        for name, default in own.items():
             if self.method != name:
                 object.__setattr__(self, name, default)
         return self
@@ -297,6 +337,11 @@ class EstimatorParams(CalibrationParams):
 class PruningParams(Params):
     """How weights are chosen and survivors moved."""
 
+    selection: Literal["single", "greedy"] = Field(
+        default="single",
+        description="by what a weight costs alone, or after the others of its row that cost less "
+        "(methods layer, diagonal, magnitude)",
+    )
     distribution: Literal["global", "uniform"] = Field(
         default="global", description="least salient of the whole network, or of each layer"
     )
@@ -601,6 +646,9 @@ def estimate_curvature(params: CurvatureParams, upstream: Sequence[Params]) -> E
             memory_bytes=memory + 2 * vector * params.obs.block_size,
             disk_bytes=vector * params.obs.block_size,
         )
+    if params.method == "mfac":
+        count = min(params.mfac.gradients, params.samples * params.draws)
+        return Estimate(memory_bytes=memory + vector * count, disk_bytes=vector * count)
     if params.method == "fishleg":
         held = min(params.fishleg.memory_bytes, vector * params.samples * params.draws)
         return Estimate(memory_bytes=memory + held)

@@ -33,7 +33,7 @@ def prune(
         model: the model that `estimator` was fitted on.
         estimator: a fitted estimate.
         source: gradients of the model on its calibration samples.
-        params: distribution and compensation.
+        params: selection, distribution and compensation.
         sparsity: fraction of the prunable weights removed after the step, in [0, 1).
         step: number of the step in the metrics' series, or None for a single one.
     """
@@ -44,6 +44,7 @@ def prune(
             estimator,
             sparsity=sparsity,
             masks=group_masks(partition, model.masks),
+            selection=params.selection,
             distribution=params.distribution,
             compensation=params.compensation,
             source=source,

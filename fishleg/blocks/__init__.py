@@ -5,11 +5,21 @@ from fishleg.blocks.dense import DenseBlock
 from fishleg.blocks.diagonal import DiagonalBlock
 from fishleg.blocks.eigen import EigenBlock
 from fishleg.blocks.kronecker import KroneckerBlock
+from fishleg.blocks.shared import SharedBlock
 from fishleg.blocks.tensor import TensorBlock
+from fishleg.blocks.woodbury import WoodburyBlock
 
 BLOCKS: dict[str, type[AbstractBlock]] = {
     block.__name__: block
-    for block in (DenseBlock, DiagonalBlock, EigenBlock, KroneckerBlock, TensorBlock)
+    for block in (
+        DenseBlock,
+        DiagonalBlock,
+        EigenBlock,
+        KroneckerBlock,
+        SharedBlock,
+        TensorBlock,
+        WoodburyBlock,
+    )
 }
 
 __all__ = [
@@ -19,5 +29,7 @@ __all__ = [
     "DiagonalBlock",
     "EigenBlock",
     "KroneckerBlock",
+    "SharedBlock",
     "TensorBlock",
+    "WoodburyBlock",
 ]

@@ -10,13 +10,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from fishleg.blocks import BLOCKS, AbstractBlock
-from fishleg.errors import FishLegError, NotFitted
+from fishleg.errors import CapacityExceeded, FishLegError, NotFitted
 from fishleg.gradients import GradientSource
+from fishleg.memory import Footprint, available_bytes, peak, show_bytes
 from fishleg.parameters import Partition
 
 
@@ -46,15 +47,23 @@ class AbstractEstimator(ABC):
         damping: gamma > 0, absolute, in units of the Fisher.
         masks: group name -> bool (rows, columns), True for survivors, of the fit's support; None
             when Q was fitted on the full Fisher. Products are meaningful on the support only.
+        memory_limit: bytes that a fit may need at its peak; None for what is free when it begins.
+        remedy: what to choose instead when a fit does not fit.
+
+    In the formulas of time and memory: N gradient rows in a pass, P parameters, a group of
+    r rows and c columns with h convolution groups, s bytes a number (4 for float32), and n gradient
+    rows in a batch.
     """
 
     name: str
+    remedy: ClassVar[str] = "the method diagonal"
 
-    def __init__(self, partition: Partition, *, damping: float):
+    def __init__(self, partition: Partition, *, damping: float, memory_limit: int | None = None):
         if not damping > 0:
             raise ValueError(f"damping: expected a positive number, got {damping}.")
         self.partition = partition
         self.damping = damping
+        self.memory_limit = memory_limit
         self.masks: dict[str, Tensor] | None = None
         self._blocks: dict[str, AbstractBlock] = {}
 
@@ -107,9 +116,47 @@ class AbstractEstimator(ABC):
         """Return diag(Q) as group name -> (rows, columns)."""
         return {name: block.diagonal() for name, block in self.blocks().items()}
 
+    # -- memory
+
     def memory_bytes(self) -> int:
         """Return the bytes that the fitted estimate holds."""
         return sum(block.memory_bytes() for block in self.blocks().values())
+
+    @abstractmethod
+    def footprint(self, source: GradientSource, name: str) -> Footprint:
+        """Return what fitting group `name` to `source` needs, from shapes alone."""
+
+    def required_bytes(self, source: GradientSource) -> int:
+        """Return what `memory_bytes` will be after a fit to `source`."""
+        return sum(self.footprint(source, name).held for name in self.partition.names)
+
+    def peak_bytes(self, source: GradientSource) -> int:
+        """Return about how much a fit needs at its peak, beside the model and the samples.
+
+        The formulas of the class, and the passes of one batch; see `GradientSource.pass_bytes`.
+        """
+        footprints = [self.footprint(source, name) for name in self.partition.names]
+        return peak(footprints) + source.pass_bytes
+
+    def check_memory(self, source: GradientSource) -> None:
+        """Check, before anything is allocated, that a fit to `source` fits the memory.
+
+        Raises:
+            CapacityExceeded: the peak exceeds `memory_limit`, or what is free on the device.
+        """
+        limit = self.memory_limit
+        if limit is None:
+            limit = available_bytes(next(source.model.parameters()).device)
+        needed = self.peak_bytes(source)
+        if limit is not None and needed > limit:
+            held = show_bytes(self.required_bytes(source))
+            raise CapacityExceeded(
+                f"{self.name}: the fit needs about {show_bytes(needed)} ({held} of it for the "
+                f"estimate), expected at most the {show_bytes(limit)} available; choose "
+                f"{self.remedy}, a smaller batch_size, or raise memory_limit."
+            )
+
+    # -- state
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

@@ -10,20 +10,24 @@ from fishleg.blocks.base import AbstractBlock
 from fishleg.blocks.diagonal import DiagonalBlock
 from fishleg.estimators.onepass import AbstractOnePassEstimator
 from fishleg.gradients import GradientSource
+from fishleg.memory import Footprint
 from fishleg.moments import Progress, accumulate, squares
 
 
 class DiagonalFisher(AbstractOnePassEstimator):
     """Q = diag(1 / (F_ii + damping)): saliency w^2 (F_ii + damping) / 2, and no compensation.
 
-    Cost: one pass over the gradients; one number a parameter.
+    Time: a pass of the gradients, and 2 N P FLOPs. Memory: s P bytes; while fitting another 8 P of
+    float64 sums, and 2 n s r c for the largest group.
 
     Args:
         partition: the groups.
         damping: gamma > 0.
+        memory_limit: see `AbstractEstimator`.
     """
 
     name = "diagonal"
+    remedy = "the method magnitude"
 
     def _estimate(
         self, source: GradientSource, masks: Mapping[str, Tensor] | None, progress: Progress
@@ -33,3 +37,9 @@ class DiagonalFisher(AbstractOnePassEstimator):
             name: self._cast(source, name, DiagonalBlock(1 / (fisher + self.damping)))
             for name, (fisher,) in sums.items()
         }
+
+    def footprint(self, source: GradientSource, name: str) -> Footprint:
+        """Return what fitting group `name` needs; see the class."""
+        size = self.partition[name].size
+        held = source.element_size(name) * size
+        return Footprint(held=held, sums=8 * size + held, work=2 * source.batch_size * held)

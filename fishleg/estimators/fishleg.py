@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fishleg.blocks import BLOCKS, AbstractBlock, EigenBlock, KroneckerBlock
 from fishleg.blocks.eigen import invert_factors
-from fishleg.errors import CapacityExceeded
 from fishleg.estimators.base import AbstractEstimator, Callback, FitProgress, tensors_below
 from fishleg.estimators.fishleg_options import CLOSED_FORM, FishLegOptions
 from fishleg.gradients import GradientSource
+from fishleg.memory import Footprint
 from fishleg.moments import as_factors, kronecker_products, layer_moments, squares
 from fishleg.parameters import ParameterGroup, Partition
 from fishleg.solvers.adam import AdamOptions, AdamSolver
@@ -23,6 +23,7 @@ from fishleg.solvers.base import AbstractSolver, SolverState, total
 from fishleg.solvers.closed import ClosedFormSolver
 from fishleg.warmstart import (
     Structure,
+    count_numbers,
     diagonal_start,
     factored_start,
     fit_structure,
@@ -39,30 +40,43 @@ class FishLeg(AbstractEstimator):
     So groups are fitted one after the other, in packs whose gradients are held together: a pack
     costs one pass of the data, whatever the number of sweeps.
 
+    Time: a pass of the gradients a pack (and one of the layers' signals, to start from `kfac`), and
+    what the solver takes, N gradients a group: `alternating` 2 N r c (r + c) FLOPs a half-step and
+    O(r^3 + c^3) for its inverse, the eigenbasis about two half-steps, `adam` about 6 times a
+    half-step's n / N a step, the closed forms as `BlockWoodbury`.
+    Memory: s bytes for each of a block's numbers, see `warmstart.count_numbers`; while fitting also
+    a pack's gradients, N s r c each and up to `memory_bytes`, its starts, 8 (r^2 / h + h c^2) each
+    from `kfac`; and for the largest group 64 (r^2 + c^2) + 24 r c to invert its factors (40 times
+    the numbers of a dense block, 12 s times with adam) beside 3 n s r c (8 with adam).
+
     Args:
         partition: the groups.
         damping: gamma > 0.
+        memory_limit: see `AbstractEstimator`.
         options: fields of `FishLegOptions`.
 
     Attributes:
         options: see `FishLegOptions`.
         report: group name -> how its fit went, JSON-able: `structure`, `solver`, `objective` and
             what else the solver tells in `SolverState.numbers`.
-
-    Raises:
-        CapacityExceeded: a group's block needs more than `memory_bytes`.
     """
 
     name = "fishleg"
+    remedy = "a structure with smaller factors, or smaller memory_bytes"
 
-    def __init__(self, partition: Partition, *, damping: float, **options: Any):
-        super().__init__(partition, damping=damping)
+    def __init__(
+        self,
+        partition: Partition,
+        *,
+        damping: float,
+        memory_limit: int | None = None,
+        **options: Any,
+    ):
+        super().__init__(partition, damping=damping, memory_limit=memory_limit)
         self.options = FishLegOptions(**options)
         self.report: dict[str, dict[str, Any]] = {}
         self._pending: list[str] = []
         self._partial: tuple[str, SolverState] | None = None
-        for group in partition.groups:
-            self._check_capacity(group)
 
     # -- fitting
 
@@ -74,6 +88,7 @@ class FishLeg(AbstractEstimator):
         The callback is told of every half-step (or few steps of Adam); `objective` is the sum of J
         over the groups so far. With `resume` an interrupted `refine` is gone on with, too.
         """
+        self.check_memory(source)
         if not (resume and (self._pending or self._blocks)):
             self._begin(masks=None)
             self._blocks = {}
@@ -155,31 +170,11 @@ class FishLeg(AbstractEstimator):
         wanted = self.options.structure
         if wanted in CLOSED_FORM:
             return wanted
-        if len(group.weight_shape) < 2 and group.rows * group.columns <= _SMALL_VECTOR:
+        if len(group.weight_shape) < 2 and group.size <= _SMALL_VECTOR:
             return "full"
         if wanted.startswith("tensor") and group.kernel == 1:
             return "kronecker_scaled" if wanted.endswith("_scaled") else "kronecker"
         return wanted
-
-    def _check_capacity(self, group: ParameterGroup) -> None:
-        """Check that the float64 matrices which a group's fit inverts fit the memory.
-
-        Raises:
-            CapacityExceeded: they do not.
-        """
-        structure = self._structure(group)
-        rows, columns, size = group.rows, group.columns, group.rows * group.columns
-        numbers = rows**2 + columns**2
-        if structure in CLOSED_FORM:
-            numbers = (
-                size * {"block": self.options.block_size, "diagonal": 1, "full": size}[structure]
-            )
-        if 8 * numbers > self.options.memory_bytes:
-            raise CapacityExceeded(
-                f"{group.name}: a {structure} block of shape {group.shape} needs {8 * numbers:,} "
-                f"bytes to fit, expected at most memory_bytes = {self.options.memory_bytes:,}; "
-                "choose a structure with smaller factors, or raise memory_bytes."
-            )
 
     def _solver(self, name: str, source: GradientSource) -> AbstractSolver:
         options, structure = self.options, self._structure(self.partition[name])
@@ -261,6 +256,43 @@ class FishLeg(AbstractEstimator):
             start, structure, kernel=group.kernel, block_size=self.options.block_size
         )
         return _cast(block, like)
+
+    # -- memory
+
+    def footprint(self, source: GradientSource, name: str) -> Footprint:
+        """Return what fitting group `name` needs, its gradients in a pack excepted."""
+        group, bytes_each = self.partition[name], source.element_size(name)
+        structure, from_layers = self._structure(group), self.options.warm_start == "kfac"
+        heads = (source.heads(name) if from_layers else None) or 1
+        numbers = count_numbers(structure, group, heads=heads, block_size=self.options.block_size)
+        dense = structure in CLOSED_FORM
+        uses_adam = isinstance(self._solver(name, source), AdamSolver)
+        squares_of_sides = group.rows**2 + group.columns**2
+        inverting = 40 * numbers if dense else 64 * squares_of_sides + 24 * group.size
+        descending = 12 * bytes_each * numbers if uses_adam else 0
+        factors = group.rows**2 // heads + heads * group.columns**2
+        return Footprint(
+            held=bytes_each * numbers,
+            sums=bytes_each * numbers + (8 * factors if from_layers and not dense else 0),
+            work=max(inverting, descending)
+            + (8 if uses_adam else 3) * bytes_each * source.batch_size * group.size,
+        )
+
+    def peak_bytes(self, source: GradientSource) -> int:
+        """Return about how much a fit needs at its peak: all blocks, and one pack at work.
+
+        Beside the model and the samples, as in `AbstractEstimator`.
+        """
+        budget = self.options.memory_bytes
+        footprints = {name: self.footprint(source, name) for name in self.partition.names}
+        packs = [
+            sum(footprints[name].sums for name in pack)
+            + sum(source.held_bytes(name) for name in pack if source.fits(name, budget))
+            for pack in source.cut(self.partition.names, budget)
+        ]
+        work = max(one.work for one in footprints.values())
+        held = sum(one.held for one in footprints.values())
+        return held + max(packs) + work + source.pass_bytes
 
     # -- state
 

@@ -11,18 +11,23 @@ from fishleg.blocks.base import AbstractBlock
 from fishleg.blocks.diagonal import DiagonalBlock
 from fishleg.estimators.onepass import AbstractOnePassEstimator
 from fishleg.gradients import GradientSource
+from fishleg.memory import Footprint
 from fishleg.moments import Progress
 
 
 class Identity(AbstractOnePassEstimator):
     """Q = I, whatever the damping: saliency w^2 / 2, and no compensation. Reads no data.
 
+    Time: O(P). Memory: s P bytes.
+
     Args:
         partition: the groups.
         damping: ignored.
+        memory_limit: see `AbstractEstimator`.
     """
 
     name = "magnitude"
+    remedy = "a smaller model"
 
     def _estimate(
         self, source: GradientSource, masks: Mapping[str, Tensor] | None, progress: Progress
@@ -34,3 +39,11 @@ class Identity(AbstractOnePassEstimator):
             blocks[group.name] = DiagonalBlock(ones)
         progress(source.rows)
         return blocks
+
+    def footprint(self, source: GradientSource, name: str) -> Footprint:
+        """Return what group `name` needs: one number a parameter."""
+        return Footprint(held=source.element_size(name) * self.partition[name].size, sums=0, work=0)
+
+    def peak_bytes(self, source: GradientSource) -> int:
+        """Return the bytes of the estimate: nothing else is made."""
+        return self.required_bytes(source)

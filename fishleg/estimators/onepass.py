@@ -39,6 +39,7 @@ class AbstractOnePassEstimator(AbstractEstimator):
         self, source: GradientSource, callback: Callback | None = None, *, resume: bool = False
     ) -> None:
         """Estimate Q on the full Fisher; see `AbstractEstimator.fit`. Starts afresh always."""
+        self.check_memory(source)
         self._blocks = self._estimate(source, None, self._reporter(source, callback))
         self.masks = None
 

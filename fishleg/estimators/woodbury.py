@@ -8,9 +8,10 @@ from functools import partial
 from torch import Tensor
 
 from fishleg.blocks.base import AbstractBlock
-from fishleg.blocks.dense import DenseBlock, invert_damped
+from fishleg.blocks.dense import DenseBlock, chunk_count, invert_damped
 from fishleg.estimators.onepass import AbstractOnePassEstimator
 from fishleg.gradients import GradientSource
+from fishleg.memory import Footprint
 from fishleg.moments import Progress, accumulate, chunk_products
 from fishleg.parameters import Partition
 
@@ -25,12 +26,16 @@ class BlockWoodbury(AbstractOnePassEstimator):
     updates of Q take 4 N P b and cannot be reordered; and rounding does not build up over N steps.
     Blocks run along the row-major vector, within one group.
 
-    Memory while fitting: 8 P b bytes of float64 sums, beside the 4 P b bytes of the float32 result.
+    Time: a pass of the gradients, 2 N P b FLOPs for the sums and P b^2 for the inverses.
+    Memory: s r c b bytes a group, padded to whole blocks; while fitting 8 r c b of float64 sums in
+    their place, and for the largest group the more of 32 r c b, to invert, and s (3 n r c + r c b),
+    to sum. b is the size of the group where that is smaller.
 
     Args:
         partition: the groups.
         damping: gamma > 0.
         block_size: b >= 1; a group smaller than b is one full block.
+        memory_limit: see `AbstractEstimator`.
 
     Raises:
         ValueError: `block_size` is less than 1.
@@ -38,9 +43,17 @@ class BlockWoodbury(AbstractOnePassEstimator):
 
     name = "obs"
     options = ("block_size",)
+    remedy = "a smaller block_size"
 
-    def __init__(self, partition: Partition, *, damping: float, block_size: int = 64):
-        super().__init__(partition, damping=damping)
+    def __init__(
+        self,
+        partition: Partition,
+        *,
+        damping: float,
+        block_size: int = 64,
+        memory_limit: int | None = None,
+    ):
+        super().__init__(partition, damping=damping, memory_limit=memory_limit)
         if block_size < 1:
             raise ValueError(f"block_size: expected at least 1, got {block_size}.")
         self.block_size = block_size
@@ -56,3 +69,13 @@ class BlockWoodbury(AbstractOnePassEstimator):
             block = DenseBlock(invert_damped(fisher, self.damping), self.partition[name].shape)
             blocks[name] = self._cast(source, name, block)
         return blocks
+
+    def footprint(self, source: GradientSource, name: str) -> Footprint:
+        """Return what fitting group `name` needs; see the class."""
+        size, bytes_each = self.partition[name].size, source.element_size(name)
+        block_size = min(self.block_size, size)
+        numbers = chunk_count(size, block_size) * block_size**2
+        summing = bytes_each * (3 * source.batch_size * size + numbers)
+        return Footprint(
+            held=bytes_each * numbers, sums=8 * numbers, work=max(summing, 32 * numbers)
+        )

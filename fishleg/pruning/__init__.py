@@ -7,6 +7,7 @@ from fishleg.pruning.compensation import (
     compensate,
     constrained_set,
 )
+from fishleg.pruning.layerwise import greedy_saliency
 from fishleg.pruning.masks import (
     Masks,
     apply_masks,
@@ -25,12 +26,13 @@ from fishleg.pruning.refinement import (
 from fishleg.pruning.saliency import group_saliency, saliency
 from fishleg.pruning.schedule import cubic, geometric, linear
 from fishleg.pruning.selection import DISTRIBUTIONS, removal_count, select, select_n_of_m
-from fishleg.pruning.surgeon import PruneReport, prune_once, prune_to
+from fishleg.pruning.surgeon import SELECTIONS, PruneReport, prune_once, prune_to
 
 __all__ = [
     # saliency
     "saliency",
     "group_saliency",
+    "greedy_saliency",
     # selection
     "DISTRIBUTIONS",
     "removal_count",
@@ -60,6 +62,7 @@ __all__ = [
     "mean_divergence",
     "refine",
     # the surgeon
+    "SELECTIONS",
     "PruneReport",
     "prune_once",
     "prune_to",

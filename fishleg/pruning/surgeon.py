@@ -8,14 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fishleg.errors import UnknownName
 from fishleg.estimators.base import AbstractEstimator
 from fishleg.gradients import GradientSource
 from fishleg.linalg import CGReport
 from fishleg.parameters import Partition
 from fishleg.pruning.compensation import compensate
+from fishleg.pruning.layerwise import greedy_saliency
 from fishleg.pruning.masks import Masks, apply_masks, count_masks, dense_masks
 from fishleg.pruning.saliency import saliency
 from fishleg.pruning.selection import select
+
+SELECTIONS = ("single", "greedy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,7 @@ def prune_once(
     *,
     sparsity: float,
     masks: Mapping[str, Tensor] | None = None,
+    selection: str = "single",
     distribution: str = "global",
     compensation: str = "joint",
     source: GradientSource | None = None,
@@ -65,6 +70,8 @@ def prune_once(
         sparsity: fraction of all prunable weights removed after the step, in [0, 1).
         masks: group name -> bool (rows, columns), the survivors before it; None is the estimate's
             own support (for a Q of the full Fisher: everything).
+        selection: by what a weight costs: "single", removed alone, or "greedy", after the others
+            of its row that cost less; see `greedy_saliency`, which says for which estimates.
         distribution: "global" or "uniform"; see `select`.
         compensation: "none", "independent", "joint" or "fisher"; see `compensate`.
         source: for "fisher": gradients of `model` on calibration data.
@@ -73,13 +80,22 @@ def prune_once(
 
     Returns:
         The masks and everything that was counted; removed weights are exactly 0. Errors are those
-        of `select` and `compensate`, and leave the model unchanged.
+        of `greedy_saliency`, `select` and `compensate`, and leave the model unchanged.
+
+    Raises:
+        UnknownName: no such selection.
     """
+    if selection not in SELECTIONS:
+        raise UnknownName("selection", selection, SELECTIONS)
     partition = estimator.partition
     weights = _matrices(model, partition)
     before = masks or estimator.masks or dense_masks(partition)
     before = {name: mask.to(weights[name].device) for name, mask in before.items()}
-    scores = saliency(estimator, {group.name: weights[group.name] for group in partition.prunable})
+    prunable = {group.name: weights[group.name] for group in partition.prunable}
+    if selection == "greedy":
+        scores = greedy_saliency(estimator, prunable, before)
+    else:
+        scores = saliency(estimator, prunable)
     return prune_to(
         model,
         estimator,

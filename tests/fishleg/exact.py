@@ -55,6 +55,9 @@ class ExactEstimator(AbstractEstimator):
     def refine(self, source, masks, callback=None):
         raise NotImplementedError
 
+    def footprint(self, source, name):
+        raise NotImplementedError
+
     def state_dict(self):
         raise NotImplementedError
 

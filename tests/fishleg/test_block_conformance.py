@@ -12,10 +12,13 @@ from fishleg.blocks import (
     DiagonalBlock,
     EigenBlock,
     KroneckerBlock,
+    SharedBlock,
     TensorBlock,
+    WoodburyBlock,
 )
 from fishleg.blocks.dense import invert_damped
 from fishleg.blocks.eigen import invert_factors
+from fishleg.blocks.woodbury import invert_low_rank
 from fishleg.errors import NotPositiveDefinite, ShapeMismatch
 
 TOLERANCE = {
@@ -81,6 +84,19 @@ def tensor(*, scale: bool, bias: bool) -> Case:
     return block, scaled(torch.kron(out, columns), a)
 
 
+def shared(heads: int) -> Case:
+    matrices = [spd(4) for _ in range(heads)]
+    parts = [torch.kron(torch.eye(3, dtype=torch.float64), matrix) for matrix in matrices]
+    return SharedBlock(torch.stack(matrices), (3 * heads, 4)), torch.block_diag(*parts)
+
+
+def woodbury(count: int) -> Case:
+    gradients = torch.randn(count, 3, 4, dtype=torch.float64)
+    flat = gradients.flatten(1)
+    damped = 2.0 * torch.eye(12, dtype=torch.float64) + flat.T @ flat
+    return invert_low_rank(gradients, 2.0), torch.linalg.inv(damped)
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "diagonal": diagonal,
     "dense, whole chunks": lambda: dense((3, 4), 4),
@@ -91,6 +107,10 @@ CASES: dict[str, Callable[[], Case]] = {
     "eigen, grouped": lambda: eigen(3),
     "kronecker": lambda: kronecker(scale=False),
     "kronecker, scaled": lambda: kronecker(scale=True),
+    "shared": lambda: shared(1),
+    "shared, grouped": lambda: shared(2),
+    "woodbury": lambda: woodbury(5),
+    "woodbury, more gradients than weights": lambda: woodbury(20),
     "tensor": lambda: tensor(scale=False, bias=False),
     "tensor, scaled": lambda: tensor(scale=True, bias=False),
     "tensor, bias": lambda: tensor(scale=False, bias=True),
@@ -201,6 +221,11 @@ def test_every_concrete_block_is_in_the_suite():
             lambda: EigenBlock(torch.ones(1, 2, 2), torch.ones(1, 3, 3), torch.ones(1, 2, 4)),
             r"right \(1, 4, 4\)",
         ),
+        (lambda: SharedBlock(torch.ones(2, 3, 3), (3, 3)), "h a divisor of 3"),
+        (
+            lambda: WoodburyBlock(torch.ones(2, 3), torch.tensor(1.0)),
+            r"root: expected \(m, rows, columns\)",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(make, message):
@@ -228,3 +253,9 @@ def test_inverse_of_damped_kronecker_factors():
     fisher = torch.block_diag(*(torch.kron(a, b) for a, b in zip(left, right, strict=True)))
     eye = torch.eye(24, dtype=torch.float64)
     close(block.dense() @ (fisher + 1e-3 * eye), eye)
+
+
+def test_a_low_rank_inverse_beyond_the_dtype_is_an_error():
+    gradients = torch.full((1, 1, 1), 1e6)
+    with pytest.raises(NotPositiveDefinite, match="Raise the damping"):
+        invert_low_rank(gradients, 1e-3)

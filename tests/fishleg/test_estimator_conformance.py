@@ -8,16 +8,19 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from fishleg.errors import FishLegError, NotFitted
+from fishleg.errors import CapacityExceeded, FishLegError, NotFitted
 from fishleg.estimators import (
+    EKFAC,
     ESTIMATORS,
     KFAC,
+    MFAC,
     AbstractEstimator,
     BlockWoodbury,
     DiagonalFisher,
     FishLeg,
     FitProgress,
     Identity,
+    LayerHessian,
 )
 from fishleg.gradients import GradientSource
 from fishleg.parameters import Partition, partition_parameters
@@ -36,6 +39,11 @@ CASES: dict[str, Callable[[Partition], AbstractEstimator]] = {
     "woodbury, small": lambda partition: BlockWoodbury(partition, damping=DAMPING, block_size=5),
     "kfac": lambda partition: KFAC(partition, damping=DAMPING),
     "kfac, factors only": lambda partition: KFAC(partition, damping=DAMPING, dense_size=0),
+    "ekfac": lambda partition: EKFAC(partition, damping=DAMPING),
+    "ekfac, factors only": lambda partition: EKFAC(partition, damping=DAMPING, dense_size=0),
+    "mfac": lambda partition: MFAC(partition, damping=DAMPING),
+    "mfac, few": lambda partition: MFAC(partition, damping=DAMPING, gradients=4),
+    "layer": lambda partition: LayerHessian(partition, damping=DAMPING),
     "fishleg": lambda partition: FishLeg(partition, damping=DAMPING),
     "fishleg, kfac": lambda partition: FishLeg(partition, damping=DAMPING, warm_start="kfac"),
     "fishleg, exact masks": lambda partition: FishLeg(partition, damping=DAMPING, mask_fit="exact"),
@@ -234,6 +242,26 @@ def test_memory_is_what_is_allocated(fitted):
         for tensor in block.tensors().values()
     }
     assert fitted.memory_bytes() == sum(storages.values())
+
+
+def test_memory_is_known_before_the_fit(make, fits):
+    for dtype, found in fits.items():
+        data = source(dtype)
+        needed = make(data.partition).required_bytes(data)
+        assert needed == found.estimator.memory_bytes()
+        assert make(data.partition).peak_bytes(data) >= needed
+
+
+def test_what_does_not_fit_is_refused_before_the_fit(make):
+    data = source()
+    estimator = make(data.partition)
+    estimator.memory_limit = estimator.peak_bytes(data)
+    estimator.check_memory(data)
+    estimator.memory_limit -= 1
+    with pytest.raises(CapacityExceeded, match=f"{estimator.name}: the fit needs about .* choose"):
+        estimator.fit(data)
+    with pytest.raises(NotFitted):
+        estimator.blocks()
 
 
 def test_use_before_fit_is_an_error(make, fitted64):

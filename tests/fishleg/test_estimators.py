@@ -5,12 +5,28 @@ import torch
 from torch import nn
 
 from fishleg.blocks import DenseBlock, EigenBlock
-from fishleg.estimators import KFAC, BlockWoodbury, DiagonalFisher, FishLeg, Identity
+from fishleg.errors import FishLegError
+from fishleg.estimators import (
+    EKFAC,
+    KFAC,
+    MFAC,
+    BlockWoodbury,
+    DiagonalFisher,
+    FishLeg,
+    Identity,
+    LayerHessian,
+)
 from fishleg.gradients import Calibration, GradientSource
 from fishleg.likelihoods import Gaussian
 from fishleg.parameters import partition_parameters
-from tests.fishleg.networks import mixed_source, shake
-from tests.reference import chunked_inverse, damped_inverse, dense_fisher, kfac_fisher
+from tests.fishleg.networks import Tied, mixed_source, shake, source_of
+from tests.reference import (
+    chunked_inverse,
+    conv_patches,
+    damped_inverse,
+    dense_fisher,
+    kfac_fisher,
+)
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 DAMPING = 0.01
@@ -55,12 +71,13 @@ def random_mask(source: GradientSource, name: str) -> torch.Tensor:
                 kfac_fisher(source.model, "grouped", source.calibration.inputs), DAMPING
             ),
         ),
+        (MFAC, lambda source, fisher: damped_inverse(fisher, DAMPING)),
         (
             lambda partition, damping: FishLeg(partition, damping=damping, structure="full"),
             lambda source, fisher: damped_inverse(fisher, DAMPING),
         ),
     ],
-    ids=["identity", "diagonal", "woodbury", "kfac", "fishleg"],
+    ids=["identity", "diagonal", "woodbury", "kfac", "mfac", "fishleg"],
 )
 def test_matvec_on_a_grouped_convolution(source, fishers, estimator, inverse):
     fitted = estimator(source.partition, damping=DAMPING)
@@ -214,3 +231,108 @@ def test_a_fisher_of_zero_leaves_the_damping():
 def test_block_size_is_checked(source):
     with pytest.raises(ValueError, match="block_size"):
         BlockWoodbury(source.partition, damping=DAMPING, block_size=0)
+
+
+# ----------------------------------------------------------------------------- EK-FAC
+
+
+def test_ekfac_measures_the_fisher_along_the_basis_of_kfac(source, fishers):
+    kfac, ekfac = KFAC(source.partition, damping=DAMPING), EKFAC(source.partition, damping=DAMPING)
+    for estimator in (kfac, ekfac):
+        estimator.fit(source)
+    for name, block in kfac.blocks().items():
+        if isinstance(block, DenseBlock):
+            assert torch.equal(ekfac.block(name).dense(), block.dense())
+            continue
+        pairs = zip(block.left, block.right, strict=True)
+        basis = torch.block_diag(*(torch.kron(left, right) for left, right in pairs))
+        curvature = (basis.T @ fishers[name] @ basis).diagonal()
+        expected = basis @ torch.diag(1 / (curvature + DAMPING)) @ basis.T
+        close(ekfac.block(name).dense(), expected)
+
+
+def test_ekfac_is_fishleg_in_the_eigenbasis_without_shrinkage(source):
+    ekfac = EKFAC(source.partition, damping=DAMPING)
+    options = {"structure": "eigen", "warm_start": "kfac", "shrinkage": 0.0}
+    learned = FishLeg(source.partition, damping=DAMPING, **options)
+    for estimator in (ekfac, learned):
+        estimator.fit(source)
+    for name in ("conv", "grouped", "head"):
+        close(ekfac.block(name).dense(), learned.block(name).dense())
+
+
+# ------------------------------------------------------------------------------ M-FAC
+
+
+def test_few_vectors_are_an_unbiased_estimate_of_the_fisher(source, fishers):
+    """The mean of a batch of three would give a third of it."""
+    draws = 400
+    mean = 0.0
+    for seed in range(draws):
+        estimator = MFAC(source.partition, damping=DAMPING, gradients=source.rows // 3, seed=seed)
+        vectors = estimator.vectors(source, ["head"])["head"].flatten(1)
+        mean = mean + vectors.T @ vectors / draws
+    error = (mean - fishers["head"]).norm() / fishers["head"].norm()
+    assert error < 0.1  # about 2 / sqrt(draws)
+
+
+def test_mfac_inverts_the_vectors_it_keeps(source):
+    estimator = MFAC(source.partition, damping=DAMPING, gradients=5)
+    estimator.fit(source)
+    for name, vectors in estimator.vectors(source, source.partition.names).items():
+        assert len(vectors) == 5
+        low_rank = vectors.flatten(1).T @ vectors.flatten(1)
+        close(estimator.block(name).dense(), damped_inverse(low_rank, DAMPING))
+
+
+def test_mfac_keeps_the_same_vectors_whatever_the_batches():
+    found = []
+    for batch_size in (3, 100):
+        data = mixed_source(labels="sampled", draws=3, batch_size=batch_size)
+        estimator = MFAC(data.partition, damping=DAMPING, gradients=4)
+        estimator.fit(data)
+        found.append(estimator.blocks())
+    for name, block in found[0].items():
+        close(block.dense(), found[1][name].dense())
+
+
+def test_mfac_refines_on_the_restricted_fisher(source, fishers):
+    estimator = MFAC(source.partition, damping=DAMPING)
+    mask = random_mask(source, "grouped")
+    estimator.refine(source, {"grouped": mask})
+    alive = mask.flatten()
+    dense = estimator.block("grouped").dense()[alive][:, alive]
+    close(dense, damped_inverse(fishers["grouped"][alive][:, alive], DAMPING))
+    with pytest.raises(ValueError, match="gradients"):
+        MFAC(source.partition, damping=DAMPING, gradients=0)
+
+
+# ----------------------------------------------------------------------------- layers
+
+
+def test_layer_hessian_is_the_second_moment_of_the_patches(source):
+    estimator = LayerHessian(source.partition, damping=DAMPING, relative_damping=0.1)
+    estimator.fit(source)
+    model, inputs = source.model.eval(), source.calibration.inputs
+    with torch.no_grad():
+        seen = model.act(model.norm(model.conv(inputs)))
+    hessians = []
+    for head in range(2):
+        patches = torch.stack([conv_patches(x, model.grouped, head) for x in seen])
+        patches = torch.cat([patches, torch.ones_like(patches[..., :1])], dim=2)
+        hessians += [torch.einsum("nti,ntj->ij", patches, patches) / len(inputs)] * 3
+    hessian = torch.block_diag(*hessians)
+    damping = DAMPING + 0.1 * float(hessian.diagonal().mean())
+    close(estimator.block("grouped").dense(), damped_inverse(hessian, damping))
+    close(
+        estimator.block("norm").dense(),
+        torch.eye(8, dtype=torch.float64) / DAMPING,
+    )
+    with pytest.raises(ValueError, match="relative_damping"):
+        LayerHessian(source.partition, damping=DAMPING, relative_damping=-1.0)
+
+
+def test_layer_hessian_refuses_weights_that_are_no_layers():
+    data = source_of(shake(Tied()), Calibration(inputs=torch.randn(4, 4, dtype=torch.float64)))
+    with pytest.raises(FishLegError, match="first: expected the weight of one linear"):
+        LayerHessian(data.partition, damping=DAMPING).fit(data)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fishleg.errors import CapacityExceeded, NotFitted, UnknownName
+from fishleg.errors import NotFitted, UnknownName
 from fishleg.estimators import FishLeg
 from fishleg.estimators.fishleg_options import WarmStart
 from fishleg.gradients import Calibration, GradientSource
@@ -367,9 +367,3 @@ def test_options_are_checked(options, error, words):
     partition = partition_parameters(nn.Linear(2, 2))
     with pytest.raises(error, match=words):
         FishLeg(partition, damping=DAMPING, **options)
-
-
-def test_a_block_too_large_is_refused_beforehand():
-    partition = partition_parameters(nn.Linear(100, 100))
-    with pytest.raises(CapacityExceeded, match="full block of shape \\(100, 101\\) needs"):
-        FishLeg(partition, damping=DAMPING, structure="full", memory_bytes=1 << 20)

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from fishleg.blocks import DenseBlock, DiagonalBlock, EigenBlock, KroneckerBlock
+from fishleg.blocks import (
+    DenseBlock,
+    DiagonalBlock,
+    EigenBlock,
+    KroneckerBlock,
+    SharedBlock,
+    WoodburyBlock,
+)
 from fishleg.blocks.base import AbstractBlock
 
 SHAPE = (4, 5)
@@ -24,6 +31,8 @@ def blocks() -> list[AbstractBlock]:
         DenseBlock(positive(3, 8, 8), SHAPE),  # the last chunk is padded
         EigenBlock(*orthogonal, values.unsqueeze(0)),
         KroneckerBlock(positive(rows, rows), positive(columns, columns), values),
+        SharedBlock(positive(2, columns, columns), SHAPE),
+        WoodburyBlock(0.1 * values.expand(2, *SHAPE), torch.tensor(0.5, dtype=torch.float64)),
     ]
 
 

@@ -67,3 +67,5 @@ def test_memory_and_disk_are_forecast_where_the_network_is_known() -> None:
     assert estimate_training(mine, []) == Estimate()
     blocks = estimate_curvature(CurvatureParams(method="obs"), [dense])
     assert blocks.disk_bytes == 64 * 4 * 11_173_962
+    few = estimate_curvature(CurvatureParams(method="mfac", samples=100), [dense])
+    assert few.disk_bytes == 100 * 4 * 11_173_962

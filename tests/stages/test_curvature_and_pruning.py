@@ -1,5 +1,6 @@
 """From curvature to pruned models: exact counts, facts, interrupted runs, mistakes."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,18 @@ import torch
 from running_stages import STAGES, Ran, artifact, run_stage
 from test_training import Stopped, assert_same_model, stop_after
 
+from fishleg.estimators import MFAC, BlockWoodbury, LayerHessian
 from fishleg.estimators.fishleg_options import FishLegOptions
 from fishleg.pruning import removal_count
 from pipeline.stage import Context, StageError
-from stages.catalogue import METHODS, CurvatureParams, FishLegParams
+from stages.catalogue import (
+    METHODS,
+    CurvatureParams,
+    FishLegParams,
+    LayerParams,
+    MfacParams,
+    ObsParams,
+)
 from stages.curvature import curvature
 from stages.model_folder import Model, load_model
 from stages.prune_gradual import prune_gradual
@@ -80,6 +89,21 @@ def test_every_compensation_runs(
         cg_iterations=20,
     )
     assert_sparsity(load_model(ran.output(), "cpu"), 0.5)
+
+
+def test_greedy_selection_is_for_estimates_without_coupled_rows(
+    dense: Ran, estimates: dict[str, Ran], tmp_path: Path
+) -> None:
+    greedy = {"sparsity": 0.6, "selection": "greedy", "distribution": "uniform"}
+    ran = prune(tmp_path / "greedy", dense, estimates["layer"], **greedy)
+    model = load_model(ran.output(), "cpu")
+    assert_sparsity(model, 0.6)
+    single = prune(
+        tmp_path / "single", dense, estimates["layer"], **greedy | {"selection": "single"}
+    )
+    assert ran.metrics()["pruned/predicted"] < single.metrics()["pruned/predicted"]
+    with pytest.raises(StageError, match="couples the rows"):
+        prune(tmp_path / "kfac", dense, estimates["kfac"], **greedy)
 
 
 def test_an_estimate_is_certified_on_unseen_samples(estimates: dict[str, Ran]) -> None:
@@ -254,3 +278,11 @@ def test_the_catalogue_has_the_librarys_defaults() -> None:
     actual = vars(FishLegOptions())
     assert declared == {name: actual[name] for name in declared}
     assert set(actual) - set(declared) == {"seed"}
+    for params, method in (
+        (ObsParams, BlockWoodbury),
+        (MfacParams, MFAC),
+        (LayerParams, LayerHessian),
+    ):
+        signature = inspect.signature(method).parameters
+        for name, value in params().model_dump().items():
+            assert signature[name].default == value

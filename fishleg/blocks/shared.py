@@ -1,0 +1,75 @@
+"""One matrix that all rows share: the inverse Hessian of a layer's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fishleg.blocks.base import AbstractBlock
+from fishleg.errors import ShapeMismatch
+
+
+class SharedBlock(AbstractBlock):
+    """Q = blockdiag_k( I_(rows / h) (x) C_k ) over h convolution groups: V_k -> V_k C_k.
+
+    Every row of convolution group k (h = 1 for an ordinary layer) has the same inverse C_k, and
+    rows know nothing of each other.
+
+    Args:
+        inverse: C, (h, columns, columns), each symmetric positive definite.
+        shape: (rows, columns), rows divisible by h.
+
+    Raises:
+        ShapeMismatch: the matrices do not fit the shape.
+    """
+
+    def __init__(self, inverse: Tensor, shape: tuple[int, int]):
+        heads = inverse.shape[0] if inverse.ndim == 3 else 0
+        if not heads or inverse.shape[1:] != (shape[1], shape[1]) or shape[0] % heads:
+            raise ShapeMismatch(
+                f"inverse: expected (h, {shape[1]}, {shape[1]}) with h a divisor of {shape[0]}, "
+                f"got {tuple(inverse.shape)}."
+            )
+        self.inverse = inverse
+        self.shape = shape
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> SharedBlock:
+        """Return the block that `tensors()` described."""
+        return cls(tensors["inverse"], shape)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Return V_k C_k for all k, V (..., rows, columns). Cost O(rows columns^2)."""
+        return (v.unflatten(-2, (len(self.inverse), -1)) @ self.inverse).flatten(-3, -2)
+
+    def diagonal(self) -> Tensor:
+        """Return diag(Q), (rows, columns): diag(C_k) in every row of k."""
+        diagonal = self.inverse.diagonal(dim1=-2, dim2=-1)
+        return diagonal.repeat_interleave(self._rows, dim=0)
+
+    def submatrix(self, index: Tensor) -> Tensor:
+        """Return Q[index, index], (..., n, n), for flat positions `index` (..., n)."""
+        row, column = index // self.shape[1], index % self.shape[1]
+        head = (row // self._rows).unsqueeze(-1)
+        entries = self.inverse[head, column.unsqueeze(-1), column.unsqueeze(-2)]
+        return entries * (row.unsqueeze(-1) == row.unsqueeze(-2))
+
+    def squared_norm(self, mask: Tensor | None = None) -> Tensor:
+        """Return ||M o Q o M||_F^2 = sum over rows r of M_r C^o2 M_r^T."""
+        keep = self.inverse.new_ones(self.shape) if mask is None else mask.to(self.inverse.dtype)
+        squares = SharedBlock(self.inverse.square(), self.shape)
+        return (keep * squares.matvec(keep)).sum()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return {"inverse": (h, columns, columns)}."""
+        return {"inverse": self.inverse}
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """Return a copy of C_k for each row in `rows` (n), (n, columns, columns)."""
+        return self.inverse[torch.div(rows, self._rows, rounding_mode="floor")]
+
+    @property
+    def _rows(self) -> int:
+        return self.shape[0] // len(self.inverse)

@@ -1,0 +1,102 @@
+"""The Hessian of a layer's output error: OBC, SparseGPT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fishleg.blocks.base import AbstractBlock
+from fishleg.blocks.dense import invert_damped
+from fishleg.blocks.diagonal import DiagonalBlock
+from fishleg.blocks.shared import SharedBlock
+from fishleg.errors import FishLegError
+from fishleg.estimators.onepass import AbstractOnePassEstimator
+from fishleg.gradients import GradientSource
+from fishleg.memory import Footprint
+from fishleg.moments import Progress, input_moments
+from fishleg.parameters import Partition
+
+
+class LayerHessian(AbstractOnePassEstimator):
+    """Q = I_rows (x) (H + mu I)^-1 with H = E[sum_t x_t x_t^T] of a layer's inputs x_t.
+
+    1/2 d H d^T is what a move d of one row changes the layer's outputs by, squared, halved, summed
+    over the T positions and averaged over the samples. So H, up to the factor 2 of OBC (arXiv
+    2208.11580) and SparseGPT (arXiv 2301.00774), is the curvature of each row alike: the
+    one of `KFAC` with Gamma = I. The inputs of a convolution are its patches, those of a bias are
+    ones. No label enters. mu = damping + relative_damping mean(diag H); SparseGPT takes one percent
+    of the mean. Saliencies are output errors, whose units differ from layer to layer; to compare
+    them in one layer only, select with the distribution `uniform`.
+
+    `refine` takes the inputs afresh, which the pruning has changed, for the full H.
+
+    Groups that are no layer's weight have no inputs: H = 0, and Q = I / damping. That only passes
+    them by; a prunable group of that kind is refused.
+
+    Time: a pass of the layers' signals, 2 N T h c^2 FLOPs a layer of T positions, and O(h c^3).
+    Memory: s h c^2 bytes a layer, s r c for another group; while fitting 8 h c^2 of float64 sums in
+    their place, and 32 h c^2 for the largest.
+
+    Args:
+        partition: the groups.
+        damping: gamma > 0, in units of H.
+        relative_damping: >= 0, in units of the mean of H's diagonal.
+        memory_limit: see `AbstractEstimator`.
+
+    Raises:
+        ValueError: `relative_damping` is negative.
+    """
+
+    name = "layer"
+    remedy = "the method diagonal or obs"
+    restricts = False
+    options = ("relative_damping",)
+
+    def __init__(
+        self,
+        partition: Partition,
+        *,
+        damping: float,
+        relative_damping: float = 0.01,
+        memory_limit: int | None = None,
+    ):
+        super().__init__(partition, damping=damping, memory_limit=memory_limit)
+        if not relative_damping >= 0:
+            raise ValueError(f"relative_damping: expected at least 0, got {relative_damping}.")
+        self.relative_damping = relative_damping
+
+    def _estimate(
+        self, source: GradientSource, masks: Mapping[str, Tensor] | None, progress: Progress
+    ) -> dict[str, AbstractBlock]:
+        for group in self.partition.prunable:
+            if source.heads(group.name) is None:
+                raise FishLegError(
+                    f"{group.name}: expected the weight of one linear or convolution layer, called "
+                    "once; a layer's Hessian is known of these only. Leave it dense by `keep=` of "
+                    "partition_parameters, or choose another method."
+                )
+        moments = input_moments(source, self.partition.names, progress)
+        blocks: dict[str, AbstractBlock] = {}
+        for group in self.partition.groups:
+            hessian = moments.pop(group.name, None)
+            if hessian is None:
+                weight = source.model.get_parameter(group.weight)
+                ones = torch.ones(group.shape, dtype=weight.dtype, device=weight.device)
+                block: AbstractBlock = DiagonalBlock(ones / self.damping)
+            else:
+                mean = float(hessian.diagonal(dim1=1, dim2=2).mean())
+                mu = self.damping + self.relative_damping * mean
+                block = SharedBlock(invert_damped(hessian, mu), group.shape)
+            blocks[group.name] = self._cast(source, group.name, block)
+        return blocks
+
+    def footprint(self, source: GradientSource, name: str) -> Footprint:
+        """Return what fitting group `name` needs; see the class."""
+        group, bytes_each = self.partition[name], source.element_size(name)
+        heads = source.heads(name)
+        if heads is None:
+            return Footprint(held=bytes_each * group.size, sums=0, work=0)
+        numbers = heads * group.columns**2
+        return Footprint(held=bytes_each * numbers, sums=8 * numbers, work=32 * numbers)

@@ -1,0 +1,189 @@
+"""Greedy removal, against a search through all choices on rows of a few weights, in float64."""
+
+import pytest
+import torch
+
+from fishleg.calibration import Calibration
+from fishleg.errors import FishLegError, NotPositiveDefinite, UnknownName
+from fishleg.estimators import KFAC, DiagonalFisher, LayerHessian
+from fishleg.pruning import dense_masks, greedy_saliency, prune_once, removal_count
+from fishleg.pruning.layerwise import GreedyRemoval
+from tests.fishleg.networks import source_of
+from tests.reference import constrained_minimiser, random_spd
+
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+ROWS, COLUMNS = 3, 6
+
+
+def loss(hessian: torch.Tensor, weights: torch.Tensor, removed: list[int]) -> float:
+    """The least 1/2 d^T H d of any d that removes the weights `removed` of one row."""
+    gone = torch.zeros(len(weights), dtype=torch.bool)
+    gone[removed] = True
+    move = constrained_minimiser(hessian, weights, gone)
+    return float(0.5 * move @ hessian @ move)
+
+
+@pytest.fixture
+def rows() -> tuple[torch.Tensor, torch.Tensor]:
+    weights = torch.randn(
+        ROWS, COLUMNS, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
+    return random_spd(COLUMNS, seed=3), weights
+
+
+def removal_of(hessian: torch.Tensor, weights: torch.Tensor) -> GreedyRemoval:
+    return GreedyRemoval(weights, torch.linalg.inv(hessian).repeat(len(weights), 1, 1))
+
+
+def test_each_removal_is_the_one_of_least_loss(rows):
+    hessian, weights = rows
+    removal = removal_of(hessian, weights)
+    gone: list[list[int]] = [[] for _ in range(ROWS)]
+    before = [0.0] * ROWS
+    for _ in range(COLUMNS):
+        waiting = removal.weights != 0
+        costs = removal.costs().masked_fill(~waiting, torch.inf)
+        for row in range(ROWS):
+            tried = {
+                one: loss(hessian, weights[row], [*gone[row], one]) - before[row]
+                for one in range(COLUMNS)
+                if one not in gone[row]
+            }
+            for one, increase in tried.items():
+                assert float(costs[row, one]) == pytest.approx(increase, rel=1e-9)
+            assert int(costs[row].argmin()) == min(tried, key=tried.get)
+            gone[row].append(int(costs[row].argmin()))
+            before[row] += tried[gone[row][-1]]
+        removal.remove(costs.argmin(dim=1))
+        for row in range(ROWS):
+            mask = torch.zeros(COLUMNS, dtype=torch.bool)
+            mask[gone[row]] = True
+            move = constrained_minimiser(hessian, weights[row], mask)
+            torch.testing.assert_close(removal.weights[row], weights[row] + move, **EXACT)
+
+
+def test_costs_rise_along_each_rows_order(rows):
+    hessian, weights = rows
+    every = torch.ones(ROWS, COLUMNS, dtype=torch.bool)
+    found = removal_of(hessian, weights).run(every, every[0])
+    for row in range(ROWS):
+        gone: list[int] = []
+        largest = 0.0
+        for position in found[row].argsort().tolist():
+            increase = loss(hessian, weights[row], [*gone, position]) - loss(
+                hessian, weights[row], gone
+            )
+            largest = max(largest, increase)
+            assert float(found[row, position]) == pytest.approx(largest, rel=1e-9)
+            gone.append(position)
+        assert (found[row].sort().values.diff() > 0).all()
+
+
+def test_what_is_gone_already_leaves_first_and_what_must_stay_stays(rows):
+    hessian, weights = rows
+    kept = torch.ones(ROWS, COLUMNS, dtype=torch.bool)
+    kept[:, 1] = kept[0, 2] = False
+    weights = weights * kept
+    removable = torch.arange(COLUMNS) < COLUMNS - 1
+    removal = removal_of(hessian, weights)
+    found = removal.run(kept, removable)
+    assert (found[~kept] == 0).all()
+    assert (found[:, -1] == 0).all()
+    assert (found[kept][..., None] >= 0).all()
+    row = removal_of(hessian, weights[:1])
+    for one in (1, 2):
+        row.remove(torch.tensor([one]))
+    survivors = [0, 3, 4, 5]
+    expected = torch.linalg.inv(hessian[survivors][:, survivors])
+    torch.testing.assert_close(row.inverse[0][survivors][:, survivors], expected, **EXACT)
+    first = min((0, 3, 4), key=lambda one: float(row.costs()[0, one]))
+    assert float(found[0, first]) == pytest.approx(float(row.costs()[0, first]))
+    assert float(removal.weights[:, :-1].abs().max()) == 0.0
+    assert (removal.weights[:, -1] != 0).all()
+
+
+def test_an_exhausted_inverse_is_an_error():
+    removal = GreedyRemoval(torch.ones(1, 2), torch.tensor([[[1.0, 1.0], [1.0, 1.0]]]))
+    with pytest.raises(NotPositiveDefinite, match="rounding"):
+        removal.run(torch.ones(1, 2, dtype=torch.bool), torch.ones(2, dtype=torch.bool))
+
+
+# ------------------------------------------------------------------------------- the surgeon
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(2, 4, 2, groups=2), torch.nn.Flatten(), torch.nn.Linear(16, 3)
+    ).double()
+    inputs = torch.randn(40, 2, 3, 3, dtype=torch.float64)
+    return model, source_of(model, Calibration(inputs=inputs))
+
+
+def fitted(kind, source):
+    estimator = kind(source.partition, damping=0.01)
+    estimator.fit(source)
+    return estimator
+
+
+@pytest.mark.parametrize("distribution", ["global", "uniform"])
+def test_the_surgeon_takes_the_greedy_order(network, distribution):
+    model, source = network
+    estimator = fitted(LayerHessian, source)
+    weights = source.partition.gather(
+        {name: value.detach().clone() for name, value in model.named_parameters()}
+    )
+    masks = dense_masks(source.partition)
+    order = greedy_saliency(estimator, weights, masks)
+    one_by_one = greedy_saliency(estimator, weights, masks, memory_bytes=1)
+    report = prune_once(
+        model,
+        estimator,
+        sparsity=0.6,
+        selection="greedy",
+        distribution=distribution,
+        tolerance=1e-12,
+    )
+    assert report.removed == removal_count(report.prunable, 0.6)
+    after = source.partition.gather(dict(model.named_parameters()))
+    for name, matrix in weights.items():
+        torch.testing.assert_close(one_by_one[name], order[name], **EXACT)
+        block = estimator.block(name)
+        for row, mask in enumerate(report.masks[name]):
+            hessian = torch.linalg.inv(block.of_rows(torch.tensor([row]))[0])
+            move = constrained_minimiser(hessian, matrix[row], ~mask)
+            torch.testing.assert_close(after[name][row], matrix[row] + move, rtol=0, atol=1e-9)
+            if not mask.all():  # what goes is the beginning of the row's order
+                assert order[name][row][~mask].max() < order[name][row][mask].min()
+
+
+def test_the_greedy_choice_costs_less_than_the_weights_own(network):
+    model, source = network
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    estimator = fitted(LayerHessian, source)
+    found = {}
+    for selection in ("single", "greedy"):
+        model.load_state_dict(start)
+        options = {"selection": selection, "sparsity": 0.6, "tolerance": 1e-10}
+        found[selection] = prune_once(model, estimator, **options).predicted
+    assert found["greedy"] < found["single"]
+
+
+def test_without_coupling_the_greedy_order_is_the_single_one(network):
+    model, source = network
+    estimator = fitted(DiagonalFisher, source)
+    reports = [
+        prune_once(model, estimator, sparsity=0.5, selection=selection, compensation="none")
+        for selection in ("greedy", "single")
+    ]
+    for name, mask in reports[0].masks.items():
+        assert torch.equal(mask, reports[1].masks[name])
+
+
+def test_blocks_that_couple_rows_are_refused(network):
+    model, source = network
+    with pytest.raises(FishLegError, match="EigenBlock couples the rows"):
+        prune_once(model, fitted(KFAC, source), sparsity=0.5, selection="greedy")
+    with pytest.raises(UnknownName, match="selection"):
+        prune_once(model, fitted(LayerHessian, source), sparsity=0.5, selection="gready")
