@@ -41,6 +41,11 @@ class AbstractBlock(ABC):
         """Return the block of `shape` that `tensors()` described."""
         return cls(**tensors)  # a block's constructor takes its tensors by name
 
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """Return the part of Q within each row of `rows` (n), (n, columns, columns)."""
+        index = torch.arange(self.shape[1], device=rows.device)
+        return self.submatrix(rows.unsqueeze(1) * self.shape[1] + index)
+
     def trace(self) -> Tensor:
         """Return tr Q, a scalar tensor."""
         return self.diagonal().sum()

@@ -70,6 +70,17 @@ class EigenBlock(AbstractBlock):
             entries += (u.unsqueeze(-2) * u.unsqueeze(-3) * pairs).sum(-1)
         return entries
 
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """Return W diag(sum_i U_ri^2 S_i) W^T for each row r, (n, columns, columns).
+
+        Cost: 2 n columns^3 FLOPs.
+        """
+        size = self.values.shape[1]
+        head, row = rows // size, rows % size
+        squares = self.left[head, row].square().unsqueeze(1)
+        basis = self.right[head]
+        return (basis * (squares @ self.values[head])) @ basis.mT
+
     def trace(self) -> Tensor:
         """Return tr Q = sum S."""
         return self.values.sum()

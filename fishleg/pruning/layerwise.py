@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fishleg.blocks import AbstractBlock, DiagonalBlock, SharedBlock
-from fishleg.errors import FishLegError, NotPositiveDefinite
+from fishleg.blocks import AbstractBlock, DiagonalBlock
+from fishleg.errors import NotPositiveDefinite
 from fishleg.estimators.base import AbstractEstimator
 
 _MEMORY_BYTES = 256 << 20  # of inverses that are updated together
@@ -22,34 +22,38 @@ def greedy_saliency(
 ) -> dict[str, Tensor]:
     """Return what each weight costs when its turn comes, in place of what it costs alone.
 
-    Each row of a layer loses its weights one by one, always the one that costs least then. With C
-    the inverse Hessian restricted to the row's remaining weights, removing p costs
-    w_p^2 / (2 C_pp), and (OBC, arXiv 2208.11580, lemma 1)
+    Each row of a layer loses its weights one by one, always the one that costs least then, while
+    no other row loses any. With C the row's own part of Q, conditioned on what the row has lost,
+    removing p costs w_p^2 / (2 C_pp), and (OBC, arXiv 2208.11580, lemma 1)
 
         w <- w - C_:p w_p / C_pp,     C <- C - C_:p C_p: / C_pp.
 
+    Two weights that stand in for one another are cheap alone and dear together, and only an order
+    tells: the sum of a row's costs is exactly what 1/2 d^T Q^-1 d says of removing them all, the
+    whole group adjusting. What other rows lose meanwhile is left out of it; where rows know nothing
+    of each other (`LayerHessian`) nothing is left out, and this is OBC.
+
     A row's k-th cost counts as the largest of its first k costs, and a rounding unit more than its
-    (k-1)-th, so that a threshold over all rows takes from each row a beginning of its order: as in
-    OBC, where the row whose next removal costs least is always the next. `select` is that
-    threshold. The survivors' weights are those of `joint` compensation, exactly: both minimise the
-    same quadratic on the same survivors.
+    (k-1)-th, so that a threshold over all rows takes from each row a beginning of its order: the
+    row whose next removal costs least is always the next. `select` is that threshold.
 
     Args:
-        estimator: fitted, its prunable blocks the same for all rows or diagonal (`LayerHessian`,
-            `DiagonalFisher`, `Identity`): blocks in which rows know nothing of each other.
+        estimator: a fitted estimate of Q.
         weights: group name -> (rows, columns), of prunable groups, at the estimate's own point.
-        masks: group name -> bool (rows, columns), the survivors so far; what is removed already
-            leaves first.
+        masks: group name -> bool (rows, columns), the survivors so far. What is removed already
+            leaves first where Q covers it, since its zeros are constraints, and is passed over
+            where Q was fitted on the survivors.
         memory_bytes: of the inverses that are updated at once, beside one row's.
 
     Returns:
         Group name -> float64 (rows, columns): 0 for what was removed already, inf in the bias
         column.
 
-    Errors are a FishLegError where a block couples the rows, and those of `GreedyRemoval.run`.
+    Errors are those of `GreedyRemoval.run`.
 
-    Time: 2 r c^3 FLOPs a group, in c dependent steps of 2 r c^2. Memory: s c^2 bytes for each row
-    that is updated, up to `memory_bytes`.
+    Time: 2 r s^3 FLOPs a group, s the most weights in a row's support, in s dependent steps of
+    2 r s^2, and what `of_rows` takes. Memory: s^2 numbers for each row that is updated, up to
+    `memory_bytes`.
     """
     out = {}
     for name, matrix in weights.items():
@@ -61,35 +65,40 @@ def greedy_saliency(
             cost = matrix.double().square() / (2 * block.diagonal())
             cost.masked_fill_(~kept, 0.0)
         else:
-            cost = _by_rows(name, block, matrix, kept, removable, memory_bytes)
+            full = torch.ones_like(kept)
+            support = (estimator.masks or {}).get(name, full).to(matrix.device)
+            cost = _by_rows(block, matrix, kept, support, removable, memory_bytes)
         out[name] = cost.masked_fill(~removable, torch.inf)
     return out
 
 
 def _by_rows(
-    name: str,
     block: AbstractBlock,
     weights: Tensor,
     kept: Tensor,
+    support: Tensor,
     removable: Tensor,
     memory_bytes: int,
 ) -> Tensor:
-    """Return the costs of one group, as many rows at once as fit the memory.
-
-    Raises:
-        FishLegError: the block couples the rows.
-    """
-    if not isinstance(block, SharedBlock):
-        raise FishLegError(
-            f"{name}: greedy removal works row by row, but a {type(block).__name__} couples the "
-            "rows; expected the method layer, diagonal or magnitude, or the selection 'single'."
-        )
+    """Return the costs of one group, as many rows at once as fit the memory."""
+    costs = torch.zeros(weights.shape, dtype=torch.float64, device=weights.device)
     at_once = max(1, memory_bytes // (weights.shape[1] ** 2 * weights.element_size()))
-    costs = []
     for rows in torch.arange(len(weights), device=weights.device).split(at_once):
-        removal = GreedyRemoval(weights[rows], block.of_rows(rows))
-        costs.append(removal.run(kept[rows], removable))
-    return torch.cat(costs)
+        # the support moves to the front of each row, and the rest is cut off
+        width = int(support[rows].sum(1).max())
+        order = support[rows].to(torch.int8).sort(dim=1, descending=True, stable=True).indices
+        order = order[:, :width]
+        inside = support[rows].gather(1, order)
+        inverse = block.of_rows(rows)
+        inverse = inverse[
+            torch.arange(len(rows), device=rows.device)[:, None, None],
+            order.unsqueeze(2),
+            order.unsqueeze(1),
+        ]
+        removal = GreedyRemoval(weights[rows].gather(1, order), inverse)
+        found = removal.run(kept[rows].gather(1, order), inside & removable[order])
+        costs[rows] = costs[rows].scatter(1, order, found)
+    return costs
 
 
 class GreedyRemoval:
@@ -113,24 +122,27 @@ class GreedyRemoval:
         """Return w_p^2 / (2 C_pp) for each weight, (n, columns); not a number for the removed."""
         return self.weights.square() / (2 * self.inverse.diagonal(dim1=1, dim2=2))
 
-    def remove(self, chosen: Tensor) -> None:
-        """Remove weight `chosen` (n) of each row. Cost 2 n columns^2 FLOPs."""
-        column = self.inverse[self._rows, :, chosen]
-        pivot = column[self._rows, chosen].unsqueeze(1)
-        step = column / pivot
-        self.weights -= step * self.weights[self._rows, chosen].unsqueeze(1)
-        self.inverse.baddbmm_(column.unsqueeze(2), step.unsqueeze(1), alpha=-1)
+    def remove(self, chosen: Tensor, rows: Tensor | None = None) -> None:
+        """Remove weight `chosen` (m) of each of `rows` (m), or of all; 2 m columns^2 FLOPs."""
+        rows = self._rows if rows is None else rows
+        column = self.inverse[rows, :, chosen]
+        step = column / self.inverse[rows, chosen, chosen].unsqueeze(1)
+        self.weights[rows] -= step * self.weights[rows, chosen].unsqueeze(1)
+        if len(rows) == len(self._rows):
+            self.inverse.baddbmm_(column.unsqueeze(2), step.unsqueeze(1), alpha=-1)
+        else:
+            self.inverse[rows] -= column.unsqueeze(2) * step.unsqueeze(1)
         # rounding leaves a little there, which would come back through later steps
-        self.weights[self._rows, chosen] = 0.0
-        self.inverse[self._rows, :, chosen] = 0.0
-        self.inverse[self._rows, chosen] = 0.0
+        self.weights[rows, chosen] = 0.0
+        self.inverse[rows, :, chosen] = 0.0
+        self.inverse[rows, chosen] = 0.0
 
     def run(self, kept: Tensor, removable: Tensor) -> Tensor:
         """Remove all that is removable, and return each weight's cost, rising in a row's order.
 
         Args:
             kept: bool (n, columns); what is not kept leaves first, at no cost.
-            removable: bool (columns).
+            removable: bool (n, columns).
 
         Returns:
             float64 (n, columns), 0 for what is not kept or not removable.
@@ -139,21 +151,23 @@ class GreedyRemoval:
             NotPositiveDefinite: a C_pp is not positive.
         """
         out = torch.zeros(self.weights.shape, dtype=torch.float64, device=self.weights.device)
-        waiting = removable.expand_as(kept).clone()
+        waiting = removable.clone()
         reached = out.new_zeros(len(out))
         broken = torch.zeros((), dtype=torch.bool, device=out.device)
         above = torch.full_like(reached, torch.inf)
-        for _ in range(int(removable.sum())):
+        counts = removable.sum(1)
+        for step in range(int(counts.max())):
             pivots = self.inverse.diagonal(dim1=1, dim2=2)
             broken |= (waiting & ~(pivots > 0)).any()
             costs = self.costs().masked_fill(~kept, -1.0).masked_fill(~waiting, torch.inf)
-            chosen = costs.argmin(dim=1)
-            cost = costs[self._rows, chosen].double()
-            risen = torch.maximum(cost, torch.nextafter(reached, above))
-            reached = torch.where(cost < 0, reached, risen)
-            out[self._rows, chosen] = reached
-            waiting[self._rows, chosen] = False
-            self.remove(chosen)
+            rows = (counts > step).nonzero().flatten()
+            chosen = costs[rows].argmin(dim=1)
+            cost = costs[rows, chosen].double()
+            risen = torch.maximum(cost, torch.nextafter(reached[rows], above[rows]))
+            reached[rows] = torch.where(cost < 0, reached[rows], risen)
+            out[rows, chosen] = reached[rows]
+            waiting[rows, chosen] = False
+            self.remove(chosen, rows)
         if broken:
             raise NotPositiveDefinite(
                 "greedy removal: expected positive C_pp throughout, but rounding has used up the "

@@ -71,7 +71,7 @@ def prune_once(
         masks: group name -> bool (rows, columns), the survivors before it; None is the estimate's
             own support (for a Q of the full Fisher: everything).
         selection: by what a weight costs: "single", removed alone, or "greedy", after the others
-            of its row that cost less; see `greedy_saliency`, which says for which estimates.
+            of its row that cost less; see `greedy_saliency`.
         distribution: "global" or "uniform"; see `select`.
         compensation: "none", "independent", "joint" or "fisher"; see `compensate`.
         source: for "fisher": gradients of `model` on calibration data.

@@ -175,6 +175,16 @@ def test_submatrix(case):
         close(block.submatrix(index), expected[index[..., :, None], index[..., None, :]])
 
 
+def test_rows(case):
+    block, dense = case
+    rows = torch.tensor([block.shape[0] - 1, 0])
+    columns = torch.arange(block.shape[1])
+    expected = torch.stack(
+        [dense[index][:, index] for index in rows.unsqueeze(1) * block.shape[1] + columns]
+    )
+    torch.testing.assert_close(block.of_rows(rows), expected, **TOLERANCE[expected.dtype])
+
+
 def test_nothing_passed_in_is_modified(case):
     block, expected = case
     v = torch.randn(*block.shape, dtype=expected.dtype)

@@ -1,11 +1,13 @@
 """Greedy removal, against a search through all choices on rows of a few weights, in float64."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from fishleg.calibration import Calibration
-from fishleg.errors import FishLegError, NotPositiveDefinite, UnknownName
-from fishleg.estimators import KFAC, DiagonalFisher, LayerHessian
+from fishleg.errors import NotPositiveDefinite, UnknownName
+from fishleg.estimators import KFAC, DiagonalFisher, FishLeg, LayerHessian
 from fishleg.pruning import dense_masks, greedy_saliency, prune_once, removal_count
 from fishleg.pruning.layerwise import GreedyRemoval
 from tests.fishleg.networks import source_of
@@ -15,7 +17,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-10}
 ROWS, COLUMNS = 3, 6
 
 
-def loss(hessian: torch.Tensor, weights: torch.Tensor, removed: list[int]) -> float:
+def loss(hessian: torch.Tensor, weights: torch.Tensor, removed: list[int] | torch.Tensor) -> float:
     """The least 1/2 d^T H d of any d that removes the weights `removed` of one row."""
     gone = torch.zeros(len(weights), dtype=torch.bool)
     gone[removed] = True
@@ -65,7 +67,7 @@ def test_each_removal_is_the_one_of_least_loss(rows):
 def test_costs_rise_along_each_rows_order(rows):
     hessian, weights = rows
     every = torch.ones(ROWS, COLUMNS, dtype=torch.bool)
-    found = removal_of(hessian, weights).run(every, every[0])
+    found = removal_of(hessian, weights).run(every, every)
     for row in range(ROWS):
         gone: list[int] = []
         largest = 0.0
@@ -86,7 +88,7 @@ def test_what_is_gone_already_leaves_first_and_what_must_stay_stays(rows):
     weights = weights * kept
     removable = torch.arange(COLUMNS) < COLUMNS - 1
     removal = removal_of(hessian, weights)
-    found = removal.run(kept, removable)
+    found = removal.run(kept, removable.expand(ROWS, COLUMNS))
     assert (found[~kept] == 0).all()
     assert (found[:, -1] == 0).all()
     assert (found[kept][..., None] >= 0).all()
@@ -105,7 +107,7 @@ def test_what_is_gone_already_leaves_first_and_what_must_stay_stays(rows):
 def test_an_exhausted_inverse_is_an_error():
     removal = GreedyRemoval(torch.ones(1, 2), torch.tensor([[[1.0, 1.0], [1.0, 1.0]]]))
     with pytest.raises(NotPositiveDefinite, match="rounding"):
-        removal.run(torch.ones(1, 2, dtype=torch.bool), torch.ones(2, dtype=torch.bool))
+        removal.run(*torch.ones(2, 1, 2, dtype=torch.bool))
 
 
 # ------------------------------------------------------------------------------- the surgeon
@@ -181,9 +183,38 @@ def test_without_coupling_the_greedy_order_is_the_single_one(network):
         assert torch.equal(mask, reports[1].masks[name])
 
 
-def test_blocks_that_couple_rows_are_refused(network):
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_that_q_couples_lose_their_weights_as_if_the_others_lost_none(network, masked):
     model, source = network
-    with pytest.raises(FishLegError, match="EigenBlock couples the rows"):
-        prune_once(model, fitted(KFAC, source), sparsity=0.5, selection="greedy")
+    kind = partial(FishLeg, structure="full") if masked else KFAC
+    estimator = fitted(kind, source)
+    masks = dense_masks(source.partition)
+    if masked:
+        masks["2"][0, 3:8] = masks["2"][2, 1] = False
+        with torch.no_grad():
+            model[2].weight.mul_(masks["2"][:, :-1])
+        estimator.refine(source, masks)
+    weights = source.partition.gather(
+        {name: value.detach().clone() for name, value in model.named_parameters()}
+    )
+    found = greedy_saliency(estimator, weights, masks, memory_bytes=2 * 17 * 17 * 8)["2"]
+    matrix, kept = weights["2"], masks["2"].flatten()
+    inverse = estimator.block("2").dense()[kept][:, kept]
+    for row in range(3):
+        here = torch.zeros_like(matrix, dtype=torch.bool)
+        here[row, :-1] = masks["2"][row, :-1]
+        order = found.masked_fill(~here, torch.inf).flatten().argsort()[: int(here.sum())]
+        gone = torch.zeros_like(kept)
+        largest = before = 0.0
+        for position in order.tolist():
+            gone[position] = True
+            total = loss(torch.linalg.inv(inverse), matrix.flatten()[kept], gone[kept])
+            largest, before = max(largest, total - before), total
+            assert float(found.flatten()[position]) == pytest.approx(largest, rel=1e-7)
+    assert (found[:, :-1][~masks["2"][:, :-1]] == 0).all()
+
+
+def test_an_unknown_selection_is_named(network):
+    model, source = network
     with pytest.raises(UnknownName, match="selection"):
         prune_once(model, fitted(LayerHessian, source), sparsity=0.5, selection="gready")
