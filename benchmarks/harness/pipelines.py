@@ -27,7 +27,13 @@ from pipeline.store import Store
 from pipeline.tracking import TrackerName
 
 
-def run_pipeline(benchmark: Benchmark, results: Path, only: str | None, console: Console) -> int:
+def run_pipeline(
+    benchmark: Benchmark,
+    results: Path,
+    only: str | None,
+    console: Console,
+    stop_after_s: float | None = None,
+) -> int:
     """Run a pipeline, as `fls run` does, and keep what has been evaluated, finished or not.
 
     Returns:
@@ -47,7 +53,7 @@ def run_pipeline(benchmark: Benchmark, results: Path, only: str | None, console:
         tracking=TrackerName.JSONL,
     )
     try:
-        return start_run(spec, options, Selection(until=until), console)
+        return start_run(spec, options, Selection(until=until), console, stop_after_s)
     finally:
         keep_results(spec, benchmark.name, results)
 

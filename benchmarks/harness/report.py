@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from benchmarks.harness.documents import Document, read_cells
 from benchmarks.harness.suite import BENCHMARKS, Benchmark, list_benchmarks, load_script
@@ -121,7 +122,8 @@ def _comparison(benchmark: Benchmark) -> tuple[str, list[tuple[str, dict[float, 
     """
     text = benchmark.path.read_text(encoding="utf-8")
     stages = yaml_loader.load(text, str(benchmark.path)).value["stages"].values()
-    params = next((one.get("params", {}) for one in stages if one["uses"] == "compare"), {})
+    comparisons = [one.get("params", {}) for one in stages if one["uses"] == "compare"]
+    params: dict[str, Any] = comparisons[0] if comparisons else {}
     rows = [Published.model_validate(row) for row in params.get("published", [])]
     values = [(row.method, dict(zip(row.sparsity, row.accuracy, strict=True))) for row in rows]
     return params.get("title", benchmark.name), values
