@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,24 +14,23 @@ _DENSE = {"pretrain", "import_checkpoint"}
 
 @dataclass(frozen=True)
 class Step:
-    """A cell on a model's path, and how many of its seconds went into that model."""
+    """A cell on a model's path, and how much of its cost went into that model.
+
+    Attributes:
+        manifest: the cell's.
+        cost: `seconds`, `cpu_seconds`, `peak_bytes` and, on a GPU, `gpu_peak_bytes`.
+    """
 
     manifest: Manifest
-    seconds: float
-
-    @property
-    def cpu_seconds(self) -> float:
-        """Processor seconds, in proportion where only a part of the cell's time counts."""
-        facts = self.manifest.facts
-        return facts["cpu_seconds"] * self.seconds / max(facts["seconds"], 1e-3)
+    cost: Mapping[str, float]
 
 
 def path_to(store: Store, key: str) -> list[Step]:
     """Return the cells from the dense model (exclusive) to a model (inclusive), each once.
 
     Of the candidates of `select` only the chosen one's path counts, and of the several-step pruning
-    behind `pick` only the time up to the chosen step, over all attempts at it. These two stages
-    copy a model, and are not on the path themselves.
+    behind `pick` only the time up to the chosen step, with processor time in proportion. These two
+    stages copy a model, and are not on the path themselves.
 
     Args:
         store: where the manifests are.
@@ -52,19 +51,42 @@ def path_to(store: Store, key: str) -> list[Step]:
         elif manifest.ingredients["stage"] == "pick":
             ahead.append((inputs["steps"][0], _model_facts(store, key)["picked"]["seconds"]))
         else:
-            found[key] = Step(manifest, manifest.facts["seconds"] if seconds is None else seconds)
+            found[key] = Step(manifest, _cost(store, manifest, seconds))
             ahead += [(one, None) for upstream in inputs.values() for one in upstream]
     return list(found.values())
 
 
+def _cost(store: Store, manifest: Manifest, seconds: float | None) -> dict[str, float]:
+    """Return what a cell cost; with `seconds` given, so many of its seconds.
+
+    Of earlier attempts, which were cut off, the work up to their last checkpoint counts: what came
+    after it was done again.
+    """
+    attempts = [number for number in store.attempts(manifest.key) if number < manifest.attempt]
+    parts: list[Mapping[str, float]] = [manifest.facts]
+    for number in attempts:
+        events = store.read_events(manifest.key, number)[0]
+        parts += [event for event in events if event["type"] == "checkpoint"][-1:]
+    cost = _added(parts)
+    if seconds is not None:
+        cost["cpu_seconds"] *= seconds / max(cost["seconds"], 1e-3)
+        cost["seconds"] = seconds
+    return cost
+
+
 def cost_of(path: Iterable[Step]) -> dict[str, float]:
-    """Return the sums of `seconds` and `cpu_seconds`, and the largest `peak_bytes`, of a path."""
-    steps = list(path)
-    return {
-        "seconds": round(sum(step.seconds for step in steps), 3),
-        "cpu_seconds": round(sum(step.cpu_seconds for step in steps), 3),
-        "peak_bytes": max((step.manifest.facts["peak_bytes"] for step in steps), default=0),
+    """Return what a path cost: sums of the seconds, and the largest memory."""
+    return _added([step.cost for step in path])
+
+
+def _added(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    added: dict[str, float] = {
+        name: round(sum(cost[name] for cost in costs), 3) for name in ("seconds", "cpu_seconds")
     }
+    added["peak_bytes"] = max((cost["peak_bytes"] for cost in costs), default=0)
+    if any("gpu_peak_bytes" in cost for cost in costs):
+        added["gpu_peak_bytes"] = max(cost.get("gpu_peak_bytes", 0) for cost in costs)
+    return added
 
 
 def findings_of(store: Store, path: Iterable[Step]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from benchmarks.harness.suite import BENCHMARKS, Benchmark, list_benchmarks, loa
 from pipeline import yaml_loader
 from stages.catalogue import Published
 from stages.report.figure import draw
-from stages.report.summary import PUBLISHED, Lines, Point, Summary, summarise
+from stages.report.summary import PUBLISHED, Lines, Point, summarise
 
 RESULTS = BENCHMARKS / "results"
 REPORT = BENCHMARKS.parent / "docs" / "results.md"
@@ -21,8 +22,9 @@ Made by `make results` from the documents in `benchmarks/results`; `make benchma
 not finished. Each document names the environment that it was made in."""
 _LEGEND = (
     "Accuracy on the test images in percent, mean ± half the range over seeds, the best of a "
-    "column bold; in brackets the processor seconds and the peak of resident memory that it took "
-    "to make the model from the dense one. Columns are the fractions of weights removed."
+    "column bold; in brackets the processor seconds (by the clock on a GPU) and the peak of "
+    "resident memory that it took to make the model from the dense one. Columns are the "
+    "fractions of weights removed."
 )
 
 _CERTIFICATE = {
@@ -73,15 +75,16 @@ def _pipeline_section(
     accuracy = summarise(rows, published=published)
     figure = figures / f"{benchmark.name}.png"
     draw(accuracy, title, figure)
-    seconds, memory = (
-        summarise([{**row, "accuracy": row[column]} for row in rows])
-        for column in ("cpu_seconds", "peak_bytes")
+    seconds, memory, gpu_memory = (
+        summarise([{**row, "accuracy": number(row)} for row in rows]).sections
+        for number in (_seconds, itemgetter("peak_bytes"), _gpu_bytes)
     )
     parts = [f"## {title}"]
     if accuracy.dense is not None:
         parts.append(f"Dense network: {_text(accuracy.dense)} %.")
     for name, lines in accuracy.sections.items():
-        parts += [f"### {name}", _table(lines, _lines(seconds, name), _lines(memory, name))]
+        costs = [columns.get(name, {}) for columns in (seconds, memory, gpu_memory)]
+        parts += [f"### {name}", _table(lines, *costs)]
     parts += [_LEGEND, *_certificates(rows), f"![{title}]({figures.name}/{figure.name})"]
     return "\n\n".join(parts)
 
@@ -129,11 +132,16 @@ def _comparison(benchmark: Benchmark) -> tuple[str, list[tuple[str, dict[float, 
     return params.get("title", benchmark.name), values
 
 
-def _lines(summary: Summary, section: str) -> Lines:
-    return summary.sections.get(section, {})
+def _seconds(row: Document) -> float:
+    """Return the seconds that count: of the processors, or by the clock where a GPU computed."""
+    return row["seconds"] if "gpu_peak_bytes" in row else row["cpu_seconds"]
 
 
-def _table(accuracy: Lines, seconds: Lines, memory: Lines) -> str:
+def _gpu_bytes(row: Document) -> float:
+    return row.get("gpu_peak_bytes", 0)
+
+
+def _table(accuracy: Lines, seconds: Lines, memory: Lines, gpu_memory: Lines) -> str:
     sparsities = sorted({sparsity for points in accuracy.values() for sparsity in points})
     best = {sparsity: _best(accuracy, sparsity) for sparsity in sparsities}
     head = [f"| method | {' | '.join(f'{sparsity:g}' for sparsity in sparsities)} |"]
@@ -147,9 +155,11 @@ def _table(accuracy: Lines, seconds: Lines, memory: Lines) -> str:
             text = _text(points[sparsity])
             text = f"**{text}**" if method == best[sparsity] else text
             if not method.endswith(PUBLISHED):
-                cpu_s = seconds[method][sparsity].mean
+                took_s = seconds[method][sparsity].mean
                 peak = max(memory[method][sparsity].accuracies)
-                text += f" ({cpu_s:.0f} s, {peak / 1e6:.0f} MB)"
+                gpu_peak = max(gpu_memory[method][sparsity].accuracies)
+                on_gpu = f" + {gpu_peak / 1e6:.0f} on the GPU" if gpu_peak else ""
+                text += f" ({took_s:.0f} s, {peak / 1e6:.0f} MB{on_gpu})"
             cells.append(text)
         name = f"*{method}*" if method.endswith(PUBLISHED) else method
         head.append(f"| {name} | {' | '.join(cells)} |")

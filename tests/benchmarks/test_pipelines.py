@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks.harness.documents import read_cells, write_document
+from benchmarks.harness.lineage import cost_of, path_to
 from benchmarks.harness.pipelines import run_pipeline
 from benchmarks.harness.report import write_report
 from benchmarks.harness.suite import Benchmark
@@ -153,3 +154,22 @@ def test_structures_of_one_method_are_rows_of_their_own(ran: Path, tmp_path: Pat
     text = (tmp_path / "results.md").read_text()
     assert "| fishleg (eigen) |" in text
     assert "| fishleg (kronecker) |" in text
+
+
+def test_the_work_behind_a_checkpoint_counts_and_what_was_lost_does_not(tmp_path: Path) -> None:
+    store, key = Store(str(tmp_path)), "a" * 64
+    cut_off, last = store.begin_attempt(key), store.begin_attempt(key)
+    early = {"type": "checkpoint", "seconds": 1.0, "cpu_seconds": 2.0, "peak_bytes": 900}
+    late = {**early, "seconds": 10.0, "cpu_seconds": 15.0}
+    lost = {"type": "metrics", "values": {}, "step": None}
+    (cut_off.folder / "checkpoints").mkdir()
+    cut_off.append_events([early])
+    cut_off.append_events([late, lost])
+    facts = {"seconds": 4.0, "cpu_seconds": 5.0, "peak_bytes": 700}
+    ingredients = {"stage": "finetune", "params": {}, "inputs": {}}
+    assert last.publish(ingredients, [], facts)
+    assert cost_of(path_to(store, key)) == {
+        "seconds": 14.0,
+        "cpu_seconds": 20.0,
+        "peak_bytes": 900,
+    }

@@ -74,7 +74,7 @@ def test_a_run_that_is_out_of_time_keeps_the_folder_of_the_cell_at_hand(toy: Ben
     slow = TOY.replace("raise RuntimeError", "import time; time.sleep(60)\n        raise OSError")
     toy.path.write_text(slow)
     with pytest.raises(subprocess.TimeoutExpired):
-        run_script(toy, Path("results"), "*of=3]", Console(quiet=True), 8.0)
+        run_script(toy, Path("results"), "*of=3]", Console(quiet=True), 4.0)
     toy.path.write_text(TOY)
     assert run(toy, only="*of=3]") == {}
     assert read_cells(Path("results"), "toy")["square[of=3]"]["result"]["went_on"]
