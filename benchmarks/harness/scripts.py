@@ -113,12 +113,14 @@ def _run_here(task: Mapping[str, Any]) -> None:
     module = load_script(path)
     meter = CostMeter()
     result = module.run_cell(task["params"], Path(task["folder"]))
+    cost = meter.read()
+    environment = describe_environment("cuda" if "gpu_peak_bytes" in cost else "cpu")
     document = {
         "cell": task["cell"],
         "params": task["params"],
         "result": result,
-        **meter.read(),
-        "environment": write_environment(results, describe_environment()),
+        **cost,
+        "environment": write_environment(results, environment),
     }
     write_document(cell_path(results, path.stem, task["cell"]), document)
 
