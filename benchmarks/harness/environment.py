@@ -13,7 +13,7 @@ from typing import Any
 
 
 def describe_environment(device: str) -> dict[str, Any]:
-    """Describe this process, its machine (but neither name nor paths), and `device`: cpu or cuda."""
+    """Describe this process, its machine (neither name nor paths) and the device it used."""
     return {
         "python": platform.python_version(),
         "torch": importlib.metadata.version("torch"),
