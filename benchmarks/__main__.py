@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -12,8 +16,11 @@ from rich.console import Console
 from benchmarks.harness.pipelines import run_pipeline
 from benchmarks.harness.report import RESULTS, write_report
 from benchmarks.harness.scripts import run_script
-from benchmarks.harness.suite import find_benchmark, list_benchmarks
+from benchmarks.harness.suite import Benchmark, find_benchmark, list_benchmarks
+from pipeline.cli import StopOption
 from pipeline.errors import PipelineError
+
+ALL: list[str] = []
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
@@ -27,28 +34,42 @@ def list_names() -> None:
 
 @app.command()
 def run(
-    names: Annotated[list[str], typer.Argument(help="The benchmarks; none for all.")] = [],  # noqa: B006
+    names: Annotated[list[str], typer.Argument(help="The benchmarks; none for all.")] = ALL,
     only: Annotated[
         str | None,
         typer.Option(help="Run the cells whose names fit; * stands for any text."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Where the results are kept.")] = RESULTS,
+    stop_after: StopOption = None,
 ) -> None:
     """Run the cells that are not finished, and keep each result as JSON."""
     console = Console()
-    chosen = [find_benchmark(name) for name in names] if names else list_benchmarks()
+    stop_s = math.inf if stop_after is None else time.monotonic() + stop_after
     code = 0
-    for benchmark in chosen:
+    for benchmark in [find_benchmark(name) for name in names] or list_benchmarks():
+        left_s = None if stop_after is None else max(0.0, stop_s - time.monotonic())
         if benchmark.is_pipeline:
-            code = run_pipeline(benchmark, out, only, console) or code
-            if code >= 128:  # stopped by a signal
-                break
-            continue
-        failed = run_script(benchmark, out, only, console)
-        for cell, reason in failed.items():
-            console.print(f"{benchmark.name}: {cell}: {reason}", markup=False, soft_wrap=True)
-        code = 1 if failed else code
+            ended = run_pipeline(benchmark, out, only, console, left_s)
+        else:
+            ended = _run_script(benchmark, out, only, console, left_s)
+        code = ended or code
+        if ended >= 128:  # stopped by a signal, or out of time
+            break
     sys.exit(code)
+
+
+def _run_script(
+    benchmark: Benchmark, out: Path, only: str | None, console: Console, left_s: float | None
+) -> int:
+    """Run a module's cells, say which failed, and return the exit code."""
+    try:
+        failed = run_script(benchmark, out, only, console, left_s)
+    except subprocess.TimeoutExpired:
+        console.print("Stopped. The same command goes on from here.")
+        return 128 + signal.SIGTERM
+    for cell, reason in failed.items():
+        console.print(f"{benchmark.name}: {cell}: {reason}", markup=False, soft_wrap=True)
+    return 1 if failed else 0
 
 
 @app.command()

@@ -45,6 +45,18 @@ app = typer.Typer(
 )
 
 
+def read_duration(text: str) -> float:
+    """Return a duration such as 90s, 9m or 1.5h in seconds.
+
+    Raises:
+        ValueError: it is no such text, or not above 0.
+    """
+    units = {"s": 1, "m": 60, "h": 3600}
+    if text[-1:] not in units or not (seconds := float(text[:-1]) * units[text[-1]]) > 0:
+        raise ValueError(f"{text!r} is no duration such as 90s, 9m or 2h")
+    return seconds
+
+
 class Format(StrEnum):
     """Languages that graphs are drawn in."""
 
@@ -84,6 +96,15 @@ ParallelOption = Annotated[
     int | None,
     typer.Option("--max-parallel", metavar="N", min=1, help="Most cells at the same time."),
 ]
+StopOption = Annotated[
+    float | None,
+    typer.Option(
+        "--stop-after",
+        metavar="TIME",
+        parser=read_duration,
+        help="Stop after so long (90s, 9m, 2h); a later run goes on from there.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -97,6 +118,7 @@ def _command(*examples: str, name: str | None = None) -> Callable[[Command], Com
     "fls run pipeline.yaml --executor local --tracking jsonl",
     "fls run pipeline.yaml --only 'oneshot[method=fishleg]' --set oneshot.distribution=uniform",
     "fls run pipeline.yaml --force 'pretrain[seed=0]' --max-parallel 4",
+    "fls run experiments/cifar10_resnet18.yaml --stop-after 9m",
 )
 def run(
     file: File = DEFAULT_FILE,
@@ -108,6 +130,7 @@ def run(
     force: ForceOption = NONE_GIVEN,
     set_: SetOption = NONE_GIVEN,
     max_parallel: ParallelOption = None,
+    stop_after: StopOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
 ) -> None:
     """Run a pipeline: what is in the store already is not run again."""
@@ -126,7 +149,7 @@ def run(
         tracking=tracking,
         max_parallel=max_parallel,
     )
-    sys.exit(start_run(spec, options, selection, _console()))
+    sys.exit(start_run(spec, options, selection, _console(), stop_after))
 
 
 @_command(
@@ -205,10 +228,11 @@ def status(
 def resume(
     run: Annotated[str, typer.Argument(help="A run, or 'last'.")],
     file: FileOption = DEFAULT_FILE,
+    stop_after: StopOption = None,
 ) -> None:
     """Go on with a run that was killed, stopped, or failed, as the same run in tracking."""
     store = _store(file)
-    sys.exit(resume_run(store, find_run(store, run), _console()))
+    sys.exit(resume_run(store, find_run(store, run), _console(), stop_after))
 
 
 @_command(

@@ -65,6 +65,7 @@ class Driver:
         executor: runs the cells; checked against their demands by the caller.
         tracking: records the run, which it has been told to open.
         view: shows it.
+        stop_after_s: seconds after which it stops, as if it were told to by SIGTERM, or None.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Driver:
         executor: AbstractExecutor,
         tracking: TrackingThread,
         view: LiveView,
+        stop_after_s: float | None = None,
     ):
         self._plan = plan
         self._store = store
@@ -83,6 +85,7 @@ class Driver:
         self._executor = executor
         self._tracking = tracking
         self._view = view
+        self._stop_s = None if stop_after_s is None else time.monotonic() + stop_after_s
         self._schedule = Schedule(plan)
         self._statuses = self._schedule.statuses
         self._tail = EventTail(store, record.run_id, record.tracking.cursors)
@@ -193,6 +196,9 @@ class Driver:
     # -- the loop
 
     def _step(self) -> None:
+        if self._stop_s is not None and time.monotonic() >= self._stop_s:
+            self.signal = signal.SIGTERM
+            return
         self._submit_ready()
         for name, outcome in self._executor.wait(_WAIT_S):
             self._settle(name, outcome)

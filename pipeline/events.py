@@ -8,7 +8,7 @@ flat JSON object with `type` and `time` (Unix seconds); the types, with their fu
     progress    done, total, unit
     text        text: one line of the cell's log
     record      name, params, metrics: one evaluated object
-    checkpoint  number
+    checkpoint  number; and what the attempt has cost so far, see `pipeline.cost`
     heartbeat   nothing: the stage is alive and has nothing to say
     end         status: last in every attempt that was not killed
 """

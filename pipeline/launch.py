@@ -22,8 +22,18 @@ from pipeline.tracking import RunFacts, TrackingThread, tracking_uri
 _EXIT_CODES = {RunState.DONE: 0, RunState.FAILED: 1}
 
 
-def start_run(spec: Spec, options: RunOptions, selection: Selection, console: Console) -> int:
-    """Run what is selected of a spec, if anything is to be run; return the exit code."""
+def start_run(
+    spec: Spec,
+    options: RunOptions,
+    selection: Selection,
+    console: Console,
+    stop_after_s: float | None = None,
+) -> int:
+    """Run what is selected of a spec, if anything is to be run; return the exit code.
+
+    After `stop_after_s` the run is stopped as by SIGTERM: what is finished is kept, what runs goes
+    on from its last checkpoint in a later run.
+    """
     store = Store(spec.storage)
     plan = make_plan(spec, store, selection)
     plan.require_runnable()
@@ -43,10 +53,12 @@ def start_run(spec: Spec, options: RunOptions, selection: Selection, console: Co
         options=options,
         spec_text=spec.path.read_text(encoding="utf-8"),
     )
-    return _execute(plan, store, record, console)
+    return _execute(plan, store, record, console, stop_after_s)
 
 
-def resume_run(store: Store, record: RunRecord, console: Console) -> int:
+def resume_run(
+    store: Store, record: RunRecord, console: Console, stop_after_s: float | None = None
+) -> int:
     """Go on with a run that was interrupted or stopped, or that failed; return the exit code.
 
     The spec is the one that the run began with, whatever the file says by now.
@@ -69,14 +81,16 @@ def resume_run(store: Store, record: RunRecord, console: Console) -> int:
     if record.state is RunState.DONE and record.tracked and not _to_run(plan):
         console.print(f"Nothing to do: run {record.run_id} is complete.")
         return 0
-    return _execute(plan, store, record, console)
+    return _execute(plan, store, record, console, stop_after_s)
 
 
 def _to_run(plan: Plan) -> int:
     return sum(one.state == "run" for one in plan.cells)
 
 
-def _execute(plan: Plan, store: Store, record: RunRecord, console: Console) -> int:
+def _execute(
+    plan: Plan, store: Store, record: RunRecord, console: Console, stop_after_s: float | None
+) -> int:
     options = record.options
     console.print(
         f"Run {record.run_id}: {_to_run(plan)} of {len(plan.cells)} cells to run, "
@@ -92,7 +106,8 @@ def _execute(plan: Plan, store: Store, record: RunRecord, console: Console) -> i
         plan.commit(store, record.run_id)
         record.save_request(store)
         tracking.open(_facts(plan.spec, record))
-        driver = Driver(plan, store, record, executor, tracking, LiveView(console))
+        view = LiveView(console)
+        driver = Driver(plan, store, record, executor, tracking, view, stop_after_s)
         state = driver.run()
     finally:
         executor.stop()

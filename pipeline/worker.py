@@ -27,7 +27,7 @@ from pipeline.attempt import Attempt
 from pipeline.cost import CostMeter
 from pipeline.errors import Damaged, PipelineError
 from pipeline.events import EventWriter, LineWriter
-from pipeline.stage import Artifact, Context, Params, StageError
+from pipeline.stage import Artifact, Context, EventSink, Params, StageError
 from pipeline.store import Store
 
 
@@ -126,7 +126,7 @@ def _attempt(task: Task, store: Store, attempt: Attempt, events: EventWriter) ->
         meter = CostMeter()
         with LineWriter(events.emit) as lines, redirect_stdout(lines), redirect_stderr(lines):
             stage = _load(task["entry"])
-            context = _make_context(task, store, attempt, events)
+            context = _make_context(task, store, attempt, _with_cost(events, meter))
             stage(context)
         cost = meter.read()
         events.emit({"type": "metrics", "time": time.time(), "step": None, "values": cost})
@@ -143,6 +143,18 @@ def _attempt(task: Task, store: Store, attempt: Attempt, events: EventWriter) ->
         return {"status": "failed", "error": _error(message, user=False)}
 
 
+def _with_cost(events: EventWriter, meter: CostMeter) -> EventSink:
+    """Return what takes a stage's events: a checkpoint says what the attempt has cost so far.
+
+    So the work behind a checkpoint is known when a later attempt goes on from it.
+    """
+
+    def emit(event: dict[str, Any]) -> None:
+        events.emit({**event, **meter.read()} if event["type"] == "checkpoint" else event)
+
+    return emit
+
+
 def _prepare_process(task: Task) -> None:
     """Set what must be set before the stage's module, and with it perhaps torch, is imported."""
     if os.path.isdir(task["directory"]):
@@ -152,7 +164,7 @@ def _prepare_process(task: Task) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def _make_context(task: Task, store: Store, attempt: Attempt, events: EventWriter) -> Context:
+def _make_context(task: Task, store: Store, attempt: Attempt, emit: EventSink) -> Context:
     # A warm process may have imported torch under another thread count. Torch is looked up and
     # not imported: a stage that does without it should not pay for it.
     torch = sys.modules.get("torch")
@@ -165,7 +177,7 @@ def _make_context(task: Task, store: Store, attempt: Attempt, events: EventWrite
         inputs=_fetch_inputs(task["inputs"], store),
         device=_device(task, torch),
         threads=threads_of(task),
-        emit=events.emit,
+        emit=emit,
         checkpoint_every_s=task["checkpoint_every_s"],
         cell=task["cell"],
         key=task["key"],

@@ -552,9 +552,11 @@ class SelectParams(MethodAxes):
     seed: int = Field(default=0, ge=0, description="axis: the inputs' seed")
 
 
-class EvaluateParams(Params):
+class EvaluateParams(MethodAxes):
     """Of `evaluate`."""
 
+    sparsity: float | None = Field(default=None, description="axis: the inputs' sparsity")
+    seed: int | None = Field(default=None, description="axis: the inputs' seed")
     split: Literal["test", "validation", "train"] = Field(
         default="test", description="what is measured on"
     )

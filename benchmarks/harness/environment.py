@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 
-def describe_environment() -> dict[str, Any]:
-    """Describe this process and its machine, of which neither name nor paths are told."""
+def describe_environment(device: str) -> dict[str, Any]:
+    """Describe this process, its machine (neither name nor paths) and the device it used."""
     return {
         "python": platform.python_version(),
         "torch": importlib.metadata.version("torch"),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
-        "device": "cpu",
+        "device": device,
         "commit": _commit(),
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
     }
@@ -34,11 +34,10 @@ def environment_of(facts: Mapping[str, Any], made_s: float) -> dict[str, Any]:
         made_s: when, in Unix seconds.
     """
     return {
-        **describe_environment(),
+        **describe_environment(facts["device"]),
         "python": facts["python"],
         "torch": facts["packages"].get("torch"),
         "threads": facts["threads"],
-        "device": facts["device"],
         "date": f"{datetime.fromtimestamp(made_s, UTC):%Y-%m-%d}",
     }
 

@@ -1,9 +1,10 @@
-"""What it cost to make a model from the dense one: the stages on its path, added up."""
+"""How a model was made from the dense one: the cells on its path, what they cost and found."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.store import Manifest, Store
@@ -11,58 +12,102 @@ from pipeline.store import Manifest, Store
 _DENSE = {"pretrain", "import_checkpoint"}
 
 
-def path_cost(store: Store, key: str) -> dict[str, float]:
-    """Return `seconds`, `cpu_seconds` and `peak_bytes` of making a model from the dense one.
+@dataclass(frozen=True)
+class Step:
+    """A cell on a model's path, and how much of its cost went into that model.
 
-    Seconds are sums over the cells on the path from the dense model (exclusive) to this one
-    (inclusive), each cell once; the memory is the largest of theirs. Of the candidates of `select`
-    only the chosen one's path counts, and of the several-step pruning behind `pick` only the time
-    up to the chosen step, with processor time in proportion. These two copy, and cost nothing.
+    Attributes:
+        manifest: the cell's.
+        cost: `seconds`, `cpu_seconds`, `peak_bytes` and, on a GPU, `gpu_peak_bytes`.
+    """
+
+    manifest: Manifest
+    cost: Mapping[str, float]
+
+
+def path_to(store: Store, key: str) -> list[Step]:
+    """Return the cells from the dense model (exclusive) to a model (inclusive), each once.
+
+    Of the candidates of `select` only the chosen one's path counts, and of the several-step pruning
+    behind `pick` only the time up to the chosen step, with processor time in proportion. These two
+    stages copy a model, and are not on the path themselves.
 
     Args:
         store: where the manifests are.
         key: of the model's cell.
     """
-    costs = dict(_walk(store, key, None)).values()
-    return {
-        "seconds": round(sum(cost["seconds"] for cost in costs), 3),
-        "cpu_seconds": round(sum(cost["cpu_seconds"] for cost in costs), 3),
-        "peak_bytes": max((cost["peak_bytes"] for cost in costs), default=0),
+    found: dict[str, Step] = {}
+    ahead: list[tuple[str, float | None]] = [(key, None)]
+    while ahead:
+        key, seconds = ahead.pop()
+        manifest = store.manifest(key)
+        if manifest is None or manifest.ingredients["stage"] in _DENSE:
+            continue
+        inputs: dict[str, list[str]] = manifest.ingredients["inputs"]
+        if manifest.ingredients["stage"] == "select":
+            names = manifest.ingredients["names"]["inputs"]["candidates"]
+            chosen = names.index(_model_facts(store, key)["selected"])
+            ahead.append((inputs["candidates"][chosen], None))
+        elif manifest.ingredients["stage"] == "pick":
+            ahead.append((inputs["steps"][0], _model_facts(store, key)["picked"]["seconds"]))
+        else:
+            found[key] = Step(manifest, _cost(store, manifest, seconds))
+            ahead += [(one, None) for upstream in inputs.values() for one in upstream]
+    return list(found.values())
+
+
+def _cost(store: Store, manifest: Manifest, seconds: float | None) -> dict[str, float]:
+    """Return what a cell cost; with `seconds` given, so many of its seconds.
+
+    Of earlier attempts, which were cut off, the work up to their last checkpoint counts: what came
+    after it was done again.
+    """
+    attempts = [number for number in store.attempts(manifest.key) if number < manifest.attempt]
+    parts: list[Mapping[str, float]] = [manifest.facts]
+    for number in attempts:
+        events = store.read_events(manifest.key, number)[0]
+        parts += [event for event in events if event["type"] == "checkpoint"][-1:]
+    cost = _added(parts)
+    if seconds is not None:
+        cost["cpu_seconds"] *= seconds / max(cost["seconds"], 1e-3)
+        cost["seconds"] = seconds
+    return cost
+
+
+def cost_of(path: Iterable[Step]) -> dict[str, float]:
+    """Return what a path cost: sums of the seconds, and the largest memory."""
+    return _added([step.cost for step in path])
+
+
+def _added(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    added: dict[str, float] = {
+        name: round(sum(cost[name] for cost in costs), 3) for name in ("seconds", "cpu_seconds")
     }
+    added["peak_bytes"] = max((cost["peak_bytes"] for cost in costs), default=0)
+    if any("gpu_peak_bytes" in cost for cost in costs):
+        added["gpu_peak_bytes"] = max(cost.get("gpu_peak_bytes", 0) for cost in costs)
+    return added
 
 
-def _walk(
-    store: Store, key: str, picked_s: float | None
-) -> Iterator[tuple[str, Mapping[str, float]]]:
-    """Yield (key, cost) of the cells on a path; `picked_s` is how much of the last one counts."""
-    manifest = store.manifest(key)
-    if manifest is None or manifest.ingredients["stage"] in _DENSE:
-        return
-    stage = manifest.ingredients["stage"]
-    inputs: Mapping[str, list[str]] = manifest.ingredients["inputs"]
-    if stage == "select":
-        names = manifest.ingredients["names"]["inputs"]["candidates"]
-        chosen = names.index(_facts(store, key)["selected"])
-        yield from _walk(store, inputs["candidates"][chosen], None)
-        return
-    if stage == "pick":
-        yield from _walk(store, inputs["steps"][0], _facts(store, key)["picked"]["seconds"])
-        return
-    yield key, _cost(manifest, picked_s)
-    for upstream in inputs.values():
-        for one in upstream:
-            yield from _walk(store, one, None)
+def findings_of(store: Store, path: Iterable[Step]) -> dict[str, Any]:
+    """Return what tells a model's estimate from others.
+
+    Returns:
+        `structure`, if the method was fishleg, and `certificate`: the network's numbers of
+        `fishleg.certificate.certify`, if stage `curvature` took any; else nothing.
+    """
+    found: dict[str, Any] = {}
+    for step in path:
+        params = step.manifest.ingredients["params"]
+        if params.get("method") == "fishleg" and "fishleg" in params:
+            found["structure"] = params["fishleg"]["structure"]
+        if step.manifest.ingredients["stage"] == "curvature":
+            folder = store.fetch(step.manifest.key, "curvature")
+            facts = json.loads((folder / "curvature.json").read_text(encoding="utf-8"))
+            if facts["certificate"] is not None:
+                found["certificate"] = facts["certificate"]["network"]
+    return found
 
 
-def _cost(manifest: Manifest, picked_s: float | None) -> dict[str, float]:
-    facts = manifest.facts
-    share = 1.0 if picked_s is None else picked_s / facts["seconds"]
-    return {
-        "seconds": share * facts["seconds"],
-        "cpu_seconds": share * facts["cpu_seconds"],
-        "peak_bytes": facts["peak_bytes"],
-    }
-
-
-def _facts(store: Store, key: str) -> dict[str, Any]:
+def _model_facts(store: Store, key: str) -> dict[str, Any]:
     return json.loads((store.fetch(key, "model") / "model.json").read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ from benchmarks.harness.documents import (
     write_environment,
 )
 from benchmarks.harness.environment import environment_of
-from benchmarks.harness.lineage import path_cost
+from benchmarks.harness.lineage import cost_of, findings_of, path_to
 from benchmarks.harness.suite import Benchmark, matches
 from pipeline.errors import BadInput
 from pipeline.executors import ExecutorName
@@ -27,7 +27,13 @@ from pipeline.store import Store
 from pipeline.tracking import TrackerName
 
 
-def run_pipeline(benchmark: Benchmark, results: Path, only: str | None, console: Console) -> int:
+def run_pipeline(
+    benchmark: Benchmark,
+    results: Path,
+    only: str | None,
+    console: Console,
+    stop_after_s: float | None = None,
+) -> int:
     """Run a pipeline, as `fls run` does, and keep what has been evaluated, finished or not.
 
     Returns:
@@ -47,7 +53,7 @@ def run_pipeline(benchmark: Benchmark, results: Path, only: str | None, console:
         tracking=TrackerName.JSONL,
     )
     try:
-        return start_run(spec, options, Selection(until=until), console)
+        return start_run(spec, options, Selection(until=until), console, stop_after_s)
     finally:
         keep_results(spec, benchmark.name, results)
 
@@ -62,7 +68,8 @@ def keep_results(spec: Spec, benchmark: str, results: Path) -> None:
         if manifest is None:
             continue
         path = cell_path(results, benchmark, cell)
-        document: Document = {**row, "cell": cell, **path_cost(store, key)}
+        steps = path_to(store, key)
+        document: Document = {**row, **cost_of(steps), **findings_of(store, steps), "cell": cell}
         before = read_document(path) or {}
         if document.items() <= before.items():
             continue

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.documents import Document, read_cells
 from benchmarks.harness.suite import BENCHMARKS, Benchmark, list_benchmarks, load_script
-from pipeline.spec import load_spec
+from pipeline import yaml_loader
+from stages.catalogue import Published
 from stages.report.figure import draw
-from stages.report.summary import PUBLISHED, Lines, Point, Summary, summarise
+from stages.report.summary import PUBLISHED, Lines, Point, summarise
 
 RESULTS = BENCHMARKS / "results"
 REPORT = BENCHMARKS.parent / "docs" / "results.md"
@@ -20,8 +22,23 @@ Made by `make results` from the documents in `benchmarks/results`; `make benchma
 not finished. Each document names the environment that it was made in."""
 _LEGEND = (
     "Accuracy on the test images in percent, mean ± half the range over seeds, the best of a "
-    "column bold; in brackets the processor seconds and the peak of resident memory that it took "
-    "to make the model from the dense one. Columns are the fractions of weights removed."
+    "column bold; in brackets the processor seconds (by the clock on a GPU) and the peak of "
+    "resident memory that it took to make the model from the dense one. Columns are the "
+    "fractions of weights removed."
+)
+
+_CERTIFICATE = {
+    "objective": "J(Q)",
+    "rescaled_objective": "J(a* Q)",
+    "diagonal_objective": "J(diagonal)",
+    "best_scale": "a*",
+    "residual": "residual",
+}
+_CERTIFICATE_LEGEND = (
+    "The certificate of each chosen estimate, on samples that it was not fitted on "
+    "(`fishleg.certificate`): the objective J, lower is better within a damping; J after the best "
+    "rescaling; J of the best diagonal; that rescaling, 1 when the scale is right; and the "
+    "residual, 0 at best and 1 for Q = 0."
 )
 
 
@@ -54,41 +71,77 @@ def _pipeline_section(
     benchmark: Benchmark, documents: Mapping[str, Document], figures: Path
 ) -> str:
     title, published = _comparison(benchmark)
-    rows = [{**document, "model_cell": cell} for cell, document in documents.items()]
+    rows = _labelled(documents)
     accuracy = summarise(rows, published=published)
     figure = figures / f"{benchmark.name}.png"
     draw(accuracy, title, figure)
-    seconds, memory = (
-        summarise([{**row, "accuracy": row[column]} for row in rows])
-        for column in ("cpu_seconds", "peak_bytes")
+    seconds, memory, gpu_memory = (
+        summarise([{**row, "accuracy": number(row)} for row in rows]).sections
+        for number in (_seconds, itemgetter("peak_bytes"), _gpu_bytes)
     )
     parts = [f"## {title}"]
     if accuracy.dense is not None:
         parts.append(f"Dense network: {_text(accuracy.dense)} %.")
     for name, lines in accuracy.sections.items():
-        parts += [f"### {name}", _table(lines, _lines(seconds, name), _lines(memory, name))]
-    parts += [_LEGEND, f"![{title}]({figures.name}/{figure.name})"]
+        costs = [columns.get(name, {}) for columns in (seconds, memory, gpu_memory)]
+        parts += [f"### {name}", _table(lines, *costs)]
+    parts += [_LEGEND, *_certificates(rows), f"![{title}]({figures.name}/{figure.name})"]
     return "\n\n".join(parts)
 
 
+def _labelled(documents: Mapping[str, Document]) -> list[Document]:
+    """Return the documents as rows; a method with several structures is named with each."""
+    structures: dict[str, set[str | None]] = {}
+    for document in documents.values():
+        structures.setdefault(document["method"], set()).add(document.get("structure"))
+    rows: list[Document] = []
+    for cell, document in documents.items():
+        method, structure = document["method"], document.get("structure")
+        several = structure is not None and len(structures[method]) > 1
+        label = f"{method} ({structure})" if several else method
+        rows.append({**document, "model_cell": cell, "method": label})
+    return rows
+
+
+def _certificates(rows: Iterable[Document]) -> list[str]:
+    """Return the table of certificates, one row for each model whose estimate has one."""
+    lines: list[str] = []
+    for row in sorted(rows, key=lambda row: (row["method"], row["sparsity"], row["seed"])):
+        if "certificate" in row:
+            numbers = [f"{row['certificate'][name]:.4g}" for name in _CERTIFICATE]
+            cells = [row["method"], f"{row['sparsity']:g}", f"{row['damping']:g}", *numbers]
+            lines.append(f"| {' | '.join(cells)} |")
+    if not lines:
+        return []
+    titles = " | ".join(["method", "sparsity", "damping", *_CERTIFICATE.values()])
+    head = [f"| {titles} |", f"|---|{'---:|' * (2 + len(_CERTIFICATE))}"]
+    return [_CERTIFICATE_LEGEND, "\n".join([*head, *lines])]
+
+
 def _comparison(benchmark: Benchmark) -> tuple[str, list[tuple[str, dict[float, float]]]]:
-    """Return the title and the published rows that the pipeline's `compare` is given."""
-    for cell in load_spec(benchmark.path).cells:
-        if cell.declaration.name == "compare":
-            params: Any = cell.params
-            rows = [
-                (row.method, dict(zip(row.sparsity, row.accuracy, strict=True)))
-                for row in params.published
-            ]
-            return params.title, rows
-    return benchmark.name, []
+    """Return the title and the published rows that the pipeline's `compare` is given.
+
+    Only the file is read: a spec is whole only where its data and checkpoints are.
+    """
+    text = benchmark.path.read_text(encoding="utf-8")
+    stages = yaml_loader.load(text, str(benchmark.path)).value["stages"].values()
+    comparisons = [one.get("params", {}) for one in stages if one["uses"] == "compare"]
+    params: dict[str, Any] = comparisons[0] if comparisons else {}
+    rows = [Published.model_validate(row) for row in params.get("published", [])]
+    values = [(row.method, dict(zip(row.sparsity, row.accuracy, strict=True))) for row in rows]
+    return params.get("title", benchmark.name), values
 
 
-def _lines(summary: Summary, section: str) -> Lines:
-    return summary.sections.get(section, {})
+def _seconds(row: Document) -> float:
+    """Return the seconds that count: of the processors, or by the clock where a GPU computed."""
+    return row["seconds"] if "gpu_peak_bytes" in row else row["cpu_seconds"]
 
 
-def _table(accuracy: Lines, seconds: Lines, memory: Lines) -> str:
+def _gpu_bytes(row: Document) -> float:
+    return row.get("gpu_peak_bytes", 0)
+
+
+def _table(accuracy: Lines, seconds: Lines, memory: Lines, gpu_memory: Lines) -> str:
     sparsities = sorted({sparsity for points in accuracy.values() for sparsity in points})
     best = {sparsity: _best(accuracy, sparsity) for sparsity in sparsities}
     head = [f"| method | {' | '.join(f'{sparsity:g}' for sparsity in sparsities)} |"]
@@ -102,9 +155,11 @@ def _table(accuracy: Lines, seconds: Lines, memory: Lines) -> str:
             text = _text(points[sparsity])
             text = f"**{text}**" if method == best[sparsity] else text
             if not method.endswith(PUBLISHED):
-                cpu_s = seconds[method][sparsity].mean
+                took_s = seconds[method][sparsity].mean
                 peak = max(memory[method][sparsity].accuracies)
-                text += f" ({cpu_s:.0f} s, {peak / 1e6:.0f} MB)"
+                gpu_peak = max(gpu_memory[method][sparsity].accuracies)
+                on_gpu = f" + {gpu_peak / 1e6:.0f} on the GPU" if gpu_peak else ""
+                text += f" ({took_s:.0f} s, {peak / 1e6:.0f} MB{on_gpu})"
             cells.append(text)
         name = f"*{method}*" if method.endswith(PUBLISHED) else method
         head.append(f"| {name} | {' | '.join(cells)} |")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,13 +30,22 @@ _THREADS = "OMP_NUM_THREADS"
 
 
 def run_script(
-    benchmark: Benchmark, results: Path, only: str | None, console: Console
+    benchmark: Benchmark,
+    results: Path,
+    only: str | None,
+    console: Console,
+    stop_after_s: float | None = None,
 ) -> dict[str, str]:
     """Run the cells that are not finished, or whose parameters are no longer those.
 
     Returns:
         Cell -> the last line that it said, of those that failed.
+
+    Raises:
+        subprocess.TimeoutExpired: after `stop_after_s`; the cell at hand is killed, and its folder
+            is kept for it to go on from.
     """
+    stop_s = math.inf if stop_after_s is None else time.monotonic() + stop_after_s
     wanted = {
         cell: params
         for cell, params in load_script(benchmark.path).cells().items()
@@ -46,7 +57,7 @@ def run_script(
         bar = progress.add_task(benchmark.name, total=len(wanted))
         for cell, params in wanted.items():
             progress.update(bar, description=f"{benchmark.name}: {cell}")
-            error = _run_apart(benchmark, results, cell, params)
+            error = _run_apart(benchmark, results, cell, params, stop_s)
             if error:
                 failed[cell] = error.strip().rpartition("\n")[2]
                 console.print(f"{cell} failed:\n{error}", markup=False, soft_wrap=True)
@@ -60,7 +71,7 @@ def _finished(results: Path, benchmark: Benchmark, cell: str, params: Mapping[st
 
 
 def _run_apart(
-    benchmark: Benchmark, results: Path, cell: str, params: Mapping[str, Any]
+    benchmark: Benchmark, results: Path, cell: str, params: Mapping[str, Any], stop_s: float
 ) -> str | None:
     """Run a cell in a process of its own, and return what it said if it failed."""
     folder = store_folder() / "scripts" / cell_path(Path(), benchmark.name, cell).with_suffix("")
@@ -79,6 +90,7 @@ def _run_apart(
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
+        timeout=None if stop_s == math.inf else max(0.0, stop_s - time.monotonic()),
     )
     if done.returncode == 0:
         shutil.rmtree(folder)
@@ -101,12 +113,14 @@ def _run_here(task: Mapping[str, Any]) -> None:
     module = load_script(path)
     meter = CostMeter()
     result = module.run_cell(task["params"], Path(task["folder"]))
+    cost = meter.read()
+    environment = describe_environment("cuda" if "gpu_peak_bytes" in cost else "cpu")
     document = {
         "cell": task["cell"],
         "params": task["params"],
         "result": result,
-        **meter.read(),
-        "environment": write_environment(results, describe_environment()),
+        **cost,
+        "environment": write_environment(results, environment),
     }
     write_document(cell_path(results, path.stem, task["cell"]), document)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks.harness.documents import read_cells
+from benchmarks.harness.documents import read_cells, write_document
+from benchmarks.harness.lineage import cost_of, path_to
 from benchmarks.harness.pipelines import run_pipeline
 from benchmarks.harness.report import write_report
 from benchmarks.harness.suite import Benchmark
@@ -26,7 +27,7 @@ stages:
     uses: curvature
     matrix: {method: [diagonal], damping: [1.0e-4, 1.0e+3]}
     inputs: {model: dense}
-    params: {samples: 50, certificate_samples: 0}
+    params: {samples: 50, certificate_samples: 20}
   oneshot:
     uses: prune_oneshot
     matrix: {method: [diagonal], damping: [1.0e-4, 1.0e+3]}
@@ -98,6 +99,13 @@ def test_a_selected_model_costs_what_the_chosen_candidate_did(
     assert found["peak_bytes"] == max(one["peak_bytes"] for one in path)
 
 
+def test_a_model_has_the_certificate_of_its_estimate(ran: Path) -> None:
+    documents = read_cells(ran / "results", "small")
+    certificate = documents["best[method=diagonal]"]["certificate"]
+    assert certificate["objective"] < 0
+    assert not any("certificate" in documents[f"picked[sparsity={s}]"] for s in (0.5, 0.8))
+
+
 def test_a_picked_model_costs_the_time_up_to_its_step(ran: Path, facts: dict[str, dict]) -> None:
     documents = read_cells(ran / "results", "small")
     first, last = (documents[f"picked[sparsity={sparsity}]"] for sparsity in (0.5, 0.8))
@@ -130,6 +138,38 @@ def test_the_report_has_accuracies_costs_and_published_rows(ran: Path, tmp_path:
     cost = f"({found['cpu_seconds']:.0f} s, {found['peak_bytes'] / 1e6:.0f} MB)"
     assert f"{found['accuracy']:.2f}" in text
     assert cost in text
+    certificate = read_cells(ran / "results", "small")["best[method=diagonal]"]["certificate"]
+    assert f"| {certificate['best_scale']:.4g} | {certificate['residual']:.4g} |" in text
     assert (tmp_path / "results" / "small.png").exists()
     write_report(tmp_path / "again" / "results.md", ran / "results", ran)
     assert (tmp_path / "again" / "results.md").read_text() == text
+
+
+def test_structures_of_one_method_are_rows_of_their_own(ran: Path, tmp_path: Path) -> None:
+    found = read_cells(ran / "results", "small")["picked[sparsity=0.8]"]
+    for structure in ("eigen", "kronecker"):
+        document = {**found, "cell": structure, "method": "fishleg", "structure": structure}
+        write_document(tmp_path / "results" / "small" / f"{structure}.json", document)
+    write_report(tmp_path / "results.md", tmp_path / "results", ran)
+    text = (tmp_path / "results.md").read_text()
+    assert "| fishleg (eigen) |" in text
+    assert "| fishleg (kronecker) |" in text
+
+
+def test_the_work_behind_a_checkpoint_counts_and_what_was_lost_does_not(tmp_path: Path) -> None:
+    store, key = Store(str(tmp_path)), "a" * 64
+    cut_off, last = store.begin_attempt(key), store.begin_attempt(key)
+    early = {"type": "checkpoint", "seconds": 1.0, "cpu_seconds": 2.0, "peak_bytes": 900}
+    late = {**early, "seconds": 10.0, "cpu_seconds": 15.0}
+    lost = {"type": "metrics", "values": {}, "step": None}
+    (cut_off.folder / "checkpoints").mkdir()
+    cut_off.append_events([early])
+    cut_off.append_events([late, lost])
+    facts = {"seconds": 4.0, "cpu_seconds": 5.0, "peak_bytes": 700}
+    ingredients = {"stage": "finetune", "params": {}, "inputs": {}}
+    assert last.publish(ingredients, [], facts)
+    assert cost_of(path_to(store, key)) == {
+        "seconds": 14.0,
+        "cpu_seconds": 20.0,
+        "peak_bytes": 900,
+    }

@@ -1,6 +1,7 @@
 """Benchmarks that are modules: finished cells stay finished, whatever happens to the others."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,16 @@ def test_an_interrupted_run_goes_on_without_repeating_what_is_finished(toy: Benc
     assert sum(times_run().values()) == 4
     write_report(Path("report.md"), Path("results"), toy.path.parent)
     assert "## Squares\n\nsquare[of=2]: 4\nsquare[of=3]: 9\n" in Path("report.md").read_text()
+
+
+def test_a_run_that_is_out_of_time_keeps_the_folder_of_the_cell_at_hand(toy: Benchmark) -> None:
+    slow = TOY.replace("raise RuntimeError", "import time; time.sleep(60)\n        raise OSError")
+    toy.path.write_text(slow)
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_script(toy, Path("results"), "*of=3]", Console(quiet=True), 4.0)
+    toy.path.write_text(TOY)
+    assert run(toy, only="*of=3]") == {}
+    assert read_cells(Path("results"), "toy")["square[of=3]"]["result"]["went_on"]
 
 
 def test_other_parameters_are_another_result(toy: Benchmark) -> None:

@@ -23,6 +23,7 @@ from toy_runs import (
     write_spec,
 )
 
+from pipeline.cli import read_duration
 from pipeline.errors import BadInput
 from pipeline.runs import RunState, State, find_run, new_run_id
 from pipeline.store import Store
@@ -171,3 +172,27 @@ def test_run_ids_of_one_driver_sort_by_time() -> None:
         time.sleep(0.002)
     assert ids == sorted(ids)
     assert len({one[:15] for one in ids}) <= 2, "the seconds alone cannot have ordered them"
+
+
+def test_a_run_that_is_out_of_time_stops_and_a_later_one_goes_on(undisturbed: float) -> None:
+    code, output, _ = fls(*RUN, "--stop-after", "2s")
+    assert code == 128 + signal.SIGTERM
+    assert "goes on from here" in output
+    assert last_run().observed_state() is RunState.STOPPED
+    assert (states(last_run())["start"], states(last_run())["add"]) == (State.DONE, State.WAITING)
+    assert checkpoint_exists()
+    assert fls(*RUN, "--stop-after", "1h")[0] == 0
+    assert numbers()["slow"] == undisturbed
+    assert ran() == {"start": 1, "slow": 1, "add": 1}
+    texts = [event["text"] for event in slow_events(2) if event["type"] == "text"]
+    assert texts[0].startswith("goes on from step")
+
+
+@pytest.mark.parametrize("text", ["9", "m", "-1s", "nans", "0m", "1d"])
+def test_a_duration_needs_a_number_above_0_and_a_unit(text: str) -> None:
+    with pytest.raises(ValueError):
+        read_duration(text)
+
+
+def test_durations_are_read_in_seconds() -> None:
+    assert [read_duration(text) for text in ("90s", "9m", "1.5h")] == [90, 540, 5400]

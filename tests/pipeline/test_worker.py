@@ -240,3 +240,13 @@ def test_what_the_stage_cost_is_in_the_manifest_and_among_the_metrics(toy: Path)
     assert cost["peak_bytes"] > 2**20
     metrics = [event["values"] for event in events_of() if event["type"] == "metrics"]
     assert metrics[-1] == cost
+
+
+def test_a_checkpoint_says_what_the_attempt_has_cost_so_far(toy: Path) -> None:
+    body = "with ctx.checkpoint():\n    pass\nsave_number(ctx, 1)"
+    assert run_task(plugin(body))["status"] == "ok"
+    (checkpoint,) = (event for event in events_of() if event["type"] == "checkpoint")
+    manifest = Store(".fls").manifest(KEY)
+    assert manifest is not None
+    assert 0 <= checkpoint["seconds"] <= manifest.facts["seconds"]
+    assert 0 <= checkpoint["cpu_seconds"] <= manifest.facts["cpu_seconds"]
