@@ -100,7 +100,7 @@ class FishLeg(torch.optim.Optimizer):
         *,
         lr: float = 0.3,
         momentum: float = 0.9,
-        damping: float = 0.1,
+        damping: float = 0.03,
         trust: float | None = 0.1,
         weight_decay: float = 0.0,
         update_every: int = 10,
@@ -127,7 +127,9 @@ class FishLeg(torch.optim.Optimizer):
             raise UnknownName("labels", labels, ("sampled", "matched"))
         self.model = model
         self.likelihood = likelihood
-        self.partition = partition or partition_parameters(model)
+        if partition is None:
+            partition = partition_parameters(model, prunable=list(masks or ()))
+        self.partition = partition
         self.trust = trust
         self.update_every = update_every
         self.samples = samples

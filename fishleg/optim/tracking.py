@@ -113,6 +113,7 @@ class TrackedInverse:
         return kind(**self.block)
 
 
+_FIRST_PROBE = 1 << 62  # beyond the numbers that key labels
 _PARTS = ("block", "moments", "free", "first", "second")
 
 
@@ -150,7 +151,7 @@ def update(
     free = before.free if age else _zeros(start.tensors())
     block = assemble(start, free)
     numbers = torch.arange(options.probes, device=next(iter(free.values())).device)
-    generator = SampleGenerator(options.seed, numbers, age)
+    generator = SampleGenerator(options.seed, numbers + _FIRST_PROBE, age)
     tensors = {name: x.detach().requires_grad_() for name, x in block.tensors().items()}
     with torch.enable_grad():
         moving = type(block)(**tensors)

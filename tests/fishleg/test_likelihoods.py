@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from fishleg.errors import ShapeMismatch
-from fishleg.likelihoods import Categorical, Gaussian
+from fishleg.likelihoods import Bernoulli, Categorical, Gaussian
 from fishleg.rng import SampleGenerator
-from tests.reference import gaussian_hessian, softmax_hessian
+from tests.reference import bernoulli_hessian, gaussian_hessian, softmax_hessian
 
 N, D = 4, 3
 DRAWS = 20_000
@@ -19,12 +19,14 @@ def outputs() -> torch.Tensor:
     return torch.randn(N, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-LIKELIHOODS = [Categorical(), Gaussian(), Gaussian(0.25)]
+LIKELIHOODS = [Bernoulli(), Categorical(), Gaussian(), Gaussian(0.25)]
 
 
 def hessian_of(likelihood, f: torch.Tensor) -> torch.Tensor:
     if isinstance(likelihood, Categorical):
         return softmax_hessian(f)
+    if isinstance(likelihood, Bernoulli):
+        return bernoulli_hessian(f)
     return gaussian_hessian(f, likelihood.variance)
 
 
