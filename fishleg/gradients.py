@@ -252,6 +252,7 @@ class GradientSource:
             calibration: the samples.
             seed: of their labels.
         """
+        _ = self._paths  # found out now, so that every copy has them
         other = copy(self)
         other.calibration, other.seed = calibration, seed
         return other

@@ -159,8 +159,7 @@ class Gaussian(AbstractLikelihood):
     def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return ||y - f||^2 / (2 variance) + d/2 log(2 pi variance) for each sample, (n,).
 
-        Raises:
-            ShapeMismatch: targets and outputs differ in shape.
+        A ShapeMismatch if targets and outputs differ in shape.
         """
         _check_same_shape(outputs, targets)
         squares = (outputs - targets).flatten(1).square() / self.variance
@@ -201,15 +200,14 @@ class Bernoulli(AbstractLikelihood):
     def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return sum_i log(1 + exp f_i) - y_i f_i over all outputs of each sample, (n,).
 
-        Raises:
-            ShapeMismatch: targets and outputs differ in shape.
+        A ShapeMismatch if targets and outputs differ in shape.
         """
         _check_same_shape(outputs, targets)
         losses = functional.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
         return losses.flatten(1).sum(-1)
 
     def sample(self, outputs: Tensor, generator: SampleGenerator) -> Tensor:
-        """Return zeros and ones drawn from sigmoid(outputs), in the shape and dtype of `outputs`."""
+        """Return zeros and ones drawn from sigmoid(outputs), in its shape and dtype."""
         p = outputs.detach().double().sigmoid()
         return (generator.uniform(*outputs.shape[1:]) < p).to(outputs.dtype)
 

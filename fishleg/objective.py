@@ -116,12 +116,9 @@ def outer_square(block: KroneckerBlock, rows: Tensor, columns: Tensor) -> Tensor
         ||B r c^T C||_F^2 = ||B r||^2 ||C c||^2
 
     Args:
-        block: Q, without a scale.
+        block: Q; a ShapeMismatch if it has a scale, under which an image has not rank one.
         rows: r, (n, rows), scaled.
         columns: c, (n, columns).
-
-    Raises:
-        ShapeMismatch: the block has a scale, under which an image has not rank one.
 
     Cost: 2 n (rows^2 + columns^2) FLOPs, where gradients take 2 n rows columns (rows + columns).
     """
@@ -141,14 +138,11 @@ def outer_directional(
         U = s t^T, G = r c^T:   <G, B U C> = (r^T B s)(c^T C t)
 
     Args:
-        block: Q, without a scale.
+        block: Q; a ShapeMismatch if it has a scale, under which an image has not rank one.
         directions: s, (m, rows), and t, (m, columns).
         rows: r, (n, rows), scaled.
         columns: c, (n, columns).
         damping: gamma > 0.
-
-    Raises:
-        ShapeMismatch: the block has a scale.
 
     Cost: 2 m (rows^2 + columns^2) + 2 m n (rows + columns) FLOPs.
     """

@@ -1,4 +1,4 @@
-"""The one training loop: SGD, AdamW or FishLeg, cosine schedule, distillation, masks kept, resumable.
+"""The one training loop: SGD, AdamW or FishLeg, cosine schedule, distillation, masks, resumable.
 
 A run's whole state is the network, the optimiser's moments and a cursor (epoch, batch). Learning
 rate, batches, crops and dropout are functions of the cursor, so a run that goes on from a

@@ -21,13 +21,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fishleg.blocks import AbstractBlock, DiagonalBlock, KroneckerBlock
 from fishleg.capture import LayerSignals
+from fishleg.errors import UnknownName
 from fishleg.moments import as_factors, kronecker_products, squares
 from fishleg.objective import (
     gradient_product,
@@ -46,6 +47,7 @@ Structure = Literal["kronecker", "kronecker_scaled", "diagonal"]
 Start = Literal["moments", "diagonal", "identity"]
 Directions = Literal["gradients", "normal"]
 Tensors = dict[str, Tensor]
+_CHOICES = {"structure": Structure, "start": Start, "directions": Directions}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,10 @@ class TrackingOptions:
         directions: that J is averaged over: drawn like the gradients, or standard normal.
         probes: directions an update, where J has no cheap closed form.
         seed: of the probes.
+
+    Raises:
+        UnknownName: an option is none of its choices.
+        ValueError: a number is out of range.
     """
 
     damping: float
@@ -73,6 +79,20 @@ class TrackingOptions:
     directions: Directions = "gradients"
     probes: int = 16
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, kind in _CHOICES.items():
+            if getattr(self, name) not in get_args(kind):
+                raise UnknownName(name, getattr(self, name), get_args(kind))
+        if not self.damping > 0 or self.probes < 1:
+            raise ValueError(
+                f"damping and probes: expected positive numbers, got {self.damping}, {self.probes}."
+            )
+        if not 0 <= self.decay < 1 or self.learning_rate < 0:
+            raise ValueError(
+                "Expected 0 <= decay < 1 and learning_rate >= 0, got "
+                f"{self.decay} and {self.learning_rate}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,15 +295,17 @@ def _halves(evidence: Evidence) -> tuple[Evidence, Evidence]:
 
     Rows of gradients are those of single samples, since there is one label each.
     """
-    signals = isinstance(evidence, LayerSignals)
-    whole = evidence.output_gradients if isinstance(evidence, LayerSignals) else evidence
+    whole = evidence if isinstance(evidence, Tensor) else evidence.output_gradients
     cut = len(whole) // 2
     if not cut:
         return evidence, evidence
     halves: list[Evidence] = []
     for part in (slice(0, cut), slice(cut, len(whole))):
         scaled = whole[part] * (len(whole) / len(whole[part])) ** 0.5
-        halves.append(LayerSignals(evidence.activations[part], scaled) if signals else scaled)
+        if isinstance(evidence, Tensor):
+            halves.append(scaled)
+        else:
+            halves.append(LayerSignals(evidence.activations[part], scaled))
     return halves[0], halves[1]
 
 

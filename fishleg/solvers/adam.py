@@ -275,7 +275,7 @@ def relative_slope(name: str, tensor: Tensor, slope: Tensor) -> Tensor:
 def compose(name: str, free: Tensor, change: Tensor) -> Tensor:
     """Return the x that `assemble` needs after the move y, from the x before: I + X is a product.
 
-        I + X  <-  (I + Y)(I + X),   or   x  <-  x + y
+    I + X  <-  (I + Y)(I + X),   or   x  <-  x + y
     """
     return free + change if name in _POSITIVE else free + change + change @ free
 

@@ -2,9 +2,9 @@
 
     m <- beta m + (1 - beta) g,      w <- w - lr Q(lambda) m / (1 - beta^t),
 
-and every few steps lambda goes one step of Adam down the FishLeg objective J, on a batch with labels
-drawn from the model (Garcia et al., "Fisher-Legendre (FishLeg) optimization of deep neural
-networks", ICLR 2023). The gradients are averaged, not their images: the present Q acts on them all.
+and every few steps lambda goes one step of Adam down the FishLeg objective J, on a batch with
+labels drawn from the model (Garcia et al., "Fisher-Legendre (FishLeg) optimization of deep neural
+networks", ICLR 2023). Gradients are averaged, not their images: the present Q acts on all of them.
 """
 
 from __future__ import annotations
@@ -154,17 +154,8 @@ class FishLeg(torch.optim.Optimizer):
         )
         self._uncovered = {name for name, _ in self.partition.uncovered}
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        matrices, vectors, others = [], [], []
-        for name, parameter in self._trained.items():
-            kind = matrices if parameter.ndim >= 2 else vectors
-            (others if name in self._uncovered else kind).append(parameter)
-        groups = [
-            {"params": matrices},
-            {"params": vectors, "weight_decay": 0.0},
-            {"params": others, "lr": lr if fallback_lr is None else fallback_lr},
-        ]
         super().__init__(
-            [group for group in groups if group["params"]],
+            self._cut_groups(lr if fallback_lr is None else fallback_lr),
             {"lr": lr, "momentum": momentum, "weight_decay": weight_decay},
         )
         for group in self.param_groups:
@@ -173,6 +164,17 @@ class FishLeg(torch.optim.Optimizer):
                     "Expected lr >= 0, 0 <= momentum < 1 and weight_decay >= 0, got "
                     f"{group['lr']}, {group['momentum']}, {group['weight_decay']}."
                 )
+
+    def _cut_groups(self, fallback_lr: float) -> list[dict[str, Any]]:
+        """Return the `param_groups`: matrices and kernels; vectors; what is uncovered."""
+        covered = {n: p for n, p in self._trained.items() if n not in self._uncovered}
+        others = [p for name, p in self._trained.items() if name in self._uncovered]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in covered.values() if p.ndim >= 2]},
+            {"params": [p for p in covered.values() if p.ndim < 2], "weight_decay": 0.0},
+            {"params": others, "lr": fallback_lr},
+        ]
+        return [group for group in groups if group["params"]]
 
     @property
     def uncovered(self) -> tuple[tuple[str, str], ...]:
@@ -193,7 +195,7 @@ class FishLeg(torch.optim.Optimizer):
         return TrackedInverse.restore(self.state[weight])
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step along the gradients at hand, after bringing Q up to date where it is time.
 
         Args:
@@ -202,36 +204,44 @@ class FishLeg(torch.optim.Optimizer):
         Returns:
             What the closure returned.
 
-        Raises:
-            FishLegError: an update is due, and no batch has been observed.
+        A FishLegError if an update is due, and no batch has been observed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        first = next(iter(self._trained.values()))
-        done = int(self.state[first].get("step", 0))
+        done = int(self.state[next(iter(self._trained.values()))].get("step", 0))
         if _is_due(done, self.update_every):
             self._update(done)
         settings = {p: group for group in self.param_groups for p in group["params"]}
         averages = {name: self._average(p, settings[p]) for name, p in self._trained.items()}
-        moves, length = averages.copy(), first.new_zeros(())
+        images: dict[str, Tensor] = {}
         for group in self.partition.groups:
-            for name, move in self._image(group, averages).items():
-                moves[name] = move
-                rate = settings[self._trained[name]]["lr"]
-                length += rate**2 * (averages[name] * move).sum()
-        shortening = 1.0
-        if self.trust is not None:
-            shortening = (2 * self.trust / length.clamp(min=_TINY)).sqrt().clamp(max=1.0)
+            images |= self._image(group, averages)
+        rates = {name: settings[p]["lr"] for name, p in self._trained.items()}
+        shortening = self._shortening(
+            [rates[name] ** 2 * (averages[name] * move).sum() for name, move in images.items()]
+        )
         for name, parameter in self._trained.items():
-            rate, decay = settings[parameter]["lr"], settings[parameter]["weight_decay"]
-            covered = name not in self._uncovered
-            parameter.mul_(1 - rate * decay)
-            parameter.sub_(moves[name] * (rate * shortening if covered else rate))
+            parameter.mul_(1 - rates[name] * settings[parameter]["weight_decay"])
+            if name in images:
+                parameter.sub_(images[name] * (rates[name] * shortening))
+            else:
+                parameter.sub_(averages[name] * rates[name])
         for name, removed in self._removed.items():
-            self._trained[name].masked_fill_(removed.to(first.device), 0.0)
+            self._trained[name].masked_fill_(removed.to(self._trained[name].device), 0.0)
         return loss
+
+    def _shortening(self, lengths: list[Tensor]) -> Tensor:
+        """Return the factor <= 1 that brings 1/2 lr^2 m^T Q m into the trust region.
+
+        Args:
+            lengths: lr^2 m^T Q m, a scalar each tensor.
+        """
+        length = torch.stack(lengths).sum()
+        if self.trust is None:
+            return torch.ones_like(length)
+        return (2 * self.trust / length.clamp(min=_TINY)).sqrt().clamp(max=1.0)
 
     def _average(self, parameter: Tensor, settings: Mapping[str, Any]) -> Tensor:
         """Take a gradient into its running mean, and return that without its bias to zero."""
