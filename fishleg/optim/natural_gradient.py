@@ -22,6 +22,7 @@ from fishleg.capture import evaluating
 from fishleg.errors import FishLegError, UnknownName
 from fishleg.gradients import GradientSource
 from fishleg.likelihoods import Likelihood
+from fishleg.objective import masked_product
 from fishleg.optim.tracking import (
     Directions,
     Evidence,
@@ -32,7 +33,6 @@ from fishleg.optim.tracking import (
     update,
 )
 from fishleg.parameters import ParameterGroup, Partition, partition_parameters
-from fishleg.objective import masked_product
 from fishleg.pruning.masks import group_masks, weight_masks
 
 _ONE_PIECE = 1 << 30  # samples: more than any batch has
