@@ -32,7 +32,7 @@ TITLE = "The optimiser: loss against steps and seconds"
 
 _WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 _STEPS = {"autoencoder": (75, 300), "resnet20": (60, 240)}  # of a trial, of the final run
-_BATCH = {"autoencoder": 500, "resnet20": 128}
+_BATCH = {"autoencoder": 500, "resnet20": 64}
 _POINTS = 12  # looks at the validation loss in a run
 _RATES = {
     ("autoencoder", "sgd"): (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
