@@ -55,8 +55,8 @@ class FishLeg(torch.optim.Optimizer):
     Steps are deterministic: labels and probes are keyed by (seed, number of the step, sample).
     `state_dict` is complete; a run that goes on from it reaches the bits of an undisturbed one.
     The two `param_groups`, tensors of two or more dimensions and all others, differ in weight decay
-    only; a third one holds what the partition leaves uncovered, which gets plain SGD with momentum
-    (see `uncovered`). `lr`, `momentum` and `weight_decay` may be changed there at any time.
+    only; a third one holds what the partition leaves uncovered, which moves by the running mean of
+    its gradients (see `uncovered`). `lr`, `momentum` and `weight_decay` may be changed there.
 
     Args:
         model: its trainable parameters are moved; must act on each sample alone, but for batch
@@ -90,7 +90,7 @@ class FishLeg(torch.optim.Optimizer):
 
     Cost: a step 2 rows columns (rows + columns) FLOPs a group; an update a forward and backward
     pass of the samples, and `fishleg.optim.tracking.update`. Memory: 5 rows^2 + 5 columns^2 numbers
-    a Kronecker group (6 of rows columns more with a scale), and one gradient average.
+    a Kronecker group (4 rows columns more with a scale), and one gradient average.
     """
 
     def __init__(

@@ -176,8 +176,8 @@ def update(
     with torch.enable_grad():
         moving = type(block)(**tensors)
         curvature, linear = objective_terms(moving, evidence, options, generator, mask)
-        # J at the best scale a of Q: its value is -1/2 linear^2 / curvature
-        scale = (linear / curvature).detach()
+        # J at the best scale a of Q, where it is -1/2 linear^2 / curvature; any scale is, if F = 0
+        scale = torch.where(curvature > 0, linear / curvature, torch.ones_like(linear)).detach()
         loss = 0.5 * scale**2 * curvature - scale * linear
         slopes = torch.autograd.grad(loss, list(tensors.values()))
     first, second, moved = {}, {}, {}
@@ -225,6 +225,7 @@ def _measure(evidence: Evidence, group: ParameterGroup, options: TrackingOptions
 def _start(
     group: ParameterGroup, moments: Tensors, evidence: Evidence, options: TrackingOptions
 ) -> AbstractBlock:
+    """Return the block that lambda = 0 stands for, in the evidence's dtype."""
     structure = _structure(group, options)
     like = evidence if isinstance(evidence, Tensor) else evidence.activations
     if options.start == "identity":
@@ -240,6 +241,7 @@ def _start(
 
 
 def _structure(group: ParameterGroup, options: TrackingOptions) -> Structure:
+    """Return the structure of a group's block."""
     return options.structure if len(group.weight_shape) > 1 else "diagonal"
 
 

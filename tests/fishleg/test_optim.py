@@ -215,8 +215,16 @@ def test_moves_are_relative(name: str) -> None:
 # ---------------------------------------------------------------------------- steps
 
 
-@pytest.mark.parametrize("structure", ["kronecker", "kronecker_scaled", "diagonal"])
-@pytest.mark.parametrize("start", ["moments", "diagonal", "identity"])
+@pytest.mark.parametrize(
+    ("structure", "start"),
+    [
+        ("kronecker", "moments"),
+        ("kronecker", "diagonal"),
+        ("kronecker_scaled", "moments"),
+        ("kronecker_scaled", "identity"),
+        ("diagonal", "moments"),
+    ],
+)
 def test_the_loss_falls(structure: Any, start: Any) -> None:
     model, optimizer, inputs, targets = classification(structure=structure, start=start, trust=0.03)
     losses = train(model, optimizer, inputs, targets, 10)
@@ -301,6 +309,18 @@ def test_what_has_no_curvature_moves_by_its_gradient() -> None:
     bias = model[1].bias
     assert bias.grad is not None
     torch.testing.assert_close(bias.detach(), before - 0.25 * bias.grad, rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize("directions", ["gradients", "normal"])
+def test_a_layer_without_gradients_stays(directions: Any) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    with torch.no_grad():
+        model[0].bias.fill_(-100.0)
+    before = weights(model)
+    train(model, FishLeg(model, Gaussian(), directions=directions), randn(8, 3), randn(8, 2), 3)
+    after = weights(model)
+    assert torch.equal(after["0.weight"], before["0.weight"])
+    assert after["2.bias"].isfinite().all() and not torch.equal(after["2.bias"], before["2.bias"])
 
 
 def test_an_update_leaves_batch_norms_as_they_were() -> None:
