@@ -29,7 +29,7 @@ from fishleg.estimators import (
 )
 from fishleg.fisher import fisher_vector_product
 from fishleg.gradients import GradientSource
-from fishleg.likelihoods import AbstractLikelihood, Categorical, Gaussian, Likelihood
+from fishleg.likelihoods import AbstractLikelihood, Bernoulli, Categorical, Gaussian, Likelihood
 from fishleg.parameters import ParameterGroup, Partition, partition_parameters
 from fishleg.pruning import (
     PruneReport,
@@ -49,6 +49,7 @@ __all__ = [
     "partition_parameters",
     # likelihoods and gradients
     "AbstractLikelihood",
+    "Bernoulli",
     "Calibration",
     "Categorical",
     "Gaussian",

@@ -6,8 +6,9 @@ all labels enumerated with their probabilities; or (the empirical Fisher) the da
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from copy import copy
+from functools import cached_property, partial
 from typing import TypeVar, get_args
 
 import torch
@@ -272,6 +273,47 @@ class GradientSource:
         """Return the bytes of one number of group `name`: s in the formulas of memory."""
         return self.model.get_parameter(self.partition[name].weight).element_size()
 
+    def factored(
+        self, groups: Sequence[str] | None = None
+    ) -> Iterator[Mapping[str, Tensor | LayerSignals]]:
+        """Yield group name -> gradients, or the factors they are products of, in one pass.
+
+        The gradient of a linear layer at one position has rank one, G_n = delta_n x_n^T, and is not
+        formed: its group gives signals with one head and one position. All others give gradients as
+        in `stream`. Cost: as `stream`, without what is not formed.
+
+        Args:
+            groups: names; default all.
+        """
+        names = self.partition.names if groups is None else tuple(groups)
+        modules = {name: self._signalling_module(name) for name in names}
+        tensors = [tensor for name in names for tensor in self.partition[name].tensors]
+        general = [tensor for tensor in tensors if tensor not in self._paths]
+        hooked = {self._paths[tensor] for tensor in tensors if tensor in self._paths}
+        for one in self._passes(hooked):
+            signals = self._lazy_signals(modules, one)
+            gradients = self._lazy_gradients(names, general, one)
+            outer = {
+                name
+                for name, module in modules.items()
+                if module is not None
+                and isinstance(self.model.get_submodule(module), nn.Linear)
+                and one.inputs[module].ndim == 2
+            }
+            yield Lazy(names, partial(_pick, signals, gradients, outer))
+
+    def over(self, calibration: Calibration, *, seed: int) -> GradientSource:
+        """Return the same source over other samples; what was found out about paths is kept.
+
+        Args:
+            calibration: the samples.
+            seed: of their labels.
+        """
+        _ = self._paths  # found out now, so that every copy has them
+        other = copy(self)
+        other.calibration, other.seed = calibration, seed
+        return other
+
     def report(self) -> list[tuple[str, str]]:
         """Return (parameter, what of it) for all that is off the fast path or without curvature."""
         general = [
@@ -363,6 +405,16 @@ class GradientSource:
         if modules or module is None or not group.weight.endswith("weight"):
             return None
         return module if has_signals(self.model.get_submodule(module)) else None
+
+
+def _pick(
+    signals: Mapping[str, LayerSignals | None],
+    gradients: Mapping[str, Tensor],
+    outer: Collection[str],
+    name: str,
+) -> Tensor | LayerSignals:
+    found = signals[name] if name in outer else None
+    return gradients[name] if found is None else found
 
 
 def _check_partition(model: nn.Module, partition: Partition) -> None:

@@ -159,14 +159,9 @@ class Gaussian(AbstractLikelihood):
     def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return ||y - f||^2 / (2 variance) + d/2 log(2 pi variance) for each sample, (n,).
 
-        Raises:
-            ShapeMismatch: targets and outputs differ in shape.
+        A ShapeMismatch if targets and outputs differ in shape.
         """
-        if outputs.shape != targets.shape:
-            raise ShapeMismatch(
-                f"targets: expected the outputs' shape {tuple(outputs.shape)}, "
-                f"got {tuple(targets.shape)}."
-            )
+        _check_same_shape(outputs, targets)
         squares = (outputs - targets).flatten(1).square() / self.variance
         return 0.5 * (squares + log(2 * pi * self.variance)).sum(-1)
 
@@ -194,6 +189,67 @@ class Gaussian(AbstractLikelihood):
         offsets = step * torch.eye(d, dtype=f.dtype, device=f.device)[:, None, :]
         targets = (f + offsets).reshape(d, *outputs.shape)
         return targets, torch.full((n, d), 1 / d, dtype=f.dtype, device=f.device)
+
+
+class Bernoulli(AbstractLikelihood):
+    """Independent yes or no, of logits: p = sigmoid(f), H = diag(p (1 - p)).
+
+    Outputs and targets are (n, ...), of equal shape; targets lie in [0, 1], such as grey values.
+    """
+
+    def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return sum_i log(1 + exp f_i) - y_i f_i over all outputs of each sample, (n,).
+
+        A ShapeMismatch if targets and outputs differ in shape.
+        """
+        _check_same_shape(outputs, targets)
+        losses = functional.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
+        return losses.flatten(1).sum(-1)
+
+    def sample(self, outputs: Tensor, generator: SampleGenerator) -> Tensor:
+        """Return zeros and ones drawn from sigmoid(outputs), in its shape and dtype."""
+        p = outputs.detach().double().sigmoid()
+        return (generator.uniform(*outputs.shape[1:]) < p).to(outputs.dtype)
+
+    def match(self, outputs: Tensor, generator: SampleGenerator) -> Tensor:
+        """Return y = p + sqrt(p (1 - p)) e, e random signs: mean p and covariance H exactly.
+
+        The targets may leave [0, 1]; the loss is linear in them.
+        """
+        p = outputs.detach().double().sigmoid()
+        signs = torch.where(generator.uniform(*outputs.shape[1:]) < 0.5, -1.0, 1.0)
+        return (p + (p * (1 - p)).sqrt() * signs).to(outputs.dtype)
+
+    def fisher_product(self, outputs: Tensor, v: Tensor) -> Tensor:
+        """Return p (1 - p) v."""
+        p = outputs.sigmoid()
+        return p * (1 - p) * v
+
+    def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor:
+        """Return sum_i p_i log(p_i / q_i) + (1 - p_i) log((1 - p_i) / (1 - q_i)), (n,)."""
+        p = reference.sigmoid()
+        gaps = functional.softplus(outputs) - functional.softplus(reference)
+        return (gaps - p * (outputs - reference)).flatten(1).sum(-1)
+
+    def enumerate(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return one target for each of the d outputs, p + sqrt(d p (1 - p)) e_j, of weight 1/d.
+
+        A quadrature rule, as for `Gaussian`; the targets may leave [0, 1].
+        """
+        p = outputs.detach().sigmoid().flatten(1)
+        n, d = p.shape
+        steps = (d * p * (1 - p)).sqrt()
+        offsets = torch.eye(d, dtype=p.dtype, device=p.device)[:, None, :] * steps
+        targets = (p + offsets).reshape(d, *outputs.shape)
+        return targets, torch.full((n, d), 1 / d, dtype=p.dtype, device=p.device)
+
+
+def _check_same_shape(outputs: Tensor, targets: Tensor) -> None:
+    if outputs.shape != targets.shape:
+        raise ShapeMismatch(
+            f"targets: expected the outputs' shape {tuple(outputs.shape)}, "
+            f"got {tuple(targets.shape)}."
+        )
 
 
 def _check_logits(outputs: Tensor) -> None:

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable
 from torch import Tensor
 
 from fishleg.blocks.base import AbstractBlock
+from fishleg.blocks.kronecker import KroneckerBlock
+from fishleg.errors import ShapeMismatch
 
 
 def expected_objective(
@@ -62,9 +64,21 @@ def probe_objective(
 
     Cost: one product with Q and one with F a probe.
     """
+    curvature, linear = probe_terms(block, probes, product, damping, mask)
+    return (0.5 * curvature - linear) / len(probes)
+
+
+def probe_terms(
+    block: AbstractBlock,
+    probes: Tensor,
+    product: Callable[[Tensor], Tensor],
+    damping: float,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return sum_p (Q u_p)^T F_g (Q u_p) and sum_p u_p^T Q u_p; see `probe_objective`."""
     image = masked_product(block, probes, mask)
     curved = product(image) + damping * image
-    return (image * (0.5 * curved - probes)).sum() / len(probes)
+    return (image * curved).sum(), (image * probes).sum()
 
 
 def gradient_product(gradients: Tensor, v: Tensor) -> Tensor:
@@ -78,6 +92,72 @@ def gradient_product(gradients: Tensor, v: Tensor) -> Tensor:
     """
     flat = gradients.flatten(1)
     return ((v.flatten(1) @ flat.mT) @ flat).unflatten(1, v.shape[1:])
+
+
+def outer_product(rows: Tensor, columns: Tensor, v: Tensor) -> Tensor:
+    """Return F vec(V) for gradients G_n = r_n c_n^T of rank one, which are not formed.
+
+        F V = sum_n r_n (r_n^T V c_n) c_n^T
+
+    Args:
+        rows: r, (n, rows), scaled.
+        columns: c, (n, columns).
+        v: (p, rows, columns).
+
+    Cost: 4 n p rows columns FLOPs, 4 n p rows bytes (float32).
+    """
+    slopes = ((columns @ v.mT) * rows).sum(-1)
+    return (slopes.unsqueeze(-1) * rows).mT @ columns
+
+
+def outer_square(block: KroneckerBlock, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return sum_n ||Q g_n||^2 = tr(Q F Q) for gradients G_n = r_n c_n^T, which are not formed.
+
+        ||B r c^T C||_F^2 = ||B r||^2 ||C c||^2
+
+    Args:
+        block: Q; a ShapeMismatch if it has a scale, under which an image has not rank one.
+        rows: r, (n, rows), scaled.
+        columns: c, (n, columns).
+
+    Cost: 2 n (rows^2 + columns^2) FLOPs, where gradients take 2 n rows columns (rows + columns).
+    """
+    _require_no_scale(block)
+    return ((rows @ block.b).square().sum(-1) * (columns @ block.c).square().sum(-1)).sum()
+
+
+def outer_directional(
+    block: KroneckerBlock,
+    directions: tuple[Tensor, Tensor],
+    rows: Tensor,
+    columns: Tensor,
+    damping: float,
+) -> tuple[Tensor, Tensor]:
+    """Return sum_m (Q u_m)^T F_g (Q u_m) and sum_m u_m^T Q u_m, none of U_m and G_n formed.
+
+        U = s t^T, G = r c^T:   <G, B U C> = (r^T B s)(c^T C t)
+
+    Args:
+        block: Q; a ShapeMismatch if it has a scale, under which an image has not rank one.
+        directions: s, (m, rows), and t, (m, columns).
+        rows: r, (n, rows), scaled.
+        columns: c, (n, columns).
+        damping: gamma > 0.
+
+    Cost: 2 m (rows^2 + columns^2) + 2 m n (rows + columns) FLOPs.
+    """
+    _require_no_scale(block)
+    s, t = directions
+    left, right = s @ block.b, t @ block.c
+    slopes = (left @ rows.mT) * (right @ columns.mT)
+    norms = left.square().sum(-1) * right.square().sum(-1)
+    linear = (left * s).sum(-1) * (right * t).sum(-1)
+    return slopes.square().sum() + damping * norms.sum(), linear.sum()
+
+
+def _require_no_scale(block: KroneckerBlock) -> None:
+    if block.scale is not None:
+        raise ShapeMismatch("Expected a Kronecker block without scale; use `outer_product`.")
 
 
 def curvature_and_trace(

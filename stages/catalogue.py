@@ -190,16 +190,39 @@ class ModelParams(Params):
     )
 
 
+class FishLegOptimizerParams(Params):
+    """Options of the optimiser fishleg."""
+
+    damping: float = Field(default=0.03, gt=0, description="gamma, added to the Fisher's diagonal")
+    trust: float | None = Field(
+        default=0.1, gt=0, description="longest step, in nats a sample; null for no limit"
+    )
+    update_every: int = Field(default=10, ge=1, description="steps between updates of the inverse")
+    samples: int | None = Field(
+        default=None, ge=2, description="of a batch that an update takes; null for all"
+    )
+    structure: Literal["kronecker", "kronecker_scaled", "diagonal"] = Field(
+        default="kronecker", description="form of the inverse's blocks"
+    )
+    learning_rate: float = Field(
+        default=0.005, ge=0, description="of the inverse's correction, relative; 0 learns none"
+    )
+
+
 class TrainingParams(Params):
     """The recipe of the training loop."""
 
     epochs: int = Field(default=30, ge=0, description="passes over the training split")
     batch_size: int = Field(default=128, ge=1, description="samples in an optimiser step")
-    optimizer: Literal["sgd", "adamw"] = Field(
-        default="sgd", description="SGD with Nesterov momentum, or AdamW"
+    optimizer: Literal["sgd", "adamw", "fishleg"] = Field(
+        default="sgd",
+        description="SGD with Nesterov momentum, AdamW, or the FishLeg natural gradient",
+    )
+    fishleg_optimizer: FishLegOptimizerParams = Field(
+        default=FishLegOptimizerParams(), description="options of the optimiser fishleg"
     )
     lr: float = Field(default=0.1, gt=0, description="peak learning rate; a cosine takes it to 0")
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="of SGD")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of SGD and FishLeg")
     weight_decay: float = Field(
         default=5e-4, ge=0, description="of matrices and kernels; not of biases and norms"
     )
@@ -212,6 +235,13 @@ class TrainingParams(Params):
         default="auto", description="of forward and backward; auto: bfloat16 on a GPU that has it"
     )
     seed: int = Field(default=0, ge=0, description="of weights, batches, crops and dropout")
+
+    @model_validator(mode="after")
+    def _forget_other_optimizers(self) -> TrainingParams:
+        """Reset the options of other optimisers: what is not used must not enter the key."""
+        if self.optimizer != "fishleg":
+            object.__setattr__(self, "fishleg_optimizer", FishLegOptimizerParams())
+        return self
 
 
 class CalibrationParams(Params):
@@ -620,10 +650,13 @@ def estimate_import(params: ImportParams, upstream: Sequence[Params]) -> Estimat
 
 
 def estimate_training(params: TrainingParams, upstream: Sequence[Params]) -> Estimate:
-    """Forecast a training: weights, gradients and moments; two checkpoints and the result."""
+    """Forecast a training: weights, gradients and moments; two checkpoints and the result.
+
+    The factors of FishLeg depend on the shapes of the layers, which are not known here.
+    """
     lineage = [params, *upstream]
     parameters = _parameters(lineage)
-    if parameters is None:
+    if parameters is None or params.optimizer == "fishleg":
         return Estimate()
     moments = 2 if params.optimizer == "adamw" else 1
     state = parameters * _FLOAT_BYTES * (2 + moments)

@@ -1,4 +1,4 @@
-"""The one training loop: SGD or AdamW, cosine schedule, distillation, masks kept, resumable.
+"""The one training loop: SGD, AdamW or FishLeg, cosine schedule, distillation, masks, resumable.
 
 A run's whole state is the network, the optimiser's moments and a cursor (epoch, batch). Learning
 rate, batches, crops and dropout are functions of the cursor, so a run that goes on from a
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fishleg.likelihoods import Categorical
+from fishleg.optim import FishLeg
 from pipeline.stage import Context, StageError, write_json
 from stages.data.batches import batches_per_epoch, training_batches
 from stages.data.dataset import DataSet
@@ -78,7 +80,7 @@ class Training:
         self.seed = derive_seed(params.seed, purpose)
         parameters = dict(network.named_parameters())
         self.removed = [(parameters[name], ~mask) for name, mask in (masks or {}).items()]
-        self.optimizer = _optimizer(network, params)
+        self.optimizer = _optimizer(network, params, masks or {}, self.seed)
         self.batches = batches_per_epoch(len(dataset.train), params.batch_size)
         self.epoch = 0
         self.batch = 0
@@ -181,6 +183,8 @@ class Training:
         self.network.train()
         if self.device == "cuda" and inputs.ndim == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
+        if isinstance(self.optimizer, FishLeg):
+            self.optimizer.observe(inputs)
         loss = self._loss(inputs, labels)
         self.optimizer.zero_grad()
         loss.backward()
@@ -253,8 +257,21 @@ def learning_rate(params: TrainingParams, step: int, batches: int) -> float:
     return params.lr * 0.5 * (1 + math.cos(math.pi * along))
 
 
-def _optimizer(network: nn.Module, params: TrainingParams) -> torch.optim.Optimizer:
+def _optimizer(
+    network: nn.Module, params: TrainingParams, masks: Mapping[str, Tensor], seed: int
+) -> torch.optim.Optimizer:
     """Build the optimiser; weight decay acts on matrices and kernels, not on biases and norms."""
+    if params.optimizer == "fishleg":
+        return FishLeg(
+            network,
+            Categorical(),
+            lr=params.lr,
+            momentum=params.momentum,
+            weight_decay=params.weight_decay,
+            masks=masks,
+            seed=seed,
+            **params.fishleg_optimizer.model_dump(),
+        )
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": params.weight_decay},

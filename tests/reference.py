@@ -71,6 +71,12 @@ def gaussian_hessian(outputs: Tensor, variance: float = 1.0) -> Tensor:
     return torch.eye(len(outputs), dtype=outputs.dtype) / variance
 
 
+def bernoulli_hessian(outputs: Tensor) -> Tensor:
+    """Return diag(p (1 - p)) for one sample's logits (d,)."""
+    p = 1 / (1 + torch.exp(-outputs))
+    return torch.diag(p * (1 - p))
+
+
 def dense_fisher(
     model: nn.Module,
     inputs: Tensor,

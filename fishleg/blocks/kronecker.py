@@ -52,6 +52,8 @@ class KroneckerBlock(AbstractBlock):
 
     def squared_norm(self, mask: Tensor | None = None) -> Tensor:
         """Return ||M o Q o M||_F^2 = sum over A^o2 o [ B^o2 (A^o2) C^o2 ], A masked."""
+        if self.scale is None and mask is None:
+            return self.b.square().sum() * self.c.square().sum()
         weight = squared_weight(self.b, self.shape, self.scale, mask)
         squares = KroneckerBlock(self.b.square(), self.c.square())
         return (weight * squares.matvec(weight)).sum()

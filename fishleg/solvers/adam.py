@@ -142,14 +142,10 @@ class AdamSolver(AbstractSolver):
             rate *= 0.5 + 0.5 * cos(pi * age / (self.options.steps - self.options.preconditioned))
         moved, first, second = {}, {}, {}
         for (name, x), slope in zip(now.free.items(), slopes, strict=True):
-            slope = slope.contiguous()  # strides, which change bits, are not saved
-            first[name] = now.first[name].lerp(slope, 1 - _BETA_1)
-            second[name] = now.second[name].lerp(slope.square(), 1 - _BETA_2)
-            mean = first[name] / (1 - _BETA_1 ** (age + 1))
-            spread = (second[name] / (1 - _BETA_2 ** (age + 1))).sqrt()
-            # a step of random signs in all entries changes a factor by about the learning rate
-            size = 1.0 if name in _POSITIVE else x.shape[-1] ** -0.5
-            moved[name] = x - rate * size * mean / (spread + _EPSILON)
+            first[name], second[name], change = adam_change(
+                name, slope, now.first[name], now.second[name], age
+            )
+            moved[name] = x + rate * change
         return replace(now, step=now.step + 1, free=moved, first=first, second=second)
 
     def _loss(self, block: AbstractBlock, gradients: Tensor, step: int) -> Tensor:
@@ -239,6 +235,49 @@ class _Descent:
 
 
 _PARTS = ("free", "anchor", "first", "second")
+
+
+def adam_change(
+    name: str, slope: Tensor, first: Tensor, second: Tensor, age: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Adam's next moments of one tensor, and the change x wants at a learning rate of 1.
+
+    Args:
+        name: of the tensor; it tells factors from positive numbers.
+        slope: dJ/dx.
+        first: running mean of the slopes, of their shape.
+        second: running mean of their squares.
+        age: steps taken before, >= 0.
+    """
+    slope = slope.contiguous()  # strides, which change bits, are not saved
+    first = first.lerp(slope, 1 - _BETA_1)
+    second = second.lerp(slope.square(), 1 - _BETA_2)
+    mean = first / (1 - _BETA_1 ** (age + 1))
+    spread = (second / (1 - _BETA_2 ** (age + 1))).sqrt()
+    # a step of random signs in all entries changes a factor by about the learning rate
+    size = 1.0 if name in _POSITIVE else slope.shape[-1] ** -0.5
+    return first, second, -size * mean / (spread + _EPSILON)
+
+
+def relative_slope(name: str, tensor: Tensor, slope: Tensor) -> Tensor:
+    """Return dJ/dy at y = 0, where T moves to (I + Y) T (I + Y)^T, or t to t exp(y).
+
+        (S + S^T) T,   or   s o t
+
+    Args:
+        name: of the tensor; it tells factors from positive numbers.
+        tensor: T, symmetric, or t.
+        slope: S = dJ/dT, or s = dJ/dt.
+    """
+    return slope * tensor if name in _POSITIVE else (slope + slope.mT) @ tensor
+
+
+def compose(name: str, free: Tensor, change: Tensor) -> Tensor:
+    """Return the x that `assemble` needs after the move y, from the x before: I + X is a product.
+
+    I + X  <-  (I + Y)(I + X),   or   x  <-  x + y
+    """
+    return free + change if name in _POSITIVE else free + change + change @ free
 
 
 def assemble(start: AbstractBlock, free: Tensors) -> AbstractBlock:

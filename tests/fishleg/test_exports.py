@@ -8,7 +8,14 @@ import pytest
 
 import fishleg
 
-PACKAGES = ["fishleg", "fishleg.blocks", "fishleg.estimators", "fishleg.pruning", "fishleg.solvers"]
+PACKAGES = [
+    "fishleg",
+    "fishleg.blocks",
+    "fishleg.estimators",
+    "fishleg.optim",
+    "fishleg.pruning",
+    "fishleg.solvers",
+]
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from fishleg.errors import ShapeMismatch
-from fishleg.likelihoods import Categorical, Gaussian
+from fishleg.likelihoods import Bernoulli, Categorical, Gaussian
 from fishleg.rng import SampleGenerator
-from tests.reference import gaussian_hessian, softmax_hessian
+from tests.reference import bernoulli_hessian, gaussian_hessian, softmax_hessian
 
 N, D = 4, 3
 DRAWS = 20_000
@@ -19,18 +19,48 @@ def outputs() -> torch.Tensor:
     return torch.randn(N, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-LIKELIHOODS = [Categorical(), Gaussian(), Gaussian(0.25)]
+LIKELIHOODS = [Bernoulli(), Categorical(), Gaussian(), Gaussian(0.25)]
 
 
 def hessian_of(likelihood, f: torch.Tensor) -> torch.Tensor:
     if isinstance(likelihood, Categorical):
         return softmax_hessian(f)
+    if isinstance(likelihood, Bernoulli):
+        return bernoulli_hessian(f)
     return gaussian_hessian(f, likelihood.variance)
 
 
 def test_categorical_loss_by_hand():
     logits = torch.tensor([[0.0, math.log(3.0)]])
     assert Categorical().nll(logits, torch.tensor([1])) == pytest.approx(math.log(4 / 3))
+
+
+def test_bernoulli_loss_by_hand():
+    logits = torch.tensor([[0.0, math.log(3.0)]])
+    expected = math.log(2) + 0.5 * math.log(4 / 3) + 0.5 * math.log(4)
+    assert Bernoulli().nll(logits, torch.tensor([[1.0, 0.5]])) == pytest.approx(expected)
+
+
+def test_bernoulli_samples_have_the_model_frequencies():
+    logits = torch.tensor([0.3, -1.0, 4.0], dtype=torch.float64)
+    generator = SampleGenerator(0, torch.arange(DRAWS))
+    labels = Bernoulli().sample(logits.expand(DRAWS, 3), generator)
+    assert set(labels.unique().tolist()) == {0.0, 1.0}
+    assert (labels.mean(0) - logits.sigmoid()).abs().max() < FREQUENCY_ERROR
+
+
+def test_matched_bernoulli_labels_have_the_moments_of_sampled_ones(outputs):
+    """Whatever the sign, (p - y)^2 = p (1 - p); both signs come up."""
+    p = outputs.sigmoid()
+    y = Bernoulli().match(outputs, SampleGenerator(0, torch.arange(N)))
+    torch.testing.assert_close((p - y).square(), p * (1 - p))
+    assert set((p - y).sign().flatten().tolist()) == {-1.0, 1.0}
+
+
+def test_bernoulli_divergence_is_the_sum_over_both_labels(outputs):
+    p, q = outputs.sigmoid(), outputs.flip(0).sigmoid()
+    expected = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(1)
+    torch.testing.assert_close(Bernoulli().divergence(outputs, outputs.flip(0)), expected)
 
 
 def test_gaussian_loss_by_hand():

@@ -54,6 +54,14 @@ def test_every_name_stands_for_something(registry: Registry) -> None:
         assert entry.summary, name
 
 
+def test_options_of_an_optimizer_not_used_do_not_enter_the_key() -> None:
+    options = {"dataset": "digits", "model": "mlpnet", "fishleg_optimizer": {"damping": 0.5}}
+    unused, used = (PretrainParams(**options, optimizer=name) for name in ("sgd", "fishleg"))
+    assert unused == PretrainParams(dataset="digits", model="mlpnet")
+    assert used.fishleg_optimizer.damping == 0.5
+    assert estimate_training(used, []) == Estimate()
+
+
 def test_memory_and_disk_are_forecast_where_the_network_is_known() -> None:
     dense = PretrainParams(dataset="digits", model="resnet18")
     known = estimate_training(dense, [])

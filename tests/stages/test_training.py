@@ -20,6 +20,7 @@ from stages.training import Teacher, Training, learning_rate
 RECIPES = [
     {"optimizer": "sgd", "lr": 0.1},
     {"optimizer": "adamw", "lr": 0.01, "label_smoothing": 0.1},
+    {"optimizer": "fishleg", "lr": 0.3, "fishleg_optimizer": {"update_every": 5, "samples": 16}},
 ]
 
 
