@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,11 @@ def run_cell(params: dict[str, Any], folder: Path) -> dict[str, Any]:
     for number, settings in enumerate(params["grid"]):
         found = _kept(
             folder / f"trial-{number}.json",
-            lambda settings=settings: _run(problem, params, settings, params["trial_steps"]),
+            partial(_run, problem, params, settings, params["trial_steps"]),
         )
         trials.append({"settings": settings, "validation": found["validation"][-1][2]})
     best = min(trials, key=lambda trial: trial["validation"])["settings"]
-    final = _kept(folder / "final.json", lambda: _run(problem, params, best, params["steps"]))
+    final = _kept(folder / "final.json", partial(_run, problem, params, best, params["steps"]))
     return {"trials": trials, "settings": best, **final}
 
 
@@ -208,10 +209,10 @@ def _run(
 
 
 def _optimizer(
-    network: nn.Module, likelihood: Likelihood, params: dict[str, Any], settings: dict[str, float]
+    network: nn.Module, likelihood: Likelihood, params: dict[str, Any], settings: dict[str, Any]
 ) -> torch.optim.Optimizer:
     if params["method"] == "fishleg":
-        return FishLeg(network, likelihood, seed=params["seed"], **settings)  # type: ignore[arg-type]
+        return FishLeg(network, likelihood, seed=params["seed"], **settings)
     if params["method"] == "adam":
         return torch.optim.Adam(network.parameters(), **settings)
     return torch.optim.SGD(network.parameters(), momentum=0.9, **settings)
