@@ -517,6 +517,11 @@ class MultistepParams(StepwiseParams):
         description="fast at first and slow at the end; equal steps; or equal fractions of what is "
         "left",
     )
+    carry: Literal["refine", "reestimate"] = Field(
+        default="reestimate",
+        description="between steps: start the estimate anew, on the full Fisher with all zeros as "
+        "constraints, or take the new weights and masks into it",
+    )
     refine: Literal["none", "sgd", "adam", "natural", "gauss_newton"] = Field(
         default="adam",
         description="after each step, by KL(dense || pruned) on the calibration samples: not at "

@@ -40,9 +40,9 @@ def greedy_saliency(
     Args:
         estimator: a fitted estimate of Q.
         weights: group name -> (rows, columns), of prunable groups, at the estimate's own point.
-        masks: group name -> bool (rows, columns), the survivors so far. What is removed already
-            leaves first where Q covers it, since its zeros are constraints, and is passed over
-            where Q was fitted on the survivors.
+        masks: group name -> bool (rows, columns), the survivors so far. C is conditioned on what
+            is removed already where Q covers it, since its zeros are constraints; a Q fitted on
+            the survivors knows of them.
         memory_bytes: of the inverses that are updated at once, beside one row's.
 
     Returns:
@@ -51,9 +51,9 @@ def greedy_saliency(
 
     Errors are those of `GreedyRemoval.run`.
 
-    Time: 2 r s^3 FLOPs a group, s the most weights in a row's support, in s dependent steps of
-    2 r s^2, and what `of_rows` takes. Memory: s^2 numbers for each row that is updated, up to
-    `memory_bytes`.
+    Time: 2 r s^3 FLOPs a group, s the most survivors of a row, in s dependent steps of 2 r s^2;
+    what `of_rows` takes; and 2 r (c^3 + s^3) in float64 to condition. Memory: c^2 numbers for each
+    row that is updated, up to `memory_bytes`.
     """
     out = {}
     for name, matrix in weights.items():
@@ -84,21 +84,40 @@ def _by_rows(
     costs = torch.zeros(weights.shape, dtype=torch.float64, device=weights.device)
     at_once = max(1, memory_bytes // (weights.shape[1] ** 2 * weights.element_size()))
     for rows in torch.arange(len(weights), device=weights.device).split(at_once):
-        # the support moves to the front of each row, and the rest is cut off
-        width = int(support[rows].sum(1).max())
-        order = support[rows].to(torch.int8).sort(dim=1, descending=True, stable=True).indices
-        order = order[:, :width]
-        inside = support[rows].gather(1, order)
-        inverse = block.of_rows(rows)
-        inverse = inverse[
-            torch.arange(len(rows), device=rows.device)[:, None, None],
-            order.unsqueeze(2),
-            order.unsqueeze(1),
-        ]
+        # the survivors move to the front of each row, and the rest is cut off
+        order = kept[rows].to(torch.int8).sort(dim=1, descending=True, stable=True).indices
+        order = order[:, : int(kept[rows].sum(1).max())]
+        inverse = _condition(block.of_rows(rows), support[rows], kept[rows], order)
+        removable_here = kept[rows].gather(1, order) & removable[order]
         removal = GreedyRemoval(weights[rows].gather(1, order), inverse)
-        found = removal.run(kept[rows].gather(1, order), inside & removable[order])
-        costs[rows] = costs[rows].scatter(1, order, found)
+        costs[rows] = costs[rows].scatter(1, order, removal.run(removable_here))
     return costs
+
+
+def _condition(inverse: Tensor, support: Tensor, kept: Tensor, order: Tensor) -> Tensor:
+    """Return the inverses of the survivors, what else is in the support being held at 0.
+
+    The inverse of F restricted to s when g is held is Q_ss - Q_sg (Q_gg)^-1 Q_gs = ((Q^-1)_ss)^-1.
+
+    Args:
+        inverse: (n, columns, columns), positive definite on the support.
+        support: bool (n, columns).
+        kept: bool (n, columns), the survivors, within the support.
+        order: (n, s), the columns wanted; one that is not kept has nothing to do with the others.
+    """
+    rows = torch.arange(len(order), device=order.device)[:, None, None]
+    chosen = (rows, order.unsqueeze(2), order.unsqueeze(1))
+    if torch.equal(support, kept):
+        return inverse[chosen]
+    precision = torch.linalg.inv(_isolate(inverse.double(), support))
+    left = _isolate(precision[chosen], kept.gather(1, order))
+    return torch.linalg.inv(left).to(inverse.dtype)
+
+
+def _isolate(matrix: Tensor, inside: Tensor) -> Tensor:
+    """Return (n, c, c) matrices whose rows and columns outside (n, c) are those of the identity."""
+    both = inside.unsqueeze(1) & inside.unsqueeze(2)
+    return torch.where(both, matrix, torch.eye(matrix.shape[-1]).to(matrix))
 
 
 class GreedyRemoval:
@@ -137,15 +156,14 @@ class GreedyRemoval:
         self.inverse[rows, :, chosen] = 0.0
         self.inverse[rows, chosen] = 0.0
 
-    def run(self, kept: Tensor, removable: Tensor) -> Tensor:
+    def run(self, removable: Tensor) -> Tensor:
         """Remove all that is removable, and return each weight's cost, rising in a row's order.
 
         Args:
-            kept: bool (n, columns); what is not kept leaves first, at no cost.
             removable: bool (n, columns).
 
         Returns:
-            float64 (n, columns), 0 for what is not kept or not removable.
+            float64 (n, columns), 0 for what is not removable.
 
         Raises:
             NotPositiveDefinite: a C_pp is not positive.
@@ -159,12 +177,11 @@ class GreedyRemoval:
         for step in range(int(counts.max())):
             pivots = self.inverse.diagonal(dim1=1, dim2=2)
             broken |= (waiting & ~(pivots > 0)).any()
-            costs = self.costs().masked_fill(~kept, -1.0).masked_fill(~waiting, torch.inf)
+            costs = self.costs().masked_fill(~waiting, torch.inf)
             rows = (counts > step).nonzero().flatten()
             chosen = costs[rows].argmin(dim=1)
             cost = costs[rows, chosen].double()
-            risen = torch.maximum(cost, torch.nextafter(reached[rows], above[rows]))
-            reached[rows] = torch.where(cost < 0, reached[rows], risen)
+            reached[rows] = torch.maximum(cost, torch.nextafter(reached[rows], above[rows]))
             out[rows, chosen] = reached[rows]
             waiting[rows, chosen] = False
             self.remove(chosen, rows)
