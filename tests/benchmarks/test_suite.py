@@ -14,7 +14,8 @@ PIPELINES = [one.path for one in list_benchmarks() if one.is_pipeline]
 def test_a_pipeline_is_valid_and_runnable_by_itself(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "resnet20_cifar10.safetensors").touch()  # that there is one is enough
+    for network in ("resnet20_cifar10", "mlpnet_mnist"):
+        (tmp_path / f"{network}.safetensors").touch()  # that there is one is enough
     monkeypatch.setenv("FISHLEG_CHECKPOINTS", str(tmp_path))
     monkeypatch.setenv("FISHLEG_BENCHMARKS_STORE", str(tmp_path))
     assert load_spec(path).storage == str(tmp_path)
