@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import _digits, _seeds, claim_assimilation, claim_noise, claim_structure
-from fishleg import BlockWoodbury
+from fishleg import BlockWoodbury, FishLeg
 
 NETWORK = {"width": 2, "hidden": 4, "epochs": 1}
 
@@ -121,6 +121,20 @@ def test_noise_cell(folder: Path) -> None:
         assert all(len(at["test"]) == 2 for at in points)
     few, many = ways["inverted"]
     assert min(few["residual"]) > max(many["residual"]) > 0
+
+
+def test_both_ways_have_one_structure(folder: Path) -> None:
+    digits = _digits.load_digits(NETWORK, folder)
+    source = digits.gradients(digits.model, samples=30, labels="sampled", seed=0)
+    for structure, ways in claim_noise._WAYS.items():
+        found = []
+        for build in ways.values():
+            estimator = build(digits.partition, 1e-2)
+            if isinstance(estimator, FishLeg) and estimator.options.solver == "adam":
+                continue  # slow, and the structure is what it is called
+            estimator.fit(source)
+            found.append({name: type(block) for name, block in estimator.blocks().items()})
+        assert all(one == found[0] for one in found), structure
 
 
 def test_the_inverse_of_the_exact_fisher_has_no_error(folder: Path) -> None:
