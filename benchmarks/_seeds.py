@@ -93,7 +93,20 @@ def _draw_panel(axis: Any, panel: Panel) -> None:
     axis.set_title(panel.title, fontsize=10)
     axis.set_xlabel(panel.xlabel)
     axis.set_ylabel(panel.ylabel)
-    axis.set_xscale("log" if panel.xlog else "linear")
-    axis.set_yscale("log" if panel.ylog else "linear")
+    if panel.xlog:
+        axis.set_xscale("log")
+        _label_decades(axis.xaxis)
+    if panel.ylog:
+        axis.set_yscale("log")
+        _label_decades(axis.yaxis)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
+
+
+def _label_decades(axis: Any) -> None:
+    """Label 1 and 3 of each decade in plain numbers: enough where there is only one."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
