@@ -132,7 +132,7 @@ def report(documents: dict[str, dict[str, Any]], figures: Path) -> str:
     params = next(iter(documents.values()))["params"]
     intro = (
         f"The digits' residual network, pruned to {params['sparsity']:g} in {params['steps']} "
-        f"steps with {params['epochs']} epochs of training after each; a Kronecker Q, fitted in "
+        f"steps, epochs of training after each: {params['epochs']}; a Kronecker Q, fitted in "
         "the first step and then refined or estimated anew, at the same sweeps and samples a step. "
         "Accuracy in percent, mean ± standard deviation over seeds; damping chosen on the "
         "validation split."
