@@ -1,0 +1,197 @@
+"""Claim 1, factorisation: what the structure of Q costs, and what it loses to the full inverse.
+
+FishLeg in each of its structures on one network that is small enough for the full inverse of every
+group. One-shot, joint compensation. The damping is chosen for each structure and sparsity by the
+mean accuracy on the validation split; the test split is read for the chosen ones alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks._digits import NETWORK, Digits, load_digits
+from benchmarks._seeds import CLEAR, Panel, draw, show, tally
+from fishleg import FishLeg, prune_once
+from stages.model_folder import Model
+
+TITLE = "Claim 1, factorisation: the structure of Q"
+
+_STRUCTURES = (
+    "full",
+    "block",
+    "kronecker",
+    "kronecker_scaled",
+    "tensor",
+    "tensor_scaled",
+    "diagonal",
+    "eigen",
+)
+_FACTORED = ("kronecker", "kronecker_scaled", "tensor", "tensor_scaled", "eigen")
+
+
+def cells() -> dict[str, dict[str, Any]]:
+    """Return cell name -> parameters: one cell for each structure."""
+    return {
+        f"structure[{structure}]": {
+            "structure": structure,
+            "network": NETWORK,
+            "samples": 1000,
+            "sparsities": [0.8, 0.9, 0.95],
+            "dampings": [1e-4, 1e-3, 1e-2],
+            "seeds": [0, 1, 2, 3, 4],
+        }
+        for structure in _STRUCTURES
+    }
+
+
+def run_cell(params: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Fit and prune with every damping, seed and sparsity.
+
+    Returns:
+        `dense`: accuracy of the unpruned network on both splits; `memory_bytes` of the estimate;
+        `fit_seconds`: of the processor, of every fit; `sparsities`: for each, the chosen `damping`
+        and, by seed, `validation` and `test` accuracy in percent.
+    """
+    digits = load_digits(params["network"], folder)
+    pruned: dict[tuple[float, float], list[Model]] = {}
+    seconds: list[float] = []
+    memory = 0
+    for damping in params["dampings"]:
+        for seed in params["seeds"]:
+            estimator = FishLeg(digits.partition, damping=damping, structure=params["structure"])
+            source = digits.gradients(
+                digits.model, samples=params["samples"], labels="matched", seed=seed
+            )
+            begin = time.process_time()
+            estimator.fit(source)
+            seconds.append(time.process_time() - begin)
+            memory = estimator.memory_bytes()
+            for sparsity in params["sparsities"]:
+                model = _prune(digits, estimator, sparsity)
+                pruned.setdefault((sparsity, damping), []).append(model)
+    found = [
+        _choose(digits, pruned, sparsity, params["dampings"]) for sparsity in params["sparsities"]
+    ]
+    return {
+        "dense": {"validation": digits.validate(digits.model), "test": digits.test(digits.model)},
+        "memory_bytes": memory,
+        "fit_seconds": seconds,
+        "sparsities": found,
+    }
+
+
+def _prune(digits: Digits, estimator: FishLeg, sparsity: float) -> Model:
+    """Return a pruned copy of the dense network."""
+    model = replace(digits.model, network=copy.deepcopy(digits.model.network))
+    prune_once(model.network, estimator, sparsity=sparsity)
+    return model
+
+
+def _choose(
+    digits: Digits,
+    pruned: dict[tuple[float, float], list[Model]],
+    sparsity: float,
+    dampings: list[float],
+) -> dict[str, Any]:
+    """Return the accuracies at a sparsity with the damping that does best on validation data."""
+    validation = {
+        damping: [digits.validate(model) for model in pruned[sparsity, damping]]
+        for damping in dampings
+    }
+    best = max(dampings, key=lambda damping: fmean(validation[damping]))
+    return {
+        "sparsity": sparsity,
+        "damping": best,
+        "validation": validation[best],
+        "test": [digits.test(model) for model in pruned[sparsity, best]],
+    }
+
+
+# -------------------------------------------------------------------------------- report
+
+
+def report(documents: dict[str, dict[str, Any]], figures: Path) -> str:
+    """Return the Markdown section, and write `claim_structure.png` into `figures`."""
+    results = {one["params"]["structure"]: one["result"] for one in documents.values()}
+    results = {name: results[name] for name in _STRUCTURES if name in results}
+    peaks = {one["params"]["structure"]: one["peak_bytes"] for one in documents.values()}
+    first = next(iter(results.values()))
+    sparsities = [at["sparsity"] for at in first["sparsities"]]
+    heads = [f"{sparsity:g} {split}" for sparsity in sparsities for split in ("test", "validation")]
+    lines = [
+        f"| structure | {' | '.join(heads)} | kB of Q | fit, CPU s | peak, MB |",
+        f"|---|{'---:|' * (len(heads) + 3)}",
+    ]
+    for structure, result in results.items():
+        accuracies = [
+            f"{show(at['test'])} ({at['damping']:g}) | {show(at['validation'])}"
+            for at in result["sparsities"]
+        ]
+        lines.append(
+            f"| {structure} | {' | '.join(accuracies)} | {result['memory_bytes'] / 1e3:.0f} "
+            f"| {show(result['fit_seconds'], 2)} | {peaks[structure] / 1e6:.0f} |"
+        )
+    draw(_panels(results), figures / "claim_structure.png", columns=3)
+    intro = (
+        "FishLeg on the digits' residual network "
+        f"({first['dense']['test']:.1f} % dense), one-shot from 1,000 calibration samples. "
+        "Accuracy in percent, mean ± standard deviation over calibration seeds; in brackets the "
+        "damping, chosen on the validation split. Peak is of the whole process."
+    )
+    parts = [intro, "\n".join(lines), _verdict(results)]
+    return "\n\n".join([*parts, f"![{TITLE}]({figures.name}/claim_structure.png)", ""])
+
+
+def _panels(results: dict[str, dict[str, Any]]) -> list[Panel]:
+    accuracy = {
+        structure: {at["sparsity"]: at["test"] for at in result["sparsities"]}
+        for structure, result in results.items()
+    }
+    last = {structure: list(points.values())[-1] for structure, points in accuracy.items()}
+    sparsest = max(at for points in accuracy.values() for at in points)
+    memory = {name: {results[name]["memory_bytes"] / 1e3: last[name]} for name in results}
+    seconds = {name: {fmean(results[name]["fit_seconds"]): last[name]} for name in results}
+    label = f"test accuracy at {sparsest:g}, %"
+    return [
+        Panel(title="accuracy", xlabel="sparsity", ylabel="test accuracy, %", lines=accuracy),
+        Panel(title="memory of Q", xlabel="kB", ylabel=label, lines=memory, xlog=True),
+        Panel(title="time of a fit", xlabel="CPU s", ylabel=label, lines=seconds, xlog=True),
+    ]
+
+
+def _verdict(results: dict[str, dict[str, Any]]) -> str:
+    """Return which factored structures keep the full one's accuracy at a part of its memory."""
+    if "full" not in results:
+        return "Without the full inverse there is nothing to compare with."
+    full = results["full"]
+    details: list[str] = []
+    holds: list[str] = []
+    factored = [structure for structure in _FACTORED if structure in results]
+    for structure in factored:
+        result = results[structure]
+        pairs = [
+            (at["test"], best["test"])
+            for at, best in zip(result["sparsities"], full["sparsities"], strict=True)
+        ]
+        counts = tally(pairs)
+        if counts["above"] >= counts["below"]:
+            holds.append(structure)
+        gaps = ", ".join(f"{fmean(ours) - fmean(theirs):+.1f}" for ours, theirs in pairs)
+        details.append(
+            f"{structure}: {gaps} points, clearly above at {counts['above']} and below at "
+            f"{counts['below']}, with {100 * result['memory_bytes'] / full['memory_bytes']:.2g} % "
+            "of the memory"
+        )
+    where = f"holds here for {', '.join(holds)} only" if holds else "does not hold here"
+    where = "holds here" if len(holds) == len(factored) else where
+    sparsities = ", ".join(f"{at['sparsity']:g}" for at in full["sparsities"])
+    return (
+        f"**The claim {where}**, where it is that a factored Q is clearly below the full inverse "
+        "at no more sparsities than it is above it. Against the full inverse at "
+        f"{sparsities}: {'; '.join(details)} ({CLEAR})."
+    )
