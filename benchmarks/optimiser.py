@@ -232,11 +232,10 @@ def _validate(network: nn.Module, problem: Problem) -> float:
 # -------------------------------------------------------------------------------- report
 
 
-def report(results: dict[str, dict[str, Any]], figures: Path) -> str:
-    """Return the Markdown section, and write `optimiser.png` into `figures`."""
+def report(documents: dict[str, dict[str, Any]], figures: Path) -> str:
+    """Return the section's Markdown, and write `optimiser.png` into `figures`."""
+    results = {name: document["result"] for name, document in documents.items()}
     lines = [
-        f"## {TITLE}",
-        "",
         "Each method tuned by six short trials on the validation loss, then one run of equal steps "
         "(half-cosine schedule, one seed, one thread). Loss in nats a sample, on validation data.",
         "",

@@ -7,9 +7,11 @@ module `NAME.py` with
     cells() -> dict[str, dict]                            cell name -> parameters, JSON
     run_cell(params: dict, folder: Path) -> dict          the cell's result, JSON; `folder` is its
                                                           own, and is kept until the cell is done
-    report(results: dict[str, dict], figures: Path) -> str    the section in Markdown, of the
-                                                          finished cells' documents; `figures` is
-                                                          the folder for its pictures
+    report(documents: dict[str, dict], figures: Path) -> str  the section in Markdown, without its
+                                                          heading, of the finished cells'
+                                                          documents (`result` is what run_cell
+                                                          gave); `figures` is the folder for its
+                                                          pictures
 """
 
 from __future__ import annotations

@@ -51,6 +51,8 @@ def test_cells_resume_and_are_reported(tmp_path: Path, monkeypatch: pytest.Monke
         assert len(again["train"]) == 24
         best = min(again["trials"], key=lambda trial: trial["validation"])
         assert again["settings"] == best["settings"]
-    text = optimiser.report(results, tmp_path / "figures")
+    text = optimiser.report(
+        {name: {"result": result} for name, result in results.items()}, tmp_path / "figures"
+    )
     assert text.count("| FishLeg |") == 2
     assert (tmp_path / "figures" / "optimiser.png").stat().st_size > 1000
