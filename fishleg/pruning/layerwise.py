@@ -53,7 +53,7 @@ def greedy_saliency(
 
     Time: 2 r s^3 FLOPs a group, s the most survivors of a row, in s dependent steps of 2 r s^2;
     what `of_rows` takes; and 2 r (c^3 + s^3) in float64 to condition. Memory: c^2 numbers for each
-    row that is updated, up to `memory_bytes`.
+    row that is updated, up to `memory_bytes`, and some five times that while they are conditioned.
     """
     out = {}
     for name, matrix in weights.items():
