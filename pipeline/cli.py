@@ -24,13 +24,12 @@ from pipeline.render import cell_drawing, dot, mermaid, stage_drawing
 from pipeline.report import print_log, print_plan, print_rows, print_run, print_runs
 from pipeline.results import export as export_cell
 from pipeline.results import result_rows, to_csv
-from pipeline.runs import RunOptions, find_run, load_run
+from pipeline.runs import DEFAULT_FILE, RunOptions, find_run, load_run
 from pipeline.spec import load_spec
 from pipeline.store import Store
 from pipeline.tracking import TrackerName, tracking_uri
 from pipeline.tracking.ui import serve_ui
 
-DEFAULT_FILE = Path("pipeline.yaml")
 NONE_GIVEN: list[str] = []
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -158,7 +158,7 @@ class Driver:
         if not tracked and self._tracking.opened:
             self._view.say(
                 f"Tracking is not complete{self._tracking_error()}. "
-                f"`fls resume {self._record.run_id}` sends the rest."
+                f"`{self._record.resume_command}` sends the rest."
             )
         self._record.tracked = tracked
         self._save(now=True)

@@ -113,7 +113,7 @@ def _execute(
         executor.stop()
         tracking.finish(0)
     if driver.signal is not None:
-        console.print(f"Stopped. `fls resume {record.run_id}` goes on from here.", soft_wrap=True)
+        console.print(f"Stopped. `{record.resume_command}` goes on from here.", soft_wrap=True)
         return 128 + driver.signal
     usable = {State.DONE, State.CACHED}
     keys = {name: status.key for name, status in record.cells.items() if status.state in usable}

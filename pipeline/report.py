@@ -116,7 +116,7 @@ def print_run(record: RunRecord, console: Console) -> None:
             _say(console, f"{name}: {done:g}/{total:g} {unit}")
     print_failures(record, console)
     if state not in {"running", "done"}:
-        _say(console, f"`fls resume {record.run_id}` goes on with it.")
+        _say(console, f"`{record.resume_command}` goes on with it.")
 
 
 def print_log(store: Store, status: CellStatus, console: Console) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import BadInput, nearest
@@ -23,6 +25,7 @@ from pipeline.executors import ExecutorName
 from pipeline.store import Store
 from pipeline.tracking import TrackerName, TrackingProgress
 
+DEFAULT_FILE = Path("pipeline.yaml")
 HEARTBEAT_S = 2.0
 _SILENT_S = 60.0
 
@@ -127,6 +130,13 @@ class RunRecord:
     cells: Mapping[str, CellStatus] = field(default_factory=dict)
     tracking: TrackingProgress = field(default_factory=TrackingProgress)
     tracked: bool = False
+
+    @property
+    def resume_command(self) -> str:
+        """The command that goes on with the run, from the folder in which it was started."""
+        elsewhere = self.options.file != str(DEFAULT_FILE)
+        file = f" --file {shlex.quote(self.options.file)}" if elsewhere else ""
+        return f"fls resume {self.run_id}{file}"
 
     def claim(self, cells: Mapping[str, CellStatus]) -> None:
         """Make this process the run's driver, with these cells as they stand."""

@@ -819,6 +819,7 @@ CATALOGUE = Catalogue(
             "model_cell",
             "key",
             "method",
+            "structure",
             "mode",
             "finetuned",
             "sparsity",

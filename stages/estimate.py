@@ -71,6 +71,7 @@ class Recipe:
         return {
             "method": self.method.name,
             "damping": self.damping,
+            "structure": self.options.get("structure"),
             "mode": mode,
             "sparsity": sparsity,
             "finetuned": False,

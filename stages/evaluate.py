@@ -15,7 +15,7 @@ from stages.model_folder import load_model
 if TYPE_CHECKING:
     from stages.catalogue import EvaluateParams
 
-_PARAMS = ("method", "mode", "finetuned", "sparsity", "seed", "damping", "split")
+_PARAMS = ("method", "structure", "mode", "finetuned", "sparsity", "seed", "damping", "split")
 
 
 def evaluate(ctx: Context) -> None:
@@ -59,6 +59,7 @@ def _evaluate(ctx: Context, artifact: Artifact, folder: Path) -> dict[str, Any]:
         "model_cell": artifact.cell,
         "key": artifact.key,
         "method": facts.method,
+        "structure": facts.structure,
         "mode": facts.mode,
         "finetuned": facts.finetuned,
         "sparsity": facts.sparsity,

@@ -46,6 +46,7 @@ class Facts:
         sparsity: the fraction of prunable weights removed, as requested, in [0, 1).
         seed: of the model's training, or of the calibration samples for an imported one.
         damping: of the curvature, or None for a dense model.
+        structure: of the curvature's blocks where the method has several, or None.
     """
 
     network: Reference
@@ -60,6 +61,7 @@ class Facts:
     sparsity: float = 0.0
     seed: int = 0
     damping: float | None = None
+    structure: str | None = None
 
     @classmethod
     def from_params(
@@ -150,6 +152,7 @@ def save_model(folder: Path, model: Model) -> None:
             "sparsity": facts.sparsity,
             "seed": facts.seed,
             "damping": facts.damping,
+            "structure": facts.structure,
             "keep": list(facts.keep),
             "also_prune": list(facts.also_prune),
             "num_classes": facts.num_classes,
@@ -163,11 +166,12 @@ def save_model(folder: Path, model: Model) -> None:
 def load_facts(folder: Path) -> Facts:
     """Return the facts in a model folder."""
     value = json.loads((folder / "model.json").read_text("utf-8"))
-    plain = ("method", "mode", "finetuned", "sparsity", "seed", "damping", "num_classes")
+    plain = ("method", "mode", "finetuned", "sparsity", "seed", "damping", "structure")
     return Facts(
         network=Reference(**value["network"]),
         network_args=value["model_args"],
         data=DataSource.from_json(value["data"]),
+        num_classes=value["num_classes"],
         keep=tuple(value["keep"]),
         also_prune=tuple(value["also_prune"]),
         **{name: value[name] for name in plain},

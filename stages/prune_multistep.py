@@ -115,7 +115,7 @@ class MultistepPruning(StepwisePruning):
                     self.checkpoint(step, refinement)
 
     def keep(self, step: int) -> None:
-        """Keep the model as it is after `step`, with what it took so far."""
+        """Keep the model as it is after `step`, and report what it took so far."""
         save_model(self._folder(step), self.present(step))
         found = measure(self.model.network, self.dataset, self.dataset.validation)
         self.steps.append(
@@ -123,12 +123,11 @@ class MultistepPruning(StepwisePruning):
                 "sparsity": self.sparsities[step],
                 "validation_accuracy": found["accuracy"],
                 "validation_nll": found["nll"],
-                "seconds": self._seconds(),
             }
         )
         write_json(self.kept / "steps.json", {"dense": self.before, "steps": self.steps})
-        numbers = {f"step/{name}": value for name, value in self.steps[-1].items()}
-        self.ctx.log(numbers, step=step + 1)
+        numbers = {**self.steps[-1], "seconds": self._seconds()}
+        self.ctx.log({f"step/{name}": value for name, value in numbers.items()}, step=step + 1)
 
     def present(self, step: int) -> Model:
         """Return the model with the facts of `step`."""

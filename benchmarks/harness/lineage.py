@@ -37,9 +37,9 @@ def path_to(store: Store, key: str) -> list[Step]:
         key: of the model's cell.
     """
     found: dict[str, Step] = {}
-    ahead: list[tuple[str, float | None]] = [(key, None)]
+    ahead: list[tuple[str, int | None]] = [(key, None)]
     while ahead:
-        key, seconds = ahead.pop()
+        key, step = ahead.pop()
         manifest = store.manifest(key)
         if manifest is None or manifest.ingredients["stage"] in _DENSE:
             continue
@@ -49,26 +49,34 @@ def path_to(store: Store, key: str) -> list[Step]:
             chosen = names.index(_model_facts(store, key)["selected"])
             ahead.append((inputs["candidates"][chosen], None))
         elif manifest.ingredients["stage"] == "pick":
-            ahead.append((inputs["steps"][0], _model_facts(store, key)["picked"]["seconds"]))
+            ahead.append((inputs["steps"][0], _model_facts(store, key)["picked"]["step"]))
         else:
-            found[key] = Step(manifest, _cost(store, manifest, seconds))
+            found[key] = Step(manifest, _cost(store, manifest, step))
             ahead += [(one, None) for upstream in inputs.values() for one in upstream]
     return list(found.values())
 
 
-def _cost(store: Store, manifest: Manifest, seconds: float | None) -> dict[str, float]:
-    """Return what a cell cost; with `seconds` given, so many of its seconds.
+def _cost(store: Store, manifest: Manifest, step: int | None) -> dict[str, float]:
+    """Return what a cell cost; with `step` given, up to that step of its pruning.
 
     Of earlier attempts, which were cut off, the work up to their last checkpoint counts: what came
     after it was done again.
     """
-    attempts = [number for number in store.attempts(manifest.key) if number < manifest.attempt]
+    attempts = [number for number in store.attempts(manifest.key) if number <= manifest.attempt]
+    events = {number: store.read_events(manifest.key, number)[0] for number in attempts}
     parts: list[Mapping[str, float]] = [manifest.facts]
     for number in attempts:
-        events = store.read_events(manifest.key, number)[0]
-        parts += [event for event in events if event["type"] == "checkpoint"][-1:]
+        if number < manifest.attempt:
+            parts += [event for event in events[number] if event["type"] == "checkpoint"][-1:]
     cost = _added(parts)
-    if seconds is not None:
+    if step is not None:
+        seconds = next(
+            event["values"]["step/seconds"]
+            for number in reversed(attempts)
+            for event in events[number]
+            if event["type"] == "metrics" and event["step"] == step
+            if "step/seconds" in event["values"]
+        )
         cost["cpu_seconds"] *= seconds / max(cost["seconds"], 1e-3)
         cost["seconds"] = seconds
     return cost
@@ -90,17 +98,12 @@ def _added(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def findings_of(store: Store, path: Iterable[Step]) -> dict[str, Any]:
-    """Return what tells a model's estimate from others.
+    """Return `certificate`, the network's numbers of `fishleg.certificate.certify`, if there are any.
 
-    Returns:
-        `structure`, if the method was fishleg, and `certificate`: the network's numbers of
-        `fishleg.certificate.certify`, if stage `curvature` took any; else nothing.
+    Stage `curvature` takes them.
     """
     found: dict[str, Any] = {}
     for step in path:
-        params = step.manifest.ingredients["params"]
-        if params.get("method") == "fishleg" and "fishleg" in params:
-            found["structure"] = params["fishleg"]["structure"]
         if step.manifest.ingredients["stage"] == "curvature":
             folder = store.fetch(step.manifest.key, "curvature")
             facts = json.loads((folder / "curvature.json").read_text(encoding="utf-8"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from benchmarks.harness.suite import BENCHMARKS, Benchmark, list_benchmarks, loa
 from pipeline import yaml_loader
 from stages.catalogue import Published
 from stages.report.figure import draw
-from stages.report.summary import PUBLISHED, Lines, Point, summarise
+from stages.report.summary import PUBLISHED, Lines, Point, labels_of, summarise
 
 RESULTS = BENCHMARKS / "results"
 REPORT = BENCHMARKS.parent / "docs" / "results.md"
@@ -71,7 +71,7 @@ def _pipeline_section(
     benchmark: Benchmark, documents: Mapping[str, Document], figures: Path
 ) -> str:
     title, published = _comparison(benchmark)
-    rows = _labelled(documents)
+    rows = [{**document, "model_cell": cell} for cell, document in documents.items()]
     accuracy = summarise(rows, published=published)
     figure = figures / f"{benchmark.name}.png"
     draw(accuracy, title, figure)
@@ -89,27 +89,13 @@ def _pipeline_section(
     return "\n\n".join(parts)
 
 
-def _labelled(documents: Mapping[str, Document]) -> list[Document]:
-    """Return the documents as rows; a method with several structures is named with each."""
-    structures: dict[str, set[str | None]] = {}
-    for document in documents.values():
-        structures.setdefault(document["method"], set()).add(document.get("structure"))
-    rows: list[Document] = []
-    for cell, document in documents.items():
-        method, structure = document["method"], document.get("structure")
-        several = structure is not None and len(structures[method]) > 1
-        label = f"{method} ({structure})" if several else method
-        rows.append({**document, "model_cell": cell, "method": label})
-    return rows
-
-
-def _certificates(rows: Iterable[Document]) -> list[str]:
+def _certificates(rows: Sequence[Document]) -> list[str]:
     """Return the table of certificates, one row for each model whose estimate has one."""
-    lines: list[str] = []
+    label, lines = labels_of(rows), []
     for row in sorted(rows, key=lambda row: (row["method"], row["sparsity"], row["seed"])):
         if "certificate" in row:
             numbers = [f"{row['certificate'][name]:.4g}" for name in _CERTIFICATE]
-            cells = [row["method"], f"{row['sparsity']:g}", f"{row['damping']:g}", *numbers]
+            cells = [label(row), f"{row['sparsity']:g}", f"{row['damping']:g}", *numbers]
             lines.append(f"| {' | '.join(cells)} |")
     if not lines:
         return []

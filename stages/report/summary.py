@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,20 +70,21 @@ def summarise(
 ) -> Summary:
     """Group rows by section, method and sparsity; seeds fall together.
 
-    A method that appears with several dampings at one place becomes one line for each.
+    A method that appears with several structures, or with several dampings at one place, becomes
+    one line for each.
 
     Args:
         rows: as `evaluate` writes them.
         failed: `model_cell` and `axes` of models that are not there.
         published: (method, sparsity -> accuracy in percent) of one-shot results from elsewhere.
     """
-    several = _methods_with_several_dampings(rows)
+    label = labels_of(rows)
     dense = [row["accuracy"] for row in rows if row["mode"] == "dense"]
     found: dict[str, dict[str, dict[float, list[float]]]] = {}
     for row in rows:
         section = SECTIONS.get((row["mode"], row["finetuned"]))
         if section is not None:
-            line = found.setdefault(section, {}).setdefault(_label(row, several), {})
+            line = found.setdefault(section, {}).setdefault(label(row), {})
             line.setdefault(row["sparsity"], []).append(row["accuracy"])
     for method, values in published:
         line = found.setdefault(SECTIONS["oneshot", False], {}).setdefault(method + PUBLISHED, {})
@@ -120,18 +121,30 @@ def _lines(
     return lines
 
 
-def _label(row: Row, several: set[str]) -> str:
-    if row["method"] in several and row["damping"] is not None:
-        return f"{row['method']} (damping {row['damping']:g})"
-    return row["method"]
+def labels_of(rows: Sequence[Row]) -> Callable[[Row], str]:
+    """Return what names a row's line: its method, and as much else as tells lines apart."""
+    of_structures = _methods_with_several(rows, "structure", ("method",))
+    place = ("method", "structure", "mode", "finetuned", "sparsity", "seed")
+    of_dampings = _methods_with_several(rows, "damping", place)
+
+    def label(row: Row) -> str:
+        method = row["method"]
+        details: list[str] = []
+        if method in of_structures and row.get("structure") is not None:
+            details.append(row["structure"])
+        if method in of_dampings and row["damping"] is not None:
+            details.append(f"damping {row['damping']:g}")
+        return f"{method} ({', '.join(details)})" if details else method
+
+    return label
 
 
-def _methods_with_several_dampings(rows: Sequence[Row]) -> set[str]:
-    place = ("mode", "finetuned", "method", "sparsity", "seed")
-    dampings: dict[tuple[Any, ...], set[float | None]] = {}
+def _methods_with_several(rows: Sequence[Row], name: str, place: Sequence[str]) -> set[str]:
+    """Return the methods of which two rows that are equal in `place` differ in `name`."""
+    found: dict[tuple[Any, ...], set[Any]] = {}
     for row in rows:
-        dampings.setdefault(tuple(row[key] for key in place), set()).add(row["damping"])
-    return {place[2] for place, values in dampings.items() if len(values) > 1}
+        found.setdefault(tuple(row.get(key) for key in place), set()).add(row.get(name))
+    return {key[place.index("method")] for key, values in found.items() if len(values) > 1}
 
 
 def _lost_points(

@@ -12,6 +12,7 @@ _COLUMNS = (
     "model_cell",
     "key",
     "method",
+    "structure",
     "mode",
     "finetuned",
     "sparsity",

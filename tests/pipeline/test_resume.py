@@ -1,6 +1,8 @@
 """Runs that are killed, stopped, and go on."""
 
 import os
+import re
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -186,6 +188,15 @@ def test_a_run_that_is_out_of_time_stops_and_a_later_one_goes_on(undisturbed: fl
     assert ran() == {"start": 1, "slow": 1, "add": 1}
     texts = [event["text"] for event in slow_events(2) if event["type"] == "text"]
     assert texts[0].startswith("goes on from step")
+
+
+def test_a_stopped_run_names_the_command_that_goes_on_with_it(toy: Path) -> None:
+    write_spec(STAGES, storage="elsewhere").rename("other file.yaml")
+    _, output, _ = fls("run", "other file.yaml", *RUN[1:], "--stop-after", "2s")
+    (hint,) = re.findall("`(fls resume .*)` goes on from here", output)
+    assert hint in fls("status", "last", "--file", "other file.yaml")[1]
+    assert fls(*shlex.split(hint)[1:])[0] == 0
+    assert ran() == {"start": 1, "slow": 1, "add": 1}
 
 
 @pytest.mark.parametrize("text", ["9", "m", "-1s", "nans", "0m", "1d"])

@@ -80,8 +80,8 @@ def test_a_run_that_was_killed_reaches_the_same_bits(
     again = run_stage("prune_multistep", tmp_path / "killed", STEPWISE, inputs)
     assert_same_model(whole.output(), again.output())
     assert_same_model(whole.output("steps") / "001", again.output("steps") / "001")
-    steps = json.loads((again.output("steps") / "steps.json").read_text())["steps"]
-    assert [step["sparsity"] for step in steps] == [0.5, 0.8, 0.9]
+    notes = [one.output("steps") / "steps.json" for one in (whole, again)]
+    assert notes[0].read_bytes() == notes[1].read_bytes()
 
 
 def test_pick_takes_a_sparsity(refined: Ran, tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def test_select_passes_on_the_best(dense: Ran, tmp_path: Path) -> None:
 ROW: dict[str, Any] = {
     "key": "",
     "method": "fishleg",
+    "structure": None,
     "mode": "oneshot",
     "finetuned": False,
     "sparsity": 0.9,
@@ -138,6 +139,13 @@ def test_a_method_without_any_result_is_shown_as_failed() -> None:
     lost = [{"model_cell": "oneshot[...]", "axes": {"method": "kfac", "sparsity": 0.5}}]
     table = markdown(summarise([row(sparsity=0.5)], lost), "title")
     assert "| kfac | failed † |" in table
+
+
+def test_several_structures_of_a_method_are_lines_of_their_own() -> None:
+    rows = [row(structure="eigen"), row(structure="kronecker", sparsity=0.8), row(method="obs")]
+    lines = summarise(rows).sections["One-shot"]
+    assert list(lines) == ["fishleg (eigen)", "fishleg (kronecker)", "obs"]
+    assert list(summarise([rows[0], rows[2]]).sections["One-shot"]) == ["fishleg", "obs"]
 
 
 def test_several_dampings_of_a_method_are_lines_of_their_own() -> None:
