@@ -32,8 +32,9 @@ from stages.models.resnet_cifar import resnet20
 TITLE = "The optimiser: loss against steps and seconds"
 
 _WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
-_STEPS = {"autoencoder": (75, 300), "resnet20": (60, 240)}  # of a trial, of the final run
+_STEPS = {"autoencoder": (300, 1500), "resnet20": (100, 400)}  # of a trial, of the final run
 _BATCH = {"autoencoder": 500, "resnet20": 64}
+_DIVERGED = 1e9  # in place of a loss that is not finite
 _POINTS = 12  # looks at the validation loss in a run
 _RATES = {
     ("autoencoder", "sgd"): (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
@@ -200,10 +201,11 @@ def _run(
         optimizer.step()
         scheduler.step()
         seconds += time.perf_counter() - begin
-        train.append(loss.item())
-        if step in looks or not math.isfinite(train[-1]):
+        train.append(_finite(loss.item()))
+        diverged = train[-1] == _DIVERGED
+        if step in looks or diverged:
             validation.append((step, seconds, _validate(network, problem)))
-        if step == steps or not math.isfinite(train[-1]):
+        if step == steps or diverged:
             break
     return {"train": train, "validation": validation, "seconds": seconds}
 
@@ -220,13 +222,17 @@ def _optimizer(
 
 @torch.no_grad()
 def _validate(network: nn.Module, problem: Problem) -> float:
-    """Return the mean loss on the validation samples; what is not finite counts as 1e9."""
+    """Return the mean loss on the validation samples."""
     network.eval()
     inputs, targets = problem.validation
     parts = zip(inputs.split(500), targets.split(500), strict=True)
     total = sum(problem.likelihood.nll(network(x), y).sum().item() for x, y in parts)
-    mean = total / len(inputs)
-    return mean if math.isfinite(mean) else 1e9
+    return _finite(total / len(inputs))
+
+
+def _finite(loss: float) -> float:
+    """Return the loss as JSON can hold it."""
+    return loss if math.isfinite(loss) else _DIVERGED
 
 
 # -------------------------------------------------------------------------------- report

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from pipeline.stage import (
     Catalogue,
@@ -488,9 +488,16 @@ class RefinementParams(Params):
     samples: int = Field(
         default=5000, ge=1, description="calibration samples, the curvature's among them; no labels"
     )
-    steps: int = Field(default=100, ge=0, description="optimiser steps after each pruning step")
-    last_steps: int | None = Field(
-        default=None, ge=0, description="after the last pruning step; null for as many"
+    held_out: float = Field(
+        default=0.1,
+        ge=0,
+        le=0.5,
+        description="fraction of these that is not seen, and tells how much of a refinement is "
+        "kept: all, three quarters, ..., or nothing; 0: all",
+    )
+    steps: NonNegativeInt | list[NonNegativeInt] = Field(
+        default=100,
+        description="optimiser steps after each pruning step: one number, or one for each",
     )
     batch_size: int = Field(default=128, ge=1, description="samples in a step")
     lr: float | None = Field(
@@ -500,8 +507,10 @@ class RefinementParams(Params):
     trust: float = Field(default=1e-2, gt=0, description="longest step, in nats (natural)")
     cg_iterations: int = Field(default=10, ge=1, description="a step (gauss_newton)")
     temperature: float = Field(default=1.0, gt=0, description="of both outputs")
-    statistics: Literal["frozen", "batch"] = Field(
-        default="batch", description="batch norms keep the dense model's, or follow the batches"
+    statistics: Literal["running", "batch", "frozen"] = Field(
+        default="running",
+        description="batch norms divide by their running statistics, which follow the batches; by "
+        "the batch's; or by the ones they had",
     )
     augment: bool = Field(default=True, description="the data set's own random crops and flips")
     precision: Literal["float32", "bfloat16"] = Field(
@@ -530,6 +539,23 @@ class MultistepParams(StepwiseParams):
     refinement: RefinementParams = Field(
         default=RefinementParams(), description="options of the refinement"
     )
+
+    @model_validator(mode="after")
+    def _one_number_for_each_step(self) -> MultistepParams:
+        given, steps = self.refinement.steps, len(self.stops) + 1 if self.stops else self.steps
+        if isinstance(given, list) and len(given) != steps:
+            raise ValueError(
+                f"refinement.steps: expected a number for each of {steps} pruning steps, got "
+                f"{len(given)}"
+            )
+        return self
+
+    def refinement_steps(self, step: int) -> int:
+        """Return the optimiser steps after pruning step number `step`, from 0."""
+        given = self.refinement.steps
+        if self.refine == "none":
+            return 0
+        return given[step] if isinstance(given, list) else given
 
     @model_validator(mode="after")
     def _forget_refinement(self) -> MultistepParams:

@@ -19,10 +19,17 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fishleg.likelihoods import Categorical
-from fishleg.pruning import Refinement, RefinementOptions, group_masks, mean_divergence, refine
+from fishleg.pruning import (
+    Refinement,
+    RefinementOptions,
+    group_masks,
+    mean_divergence,
+    refine,
+    settle,
+)
 from pipeline.stage import Context, write_json
 from stages.data.batches import batches_per_epoch, training_batches
-from stages.data.dataset import DataSet
+from stages.data.dataset import DataSet, Split
 from stages.determinism import compute_deterministically, derive_seed
 from stages.estimate import user_errors
 from stages.metrics import log_validation, measure
@@ -66,6 +73,7 @@ class MultistepPruning(StepwisePruning):
     Attributes:
         kept: folder with a model folder for each finished step, and `steps.json` about them.
         refining: the state of the refinement that a checkpoint stood in, until it goes on.
+        unrefined: the network's state before the refinement at hand, or after the last one.
     """
 
     def __init__(self, ctx: Context):
@@ -79,17 +87,22 @@ class MultistepPruning(StepwisePruning):
         self.steps: list[dict[str, float]] = []
         self.before = {"validation_accuracy": found["accuracy"], "validation_nll": found["nll"]}
         self.refining: dict[str, Any] | None = None
+        self.unrefined: dict[str, Tensor] = {}
         self.earlier_s = 0.0
         self.began = time.monotonic()
 
     def refine(self, step: int) -> None:
-        """Refine the survivors, from the start or from a checkpoint."""
-        steps = self._refinement_steps(step)
+        """Refine the survivors, from the start or from a checkpoint, and settle."""
+        steps = self.params.refinement_steps(step)
         if not steps:
             return
-        begin = self._divergence() if self.refining is None else 1.0
+        network = self.model.network
+        begin = 1.0  # that of the checkpoint comes with it
+        if self.refining is None:
+            begin = self._divergence(self.calibration.train)
+            self.unrefined = {name: one.clone() for name, one in network.state_dict().items()}
         refinement = Refinement(
-            self.model.network,
+            network,
             self.dense,
             Categorical(),
             self.partition,
@@ -106,13 +119,21 @@ class MultistepPruning(StepwisePruning):
             self.checkpoint(step, refinement)
         with user_errors():
             for divergence in refine(refinement, self._batches(step, refinement.done)):
-                before = sum(self._refinement_steps(earlier) for earlier in range(step))
+                before = sum(self.params.refinement_steps(earlier) for earlier in range(step))
                 self.ctx.log({"refinement/divergence": divergence}, step=before + refinement.done)
                 self.ctx.progress(
                     refinement.done, steps, f"refinement step, pruning step {step + 1}"
                 )
                 if self.ctx.checkpoint_due():
                     self.checkpoint(step, refinement)
+        if len(self.held_out):
+            kept, divergence = settle(
+                network, self.unrefined, lambda _: self._divergence(self.held_out)
+            )
+            self.ctx.log(
+                {"refinement/kept": kept, "refinement/held_out_divergence": divergence},
+                step=step + 1,
+            )
 
     def keep(self, step: int) -> None:
         """Keep the model as it is after `step`, and report what it took so far."""
@@ -143,6 +164,7 @@ class MultistepPruning(StepwisePruning):
         if refinement is not None:
             state = refinement.state_dict()
             tensors |= with_prefix("moments", state["tensors"])
+            tensors |= with_prefix("unrefined", self.unrefined)
             facts["refining"] = state["meta"]
         with self.ctx.checkpoint() as folder:
             self.save(folder, step)
@@ -160,6 +182,7 @@ class MultistepPruning(StepwisePruning):
         self.earlier_s, self.steps = facts["seconds"], facts["steps"]
         if facts["refining"] is not None:
             moments = without_prefix("moments", tensors)
+            self.unrefined = without_prefix("unrefined", tensors)
             self.refining = {"tensors": moments, "meta": facts["refining"]}
         return step
 
@@ -171,18 +194,10 @@ class MultistepPruning(StepwisePruning):
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def _divergence(self) -> float:
-        """Return D on the calibration samples as they are."""
-        inputs = self.calibration.train.inputs.split(_EVALUATED_AT_ONCE)
-        batches = map(self.calibration.normalise, inputs)
+    def _divergence(self, samples: Split) -> float:
+        """Return D on some samples as they are."""
+        batches = map(self.dataset.normalise, samples.inputs.split(_EVALUATED_AT_ONCE))
         return mean_divergence(self.model.network, self.dense, Categorical(), batches)
-
-    def _refinement_steps(self, step: int) -> int:
-        if self.params.refine == "none":
-            return 0
-        options = self.params.refinement
-        last = step == len(self.sparsities) - 1
-        return options.last_steps or options.steps if last else options.steps
 
     def _options(self) -> RefinementOptions:
         own, params = self.params.refinement, self.params
@@ -219,7 +234,20 @@ class MultistepPruning(StepwisePruning):
 
     @cached_property
     def calibration(self) -> DataSet:
-        """Return the data set with the calibration samples for its training split."""
-        calibration = replace(self.recipe.calibration, samples=self.params.refinement.samples)
-        chosen = self.dataset.train.take(calibration.indices(self.dataset))
-        return replace(self.dataset, train=chosen.to(self.ctx.device))
+        """Return the data set with the samples that are refined on for its training split."""
+        return replace(self.dataset, train=self._samples[0])
+
+    @property
+    def held_out(self) -> Split:
+        """Return the samples that refinement does not see."""
+        return self._samples[1]
+
+    @cached_property
+    def _samples(self) -> tuple[Split, Split]:
+        own = self.params.refinement
+        plan = replace(self.recipe.calibration, samples=own.samples)
+        indices = plan.indices(self.dataset)
+        seen = len(indices) - round(own.held_out * len(indices))
+        parts = (indices[:seen], indices[seen:])
+        first, last = (self.dataset.train.take(one).to(self.ctx.device) for one in parts)
+        return first, last

@@ -98,10 +98,7 @@ def _added(costs: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def findings_of(store: Store, path: Iterable[Step]) -> dict[str, Any]:
-    """Return `certificate`, the network's numbers of `fishleg.certificate.certify`, if there are any.
-
-    Stage `curvature` takes them.
-    """
+    """Return `certificate`: the network's numbers of `fishleg.certificate.certify`, if known."""
     found: dict[str, Any] = {}
     for step in path:
         if step.manifest.ingredients["stage"] == "curvature":

@@ -90,17 +90,22 @@ def _pipeline_section(
 
 
 def _certificates(rows: Sequence[Document]) -> list[str]:
-    """Return the table of certificates, one row for each model whose estimate has one."""
-    label, lines = labels_of(rows), []
+    """Return the table of certificates, one row for each estimate that has one."""
+    label = labels_of(rows)
+    models: dict[tuple[str, ...], list[str]] = {}
     for row in sorted(rows, key=lambda row: (row["method"], row["sparsity"], row["seed"])):
         if "certificate" in row:
             numbers = [f"{row['certificate'][name]:.4g}" for name in _CERTIFICATE]
-            cells = [label(row), f"{row['sparsity']:g}", f"{row['damping']:g}", *numbers]
-            lines.append(f"| {' | '.join(cells)} |")
-    if not lines:
+            estimate = (label(row), f"{row['damping']:g}", *numbers)
+            models.setdefault(estimate, []).append(f"{row['sparsity']:g}")
+    if not models:
         return []
-    titles = " | ".join(["method", "sparsity", "damping", *_CERTIFICATE.values()])
-    head = [f"| {titles} |", f"|---|{'---:|' * (2 + len(_CERTIFICATE))}"]
+    lines = [
+        f"| {' | '.join([method, damping, ', '.join(dict.fromkeys(sparsities)), *numbers])} |"
+        for (method, damping, *numbers), sparsities in models.items()
+    ]
+    titles = " | ".join(["method", "damping", "chosen at", *_CERTIFICATE.values()])
+    head = [f"| {titles} |", f"|---|---:|---|{'---:|' * len(_CERTIFICATE)}"]
     return [_CERTIFICATE_LEGEND, "\n".join([*head, *lines])]
 
 

@@ -17,6 +17,7 @@ from fishleg.pruning.masks import (
     group_masks,
     weight_masks,
 )
+from fishleg.pruning.norms import following_norms, reestimate_norms, running_norms
 from fishleg.pruning.refinement import (
     Refinement,
     RefinementOptions,
@@ -26,6 +27,7 @@ from fishleg.pruning.refinement import (
 from fishleg.pruning.saliency import group_saliency, saliency
 from fishleg.pruning.schedule import cubic, geometric, linear
 from fishleg.pruning.selection import DISTRIBUTIONS, removal_count, select, select_n_of_m
+from fishleg.pruning.settling import FRACTIONS, settle
 from fishleg.pruning.surgeon import SELECTIONS, PruneReport, prune_once, prune_to
 
 __all__ = [
@@ -56,11 +58,17 @@ __all__ = [
     "apply_masks",
     "weight_masks",
     "group_masks",
+    # batch norms
+    "running_norms",
+    "reestimate_norms",
+    "following_norms",
     # refinement
     "Refinement",
     "RefinementOptions",
     "mean_divergence",
     "refine",
+    "FRACTIONS",
+    "settle",
     # the surgeon
     "SELECTIONS",
     "PruneReport",

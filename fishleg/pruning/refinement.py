@@ -17,7 +17,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fishleg.calibration import Calibration
 from fishleg.errors import FishLegError, UnknownName
@@ -27,9 +26,10 @@ from fishleg.likelihoods import AbstractLikelihood
 from fishleg.parameters import Partition
 from fishleg.pruning.compensation import solve_on_survivors
 from fishleg.pruning.masks import apply_masks
+from fishleg.pruning.norms import following_norms, running_norms
 
 RefinementMethod = Literal["sgd", "adam", "natural", "gauss_newton"]
-Statistics = Literal["frozen", "batch"]
+Statistics = Literal["running", "batch", "frozen"]
 _RATES = {"sgd": 0.01, "adam": 5e-3, "natural": 0.1, "gauss_newton": 1.0}
 _PRECONDITIONED = {"natural", "gauss_newton"}
 _CHECK_EVERY = 20  # steps between looks at the divergence; each look waits for a GPU
@@ -55,8 +55,10 @@ class RefinementOptions:
         cg_iterations: "gauss_newton": at most, a step.
         temperature: T > 0: both outputs are divided by it, and the divergence multiplied by T^2
             (Hinton et al., arXiv 1503.02531).
-        statistics: "frozen": batch norms keep the dense network's mean and variance. "batch": they
-            normalise by the batch and follow it, since removing weights shifts both.
+        statistics: removing weights shifts the means and variances that batch norms divide by.
+            "running": they normalise by their running ones, which follow the batches; see
+            `following_norms`. "batch": by the batch, as in training, which makes noise but lets
+            gradients through the moments. "frozen": by what they have, which stays.
         bfloat16: of forward and backward passes; weights and moments stay as they are.
     """
 
@@ -66,7 +68,7 @@ class RefinementOptions:
     trust: float = 1e-2
     cg_iterations: int = 10
     temperature: float = 1.0
-    statistics: Statistics = "batch"
+    statistics: Statistics = "running"
     bfloat16: bool = False
 
     def __post_init__(self) -> None:
@@ -195,8 +197,11 @@ class Refinement:
     @contextmanager
     def _statistics(self) -> Iterator[None]:
         """Let batch norms follow the batch, if wanted; all else stays in evaluation mode."""
-        wanted = self.options.statistics == "batch"
-        norms = [one for one in self.model.modules() if wanted and isinstance(one, _BatchNorm)]
+        if self.options.statistics == "running":
+            with following_norms(self.model):
+                yield
+            return
+        norms = running_norms(self.model) if self.options.statistics == "batch" else []
         for norm in norms:
             norm.train()
         try:

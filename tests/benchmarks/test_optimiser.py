@@ -1,5 +1,6 @@
 """The optimiser's benchmark: equal effort for all, cells that resume, a report."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,3 +57,17 @@ def test_cells_resume_and_are_reported(tmp_path: Path, monkeypatch: pytest.Monke
     )
     assert text.count("| FishLeg |") == 2
     assert (tmp_path / "figures" / "optimiser.png").stat().st_size > 1000
+
+
+def test_a_trial_that_diverges_loses_and_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimiser, "_PROBLEMS", {"autoencoder": tiny})
+    params = optimiser.cells()["autoencoder/sgd"]
+    params = {**params, "grid": [{"lr": 3e38}, {"lr": 0.1}], "trial_steps": 12, "steps": 12}
+    found = optimiser.run_cell(params, tmp_path)
+    assert found["settings"] == {"lr": 0.1}
+    assert found["trials"][0]["validation"] == 1e9
+    kept = json.loads((tmp_path / "trial-0.json").read_text())
+    assert kept["train"][-1] == 1e9
+    assert len(kept["train"]) < 12

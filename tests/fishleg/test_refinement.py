@@ -111,7 +111,7 @@ def test_a_natural_step_is_no_longer_than_the_trust_region() -> None:
     assert length.item() == pytest.approx(1e-4, rel=1e-4)
 
 
-@pytest.mark.parametrize("statistics", ["frozen", "batch"])
+@pytest.mark.parametrize("statistics", ["running", "batch", "frozen"])
 def test_adam_lowers_the_divergence_and_keeps_zeros(statistics: Any) -> None:
     dense, pruned, partition, masks, inputs = classifier()
     mean = pruned[1].running_mean.clone()
@@ -129,6 +129,7 @@ def test_adam_lowers_the_divergence_and_keeps_zeros(statistics: Any) -> None:
     assert not pruned[0].weight[~masks["0"][:, :-1]].any()
     assert torch.equal(pruned[1].running_mean, mean) == (statistics == "frozen")
     assert not any(module.training for module in pruned.modules())
+    assert not any(module._forward_pre_hooks for module in pruned.modules())
 
 
 def classifier() -> tuple[nn.Module, nn.Module, Partition, Masks, Tensor]:

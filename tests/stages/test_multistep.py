@@ -54,6 +54,33 @@ def test_refinement_lowers_the_divergence(refined: Ran, dense: Ran, tmp_path: Pa
     assert gained < 0.8
 
 
+def test_each_step_has_its_own_number_of_refinement_steps(dense: Ran, tmp_path: Path) -> None:
+    refinement = {**STEPWISE["refinement"], "steps": [0, 20, 5]}
+    ran = multistep(tmp_path, dense, refinement=refinement)
+    found = [event for event in ran.events if event["type"] == "metrics"]
+    looks = [event["step"] for event in found if "refinement/divergence" in event["values"]]
+    assert looks == [20, 25]
+    settled = [event["step"] for event in found if "refinement/kept" in event["values"]]
+    assert settled == [2, 3]
+    with pytest.raises(ValidationError, match="a number for each of 3 pruning steps, got 2"):
+        refinement["steps"] = [5, 5]
+        STAGES["prune_multistep"].params.model_validate({**STEPWISE, "refinement": refinement})
+
+
+def test_a_refinement_that_does_harm_is_taken_back(dense: Ran, tmp_path: Path) -> None:
+    """At a rate that ruins the network, what was there before is kept, and the zeros with it."""
+    harmful = {**STEPWISE["refinement"], "lr": 1.0, "held_out": 0.2}
+    ran = multistep(tmp_path / "a", dense, refinement=harmful, stops=[0.5], sparsity=0.6)
+    plain = multistep(tmp_path / "b", dense, refine="none", stops=[0.5], sparsity=0.6)
+    kept = [
+        event["values"]["refinement/kept"]
+        for event in ran.events
+        if event["type"] == "metrics" and "refinement/kept" in event["values"]
+    ]
+    assert kept == [0.0, 0.0]
+    assert_same_model(ran.output(), plain.output())
+
+
 @pytest.mark.parametrize("refine", ["natural", "gauss_newton"])
 def test_every_refinement_runs(refine: str, dense: Ran, tmp_path: Path) -> None:
     options = {"samples": 100, "steps": 2, "batch_size": 50, "cg_iterations": 2}
