@@ -513,6 +513,13 @@ class RefinementParams(Params):
         "the batch's; or by the ones they had",
     )
     augment: bool = Field(default=True, description="the data set's own random crops and flips")
+    cutmix: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="fraction of images with a rectangle from another; against over-fitting to few "
+        "samples, where the steps are many (from some 400)",
+    )
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of forward and backward"
     )

@@ -30,7 +30,8 @@ from fishleg.pruning import (
 from pipeline.stage import Context, write_json
 from stages.data.batches import batches_per_epoch, training_batches
 from stages.data.dataset import DataSet, Split
-from stages.determinism import compute_deterministically, derive_seed
+from stages.data.mixing import cutmix
+from stages.determinism import compute_deterministically, derive_seed, generator
 from stages.estimate import user_errors
 from stages.metrics import log_validation, measure
 from stages.model_folder import Model, save_model
@@ -228,8 +229,9 @@ class MultistepPruning(StepwisePruning):
                 start=start,
                 augment=own.augment,
             )
-            for inputs, _ in batches:
-                yield inputs
+            for number, (inputs, _) in enumerate(batches, start=start):
+                mixing = generator(seed, "cutmix", epoch, number)
+                yield cutmix(inputs, own.cutmix, mixing) if own.cutmix else inputs
             epoch, start = epoch + 1, 0
 
     @cached_property

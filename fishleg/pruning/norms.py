@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +40,8 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
     Args:
         model: on any device, left in evaluation mode. One without batch norms stays as it is.
-        batches: of the model's inputs, on its device; large ones, since small ones make noise.
-
-    Raises:
-        ValueError: a batch gives a norm a single value a channel, which has no variance.
+        batches: of the model's inputs, on its device; large ones, since small ones make noise; a
+            single value a channel has no variance, and is a ValueError.
 
     Cost: a forward pass. Memory: two float64 numbers a channel.
     """
@@ -77,13 +77,16 @@ def following_norms(model: nn.Module) -> Iterator[None]:
 
     def follow(norm: _BatchNorm, values: Tensor) -> None:
         momentum = 0.1 if norm.momentum is None else norm.momentum
-        statistics = (norm.running_mean, norm.running_var)
-        nn.functional.batch_norm(values, *statistics, training=True, momentum=momentum)
+        nn.functional.batch_norm(values, *_statistics(norm), training=True, momentum=momentum)
 
     with ExitStack() as stack:
         for norm in running_norms(model):
-            stack.enter_context(_watched(norm, lambda values, norm=norm: follow(norm, values)))
+            stack.enter_context(_watched(norm, partial(follow, norm)))
         yield
+
+
+def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    return cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
 
 
 class _Sums:
@@ -91,8 +94,9 @@ class _Sums:
 
     def __init__(self, norm: _BatchNorm):
         self.norm = norm
+        self.kept = _statistics(norm)
         self.count = 0
-        self.first = torch.zeros_like(norm.running_mean, dtype=torch.float64)
+        self.first = torch.zeros_like(self.kept[0], dtype=torch.float64)
         self.second = torch.zeros_like(self.first)
 
     def add(self, values: Tensor) -> None:
@@ -108,8 +112,8 @@ class _Sums:
             return
         mean = self.first / self.count
         spread = (self.second - self.count * mean.square()).clamp(min=0)
-        self.norm.running_mean.copy_(mean)
-        self.norm.running_var.copy_(spread / (self.count - 1))
+        self.kept[0].copy_(mean)
+        self.kept[1].copy_(spread / (self.count - 1))
 
 
 @contextmanager

@@ -22,7 +22,7 @@ STEPWISE = {
     "fishleg": {"sweeps": 1},
     "stops": [0.5, 0.8],
     "sparsity": 0.9,
-    "refinement": {"samples": 300, "steps": 25, "batch_size": 50, "lr": 1e-2},
+    "refinement": {"samples": 300, "steps": 25, "batch_size": 50, "lr": 1e-2, "cutmix": 0.2},
 }
 
 
