@@ -80,6 +80,7 @@ def run_cell(params: dict[str, Any], folder: Path) -> dict[str, Any]:
     Returns:
         `trials`: settings and last validation loss; `settings`: the best; `train`: loss of every
         step's batch; `validation`: [step, seconds of training, loss]; `seconds`: of the final run.
+        Seconds are the processor's.
     """
     problem = _PROBLEMS[params["problem"]](params)
     trials = []
@@ -191,7 +192,7 @@ def _run(
     validation: list[tuple[int, float, float]] = []
     seconds = 0.0
     for step, (inputs, targets) in enumerate(problem.batches(), start=1):
-        begin = time.perf_counter()
+        begin = time.process_time()
         network.train()
         if isinstance(optimizer, FishLeg):
             optimizer.observe(inputs)
@@ -200,7 +201,7 @@ def _run(
         loss.backward()
         optimizer.step()
         scheduler.step()
-        seconds += time.perf_counter() - begin
+        seconds += time.process_time() - begin
         train.append(_finite(loss.item()))
         diverged = train[-1] == _DIVERGED
         if step in looks or diverged:
@@ -243,7 +244,8 @@ def report(documents: dict[str, dict[str, Any]], figures: Path) -> str:
     results = {name: document["result"] for name, document in documents.items()}
     lines = [
         "Each method tuned by six short trials on the validation loss, then one run of equal steps "
-        "(half-cosine schedule, one seed, one thread). Loss in nats a sample, on validation data.",
+        "(half-cosine schedule, one seed, one thread; seconds are the processor's). Loss in nats a "
+        "sample, on validation data.",
         "",
         "| problem | method | settings | steps | final loss | seconds | ms a step "
         "| steps, seconds to Adam's final loss |",

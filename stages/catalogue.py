@@ -383,6 +383,11 @@ class PruningParams(Params):
     cg_iterations: int = Field(
         default=500, ge=1, description="of conjugate gradients, at most, in one compensation"
     )
+    norms: Literal["kept", "reestimated"] = Field(
+        default="kept",
+        description="batch norms after a step: as they were, or measured anew on the calibration "
+        "samples, without labels",
+    )
 
 
 class MethodAxes(Params):

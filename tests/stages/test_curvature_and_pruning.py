@@ -104,6 +104,24 @@ def test_greedy_selection_costs_less_by_the_estimates_own_curvature(
     assert ran.metrics()["pruned/predicted"] < single.metrics()["pruned/predicted"]
 
 
+def test_norms_measured_anew_mend_a_pruned_network(
+    estimates: dict[str, Ran], dense: Ran, tmp_path: Path
+) -> None:
+    given = {"sparsity": 0.8, "compensation": "none"}
+    ran = {
+        norms: prune(tmp_path / norms, dense, estimates["magnitude"], norms=norms, **given)
+        for norms in ("kept", "reestimated")
+    }
+    kept, anew = (load_model(one.output(), "cpu").network for one in ran.values())
+    assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), anew.parameters(), strict=True))
+    buffers = dict(anew.named_buffers())
+    moved = [name for name, one in kept.named_buffers() if not torch.equal(one, buffers[name])]
+    assert moved
+    assert all(name.rpartition(".")[2] in {"running_mean", "running_var"} for name in moved)
+    losses = [one.metrics()["validation/nll"] for one in ran.values()]
+    assert losses[1] < losses[0]
+
+
 def test_an_estimate_is_certified_on_unseen_samples(estimates: dict[str, Ran]) -> None:
     for method, ran in estimates.items():
         facts = json.loads((ran.output("curvature") / "curvature.json").read_text())
