@@ -95,18 +95,18 @@ def _draw_panel(axis: Any, panel: Panel) -> None:
     axis.set_ylabel(panel.ylabel)
     if panel.xlog:
         axis.set_xscale("log")
-        _label_decades(axis.xaxis)
+        label_decades(axis.xaxis)
     if panel.ylog:
         axis.set_yscale("log")
-        _label_decades(axis.yaxis)
+        label_decades(axis.yaxis)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
 
 
-def _label_decades(axis: Any) -> None:
-    """Label 1 and 3 of each decade in plain numbers: enough where there is only one."""
+def label_decades(axis: Any, labelled: Sequence[float] = (1.0, 3.0)) -> None:
+    """Label some numbers of each decade plainly: 1 and 3 are enough where there is only one."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axis.set_major_locator(LogLocator(subs=labelled))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())

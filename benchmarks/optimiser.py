@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks._seeds import label_decades
 from fishleg.likelihoods import Bernoulli, Categorical, Likelihood
 from fishleg.optim import FishLeg
 from pipeline.stage import write_json
@@ -296,6 +297,7 @@ def _draw(results: dict[str, dict[str, Any]], path: Path) -> None:
             axis.set_ylabel("validation loss, nats")
             axis.set_title(problem)
             axis.set_yscale("log")
+            label_decades(axis.yaxis, (1, 2, 3, 4, 6, 8))
             axis.grid(alpha=0.3)
         row[0].legend()
     path.parent.mkdir(parents=True, exist_ok=True)
