@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+_CODE = (":/", ":(top,exclude)benchmarks/results", ":(top,exclude)docs")
+
 
 def describe_environment(device: str) -> dict[str, Any]:
     """Describe this process, its machine (neither name nor paths) and the device it used."""
@@ -52,15 +54,20 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """Return the commit of the working directory, marked when files differ from it."""
+    """Return the commit of the working directory, marked when other files than results differ."""
     try:
-        done = subprocess.run(  # noqa: S603 - fixed arguments
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],  # noqa: S607
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        commit = _git("rev-parse", "HEAD").stdout.strip()
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", *_CODE).stdout
     except (OSError, subprocess.SubprocessError):  # no Git here
         return "unknown"
-    return done.stdout.strip()
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(  # noqa: S603 - fixed arguments
+        ["git", *arguments],  # noqa: S607
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=True,
+    )

@@ -14,7 +14,7 @@ from benchmarks.harness.documents import (
     write_environment,
 )
 from benchmarks.harness.environment import environment_of
-from benchmarks.harness.lineage import cost_of, findings_of, path_to
+from benchmarks.harness.lineage import Step, cost_of, findings_of, path_to
 from benchmarks.harness.suite import Benchmark, matches
 from pipeline.errors import BadInput
 from pipeline.executors import ExecutorName
@@ -59,7 +59,10 @@ def run_pipeline(
 
 
 def keep_results(spec: Spec, benchmark: str, results: Path) -> None:
-    """Write a document for each evaluated model; one that says the same already stays."""
+    """Write a document for each evaluated model; one that says the same already stays.
+
+    Its environment is that of the cell on the model's path that took longest.
+    """
     store = Store(spec.storage)
     for row in result_rows(spec, store)[1]:
         cell, key = row.pop("model_cell"), row["key"]
@@ -73,6 +76,11 @@ def keep_results(spec: Spec, benchmark: str, results: Path) -> None:
         before = read_document(path) or {}
         if document.items() <= before.items():
             continue
-        environment = environment_of(manifest.facts, manifest.time)
+        made = max(steps, key=_seconds).manifest if steps else manifest
+        environment = environment_of(made.facts, made.time)
         document["environment"] = write_environment(results, environment)
         write_document(path, document)
+
+
+def _seconds(step: Step) -> float:
+    return step.cost["seconds"]

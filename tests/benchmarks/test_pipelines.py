@@ -1,14 +1,16 @@
 """Benchmarks that are pipelines: what is evaluated is kept, with what it cost to make."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from benchmarks.harness.documents import read_cells, write_document
 from benchmarks.harness.lineage import cost_of, path_to
-from benchmarks.harness.pipelines import run_pipeline
+from benchmarks.harness.pipelines import keep_results, run_pipeline
 from benchmarks.harness.report import write_report
 from benchmarks.harness.suite import Benchmark
 from pipeline.planner import make_plan
@@ -173,3 +175,20 @@ def test_the_work_behind_a_checkpoint_counts_and_what_was_lost_does_not(tmp_path
         "cpu_seconds": 20.0,
         "peak_bytes": 900,
     }
+
+
+def test_the_environment_is_that_of_the_work_not_of_the_copy(
+    ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(ran, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    spec = load_spec(Path("small.yaml"))
+    for one in make_plan(spec, Store(spec.storage)).cells:
+        path = Path("store/stages", one.key, "manifest.json")
+        if one.cell.name.startswith(("picked", "best")):
+            path.write_text(path.read_text().replace('"torch"', '"not_loaded"'))
+    keep_results(spec, "small", tmp_path / "results")
+    documents = read_cells(tmp_path / "results", "small").values()
+    names = {document["environment"] for document in documents}
+    texts = [(tmp_path / "results/environments" / f"{name}.json").read_text() for name in names]
+    assert [json.loads(text)["torch"] for text in texts] == [torch.__version__] * len(names)
