@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 # One thread a process: two torch processes with two threads each on two cores are many times slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help run test benchmarks results check format lint types doctest imports clean
+.PHONY: help run test benchmarks results check format lint types doctest imports constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -46,6 +46,10 @@ imports: $(READY)  ## Check who may import whom
 
 doctest: $(READY)  ## Run the examples in docstrings
 	@$(BIN)/python -m pytest --doctest-modules fishleg stages pipeline
+
+constraints: $(READY)  ## Pin the versions that are installed now
+	@{ grep '^#' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.new
+	@mv constraints.new constraints.txt
 
 clean:  ## Remove the environment and caches; results (.fls, mlflow.db) stay
 	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
