@@ -35,8 +35,9 @@ _WAIT_S = 0.2
 _LISTEN_EVERY_S = 1.0
 # A worker gives a sign of life every ten seconds, late by what a long call keeps it from.
 _SILENT_S = 180.0
-_LONGEST_PAUSE_S = 30.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 _REPAIRS = 3
+GRACE_S = 10.0
 _TRACKING_TIMEOUT_S = {RunState.DONE: 120.0, RunState.FAILED: 120.0, RunState.STOPPED: 10.0}
 
 
@@ -66,6 +67,7 @@ class Driver:
         tracking: records the run, which it has been told to open.
         view: shows it.
         stop_after_s: seconds after which it stops, as if it were told to by SIGTERM, or None.
+        grace_s: seconds that the workers have for a checkpoint when it stops.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Driver:
         tracking: TrackingThread,
         view: LiveView,
         stop_after_s: float | None = None,
+        grace_s: float = GRACE_S,
     ):
         self._plan = plan
         self._store = store
@@ -86,6 +89,7 @@ class Driver:
         self._tracking = tracking
         self._view = view
         self._stop_s = None if stop_after_s is None else time.monotonic() + stop_after_s
+        self._grace_s = grace_s
         self._schedule = Schedule(plan)
         self._statuses = self._schedule.statuses
         self._tail = EventTail(store, record.run_id, record.tracking.cursors)
@@ -143,6 +147,8 @@ class Driver:
         return RunState.FAILED if states & {State.FAILED, State.SKIPPED} else RunState.DONE
 
     def _close(self, state: RunState) -> None:
+        if self.signal is not None:
+            self._wind_down(state)
         for name in list(self._flights):
             self._listen(name)
             self._end_flight(name, State.WAITING)
@@ -162,6 +168,33 @@ class Driver:
             )
         self._record.tracked = tracked
         self._save(now=True)
+
+    def _wind_down(self, state: RunState) -> None:
+        """Let the workers write a checkpoint, for as long as the grace lasts.
+
+        The run's state is saved first: who stops us may not wait for them.
+        """
+        self._record.state = state
+        self._save(now=True)
+        end_s = time.monotonic() + self._grace_s
+        try:
+            if self._working():
+                self._view.say(
+                    f"Stopping: up to {self._grace_s:g} s for checkpoints; again to stop at once."
+                )
+            self._executor.preempt()
+            while self._working() and time.monotonic() < end_s:
+                for name, outcome in self._executor.wait(_WAIT_S):
+                    if name in self._flights:
+                        self._settle(name, outcome)
+        except KeyboardInterrupt:
+            return  # what is not at a checkpoint goes on from the one before
+
+    def _working(self) -> bool:
+        """Tell whether a worker has begun with one of the cells in flight."""
+        for name in self._flights:
+            self._listen(name)
+        return any(flight.started_s is not None for flight in self._flights.values())
 
     def _promoted(self) -> Iterator[Path]:
         """Yield the folders of outputs that are shown with the run."""
@@ -288,6 +321,8 @@ class Driver:
         self._statuses[name].seconds = outcome.get("seconds")
         if outcome["status"] == "damaged":
             self._repair(name, outcome)
+        elif outcome["status"] == "preempted":
+            self._give_way(name, outcome)
         elif outcome["status"] not in {"ok", "lost"}:
             self._fail(name, outcome)
         elif self._flights[name].started_s is None:  # the worker found the result in the store
@@ -319,9 +354,20 @@ class Driver:
             self._view.say(f"{name} failed: {headline}")
             return
         pause_s = min(_LONGEST_PAUSE_S, 2.0 ** (tries - 1))
+        self._wait_again(name, pause_s)
+        self._view.say(f"{name}: {headline}; retry {tries} of {cell.retries} in {pause_s:g} s")
+
+    def _give_way(self, name: str, outcome: Outcome) -> None:
+        """Let a cell that lost its machine, but no work, wait for another one."""
+        if self.signal is None:
+            self._view.say(f"{name}: {outcome['error']['message']}")
+        else:
+            self._tracking.close(name, "stopped", dict)
+        self._wait_again(name, _FIRST_PAUSE_S)
+
+    def _wait_again(self, name: str, pause_s: float) -> None:
         self._retry_s[name] = time.monotonic() + pause_s
         self._end_flight(name, State.WAITING)
-        self._view.say(f"{name}: {headline}; retry {tries} of {cell.retries} in {pause_s:g} s")
 
     def _repair(self, name: str, outcome: Outcome) -> None:
         """Set a damaged input aside, and let the cell wait until it is made anew."""

@@ -230,6 +230,20 @@ class StageError(Exception):
     """A failure that the user can act on; its text is shown as it is, and it is never retried."""
 
 
+class Preempted(BaseException):
+    """Ends an attempt whose machine is wanted back, right behind a checkpoint.
+
+    Not an `Exception`, so that a stage that catches those does not go on.
+    """
+
+
+@dataclass
+class Preemption:
+    """Whether the attempt was told to end; set by a signal at any moment."""
+
+    asked: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Artifact:
     """One upstream output, as a stage sees it.
@@ -276,6 +290,7 @@ class Context:
         world_size: number of processes that share the stage.
         emit: where events go.
         checkpoint_every_s: seconds between in-stage checkpoints, for `checkpoint_due`.
+        preemption: whether the attempt is to end at its next checkpoint, which is due at once.
         cell: the cell's full name.
         key: the cell's key.
     """
@@ -289,6 +304,7 @@ class Context:
     world_size: int = 1
     emit: EventSink = _discard
     checkpoint_every_s: float = 30.0
+    preemption: Preemption = field(default_factory=Preemption)
     cell: str = "stage"
     key: str = ""
     _last_checkpoint_time: float = field(default_factory=time.monotonic, repr=False)
@@ -341,8 +357,12 @@ class Context:
     # -- in-stage checkpoints
 
     def checkpoint_due(self) -> bool:
-        """Tell whether `checkpoint_every_s` seconds have passed since the last checkpoint."""
-        return time.monotonic() - self._last_checkpoint_time >= self.checkpoint_every_s
+        """Tell whether `checkpoint_every_s` seconds have passed since the last checkpoint.
+
+        A stage asks as often as it could write one: also when it is told to end, one is due.
+        """
+        waited_s = time.monotonic() - self._last_checkpoint_time
+        return self.preemption.asked or waited_s >= self.checkpoint_every_s
 
     @contextmanager
     def checkpoint(self) -> Iterator[Path]:
@@ -350,6 +370,9 @@ class Context:
 
         The switch is atomic: a kill at any moment leaves either the old or the new checkpoint
         whole. The one before the newest is kept, older ones are deleted.
+
+        Raises:
+            Preempted: the checkpoint is written, and the attempt was told to end.
         """
         root = self.folder / "checkpoints"
         root.mkdir(parents=True, exist_ok=True)
@@ -364,6 +387,8 @@ class Context:
             shutil.rmtree(root / f"{old:06d}", ignore_errors=True)
         self._last_checkpoint_time = time.monotonic()
         self._event("checkpoint", number=number)
+        if self.preemption.asked:
+            raise Preempted
 
     def last_checkpoint(self) -> Path | None:
         """Return the folder of the newest whole checkpoint of this cell, or None."""

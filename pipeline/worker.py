@@ -18,16 +18,25 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypedDict
 
 from pipeline.attempt import Attempt
 from pipeline.cost import CostMeter
 from pipeline.errors import Damaged, PipelineError
 from pipeline.events import EventWriter, LineWriter
-from pipeline.stage import Artifact, Context, EventSink, Params, StageError
+from pipeline.stage import (
+    Artifact,
+    Context,
+    EventSink,
+    Params,
+    Preempted,
+    Preemption,
+    StageError,
+)
 from pipeline.store import Store
 
 
@@ -78,8 +87,9 @@ class Outcome(TypedDict, total=False):
     """How an attempt ended.
 
     `status` is `ok`; `lost` (another attempt published first, which is as good); `failed`;
-    `damaged` (an input is not what its manifest says; `key` is the input's); or `died` (the
-    executor says so in place of a worker that no longer can). The last three come with an `error`.
+    `damaged` (an input is not what its manifest says; `key` is the input's); `preempted` (told to
+    end, it did so behind a checkpoint); or `died` (the executor says so in place of a worker that
+    no longer can). The last four come with an `error`.
     """
 
     status: str
@@ -91,6 +101,12 @@ class Outcome(TypedDict, total=False):
 def died(message: str) -> Outcome:
     """Return the outcome of a task whose process ended without one."""
     return {"status": "died", "error": {"message": message, "traceback": "", "user": False}}
+
+
+def preempted() -> Outcome:
+    """Return the outcome of a task that ended because it was told to."""
+    message = "it was told to end, and did so behind a checkpoint"
+    return {"status": "preempted", "error": {"message": message, "traceback": "", "user": False}}
 
 
 def threads_of(task: Task) -> int:
@@ -110,10 +126,14 @@ def run_task(task: Task) -> Outcome:
     if _published(store, task["key"]):
         return {"status": "ok", "seconds": 0.0}
     began = time.monotonic()
-    with store.begin_attempt(task["key"]) as attempt, EventWriter(attempt.append_events) as events:
+    with (
+        _heeding_preemption() as preemption,
+        store.begin_attempt(task["key"]) as attempt,
+        EventWriter(attempt.append_events) as events,
+    ):
         events.emit({"type": "start", "time": time.time(), **_who(task)})
         events.flush()
-        outcome = _attempt(task, store, attempt, events)
+        outcome = _attempt(task, store, attempt, events, preemption)
         outcome["seconds"] = round(time.monotonic() - began, 3)
         if outcome["status"] in {"failed", "damaged"}:
             attempt.fail(outcome["error"])
@@ -121,12 +141,42 @@ def run_task(task: Task) -> Outcome:
         return outcome
 
 
-def _attempt(task: Task, store: Store, attempt: Attempt, events: EventWriter) -> Outcome:
+@contextmanager
+def _heeding_preemption() -> Iterator[Preemption]:
+    """Take note of the signals that tell a worker to end, for as long as a stage runs.
+
+    SIGTERM comes from our driver, or from whoever takes the machine away; SIGINT is what becomes of
+    Ray's gentle cancelling. Where the process ignores one, it still does.
+    """
+    preemption = Preemption()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        preemption.asked = True
+
+    before = {
+        number: signal.getsignal(number) or signal.SIG_DFL
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if threading.current_thread() is threading.main_thread()
+    }
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, note)
+    try:
+        yield preemption
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _attempt(
+    task: Task, store: Store, attempt: Attempt, events: EventWriter, preemption: Preemption
+) -> Outcome:
     try:
         meter = CostMeter()
         with LineWriter(events.emit) as lines, redirect_stdout(lines), redirect_stderr(lines):
             stage = _load(task["entry"])
             context = _make_context(task, store, attempt, _with_cost(events, meter))
+            context.preemption = preemption
             stage(context)
         cost = meter.read()
         events.emit({"type": "metrics", "time": time.time(), "step": None, "values": cost})
@@ -136,6 +186,8 @@ def _attempt(task: Task, store: Store, attempt: Attempt, events: EventWriter) ->
         return {"status": "ok" if published else "lost"}
     except Damaged as error:
         return {"status": "damaged", "key": error.key, "error": _error(str(error), user=False)}
+    except Preempted:
+        return preempted()
     except (StageError, PipelineError) as error:
         return {"status": "failed", "error": _error(str(error), user=True)}
     except (Exception, SystemExit) as error:  # a stage is anyone's code and may raise anything

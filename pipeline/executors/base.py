@@ -63,6 +63,13 @@ class AbstractExecutor(ABC):
         """Drop the cell's task, killing the process that runs it; no outcome will be reported."""
 
     @abstractmethod
+    def preempt(self) -> None:
+        """Tell everything in flight to end behind a checkpoint; what has not begun is dropped.
+
+        Outcomes of what had begun come through `wait`.
+        """
+
+    @abstractmethod
     def stop(self) -> None:
         """Kill everything in flight and free what the executor holds; may be called twice.
 

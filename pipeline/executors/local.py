@@ -85,6 +85,12 @@ class LocalExecutor(AbstractExecutor):
             self._busy[cell][0].kill()
             self._release(cell)
 
+    def preempt(self) -> None:
+        """Send SIGTERM to the workers that have a task."""
+        self._queue.clear()
+        for worker, _ in self._busy.values():
+            worker.preempt()
+
     def stop(self) -> None:
         """Kill all workers."""
         self._queue.clear()
@@ -183,6 +189,11 @@ class _Worker:
         self._buffer = rest
         outcome: Outcome = json.loads(line)
         return outcome
+
+    def preempt(self) -> None:
+        """Tell the worker to end its task; its children, if any, are the stage's to tell."""
+        if self.alive:
+            self._process.terminate()
 
     def kill(self) -> None:
         """Kill the worker with its children, and free what it holds here."""

@@ -30,7 +30,7 @@ from pipeline.executors.base import (  # noqa: E402
     refuse_unsatisfiable,
 )
 from pipeline.stage import Resources  # noqa: E402
-from pipeline.worker import Outcome, Task, died, run_task  # noqa: E402
+from pipeline.worker import Outcome, Task, died, preempted, run_task  # noqa: E402
 
 # No data goes through Ray's object store, only tasks and outcomes; this is about its minimum.
 _OBJECT_STORE_BYTES = 100 << 20
@@ -102,6 +102,11 @@ class RayExecutor(AbstractExecutor):
             del self._cells[reference]
             ray.cancel(reference, force=True)
 
+    def preempt(self) -> None:
+        """Cancel gently: Ray drops what waits, and interrupts what runs (SIGINT in its worker)."""
+        for reference in self._cells:
+            ray.cancel(reference, force=False)
+
     def stop(self) -> None:
         """Cancel what is in flight; a cluster of our own stops with us."""
         if ray.is_initialized():
@@ -123,6 +128,8 @@ def _outcome(reference: Any) -> Outcome:
             "status": "failed",
             "error": {"message": message, "traceback": str(error), "user": True},
         }
+    except ray.exceptions.TaskCancelledError:
+        return preempted()
     except ray.exceptions.RayError as error:
         # A crashed or preempted worker, a lost node, no memory: nobody's fault, worth a retry.
         return died(f"{type(error).__name__}: {error}")

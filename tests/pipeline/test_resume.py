@@ -99,6 +99,52 @@ def test_a_stopped_run_says_so_and_goes_on(undisturbed: float, number: int) -> N
     )
 
 
+UNHURRIED = """
+    slow: {uses: slow, params: {steps: 100, delay_s: 0.05, checkpoint_every: 1000}}
+"""
+
+
+def steps_of(attempt: int) -> list[int]:
+    said = slow_events(attempt)
+    return [event["step"] for event in said if event["type"] == "metrics" and event["step"]]
+
+
+def begun() -> bool:
+    return bool(Store(".fls").list_runs()) and last_run().cells["slow"].progress is not None
+
+
+@pytest.mark.parametrize("executor", ["local", "ray"])
+def test_a_stopped_run_loses_no_step(toy: Path, executor: str) -> None:
+    write_spec(UNHURRIED)
+    process = start_fls("run", "--executor", executor, "--tracking", "jsonl")
+    wait_for(begun, 60)
+    assert kill(process, signal.SIGTERM) == 128 + signal.SIGTERM
+    assert slow_events(1)[-1]["status"] == "preempted"
+    assert last_run().observed_state() is RunState.STOPPED
+    assert states(last_run())["slow"] is State.WAITING
+    assert fls("run", *RUN[1:])[0] == 0
+    assert steps_of(1) + steps_of(2) == list(range(1, 101))
+    assert steps_of(1) and steps_of(2)
+
+
+def test_a_worker_whose_machine_is_taken_away_ends_behind_a_checkpoint(toy: Path) -> None:
+    write_spec(UNHURRIED.replace("params", "retries: 0, params"))
+    process = start_fls(*RUN)
+    for attempt in (1, 2):  # more often than it may fail
+        wait_for(lambda: Store(".fls").list_runs() and len(slow_attempts()) == attempt)
+        wait_for(lambda: steps_of(attempt))
+        os.kill(slow_events(attempt)[0]["pid"], signal.SIGTERM)
+        wait_for(lambda: slow_events(attempt)[-1]["type"] == "end")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "slow: it was told to end, and did so behind a checkpoint" in output
+    assert sum(map(steps_of, slow_attempts()), []) == list(range(1, 101))
+
+
+def slow_attempts() -> list[int]:
+    return Store(".fls").attempts(last_run().cells["slow"].key)
+
+
 def test_a_worker_that_is_killed_is_replaced(undisturbed: float) -> None:
     process = start_fls(*RUN)
     wait_for(checkpoint_exists)

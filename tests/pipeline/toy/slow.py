@@ -23,7 +23,7 @@ def slow(ctx: Context) -> None:
         state = {"step": state["step"] + 1, "number": (state["number"] * 75 + 74) % 65537}
         ctx.progress(state["step"], ctx.params.steps, "step")
         ctx.log({"train/number": state["number"]}, step=state["step"])
-        if state["step"] % ctx.params.checkpoint_every == 0:
+        if state["step"] % ctx.params.checkpoint_every == 0 or ctx.checkpoint_due():
             with ctx.checkpoint() as folder:
                 write_json(folder / "state.json", state)
     save_number(ctx, state["number"])
