@@ -17,11 +17,12 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
+from pipeline.driver import GRACE_S
 from pipeline.executors import ExecutorName
-from pipeline.launch import resume_run, start_run
+from pipeline.launch import resume_run, start_run, stop_run
 from pipeline.planner import Selection, make_plan
 from pipeline.render import cell_drawing, dot, mermaid, stage_drawing
-from pipeline.report import print_log, print_plan, print_rows, print_run, print_runs
+from pipeline.report import follow_log, print_log, print_plan, print_rows, print_run, print_runs
 from pipeline.results import export as export_cell
 from pipeline.results import result_rows, to_csv
 from pipeline.runs import DEFAULT_FILE, RunOptions, find_run, load_run
@@ -104,6 +105,16 @@ StopOption = Annotated[
         help="Stop after so long (90s, 9m, 2h); a later run goes on from there.",
     ),
 ]
+GraceOption = Annotated[
+    float | None,
+    typer.Option(
+        "--grace",
+        metavar="TIME",
+        parser=read_duration,
+        help="When stopped: wait so long for checkpoints.",
+        show_default="10s",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -130,6 +141,7 @@ def run(
     set_: SetOption = NONE_GIVEN,
     max_parallel: ParallelOption = None,
     stop_after: StopOption = None,
+    grace: GraceOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
 ) -> None:
     """Run a pipeline: what is in the store already is not run again."""
@@ -148,7 +160,7 @@ def run(
         tracking=tracking,
         max_parallel=max_parallel,
     )
-    sys.exit(start_run(spec, options, selection, _console(), stop_after))
+    sys.exit(start_run(spec, options, selection, _console(), stop_after, grace or GRACE_S))
 
 
 @_command(
@@ -228,24 +240,44 @@ def resume(
     run: Annotated[str, typer.Argument(help="A run, or 'last'.")],
     file: FileOption = DEFAULT_FILE,
     stop_after: StopOption = None,
+    grace: GraceOption = None,
 ) -> None:
     """Go on with a run that was killed, stopped, or failed, as the same run in tracking."""
     store = _store(file)
-    sys.exit(resume_run(store, find_run(store, run), _console(), stop_after))
+    sys.exit(resume_run(store, find_run(store, run), _console(), stop_after, grace or GRACE_S))
+
+
+@_command(
+    "fls stop last",
+    "fls stop 20260730-101500-042-1f2e --file experiments/mnist_mlp.yaml",
+)
+def stop(
+    run: Annotated[str, typer.Argument(help="A run, or 'last'.")],
+    file: FileOption = DEFAULT_FILE,
+) -> None:
+    """Stop a run, wherever its driver is: its cells end behind a checkpoint; `resume` goes on."""
+    store = _store(file)
+    sys.exit(stop_run(store, find_run(store, run), _console()))
 
 
 @_command(
     "fls logs 'pretrain[seed=0]'",
+    "fls logs 'pretrain[seed=0]' --follow",
     "fls logs compare --run 20260730-101500-042-1f2e",
 )
 def logs(
     cell: Annotated[str, typer.Argument(help="A cell's full name.")],
     run: Annotated[str, typer.Option("--run", help="A run.")] = "last",
     file: FileOption = DEFAULT_FILE,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until it has ended.")] = False,
 ) -> None:
     """Print what a cell had to say, and the traceback if it failed."""
     store = _store(file)
-    print_log(store, find_run(store, run).status(cell), _console())
+    record = find_run(store, run)
+    if follow:
+        follow_log(store, record.run_id, cell, _console())
+    else:
+        print_log(store, record.status(cell), _console())
 
 
 @_command(

@@ -23,6 +23,7 @@ from pipeline.errors import Damaged, PipelineError
 from pipeline.events import Event, EventTail
 from pipeline.executors import AbstractExecutor
 from pipeline.graph import Cell
+from pipeline.leases import LeaseWatch, lease_s
 from pipeline.live import LiveView
 from pipeline.planner import Plan
 from pipeline.runs import HEARTBEAT_S, RunRecord, RunState, State, recorded_ids
@@ -33,8 +34,8 @@ from pipeline.worker import Outcome, Task, died
 
 _WAIT_S = 0.2
 _LISTEN_EVERY_S = 1.0
-# A worker gives a sign of life every ten seconds, late by what a long call keeps it from.
-_SILENT_S = 180.0
+# Leases that a worker may be silent; it gives signs of life far more often, but for a long call.
+_SILENT_LEASES = 6
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 _REPAIRS = 3
 GRACE_S = 10.0
@@ -92,6 +93,8 @@ class Driver:
         self._grace_s = grace_s
         self._schedule = Schedule(plan)
         self._statuses = self._schedule.statuses
+        self._leases = LeaseWatch(store, record.run_id)
+        self._held_s: dict[str, float] = {}
         self._tail = EventTail(store, record.run_id, record.tracking.cursors)
         self._flights: dict[str, _Flight] = {}
         self._failures: Counter[str] = Counter()
@@ -100,6 +103,7 @@ class Driver:
         self._listened_s = 0.0
         self._saved_s = 0.0
         self._warned = False
+        self._superseded = False
         self.signal: int | None = None
 
     def run(self) -> RunState:
@@ -122,7 +126,7 @@ class Driver:
     # -- beginning and end
 
     def _open(self) -> None:
-        self._record.claim(self._statuses)
+        self._record.claim(self._store, self._statuses)
         self._save(now=True)
         self._account_for_cached()
 
@@ -147,6 +151,9 @@ class Driver:
         return RunState.FAILED if states & {State.FAILED, State.SKIPPED} else RunState.DONE
 
     def _close(self, state: RunState) -> None:
+        if self._superseded:
+            self._view.close(self._statuses)
+            return
         if self.signal is not None:
             self._wind_down(state)
         for name in list(self._flights):
@@ -262,10 +269,24 @@ class Driver:
                 if self._exists(status.key):
                     self._take_from_store(name)
                     found_one = True
-                elif status.key not in busy:
+                elif status.key not in busy and not self._held(name):
                     busy.add(status.key)
                     self._flights[name] = _Flight()
                     self._executor.submit(self._task(name), self._schedule.cell(name).resources)
+
+    def _held(self, name: str) -> bool:
+        """Tell whether another run works at the cell, whose result is then waited for."""
+        before_s = self._held_s.get(name)
+        if before_s is not None and time.monotonic() - before_s < _LISTEN_EVERY_S:
+            return True
+        holder = self._leases.holder(self._statuses[name].key)
+        if holder is None:
+            self._held_s.pop(name, None)
+            return False
+        if before_s is None:
+            self._view.say(f"{name}: run {holder.run} on {holder.host} is at it; waiting for that.")
+        self._held_s[name] = time.monotonic()
+        return True
 
     def _take_from_store(self, name: str) -> None:
         """Use a result that another run has made meanwhile."""
@@ -390,8 +411,8 @@ class Driver:
             if limit_s is not None and now - flight.started_s > limit_s:
                 outcome = died(f"timed out after {limit_s:g} s (timeout_s)")
                 outcome["status"] = "failed"
-            elif now - flight.heard_s > _SILENT_S:
-                outcome = died(f"no sign of life for {_SILENT_S:g} s")
+            elif now - flight.heard_s > (silent_s := _SILENT_LEASES * lease_s()):
+                outcome = died(f"no sign of life for {silent_s:g} s")
             else:
                 continue
             self._executor.cancel(name)
@@ -437,8 +458,21 @@ class Driver:
         return "" if error is None else f" ({type(error).__name__}: {error})"
 
     def _save(self, *, now: bool = False) -> None:
+        """Write how far the run is every few seconds, and see what was asked of it.
+
+        Raises:
+            PipelineError: the run is another driver's by now, and nothing more is written.
+        """
         if now or time.monotonic() - self._saved_s >= HEARTBEAT_S:
             self._saved_s = time.monotonic()
+            if self._record.superseded(self._store):
+                self._superseded = True
+                raise PipelineError(
+                    f"Run {self._record.run_id} was taken over by another process while this one "
+                    "was silent; this one ends."
+                )
+            if self.signal is None and self._record.asked_to_stop(self._store):
+                self.signal = signal.SIGTERM
             self._record.tracking = self._tracking.progress()
             self._record.save_progress(self._store)
 

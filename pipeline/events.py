@@ -22,6 +22,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from pipeline.leases import lease_s
+
 Event = dict[str, Any]
 
 _FIRST_INTERVAL_S = 1.0
@@ -87,7 +89,7 @@ class EventWriter:
             try:
                 if self._pending:
                     last_written = now
-                elif now - last_written >= _LAST_INTERVAL_S:
+                elif now - last_written >= min(_LAST_INTERVAL_S, lease_s() / 3):
                     last_written = now
                     self.emit({"type": "heartbeat", "time": time.time()})
                 self.flush()
@@ -97,7 +99,8 @@ class EventWriter:
 
     def _interval_s(self) -> float:
         elapsed = time.monotonic() - self._began
-        return min(_LAST_INTERVAL_S, max(_FIRST_INTERVAL_S, elapsed / 60))
+        longest_s = min(_LAST_INTERVAL_S, lease_s() / 3)
+        return min(longest_s, max(_FIRST_INTERVAL_S, elapsed / 60))
 
 
 class LineWriter(io.TextIOBase):

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.driver import Driver
+from pipeline.driver import GRACE_S, Driver
 from pipeline.errors import BadInput, Damaged
 from pipeline.executors import make_executor
 from pipeline.live import LiveView
 from pipeline.planner import Plan, Selection, make_plan
 from pipeline.report import print_failures, print_reports, print_tracking
-from pipeline.runs import RunOptions, RunRecord, RunState, State, new_run_id
+from pipeline.runs import RunOptions, RunRecord, RunState, State, load_run, new_run_id
 from pipeline.spec import Spec, load_spec
 from pipeline.store import Store
 from pipeline.tracking import RunFacts, TrackingThread, tracking_uri
 
+_STOP_WAIT_S = 60.0
 _EXIT_CODES = {RunState.DONE: 0, RunState.FAILED: 1}
 
 
@@ -28,11 +30,12 @@ def start_run(
     selection: Selection,
     console: Console,
     stop_after_s: float | None = None,
+    grace_s: float = GRACE_S,
 ) -> int:
     """Run what is selected of a spec, if anything is to be run; return the exit code.
 
-    After `stop_after_s` the run is stopped as by SIGTERM: what is finished is kept, what runs goes
-    on from its last checkpoint in a later run.
+    After `stop_after_s` the run is stopped as by SIGTERM: what is finished is kept, what runs has
+    `grace_s` for a checkpoint, from which a later run goes on.
     """
     store = Store(spec.storage)
     plan = make_plan(spec, store, selection)
@@ -53,11 +56,15 @@ def start_run(
         options=options,
         spec_text=spec.path.read_text(encoding="utf-8"),
     )
-    return _execute(plan, store, record, console, stop_after_s)
+    return _execute(plan, store, record, console, stop_after_s, grace_s)
 
 
 def resume_run(
-    store: Store, record: RunRecord, console: Console, stop_after_s: float | None = None
+    store: Store,
+    record: RunRecord,
+    console: Console,
+    stop_after_s: float | None = None,
+    grace_s: float = GRACE_S,
 ) -> int:
     """Go on with a run that was interrupted or stopped, or that failed; return the exit code.
 
@@ -81,7 +88,32 @@ def resume_run(
     if record.state is RunState.DONE and record.tracked and not _to_run(plan):
         console.print(f"Nothing to do: run {record.run_id} is complete.")
         return 0
-    return _execute(plan, store, record, console, stop_after_s)
+    return _execute(plan, store, record, console, stop_after_s, grace_s)
+
+
+def stop_run(store: Store, record: RunRecord, console: Console) -> int:
+    """Ask a run's driver to stop, and wait until it has; return 0, or 1 if it does not.
+
+    Raises:
+        BadInput: the run is not running.
+    """
+    if record.observed_state() is not RunState.RUNNING:
+        raise BadInput(f"Run {record.run_id} is not running: {record.observed_state()}.")
+    record.ask_to_stop(store)
+    console.print(f"Run {record.run_id}: asked {record.host} to stop ...", soft_wrap=True)
+    end_s = time.monotonic() + _STOP_WAIT_S
+    while time.monotonic() < end_s:
+        record = load_run(store, record.run_id)
+        state = record.observed_state()
+        if state is not RunState.RUNNING:
+            more = (
+                "" if state is RunState.DONE else f" `{record.resume_command}` goes on from here."
+            )
+            console.print(f"Run {record.run_id}: {state}.{more}", soft_wrap=True)
+            return 0
+        time.sleep(0.5)
+    console.print(f"Run {record.run_id} has not stopped within {_STOP_WAIT_S:g} s.")
+    return 1
 
 
 def _to_run(plan: Plan) -> int:
@@ -89,7 +121,12 @@ def _to_run(plan: Plan) -> int:
 
 
 def _execute(
-    plan: Plan, store: Store, record: RunRecord, console: Console, stop_after_s: float | None
+    plan: Plan,
+    store: Store,
+    record: RunRecord,
+    console: Console,
+    stop_after_s: float | None,
+    grace_s: float,
 ) -> int:
     options = record.options
     console.print(
@@ -107,7 +144,7 @@ def _execute(
         record.save_request(store)
         tracking.open(_facts(plan.spec, record))
         view = LiveView(console)
-        driver = Driver(plan, store, record, executor, tracking, view, stop_after_s)
+        driver = Driver(plan, store, record, executor, tracking, view, stop_after_s, grace_s)
         state = driver.run()
     finally:
         executor.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -11,13 +12,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.events import EventTail
 from pipeline.live import clock
 from pipeline.planner import Plan, PlannedCell
-from pipeline.runs import CellStatus, RunRecord, State
+from pipeline.runs import CellStatus, RunRecord, RunState, State, load_run
 from pipeline.spec import Spec
 from pipeline.store import Store
 from pipeline.tracking import TrackerName
 
+_FOLLOW_EVERY_S = 1.0
 _PLAN_STATES = ("cached", "run", "blocked")
 
 
@@ -135,6 +138,30 @@ def print_log(store: Store, status: CellStatus, console: Console) -> None:
             _say(console, failure.get("traceback") or failure["message"])
     if status.error:
         _say(console, f"{status.state}: {status.error['message']}")
+
+
+def follow_log(store: Store, run_id: str, cell: str, console: Console) -> None:
+    """Print what a cell of a run has to say as it says it, until it or the run has ended."""
+    tail = EventTail(store, run_id, {})
+    began = 0.0
+    while True:
+        record = load_run(store, run_id)
+        status = record.status(cell)
+        for event in tail.read(cell, status.key)[0]:
+            if event["type"] == "start":
+                began = event["time"]
+                _say(console, f"attempt on {event['host']}")
+            text = _event_text(event)
+            if text:
+                _say(console, f"{clock(event['time'] - began):>8}  {text}")
+        unsettled = status.state in {State.WAITING, State.RUNNING}
+        if not (unsettled and record.observed_state() is RunState.RUNNING):
+            break
+        time.sleep(_FOLLOW_EVERY_S)
+    if status.error:
+        _say(console, f"{status.state}: {status.error.get('traceback') or status.error['message']}")
+    else:
+        _say(console, f"{cell}: {status.state}")
 
 
 def _event_text(event: Mapping[str, Any]) -> str:

@@ -22,12 +22,12 @@ from typing import Any
 from pipeline.errors import BadInput, nearest
 from pipeline.events import Cursor
 from pipeline.executors import ExecutorName
+from pipeline.leases import has_died, lease_s
 from pipeline.store import Store
 from pipeline.tracking import TrackerName, TrackingProgress
 
 DEFAULT_FILE = Path("pipeline.yaml")
 HEARTBEAT_S = 2.0
-_SILENT_S = 60.0
 
 
 class State(StrEnum):
@@ -113,6 +113,7 @@ class RunRecord:
         state: see `RunState`; as the driver last wrote it.
         host: the driver's machine.
         pid: the driver's process.
+        life: which of the run's drivers that is, from 1.
         heartbeat: Unix time of the driver's last sign of life.
         cells: cell -> status.
         tracking: how far the run is recorded.
@@ -126,6 +127,7 @@ class RunRecord:
     state: RunState = RunState.RUNNING
     host: str = ""
     pid: int = 0
+    life: int = 0
     heartbeat: float = 0.0
     cells: Mapping[str, CellStatus] = field(default_factory=dict)
     tracking: TrackingProgress = field(default_factory=TrackingProgress)
@@ -138,8 +140,9 @@ class RunRecord:
         file = f" --file {shlex.quote(self.options.file)}" if elsewhere else ""
         return f"fls resume {self.run_id}{file}"
 
-    def claim(self, cells: Mapping[str, CellStatus]) -> None:
+    def claim(self, store: Store, cells: Mapping[str, CellStatus]) -> None:
         """Make this process the run's driver, with these cells as they stand."""
+        self.life = store.begin_life(self.run_id)
         self.state, self.tracked = RunState.RUNNING, False
         self.host, self.pid = socket.gethostname(), os.getpid()
         self.cells = cells
@@ -160,6 +163,7 @@ class RunRecord:
             "state": self.state,
             "host": self.host,
             "pid": self.pid,
+            "life": self.life,
             "heartbeat": self.heartbeat,
             "cells": [asdict(status) for status in self.cells.values()],
         }
@@ -167,6 +171,18 @@ class RunRecord:
         keys = {name: status.key for name, status in self.cells.items()}
         tracking = {**asdict(self.tracking), "keys": keys, "tracked": self.tracked}
         store.write_run(self.run_id, "tracking", tracking)
+
+    def superseded(self, store: Store) -> bool:
+        """Tell whether another driver has taken the run over, because this one was silent."""
+        return len(store.run_marks(self.run_id, "life")) > self.life
+
+    def ask_to_stop(self, store: Store) -> None:
+        """Ask the run's present driver to stop, wherever it is."""
+        store.mark_run(self.run_id, f"stop-{self.life}")
+
+    def asked_to_stop(self, store: Store) -> bool:
+        """Tell whether the driver with this record is asked to stop."""
+        return f"stop-{self.life}" in store.run_marks(self.run_id, "stop")
 
     def status(self, cell: str) -> CellStatus:
         """Return how a cell stands.
@@ -180,8 +196,8 @@ class RunRecord:
 
     def observed_state(self) -> RunState:
         """Return the state as it is: a run whose driver is dead or silent is interrupted."""
-        silent = time.time() - self.heartbeat > _SILENT_S
-        dead = self.host == socket.gethostname() and not _alive(self.pid)
+        silent = time.time() - self.heartbeat > 2 * lease_s()
+        dead = has_died(self.host, self.pid)
         lost = self.state is RunState.RUNNING and (silent or dead)
         return RunState.INTERRUPTED if lost else self.state
 
@@ -211,6 +227,7 @@ def load_run(store: Store, run_id: str) -> RunRecord:
         state=RunState(state["state"]),
         host=state["host"],
         pid=state["pid"],
+        life=state["life"],
         heartbeat=state["heartbeat"],
         cells={
             fields["cell"]: CellStatus(**{**fields, "state": State(fields["state"])})
@@ -275,13 +292,3 @@ def recorded_ids(store: Store, keys: Iterable[str]) -> dict[str, RecordedIds]:
                     tracking["ids"]["cells"].get(cell), tracking["ids"]["records"].get(cell, {})
                 )
     return found
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it lives, and is another user's
-        return True
-    return True

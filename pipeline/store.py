@@ -7,6 +7,7 @@
     <storage>/stages/<key>.damaged-<n>/          set aside
     <storage>/generations/<base>.<n>             how often --force was asked for
     <storage>/runs/<run id>/<name>.json          documents of a run
+    <storage>/runs/<run id>/marks/               life-N: its N-th driver; stop-N: that is to stop
 
 A manifest is created last and exclusively, and never overwritten. It holds the sha256 of every
 output file, which is checked on reading. Each attempt has a number and a folder of its own, so two
@@ -259,6 +260,23 @@ class Store:
     def list_runs(self) -> list[str]:
         """Return the ids of all runs, oldest first."""
         return self.storage.names("runs")
+
+    def begin_life(self, run_id: str) -> int:
+        """Return a number that no other driver of the run has, above all earlier ones'."""
+        lives = [int(mark.split("-")[1]) for mark in self.run_marks(run_id, "life")]
+        number = max(lives, default=0) + 1
+        while not self.mark_run(run_id, f"life-{number}"):
+            number += 1
+        return number
+
+    def mark_run(self, run_id: str, mark: str) -> bool:
+        """Leave a mark on a run, for its driver to see; tell whether it is new."""
+        return self.storage.create(f"runs/{run_id}/marks/{mark}", b"")
+
+    def run_marks(self, run_id: str, kind: str = "") -> list[str]:
+        """Return the marks on a run that begin with `kind`."""
+        names = self.storage.names(f"runs/{run_id}/marks")
+        return [name for name in names if name.startswith(kind)]
 
     def _document(self, path: str) -> dict[str, Any] | None:
         try:

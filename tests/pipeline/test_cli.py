@@ -21,6 +21,7 @@ COMMANDS = [
     "graph",
     "status",
     "resume",
+    "stop",
     "logs",
     "results",
     "export",
