@@ -6,11 +6,11 @@ READY  := $(VENV)/.ready
 # One thread a process: two torch processes with two threads each on two cores are many times slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help run test benchmarks results check format lint types doctest imports constraints clean
+.PHONY: help run test test-faults benchmarks results check format lint types doctest imports constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | expand -t 14
 
 $(READY): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (a few minutes, once) ..."
@@ -23,6 +23,10 @@ run: $(READY)  ## Run the default experiment (pipeline.yaml): trains, prunes, co
 
 test: $(READY)  ## Run the tests
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-faults: $(READY)  ## Shoot at everything on a cluster of three nodes (an hour; goes on where it was)
+	@$(BIN)/python -m pytest tests/faults
+	@$(BIN)/python -m tests.faults.matrix --out build/faults.jsonl
 
 benchmarks: $(READY)  ## Run what is not finished of the benchmarks (hours)
 	@$(BIN)/python -m benchmarks run
