@@ -17,12 +17,29 @@ import shutil
 import tempfile
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from operator import attrgetter
 from pathlib import Path
+from stat import S_ISDIR
+from typing import Any, BinaryIO
 
 from pipeline.errors import StorageUnsupported
 
 _WHOLE = ".whole"
+# What the file systems behind fsspec call the time at which a file was written.
+_TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file as a listing shows it: its path, its size, and the Unix time of its last write."""
+
+    path: str
+    bytes: int
+    time: float
 
 
 class AbstractStorage(ABC):
@@ -45,8 +62,19 @@ class AbstractStorage(ABC):
         """Return the sorted names in a folder; none if there is no such folder."""
 
     @abstractmethod
+    def files(self, path: str) -> list[StoredFile]:
+        """Return the file at `path`, or all files in that folder at any depth, sorted by path.
+
+        Also those that `names` hides.
+        """
+
+    @abstractmethod
+    def open(self, path: str) -> BinaryIO:
+        """Open a file to read it in pieces, from the storage itself; the caller closes it."""
+
+    @abstractmethod
     def remove(self, path: str) -> None:
-        """Delete a folder with all in it, if it is there."""
+        """Delete a file, or a folder with all in it, if it is there."""
 
     @abstractmethod
     def move(self, source: str, target: str) -> None:
@@ -137,9 +165,37 @@ class LocalStorage(AbstractStorage):
         except FileNotFoundError:
             return []
 
+    def files(self, path: str) -> list[StoredFile]:
+        """See `AbstractStorage.files`; what vanishes meanwhile is left out."""
+        below = [
+            Path(folder, name) for folder, _, names in os.walk(self.root / path) for name in names
+        ]
+        found = []
+        for file in below or [self.root / path]:
+            with suppress(FileNotFoundError):
+                stat = file.lstat()
+                if not S_ISDIR(stat.st_mode):
+                    name = file.relative_to(self.root).as_posix()
+                    found.append(StoredFile(name, stat.st_size, stat.st_mtime))
+        return sorted(found, key=attrgetter("path"))
+
+    def open(self, path: str) -> BinaryIO:
+        """See `AbstractStorage.open`."""
+        return (self.root / path).open("rb")
+
     def remove(self, path: str) -> None:
-        """See `AbstractStorage.remove`; files that vanish meanwhile are as good as removed."""
-        shutil.rmtree(self.root / path, ignore_errors=True)
+        """See `AbstractStorage.remove`; renamed first, so that a kill leaves no half under a name.
+
+        Files that vanish meanwhile are as good as removed.
+        """
+        target = self.root / path
+        if not target.is_dir() or target.is_symlink():
+            target.unlink(missing_ok=True)
+            return
+        gone = target.with_name(f".{uuid.uuid4().hex}")
+        with suppress(FileNotFoundError):
+            target.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
 
     def move(self, source: str, target: str) -> None:
         """See `AbstractStorage.move`."""
@@ -211,6 +267,26 @@ class RemoteStorage(AbstractStorage):
         except FileNotFoundError:
             return []
         return sorted(name.rstrip("/").rpartition("/")[2] for name in found)
+
+    def files(self, path: str) -> list[StoredFile]:
+        """See `AbstractStorage.files`."""
+        self.fs.invalidate_cache()
+        root = self._full(path).rstrip("/")
+        try:
+            found = self.fs.find(root, detail=True)
+            if root in found:
+                found[root] = self.fs.info(root)
+        except FileNotFoundError:
+            return []
+        start = len(self.fs._strip_protocol(self.root).rstrip("/")) + 1
+        return [
+            StoredFile(name[start:], info["size"], self._written(info))
+            for name, info in sorted(found.items())
+        ]
+
+    def open(self, path: str) -> BinaryIO:
+        """See `AbstractStorage.open`."""
+        return self.fs.open(self._full(path), "rb")
 
     def remove(self, path: str) -> None:
         """See `AbstractStorage.remove`."""
@@ -291,3 +367,20 @@ class RemoteStorage(AbstractStorage):
 
     def _full(self, path: str) -> str:
         return f"{self.root}/{path}"
+
+    def _written(self, info: Mapping[str, Any]) -> float:
+        """Return the Unix time at which a listed file was written.
+
+        Raises:
+            StorageUnsupported: the file system does not tell.
+        """
+        for name in _TIMES:
+            found = info.get(name)
+            if isinstance(found, datetime):
+                return found.timestamp()
+            if isinstance(found, int | float):
+                return float(found)
+        raise StorageUnsupported(
+            f"{self.root}: {type(self.fs).__name__} does not tell when files were written, so what "
+            "is in use cannot be told from what is old; use a file system that does"
+        )

@@ -374,3 +374,34 @@ def test_storage_of_another_version_is_refused(store: Store) -> None:
     store.storage.write("storage.json", json.dumps({"format": 99, "token": ""}).encode())
     with pytest.raises(StoreError, match="layout of version 99; this is version 1"):
         store.begin_attempt(KEY)
+
+
+# ------------------------------------------------------------------------------- all files
+
+
+def test_all_files_are_listed_with_their_sizes_and_times(store: Store) -> None:
+    before = time.time()
+    publish(store)
+    store.storage.write(f"stages/{KEY}/.hidden", b"123")
+    files = {file.path: file for file in store.storage.files("stages")}
+    assert list(files) == sorted(files)
+    assert files[f"stages/{KEY}/.hidden"].bytes == 3
+    assert files[output_path(1)].bytes == 1
+    assert all(before - 1 <= file.time <= time.time() + 1 for file in files.values())
+    (one,) = store.storage.files(output_path(1))
+    assert one == files[output_path(1)]
+    assert store.storage.files("nowhere") == []
+    assert "storage.json" in {file.path for file in store.storage.files("")}
+
+
+def test_a_file_is_opened_and_removed_alone(store: Store) -> None:
+    publish(store)
+    with store.storage.open(output_path(1)) as file:
+        assert (file.read(10), file.read(10)) == (b"5", b"")
+    store.storage.remove(output_path(1))
+    store.storage.remove(output_path(1))
+    assert store.storage.files(output_path(1)) == []
+    with pytest.raises(FileNotFoundError):
+        store.storage.open(output_path(1))
+    store.storage.remove(f"stages/{KEY}")
+    assert store.storage.files("stages") == []
