@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import pipeline.store_commands  # noqa: F401 - joins its commands to the others
 from pipeline.cli import app
 from pipeline.errors import PipelineError
 from pipeline.stage import StageError

@@ -25,7 +25,7 @@ from pipeline.render import cell_drawing, dot, mermaid, stage_drawing
 from pipeline.report import follow_log, print_log, print_plan, print_rows, print_run, print_runs
 from pipeline.results import export as export_cell
 from pipeline.results import result_rows, to_csv
-from pipeline.runs import DEFAULT_FILE, RunOptions, find_run, load_run
+from pipeline.runs import DEFAULT_FILE, RunOptions, find_run, load_runs
 from pipeline.spec import load_spec
 from pipeline.store import Store
 from pipeline.tracking import TrackerName, tracking_uri
@@ -46,12 +46,12 @@ app = typer.Typer(
 
 
 def read_duration(text: str) -> float:
-    """Return a duration such as 90s, 9m or 1.5h in seconds.
+    """Return a duration such as 90s, 9m, 1.5h or 30d in seconds.
 
     Raises:
         ValueError: it is no such text, or not above 0.
     """
-    units = {"s": 1, "m": 60, "h": 3600}
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
     if text[-1:] not in units or not (seconds := float(text[:-1]) * units[text[-1]]) > 0:
         raise ValueError(f"{text!r} is no duration such as 90s, 9m or 2h")
     return seconds
@@ -67,6 +67,10 @@ class Format(StrEnum):
 File = Annotated[Path, typer.Argument(help="The pipeline.", show_default=True)]
 FileOption = Annotated[
     Path, typer.Option("--file", help="The pipeline whose storage is looked into.")
+]
+StorageOption = Annotated[
+    str | None,
+    typer.Option("--storage", metavar="URL", help="The storage itself; no pipeline file is read."),
 ]
 ExecutorOption = Annotated[ExecutorName, typer.Option("--executor", help="What runs the cells.")]
 TrackingOption = Annotated[TrackerName, typer.Option("--tracking", help="Where runs are recorded.")]
@@ -222,29 +226,38 @@ def graph(
 def status(
     run: Annotated[str | None, typer.Argument(help="A run, or 'last'; all without.")] = None,
     file: FileOption = DEFAULT_FILE,
+    storage: StorageOption = None,
 ) -> None:
     """Show all runs, or one of them."""
-    store = _store(file)
+    store = _store(file, storage)
     if run is None:
-        records = [load_run(store, run_id) for run_id in store.list_runs()]
-        print_runs(records, _console())
+        print_runs(load_runs(store), _console())
     else:
         print_run(find_run(store, run), _console())
 
 
 @_command(
     "fls resume last",
-    "fls resume 20260730-101500-042-1f2e",
+    "fls resume 20260730-101500-042-1f2e --storage s3://bucket/results",
 )
 def resume(
     run: Annotated[str, typer.Argument(help="A run, or 'last'.")],
     file: FileOption = DEFAULT_FILE,
+    storage: StorageOption = None,
+    replan: Annotated[
+        bool, typer.Option("--replan", help="Make anew what has changed since, such as code.")
+    ] = False,
     stop_after: StopOption = None,
     grace: GraceOption = None,
 ) -> None:
-    """Go on with a run that was killed, stopped, or failed, as the same run in tracking."""
-    store = _store(file)
-    sys.exit(resume_run(store, find_run(store, run), _console(), stop_after, grace or GRACE_S))
+    """Go on with a run that was killed, stopped, or failed, as the same run in tracking.
+
+    The spec is the one that the run began with. If code has changed since, this says what and
+    which cells that touches, and stops: then choose --replan, or see `fls accept`.
+    """
+    store = _store(file, storage)
+    record = find_run(store, run)
+    sys.exit(resume_run(store, record, _console(), stop_after, grace or GRACE_S, replan=replan))
 
 
 @_command(
@@ -254,9 +267,10 @@ def resume(
 def stop(
     run: Annotated[str, typer.Argument(help="A run, or 'last'.")],
     file: FileOption = DEFAULT_FILE,
+    storage: StorageOption = None,
 ) -> None:
     """Stop a run, wherever its driver is: its cells end behind a checkpoint; `resume` goes on."""
-    store = _store(file)
+    store = _store(file, storage)
     sys.exit(stop_run(store, find_run(store, run), _console()))
 
 
@@ -269,10 +283,11 @@ def logs(
     cell: Annotated[str, typer.Argument(help="A cell's full name.")],
     run: Annotated[str, typer.Option("--run", help="A run.")] = "last",
     file: FileOption = DEFAULT_FILE,
+    storage: StorageOption = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Until it has ended.")] = False,
 ) -> None:
     """Print what a cell had to say, and the traceback if it failed."""
-    store = _store(file)
+    store = _store(file, storage)
     record = find_run(store, run)
     if follow:
         follow_log(store, record.run_id, cell, _console())
@@ -358,6 +373,6 @@ def _print_json(value: object) -> None:
     typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
 
 
-def _store(file: Path) -> Store:
-    """Return the store of a pipeline file."""
-    return Store(load_spec(file).storage)
+def _store(file: Path, storage: str | None) -> Store:
+    """Return the store at `storage`, or if that is None the one of a pipeline file."""
+    return Store(load_spec(file).storage if storage is None else storage)

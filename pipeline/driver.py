@@ -7,7 +7,6 @@ Workers know nothing of each other.
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections import Counter
@@ -19,6 +18,7 @@ from operator import methodcaller
 from pathlib import Path
 from types import FrameType
 
+from pipeline.acceptance import describe
 from pipeline.errors import Damaged, PipelineError
 from pipeline.events import Event, EventTail
 from pipeline.executors import AbstractExecutor
@@ -30,7 +30,7 @@ from pipeline.runs import HEARTBEAT_S, RunRecord, RunState, State, recorded_ids
 from pipeline.schedule import Schedule
 from pipeline.store import Store
 from pipeline.tracking import CellFacts, TrackingThread
-from pipeline.worker import Outcome, Task, died
+from pipeline.worker import Outcome, died
 
 _WAIT_S = 0.2
 _LISTEN_EVERY_S = 1.0
@@ -272,7 +272,10 @@ class Driver:
                 elif status.key not in busy and not self._held(name):
                     busy.add(status.key)
                     self._flights[name] = _Flight()
-                    self._executor.submit(self._task(name), self._schedule.cell(name).resources)
+                    task = self._schedule.task(
+                        name, run=self._record.run_id, storage=self._store.url, token=self._token
+                    )
+                    self._executor.submit(task, self._schedule.cell(name).resources)
 
     def _held(self, name: str) -> bool:
         """Tell whether another run works at the cell, whose result is then waited for."""
@@ -292,27 +295,6 @@ class Driver:
         """Use a result that another run has made meanwhile."""
         self._statuses[name].state = State.CACHED
         self._tracking.put(methodcaller("link_cached", self._facts(name), None))
-
-    def _task(self, name: str) -> Task:
-        cell, status = self._schedule.cell(name), self._statuses[name]
-        params = type(cell.params)
-        return {
-            "run": self._record.run_id,
-            "cell": name,
-            "key": status.key,
-            "storage": self._store.url,
-            "token": self._token,
-            "entry": cell.declaration.entry,
-            "params_model": f"{params.__module__}:{params.__qualname__}",
-            "params": cell.params.model_dump(mode="json"),
-            "inputs": self._schedule.task_inputs(name),
-            "outputs": list(cell.declaration.outputs),
-            "ingredients": self._schedule.ingredients(name),
-            "num_cpus": cell.resources.num_cpus,
-            "num_gpus": cell.resources.num_gpus,
-            "checkpoint_every_s": cell.checkpoint_every_s,
-            "directory": os.getcwd(),
-        }
 
     def _listen(self, name: str) -> None:
         """Take in what a cell has to say."""
@@ -428,11 +410,13 @@ class Driver:
 
     def _facts(self, name: str) -> CellFacts:
         cell = self._schedule.cell(name)
+        accepted = self._schedule.accepted(name)
         return CellFacts(
             cell=name,
             stage=cell.stage,
             key=self._statuses[name].key,
             params=cell.params.model_dump(mode="json"),
+            tags={"fls.accepted": describe(accepted)} if accepted else {},
         )
 
     def _track_end(self, name: str, state: State) -> None:

@@ -16,12 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.acceptance import Code, Equivalence
 from pipeline.code_digest import CodeIndex
 from pipeline.errors import BadInput
 from pipeline.graph import Cell, shorten
 from pipeline.params import marked
 from pipeline.spec import Plugin
 from pipeline.stage import ExternalFile
+
+_NOT_HASHED = {"names", "accepted"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,9 @@ class Identity:
         base: the same without the generation; what `--force` counts generations of.
         ingredients: JSON with `stage`, `code` {module: digest}, `params`, `inputs` {name: [key]},
             `files` {parameter: sha256}, `data` {parameter: digest} and `generation`; and `names`,
-            which is not hashed: `inputs` {name: [cell]} and `files` {parameter: path}.
+            which is not hashed: `inputs` {name: [cell]} and `files` {parameter: path}. Where code
+            was accepted as equivalent, `code` is what it counts as, and `accepted`, which is not
+            hashed either, says what it is (see `pipeline.acceptance`).
     """
 
     key: str
@@ -42,7 +47,10 @@ class Identity:
 
 
 def identify(
-    cells: Iterable[Cell], plugins: Sequence[Plugin], generation: Callable[[Cell, str], int]
+    cells: Iterable[Cell],
+    plugins: Sequence[Plugin],
+    generation: Callable[[Cell, str], int],
+    equivalent: Callable[[str, Code], Equivalence | None] = lambda stage, code: None,
 ) -> dict[str, Identity]:
     """Return cell name -> identity.
 
@@ -50,6 +58,7 @@ def identify(
         cells: in topological order.
         plugins: whose packages hold the code.
         generation: cell and base identity -> generation.
+        equivalent: stage type and code -> what that counts as, if not as itself.
 
     A module that is not there, or no valid Python, and a file that cannot be read are `BadInput`.
 
@@ -66,6 +75,9 @@ def identify(
     found: dict[str, Identity] = {}
     for cell in cells:
         ingredients = _ingredients(cell, digests, found)
+        known = equivalent(cell.declaration.name, ingredients["code"])
+        if known:
+            ingredients |= {"code": known.code, "accepted": known.accepted}
         base = _hash(ingredients)
         ingredients["generation"] = generation(cell, base)
         found[cell.name] = Identity(key=_hash(ingredients), base=base, ingredients=ingredients)
@@ -104,6 +116,11 @@ def _ingredients(
     }
 
 
+def base_of(ingredients: Mapping[str, Any]) -> str:
+    """Return the base identity (see `Identity.base`) that these ingredients belong to."""
+    return _hash({name: value for name, value in ingredients.items() if name != "generation"})
+
+
 def digest_file(path: Path) -> str:
     """Return the hex sha256 of a file.
 
@@ -133,7 +150,7 @@ def _blank(params: Any, path: Sequence[str | int]) -> None:
 
 
 def _hash(ingredients: Mapping[str, Any]) -> str:
-    counted = {name: value for name, value in ingredients.items() if name != "names"}
+    counted = {name: value for name, value in ingredients.items() if name not in _NOT_HASHED}
     text = json.dumps(counted, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

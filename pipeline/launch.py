@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import subprocess
-import tempfile
 import time
-from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from pipeline.driver import GRACE_S, Driver
 from pipeline.errors import BadInput, Damaged
 from pipeline.executors import make_executor
+from pipeline.graph import shorten
 from pipeline.live import LiveView
 from pipeline.planner import Plan, Selection, make_plan
+from pipeline.provenance import changed_versions, describe_environment
 from pipeline.report import print_failures, print_reports, print_tracking
+from pipeline.resumption import Drift, find_drift, is_complete, plan_of
 from pipeline.runs import RunOptions, RunRecord, RunState, State, load_run, new_run_id
-from pipeline.spec import Spec, load_spec
+from pipeline.spec import Spec
 from pipeline.store import Store
 from pipeline.tracking import RunFacts, TrackingThread, tracking_uri
 
@@ -55,6 +57,7 @@ def start_run(
         run_id=new_run_id(),
         options=options,
         spec_text=spec.path.read_text(encoding="utf-8"),
+        environment=_environment(),
     )
     return _execute(plan, store, record, console, stop_after_s, grace_s)
 
@@ -65,29 +68,33 @@ def resume_run(
     console: Console,
     stop_after_s: float | None = None,
     grace_s: float = GRACE_S,
+    *,
+    replan: bool = False,
 ) -> int:
     """Go on with a run that was interrupted or stopped, or that failed; return the exit code.
 
-    The spec is the one that the run began with, whatever the file says by now.
+    The spec is the one that the run began with, whatever the file says by now. With `replan`, what
+    has changed besides (code, above all) is made anew, under new keys.
 
     Raises:
-        BadInput: the run is still running.
+        BadInput: the run is still running; or something has changed, and `replan` is not given.
     """
     if record.observed_state() is RunState.RUNNING:
         raise BadInput(
             f"Run {record.run_id} is running: process {record.pid} on {record.host}. Stop it first."
         )
-    options = record.options
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / Path(options.file).name
-        path.write_text(record.spec_text, encoding="utf-8")
-        spec = load_spec(path, options.overrides)
-    selection = Selection(from_=options.from_, only=options.only, until=options.until)
-    plan = make_plan(spec, store, selection)
-    plan.require_runnable()
-    if record.state is RunState.DONE and record.tracked and not _to_run(plan):
+    if is_complete(record, store):
         console.print(f"Nothing to do: run {record.run_id} is complete.")
         return 0
+    plan = plan_of(record, store)
+    drift = find_drift(plan, record, store)
+    if drift.causes and not replan:
+        raise BadInput(drift.refusal(record, store.url))
+    _print_drift(drift, record, console)
+    plan.require_runnable()
+    record.forget_others({one.cell.name: one.key for one in plan.cells})
+    if drift.touched:
+        record.environment = _environment()
     return _execute(plan, store, record, console, stop_after_s, grace_s)
 
 
@@ -114,6 +121,22 @@ def stop_run(store: Store, record: RunRecord, console: Console) -> int:
         time.sleep(0.5)
     console.print(f"Run {record.run_id} has not stopped within {_STOP_WAIT_S:g} s.")
     return 1
+
+
+def _print_drift(drift: Drift, record: RunRecord, console: Console) -> None:
+    """Say what a run that goes on will do otherwise than it began."""
+    if drift.touched:
+        console.print("Changed since the run began:")
+        for line in drift.lines():
+            console.print(f"  {line}", soft_wrap=True)
+    versions = changed_versions(record.environment, _environment())
+    if versions:
+        text = f"Library versions, which are no part of the keys: {shorten(versions)}."
+        console.print(text, soft_wrap=True)
+
+
+def _environment() -> dict[str, Any]:
+    return describe_environment(_source_tags().get("mlflow.source.git.commit"))
 
 
 def _to_run(plan: Plan) -> int:

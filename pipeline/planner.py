@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.acceptance import Acceptances, describe
 from pipeline.errors import BadInput, Damaged
 from pipeline.graph import Cell, resolve, shorten
 from pipeline.keys import Identity, explain, identify
@@ -143,7 +144,7 @@ def make_plan(spec: Spec, store: Store, selection: Selection | None = None) -> P
             raised[base] = stored.get(base, 0) + 1
         return raised.get(base, stored.get(base, 0))
 
-    identities = identify(spec.cells, spec.plugins, generation)
+    identities = identify(spec.cells, spec.plugins, generation, Acceptances(store).find)
     judge = _Judge(store, selection, selected, identities, _History(store, spec.name))
     return Plan(spec=spec, cells=[judge.plan(cell) for cell in spec.cells], generations=raised)
 
@@ -195,6 +196,8 @@ class _Judge:
         """Return a cell with its state."""
         identity = self.identities[cell.name]
         state, why, manifest = self.state(cell, identity)
+        if accepted := identity.ingredients.get("accepted"):
+            why += f"; its code is {describe(accepted)}"
         if state == "blocked":
             self.blocked.add(cell.name)
         return PlannedCell(

@@ -13,6 +13,7 @@ import shlex
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -109,6 +110,7 @@ class RunRecord:
         run_id: `YYYYMMDD-HHMMSS-xxxx`, in UTC.
         options: what was asked for.
         spec_text: the spec as it was read.
+        environment: what it was planned with, see `pipeline.provenance`.
         began: Unix time.
         state: see `RunState`; as the driver last wrote it.
         host: the driver's machine.
@@ -123,6 +125,7 @@ class RunRecord:
     run_id: str
     options: RunOptions
     spec_text: str
+    environment: Mapping[str, Any] = field(default_factory=dict)
     began: float = field(default_factory=time.time)
     state: RunState = RunState.RUNNING
     host: str = ""
@@ -147,11 +150,22 @@ class RunRecord:
         self.host, self.pid = socket.gethostname(), os.getpid()
         self.cells = cells
 
+    def forget_others(self, keys: Mapping[str, str]) -> None:
+        """Forget how far cells are recorded that had other keys than these (cell -> key) before.
+
+        Their code has changed, or they ran on fewer inputs; what they say now is all new.
+        """
+        for cell, key in keys.items():
+            if cell in self.cells and self.cells[cell].key != key:
+                self.tracking.cursors.pop(cell, None)
+                self.tracking.closed = [name for name in self.tracking.closed if name != cell]
+
     def save_request(self, store: Store) -> None:
         """Write what was asked for."""
         document = {
             "options": asdict(self.options),
             "spec_text": self.spec_text,
+            "environment": self.environment,
             "began": self.began,
         }
         store.write_run(self.run_id, "run", document)
@@ -223,6 +237,7 @@ def load_run(store: Store, run_id: str) -> RunRecord:
         run_id=run_id,
         options=_options(request["options"]),
         spec_text=request["spec_text"],
+        environment=request["environment"],
         began=request["began"],
         state=RunState(state["state"]),
         host=state["host"],
@@ -240,6 +255,15 @@ def load_run(store: Store, run_id: str) -> RunRecord:
         ),
         tracked=tracking["tracked"],
     )
+
+
+def load_runs(store: Store) -> list[RunRecord]:
+    """Read all runs, oldest first, but those that were killed before they began."""
+    records = []
+    for run_id in store.list_runs():
+        with suppress(BadInput):
+            records.append(load_run(store, run_id))
+    return records
 
 
 def _options(fields: Mapping[str, Any]) -> RunOptions:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipeline.graph import Cell, Source, shorten
 from pipeline.planner import Plan
 from pipeline.runs import CellStatus, State
-from pipeline.worker import TaskInput
+from pipeline.worker import Task, TaskInput
 
 _USABLE = {State.DONE, State.CACHED}
 _SETTLED = {*_USABLE, State.FAILED, State.SKIPPED}
@@ -48,6 +49,39 @@ class Schedule:
     def ingredients(self, name: str) -> dict[str, Any]:
         """Return what the cell's result is made of, as it is: with the inputs that there are."""
         return {**self._planned[name].ingredients, "inputs": self._input_keys(name)}
+
+    def accepted(self, name: str) -> Mapping[str, Any] | None:
+        """Return who accepted the cell's code as equivalent, see `pipeline.acceptance`, or None."""
+        return self._planned[name].ingredients.get("accepted")
+
+    def task(self, name: str, *, run: str, storage: str, token: str) -> Task:
+        """Return an attempt at the cell as its worker needs to know it.
+
+        Args:
+            name: the cell's.
+            run: whose attempt it is.
+            storage: where its inputs are, and its result goes.
+            token: the storage's.
+        """
+        cell = self.cell(name)
+        params = type(cell.params)
+        return {
+            "run": run,
+            "cell": name,
+            "key": self.statuses[name].key,
+            "storage": storage,
+            "token": token,
+            "entry": cell.declaration.entry,
+            "params_model": f"{params.__module__}:{params.__qualname__}",
+            "params": cell.params.model_dump(mode="json"),
+            "inputs": self.task_inputs(name),
+            "outputs": list(cell.declaration.outputs),
+            "ingredients": self.ingredients(name),
+            "num_cpus": cell.resources.num_cpus,
+            "num_gpus": cell.resources.num_gpus,
+            "checkpoint_every_s": cell.checkpoint_every_s,
+            "directory": os.getcwd(),
+        }
 
     def task_inputs(self, name: str) -> dict[str, list[TaskInput]]:
         """Return the cell's inputs as its worker needs to know them."""

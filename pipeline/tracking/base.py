@@ -65,12 +65,13 @@ class RunFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class CellFacts:
-    """What a tracker records about one cell."""
+    """What a tracker records about one cell; `tags` are facts that few cells have."""
 
     cell: str
     stage: str
     key: str
     params: Mapping[str, Any]
+    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 class AbstractTracker(ABC):

@@ -64,6 +64,7 @@ class JsonLinesTracker(AbstractTracker):
             stage=cell.stage,
             key=cell.key,
             params=dict(cell.params),
+            **cell.tags,
         )
 
     def _write(self, kind: str, **fields: Any) -> None:

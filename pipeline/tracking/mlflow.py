@@ -74,12 +74,14 @@ class MLflowTracker(AbstractTracker):
         self.ids["run"] = self._parent
 
     def open_cell(self, cell: CellFacts) -> None:
-        """Create the cell's run, or set it running again."""
+        """Create the cell's run, or set it running again, perhaps under another key."""
         known = self.ids["cells"].get(cell.cell)
         if known is None:
             self.ids["cells"][cell.cell] = self._create_cell(cell, "stage", {})
         else:
             self._client.update_run(known, status="RUNNING")
+            for name, value in {"fls.key": cell.key, **cell.tags}.items():
+                self._client.set_tag(known, name, value)
 
     def log(self, cell: str, events: list[Event]) -> None:
         """Send metrics in batches, and make a run of each record."""
@@ -136,7 +138,8 @@ class MLflowTracker(AbstractTracker):
 
     def _create_cell(self, cell: CellFacts, kind: str, tags: Mapping[str, str]) -> str:
         facts = {"fls.kind": kind, "fls.cell": cell.cell, "fls.stage": cell.stage}
-        run_id = self._create(cell.cell, self._child({**facts, "fls.key": cell.key, **tags}))
+        tags = {**facts, "fls.key": cell.key, **cell.tags, **tags}
+        run_id = self._create(cell.cell, self._child(tags))
         self._log_params(run_id, cell.params)
         return run_id
 

@@ -27,6 +27,9 @@ COMMANDS = [
     "export",
     "list",
     "ui",
+    "gc",
+    "verify",
+    "accept",
 ]
 # Runs commands as `fls` does, one after the other, and fails if one imports what it must not.
 WITHOUT_HEAVY_IMPORTS = """

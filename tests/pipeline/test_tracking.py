@@ -146,6 +146,9 @@ def test_failures_show_and_a_resumed_run_is_the_same_run(client: Any) -> None:
     for key, run in before.items():
         assert after[key].info.run_id == run.info.run_id
     assert after["stage", "good"].info.end_time == before["stage", "good"].info.end_time
+    # The second result of `total`, under another key than that of fewer inputs, is heard as well.
+    assert ("evaluation", "bad") in after
+    assert ("evaluation", "bad") not in before
 
 
 def test_what_a_kill_kept_from_being_recorded_is_recorded_later(client: Any) -> None:
@@ -170,6 +173,29 @@ def test_what_a_kill_kept_from_being_recorded_is_recorded_later(client: Any) -> 
     assert again["evaluation", "slow"].data.metrics == runs["evaluation", "slow"].data.metrics
     history = client.get_metric_history(again["stage", "slow"].info.run_id, "train/number")
     assert [metric.step for metric in history] == list(range(1, 21))
+
+
+def test_accepted_code_is_a_tag_and_a_new_key_replaces_the_old_one(client: Any, toy: Path) -> None:
+    write_spec(
+        """
+        good: {uses: start, params: {value: 1}}
+        bad: {uses: fail, inputs: {number: good}, params: {counter: counter, until: 1}}
+        """
+    )
+    run_mlflow()
+    before = recorded(client, last_run().run_id)
+    assert "fls.accepted" not in before["stage", "bad"].data.tags
+    for module in ("slow", "stages"):
+        path = toy / "toy" / f"{module}.py"
+        path.write_text(path.read_text() + "\nUNUSED = 1\n")
+    fls("accept", "bad", "--why", "nothing was used")
+    assert resume_here(last_run(), replan=True)[0] == 0
+    after = recorded(client, last_run().run_id)
+    assert after["stage", "bad"].data.tags["fls.accepted"].endswith(": nothing was used")
+    for name in ("good", "bad"):
+        tags = after["stage", name].data.tags
+        assert tags["fls.key"] == last_run().cells[name].key
+        assert tags["fls.key"] != before["stage", name].data.tags["fls.key"]
 
 
 def test_a_deleted_experiment_is_an_error_with_a_remedy(client: Any) -> None:

@@ -70,10 +70,13 @@ def run_here(
     return start_run(spec, run_options, selection, _console(output)), output.getvalue()
 
 
-def resume_here(record: RunRecord, storage: str = ".fls") -> tuple[int, str]:
+def resume_here(
+    record: RunRecord, storage: str = ".fls", *, replan: bool = False
+) -> tuple[int, str]:
     """Resume a run in this process; return exit code and output."""
     output = io.StringIO()
-    return resume_run(Store(storage), record, _console(output)), output.getvalue()
+    code = resume_run(Store(storage), record, _console(output), replan=replan)
+    return code, output.getvalue()
 
 
 def last_run(storage: str = ".fls") -> RunRecord:

@@ -1,0 +1,118 @@
+"""Code that counts as equivalent to earlier code, because someone said so and why.
+
+    <storage>/accepted/<id>.json    {stage, code, as, who, why, time, run}
+
+A document says that for a stage type the code `code` (module -> digest) counts `as` other code. The
+planner asks before it makes keys, so results that were made by that other code are found again, and
+new ones join them. The id stands for stage type and code, so a document is found by its name. It is
+written once: accepted code that is accepted again, under yet other code, takes along all that
+counts as the same.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from pipeline.store import Store
+
+Code = Mapping[str, str]  # module -> digest
+_FOLDER = "accepted"
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """What code counts as.
+
+    Attributes:
+        code: the code that stands in the key.
+        accepted: {code, who, why, time}: the code that there is, and who said that it counts.
+    """
+
+    code: Code
+    accepted: Mapping[str, Any]
+
+
+class Acceptances:
+    """What was accepted in a store, as it stands when it is first asked."""
+
+    def __init__(self, store: Store):
+        self._store = store
+        self._names: set[str] | None = None
+        self._known: dict[str, Equivalence | None] = {}
+
+    def find(self, stage: str, code: Code) -> Equivalence | None:
+        """Return what code of a stage type counts as, or None if it stands for itself."""
+        name = _identify(stage, code)
+        if name not in self._known:
+            self._known[name] = self._read(stage, name)
+        return self._known[name]
+
+    def root(self, stage: str, code: Code) -> Code:
+        """Return the code that stands in the keys for `code`."""
+        found = self.find(stage, code)
+        return found.code if found else code
+
+    def add(self, stage: str, code: Code, as_: Code, *, why: str, run: str) -> bool:
+        """Record that code of a stage type counts as other code; tell whether that was news.
+
+        Args:
+            stage: the stage type.
+            code: the code.
+            as_: what it counts as.
+            why: the reason.
+            run: the run that used `as_`.
+        """
+        code, as_ = self.root(stage, code), self.root(stage, as_)
+        if code == as_:
+            return False
+        document = {
+            "stage": stage,
+            "code": code,
+            "as": as_,
+            "who": _who(),
+            "why": why,
+            "time": time.time(),
+            "run": run,
+        }
+        text = json.dumps(document, indent=1, sort_keys=True).encode()
+        self._store.prepare()
+        added = self._store.storage.create(f"{_FOLDER}/{_identify(stage, code)}", text)
+        self._names, self._known = None, {}
+        return added
+
+    def _read(self, stage: str, name: str) -> Equivalence | None:
+        if self._names is None:
+            self._names = set(self._store.storage.names(_FOLDER))
+        if name not in self._names:
+            return None
+        document = json.loads(self._store.storage.read(f"{_FOLDER}/{name}"))
+        about = {field: document[field] for field in ("code", "who", "why", "time")}
+        return Equivalence(self.root(stage, document["as"]), about)
+
+
+def describe(accepted: Mapping[str, Any]) -> str:
+    """Say who accepted code, when and why."""
+    day = datetime.fromtimestamp(accepted["time"])
+    return f"accepted as equivalent by {accepted['who']} on {day:%Y-%m-%d}: {accepted['why']}"
+
+
+def _identify(stage: str, code: Code) -> str:
+    text = json.dumps([stage, code], sort_keys=True)
+    return f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+
+
+def _who() -> str:
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have a number only
+        name = str(os.getuid())
+    return f"{name}@{socket.gethostname()}"

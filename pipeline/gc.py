@@ -1,0 +1,370 @@
+"""What a store holds that nothing needs any more, and how it is deleted.
+
+Needed is what a kept run or the present plan of a pipeline reaches, and everything of cells that
+are being worked on: those of a live run, and those that were written to of late. The rest goes:
+results that nothing reaches, what ended attempts left behind, results set aside as damaged, files
+of writes that were killed, and generations that no cell has.
+
+A run may start while this works. So whatever was written to within the grace period stays; and
+before each thing is deleted it is looked at again, and so are the runs. What is left is a run that
+planned before and writes its plan after that second look: it finds a result gone, and makes it
+anew, as it does with a damaged one.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.errors import BadInput, Damaged, StoreError
+from pipeline.keys import base_of
+from pipeline.planner import Plan
+from pipeline.runs import RunRecord, RunState, load_run
+from pipeline.storage import StoredFile
+from pipeline.store import Store
+
+_RESULT = re.compile(r"(?P<key>[^.]+)(?P<damaged>\.damaged-[0-9]+)?")
+_STRAY = re.compile(r"\.[0-9a-f]{32}")  # what a storage writes or deletes under another name
+_PROBE = re.compile(r"probe-[0-9a-f]{32}")
+_CHECKPOINTS = 2  # that a stage keeps, see `Context.checkpoint`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """Which runs are kept, and how long what was just written to is left alone.
+
+    A run is dropped if every limit that is given drops it; without any, all runs are kept. A live
+    run is always kept.
+
+    Attributes:
+        keep_runs: so many of the newest runs are kept, or None.
+        older_than_s: runs that began within so many seconds are kept, or None.
+        grace_s: the grace period.
+    """
+
+    keep_runs: int | None = None
+    older_than_s: float | None = None
+    grace_s: float = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Garbage:
+    """One thing that is not needed.
+
+    Attributes:
+        paths: what is deleted, in this order: first what makes the rest count as whole.
+        bytes: its size.
+        written: Unix time of the last write to it.
+        reason: why it is not needed.
+        cell: name of the cell that it is of, or "".
+    """
+
+    paths: Sequence[str]
+    bytes: int
+    written: float
+    reason: str
+    cell: str = ""
+
+
+def find_garbage(store: Store, plans: Sequence[Plan], retention: Retention) -> list[Garbage]:
+    """Return what is not needed; nothing is written.
+
+    Args:
+        store: the store.
+        plans: present plans of pipelines, whose results are kept.
+        retention: which runs are kept.
+
+    Where the documents of a run cannot be read, what it needs is not known: a `StoreError`.
+
+    Cost: a listing of the whole storage; a read of each run's documents, and of the manifests of
+    results that nothing reaches or that more than one attempt was made at.
+    """
+    survey = _Survey(store, retention)
+    survey.judge_runs()
+    for plan in plans:
+        survey.need_plan(plan)
+    return list(survey.garbage())
+
+
+def collect(
+    store: Store, plans: Sequence[Plan], retention: Retention, garbage: Iterable[Garbage]
+) -> Iterator[Garbage]:
+    """Delete garbage, and yield each thing that was; what is in use by now is spared.
+
+    Cost: a listing of each thing; and a survey at the beginning, and whenever something changed.
+    """
+    runs = set(store.list_runs())
+    wanted = {item.paths for item in find_garbage(store, plans, retention)}
+    for item in garbage:
+        files = [file for path in item.paths for file in store.storage.files(path)]
+        now = set(store.list_runs())
+        if now - runs or _newest(files) != item.written:
+            runs |= now
+            wanted = {other.paths for other in find_garbage(store, plans, retention)}
+        if item.paths in wanted:
+            for path in item.paths:
+                store.storage.remove(path)
+            yield item
+
+
+def _newest(files: Iterable[StoredFile]) -> float:
+    return max((file.time for file in files), default=0.0)
+
+
+@dataclass
+class _Needs:
+    """What is needed: keys, keys that are being worked on, and base identities."""
+
+    keys: set[str] = field(default_factory=set)
+    busy: set[str] = field(default_factory=set)
+    bases: set[str] = field(default_factory=set)
+
+
+class _Survey:
+    """One look at the whole store."""
+
+    def __init__(self, store: Store, retention: Retention):
+        self.store = store
+        self.retention = retention
+        self.now = time.time()
+        self.needs = _Needs()
+        self.names: dict[str, str] = {}  # key -> cell
+        self.dropped: dict[str, str] = {}  # run -> reason
+        self.groups: dict[tuple[str, str], list[StoredFile]] = defaultdict(list)
+        self.strays: dict[str, list[StoredFile]] = defaultdict(list)
+        for file in store.storage.files(""):
+            stray = _stray(file.path)
+            if stray:
+                self.strays[stray].append(file)
+            else:
+                top, _, rest = file.path.partition("/")
+                self.groups[top, rest.partition("/")[0]].append(file)
+
+    def is_old(self, files: Iterable[StoredFile]) -> bool:
+        """Tell whether nothing was written within the grace period."""
+        return self.now - _newest(files) >= self.retention.grace_s
+
+    # -- what is needed
+
+    def judge_runs(self) -> None:
+        """Decide which runs are kept, and note what they need.
+
+        Raises:
+            StoreError: the documents of a run cannot be read.
+        """
+        records = []
+        for run_id in [name for top, name in self.groups if top == "runs"]:
+            try:
+                records.append((load_run(self.store, run_id), *self.documents(run_id)))
+            except BadInput:  # its first documents are missing
+                if self.is_old(self.groups["runs", run_id]):
+                    self.dropped[run_id] = "a run that was killed before it began"
+                else:
+                    self.need_documents(*self.documents(run_id), live=True)
+            except (ValueError, KeyError, TypeError) as error:
+                raise StoreError(
+                    f"{self.store.url}: the documents of run {run_id} cannot be read ({error}), so "
+                    f"what it needs is not known. Delete the folder runs/{run_id} if you can do "
+                    "without the run."
+                ) from error
+        records.sort(key=lambda found: found[0].run_id, reverse=True)
+        for place, (record, plan, state) in enumerate(records):
+            live = self.is_live(record)
+            reason = None if live else self.why_drop(record, place)
+            if reason:
+                self.dropped[record.run_id] = reason
+                self.names |= {entry["key"]: cell for cell, entry in plan["cells"].items()}
+            else:
+                self.need_documents(plan, state, live=live)
+
+    def documents(self, run_id: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the plan and the state of a run, empty if it has none."""
+        plan = self.store.read_run(run_id, "plan") or {"cells": {}}
+        return plan, self.store.read_run(run_id, "state") or {"cells": []}
+
+    def is_live(self, record: RunRecord) -> bool:
+        """Tell whether a run works, or is silent for so short a time that it may yet go on."""
+        recent = self.now - record.heartbeat < self.retention.grace_s
+        return record.observed_state() is RunState.RUNNING or (
+            record.state is RunState.RUNNING and recent
+        )
+
+    def why_drop(self, record: RunRecord, place: int) -> str | None:
+        """Return why a run, the `place`-th newest from 0, is dropped; None if it is kept."""
+        keep, age_s = self.retention.keep_runs, self.retention.older_than_s
+        reasons = []
+        if keep is not None:
+            reasons.append(f"a run before the newest {keep}" if place >= keep else "")
+        if age_s is not None:
+            days = (self.now - record.began) / 86400
+            reasons.append(f"a run of {days:.1f} days ago" if days * 86400 > age_s else "")
+        return reasons[0] if reasons and all(reasons) else None
+
+    def need_documents(
+        self, plan: Mapping[str, Any], state: Mapping[str, Any], *, live: bool
+    ) -> None:
+        """Note what a run needs: what it planned, and what it made of fewer inputs than planned."""
+        keys = {entry["key"]: cell for cell, entry in plan["cells"].items()}
+        keys |= {status["key"]: status["cell"] for status in state["cells"]}
+        self.names |= keys
+        self.needs.keys |= keys.keys()
+        if live:
+            self.needs.busy |= keys.keys()
+        self.needs.bases |= {base_of(entry["ingredients"]) for entry in plan["cells"].values()}
+
+    def need_plan(self, plan: Plan) -> None:
+        """Note what a pipeline needs as it is now."""
+        for one in plan.cells:
+            self.names[one.key] = one.cell.name
+            self.needs.keys.add(one.key)
+            self.needs.bases.add(base_of(one.ingredients))
+
+    # -- what is not
+
+    def garbage(self) -> Iterator[Garbage]:
+        """Yield all that is not needed; runs first, so that none is left without its results."""
+        for run_id, reason in self.dropped.items():
+            yield self.item([f"runs/{run_id}"], self.groups["runs", run_id], reason)
+        for path, files in self.strays.items():
+            if self.is_old(files):
+                yield self.item([path], files, "left by a write or a deletion that was killed")
+        for (top, name), files in self.groups.items():
+            if not self.is_old(files):
+                continue
+            if _PROBE.fullmatch(top):
+                yield self.item([top], files, "left by a start that was killed")
+            elif top == "generations":
+                yield from self.generation(name, files)
+            elif top == "stages":
+                yield from self.result(name, files)
+
+    def item(
+        self, paths: Sequence[str], files: Sequence[StoredFile], reason: str, key: str = ""
+    ) -> Garbage:
+        """Return a thing to delete."""
+        return Garbage(
+            paths=tuple(paths),
+            bytes=sum(file.bytes for file in files),
+            written=_newest(files),
+            reason=reason,
+            cell=self.names.get(key, ""),
+        )
+
+    def generation(self, name: str, files: Sequence[StoredFile]) -> Iterator[Garbage]:
+        """Yield a generation that no cell has."""
+        base, _, number = name.partition(".")
+        if base not in self.needs.bases:
+            yield self.item([f"generations/{name}"], files, "no cell that was forced is left")
+        elif ("generations", f"{base}.{int(number) + 1}") in self.groups:
+            yield self.item([f"generations/{name}"], files, "was forced again since")
+
+    def result(self, name: str, files: Sequence[StoredFile]) -> Iterator[Garbage]:
+        """Yield what is not needed of `stages/<name>`."""
+        match = _RESULT.fullmatch(name)
+        if match is None or match["key"] in self.needs.busy:
+            return
+        key, folder = match["key"], f"stages/{name}"
+        if key not in self.needs.keys:
+            self.learn_name(key)
+            why = "set aside as damaged" if match["damaged"] else "no kept run or plan reaches it"
+            yield self.item([f"{folder}/manifest.json", folder], files, why, key)
+        elif match["damaged"]:
+            yield from self.damaged(key, folder, files)
+        else:
+            yield from self.leftovers(key, folder, files)
+
+    def learn_name(self, key: str) -> None:
+        """Look into the manifest of a result whose name no run tells."""
+        if key not in self.names:
+            with suppress(Damaged):
+                manifest = self.store.manifest(key)
+                if manifest is not None:
+                    self.names[key] = str(manifest.facts.get("cell", ""))
+
+    def damaged(self, key: str, folder: str, files: Sequence[StoredFile]) -> Iterator[Garbage]:
+        """Yield a result set aside; the records of its attempts stay until later ones have come.
+
+        Otherwise an attempt's number might be used twice.
+        """
+        numbers = _parts(files, folder)
+        later = _parts(self.groups.get(("stages", key), ()), f"stages/{key}")
+        if max(numbers, default=0) < max(later, default=0):
+            yield self.item([folder], files, "set aside as damaged, and made anew since", key)
+            return
+        for parts in numbers.values():
+            for path, found in parts.items():
+                yield self.item([path], found, "set aside as damaged", key)
+
+    def leftovers(self, key: str, folder: str, files: Sequence[StoredFile]) -> Iterator[Garbage]:
+        """Yield what attempts left at a key that is needed."""
+        numbers = _parts(files, folder)
+        if not any(numbers.values()):
+            return
+        try:
+            manifest = self.store.manifest(key)
+        except Damaged:
+            return
+        if manifest is None:
+            yield from self.unfinished(key, numbers)
+            return
+        for number, parts in numbers.items():
+            for path, found in parts.items():
+                if number != manifest.attempt or path.endswith("/checkpoints"):
+                    yield self.item([path], found, "the result is complete without it", key)
+
+    def unfinished(
+        self, key: str, numbers: Mapping[int, Mapping[str, Sequence[StoredFile]]]
+    ) -> Iterator[Garbage]:
+        """Yield what the next attempt at a key will not go on from."""
+        useful: dict[str, str] = {}  # checkpoint -> its newest copy
+        for number in sorted(numbers):
+            folder = f"stages/{key}/attempts/{number:04d}/checkpoints"
+            if folder in numbers[number]:
+                useful |= {name: f"{folder}/{name}" for name in self.store.storage.saved(folder)}
+        kept = {useful[name] for name in sorted(useful)[-_CHECKPOINTS:]}
+        for parts in numbers.values():
+            for path, files in parts.items():
+                if path.endswith("/outputs"):
+                    yield self.item([path], files, "its attempt has ended", key)
+                    continue
+                for entry, found in _entries(path, files).items():
+                    if entry not in kept:
+                        paths = [f"{entry}.whole", entry]
+                        yield self.item(paths, found, "a newer checkpoint is there", key)
+
+
+def _stray(path: str) -> str | None:
+    """Return the part of a path up to a temporary name, unless a stage may have chosen that."""
+    parts = path.split("/")
+    for place, part in enumerate(parts):
+        if part == "outputs":
+            return None
+        if _STRAY.fullmatch(part):
+            return "/".join(parts[: place + 1])
+    return None
+
+
+def _parts(files: Iterable[StoredFile], folder: str) -> dict[int, dict[str, list[StoredFile]]]:
+    """Return attempt -> path of its outputs or checkpoints -> files there."""
+    found: dict[int, dict[str, list[StoredFile]]] = defaultdict(lambda: defaultdict(list))
+    for file in files:
+        match file.path[len(folder) + 1 :].split("/"):
+            case ["attempts", number, "outputs" | "checkpoints" as part, _, *_]:
+                found[int(number)][f"{folder}/attempts/{number}/{part}"].append(file)
+            case ["attempts", number, *_]:
+                found[int(number)]  # noqa: B018 - an attempt that has left nothing is one too
+    return found
+
+
+def _entries(folder: str, files: Iterable[StoredFile]) -> dict[str, list[StoredFile]]:
+    """Return checkpoint -> its files, the marker that it is whole among them."""
+    found: dict[str, list[StoredFile]] = defaultdict(list)
+    for file in files:
+        name = file.path[len(folder) + 1 :].partition("/")[0]
+        found[f"{folder}/{name.removesuffix('.whole')}"].append(file)
+    return found

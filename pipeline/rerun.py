@@ -1,0 +1,145 @@
+"""Computes a cell again from its stored inputs, to compare the bytes; nothing is published."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.attempt import attempt_folder, manifest_path
+from pipeline.errors import BadInput, PipelineError
+from pipeline.executors import ExecutorName, make_executor
+from pipeline.graph import resolve, shorten
+from pipeline.planner import Plan, PlannedCell
+from pipeline.schedule import Schedule
+from pipeline.store import Manifest, Store
+from pipeline.worker import Outcome, Task
+
+_FACTS = ("device", "threads", "platform", "python")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """How a result computed again compares with the stored one.
+
+    Attributes:
+        cell: the cell's name.
+        files: how many files there are in the stored result.
+        differences: one phrase a file that is not the same.
+        circumstances: one phrase for each thing that was different in the making.
+    """
+
+    cell: str
+    files: int
+    differences: Sequence[str]
+    circumstances: Sequence[str]
+
+
+def rerun(plan: Plan, store: Store, address: str) -> Comparison:
+    """Compute a stored cell again in a temporary folder, with as many threads as the first time.
+
+    Args:
+        plan: a plan with the cell.
+        store: holds its result and its inputs, which are only read.
+        address: the cell's.
+
+    Raises:
+        BadInput: the address is not one cell's, or the cell or an input is not in the store.
+        PipelineError: the computation failed.
+    """
+    planned = _find(plan, address)
+    stored = planned.manifest
+    if stored is None:
+        raise BadInput(f"{planned.cell.name} is not in the store, so there is nothing to compare.")
+    schedule, name = Schedule(plan), planned.cell.name
+    with tempfile.TemporaryDirectory(prefix="fls-rerun-") as folder:
+        copy = Store(folder)
+        task = schedule.task(name, run="rerun", storage=copy.url, token=copy.prepare())
+        for source in [one for found in task["inputs"].values() for one in found]:
+            if not source["available"]:
+                raise BadInput(f"{name} needs {source['cell']}, which is not in the store.")
+            _copy_result(store, copy, source["key"], source["output"])
+        outcome = _run(task, planned, threads=stored.facts["threads"])
+        if outcome["status"] != "ok":
+            raise PipelineError(f"{name}, computed again, failed: {outcome['error']['message']}")
+        made = copy.manifest(planned.key)
+        assert made is not None  # noqa: S101 - the outcome says that it was published there
+    return Comparison(
+        cell=name,
+        files=sum(map(len, stored.outputs.values())),
+        differences=_differences(stored, made),
+        circumstances=_circumstances(stored.facts, made.facts),
+    )
+
+
+def _find(plan: Plan, address: str) -> PlannedCell:
+    """Return the cell at an address.
+
+    Raises:
+        BadInput: it is not exactly one.
+    """
+    names = [cell.name for cell in resolve(address, plan.spec.cells)]
+    if len(names) != 1:
+        raise BadInput(f"{address!r} stands for {len(names)} cells; choose one: {shorten(names)}")
+    return next(one for one in plan.cells if one.cell.name == names[0])
+
+
+def _copy_result(store: Store, copy: Store, key: str, output: str) -> None:
+    """Copy one output of a result to another store.
+
+    Raises:
+        BadInput: it is gone.
+    """
+    folder = store.fetch(key, output)
+    manifest = store.manifest(key)
+    if manifest is None:
+        raise BadInput(f"the store has lost {key[:12]} meanwhile; try again.")
+    copy.storage.create(manifest_path(key), json.dumps(dataclasses.asdict(manifest)).encode())
+    target = copy.storage.local(f"{attempt_folder(key, manifest.attempt)}/outputs/{output}")
+    if not target.exists():
+        shutil.copytree(folder, target)
+
+
+def _run(task: Task, planned: PlannedCell, *, threads: int) -> Outcome:
+    """Run a task in a process of its own on this machine."""
+    resources = dataclasses.replace(planned.cell.resources, num_cpus=float(threads))
+    task["num_cpus"] = resources.num_cpus
+    executor = make_executor(ExecutorName.LOCAL)
+    try:
+        executor.check([(planned.cell.name, resources)])
+        executor.submit(task, resources)
+        while True:
+            for _, outcome in executor.wait(1.0):
+                return outcome
+    finally:
+        executor.stop()
+
+
+def _differences(stored: Manifest, made: Manifest) -> list[str]:
+    found = []
+    for output in sorted({*stored.outputs, *made.outputs}):
+        before, after = stored.outputs.get(output, {}), made.outputs.get(output, {})
+        for name in sorted({*before, *after}):
+            if name not in after:
+                found.append(f"{output}/{name} was not made again")
+            elif name not in before:
+                found.append(f"{output}/{name} is new")
+            elif before[name] != after[name]:
+                sizes = before[name]["bytes"], after[name]["bytes"]
+                how = "" if sizes[0] == sizes[1] else f" ({sizes[0]} -> {sizes[1]} bytes)"
+                found.append(f"{output}/{name} differs{how}")
+    return found
+
+
+def _circumstances(stored: Mapping[str, Any], made: Mapping[str, Any]) -> list[str]:
+    """Return what was different in the making: the same bits are promised for the same only."""
+    before = {**{name: stored.get(name) for name in _FACTS}, **stored.get("packages", {})}
+    after = {**{name: made.get(name) for name in _FACTS}, **made.get("packages", {})}
+    return [
+        f"{name} {before[name]} -> {after[name]}"
+        for name in before
+        if name in after and before[name] != after[name]
+    ]

@@ -1,0 +1,207 @@
+"""The commands that look after a store: `gc`, `verify` and `accept`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+from pipeline.cli import FileOption, StorageOption, _command, _console, _store, read_duration
+from pipeline.errors import BadInput
+from pipeline.gc import Garbage, Retention, collect, find_garbage
+from pipeline.planner import Plan, make_plan
+from pipeline.report import size
+from pipeline.rerun import Comparison, rerun
+from pipeline.resumption import accept as accept_code
+from pipeline.resumption import plan_of
+from pipeline.runs import DEFAULT_FILE, find_run
+from pipeline.spec import load_spec
+from pipeline.store import Store
+from pipeline.verify import find_damage
+
+_HOUR = "1h"
+
+FileArgument = Annotated[
+    Path | None,
+    typer.Argument(help="The pipeline; pipeline.yaml unless --storage is given."),
+]
+RunOption = Annotated[str, typer.Option("--run", help="A run, or 'last'.")]
+
+
+@_command(
+    "fls gc",
+    "fls gc pipeline.yaml experiments/mnist_mlp.yaml --older-than 30d --apply",
+    "fls gc --storage s3://bucket/results --keep-runs 20",
+)
+def gc(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[FILE]...",
+            help="Pipelines whose present plans are kept; pipeline.yaml unless --storage is given.",
+        ),
+    ] = None,
+    storage: StorageOption = None,
+    apply: Annotated[bool, typer.Option("--apply", help="Delete, not only show.")] = False,
+    keep_runs: Annotated[
+        int | None,
+        typer.Option("--keep-runs", metavar="N", min=0, help="Drop all but the newest N runs."),
+    ] = None,
+    older_than: Annotated[
+        float | None,
+        typer.Option(
+            "--older-than", metavar="TIME", parser=read_duration, help="Drop runs older than (30d)."
+        ),
+    ] = None,
+    grace: Annotated[
+        float,
+        typer.Option(
+            metavar="TIME", parser=read_duration, help="Leave alone what is younger than this."
+        ),
+    ] = _HOUR,  # type: ignore[assignment] # its parser reads it
+) -> None:
+    """Show what the store holds that nothing needs, and with --apply delete it.
+
+    All runs are kept, unless --keep-runs or --older-than (or both) drop some.
+
+    Raises:
+        BadInput: the pipelines have several storages.
+    """
+    specs = [load_spec(file) for file in files or ([] if storage else [DEFAULT_FILE])]
+    stores = list(dict.fromkeys(storage or spec.storage for spec in specs)) or [str(storage)]
+    if len(stores) > 1:
+        raise BadInput(f"the pipelines have several storages: {', '.join(stores)}")
+    store = Store(stores[0])
+    plans = [make_plan(spec, store) for spec in specs]
+    retention = Retention(keep_runs=keep_runs, older_than_s=older_than, grace_s=grace)
+    found = find_garbage(store, plans, retention)
+    console = _console()
+    if not apply:
+        total = _print_garbage(found, console)
+        hint = "; --apply deletes it" if found else ""
+        console.print(f"{store.url}: {len(found)} things, {size(total)}, not needed{hint}.")
+        return
+    total = _print_garbage(collect(store, plans, retention, found), console)
+    console.print(f"{store.url}: deleted what was not needed, {size(total)}.")
+
+
+@_command(
+    "fls verify",
+    "fls verify --storage s3://bucket/results --set-aside",
+    "fls verify pipeline.yaml --rerun 'curvature[method=kfac,seed=0]'",
+)
+def verify(
+    file: FileArgument = None,
+    storage: StorageOption = None,
+    set_aside: Annotated[
+        bool, typer.Option("--set-aside", help="Move damaged results aside: they run again.")
+    ] = False,
+    rerun_cell: Annotated[
+        str | None,
+        typer.Option(
+            "--rerun", metavar="CELL", help="Compute a cell again, and compare its bytes."
+        ),
+    ] = None,
+    run: RunOption = "last",
+) -> None:
+    """Check each file of the store against its hash; exit code 1 if one is damaged.
+
+    With --rerun, compute one cell again in a temporary folder instead; nothing is published. The
+    cell is looked for in the pipeline or, with --storage alone, in --run.
+    """
+    store = _store(file or DEFAULT_FILE, storage)
+    if rerun_cell is not None:
+        by_run = file is None and storage is not None
+        plan = plan_of(find_run(store, run), store) if by_run else _plan(file, store)
+        sys.exit(_print_comparison(rerun(plan, store, rerun_cell), _console()))
+    sys.exit(_verify(store, _console(), set_aside=set_aside))
+
+
+@_command(
+    "fls accept pretrain --why 'only a message was reworded'",
+    "fls accept pretrain finetune --run 20260730-101500-042-1f2e --why 'same arithmetic, faster'",
+)
+def accept(
+    stages: Annotated[list[str], typer.Argument(metavar="STAGE...", help="Stages of the run.")],
+    why: Annotated[str, typer.Option("--why", help="Why the results are the same.")],
+    run: RunOption = "last",
+    file: FileOption = DEFAULT_FILE,
+    storage: StorageOption = None,
+) -> None:
+    """Let the stages' present code count as the code that a run began with.
+
+    What is in the store stays valid, for all stages of the same type. Who accepted it, when and why
+    is recorded, and shown by `fls plan --why` and in tracking.
+    """
+    store = _store(file, storage)
+    cells = accept_code(store, find_run(store, run), stages, why)
+    console = _console()
+    if cells:
+        console.print(f"Accepted for {len(cells)} cells of {', '.join(stages)}.", soft_wrap=True)
+    else:
+        console.print(f"Nothing to accept: the code of {', '.join(stages)} is the run's.")
+
+
+def _plan(file: Path | None, store: Store) -> Plan:
+    return make_plan(load_spec(file or DEFAULT_FILE), store)
+
+
+def _print_garbage(garbage: Iterable[Garbage], console: Console) -> int:
+    """Print a line for each thing, as it comes; return the size of all."""
+    total = 0
+    for item in garbage:
+        total += item.bytes
+        cell = f" ({item.cell})" if item.cell else ""
+        console.print(
+            f"{size(item.bytes):>8}  {item.paths[-1]}{cell}: {item.reason}", soft_wrap=True
+        )
+    return total
+
+
+def _verify(store: Store, console: Console, *, set_aside: bool) -> int:
+    """Print the damaged files of a store, and return the exit code."""
+    errors = Console(stderr=True)
+    damaged: dict[str, str] = {}
+    count = 0
+    with Progress(
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        console=errors,
+        disable=not errors.is_terminal,
+    ) as progress:
+        task = progress.add_task("verify", total=None)
+        for damage in find_damage(
+            store, lambda done, total: progress.update(task, completed=done, total=total)
+        ):
+            count += 1
+            cell = f" ({damage.cell})" if damage.cell else ""
+            console.print(f"{damage.path}{cell}: {damage.reason}", soft_wrap=True)
+            if damage.key:
+                damaged[damage.key] = damage.cell
+    for key, cell in damaged.items() if set_aside else ():
+        if store.set_aside(key):
+            console.print(f"set aside: {key[:12]} {cell}; it runs again when it is needed")
+    if not count:
+        console.print(f"{store.url}: no damage.", soft_wrap=True)
+        return 0
+    results = f", in {len(damaged)} results" if damaged else ""
+    console.print(f"{store.url}: {count} damaged files{results}.", soft_wrap=True)
+    return 1
+
+
+def _print_comparison(found: Comparison, console: Console) -> int:
+    """Print how a cell computed again compares, and return the exit code."""
+    for phrase in found.differences:
+        console.print(f"{found.cell}: {phrase}", soft_wrap=True)
+    if found.circumstances:
+        console.print(f"Made otherwise: {', '.join(found.circumstances)}.", soft_wrap=True)
+    if found.differences:
+        return 1
+    console.print(f"{found.cell}: all {found.files} files are the same, byte by byte.")
+    return 0
