@@ -2,8 +2,9 @@
 
 Needed is what a kept run or the present plan of a pipeline reaches, and everything of cells that
 are being worked on: those of a live run, and those that were written to of late. The rest goes:
-results that nothing reaches, what ended attempts left behind, results set aside as damaged, files
-of writes that were killed, and generations that no cell has.
+results that nothing reaches, files that only served what is there by now (`keep: results`), what
+ended attempts left behind, results set aside as damaged, files of writes that were killed, and
+generations that no cell has.
 
 A run may start while this works. So whatever was written to within the grace period stays; and
 before each thing is deleted it is looked at again, and so are the runs. What is left is a run that
@@ -16,9 +17,9 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.errors import BadInput, Damaged, StoreError
@@ -26,7 +27,7 @@ from pipeline.keys import base_of
 from pipeline.planner import Plan
 from pipeline.runs import RunRecord, RunState, load_run
 from pipeline.storage import StoredFile
-from pipeline.store import Store
+from pipeline.store import Manifest, Store
 
 _RESULT = re.compile(r"(?P<key>[^.]+)(?P<damaged>\.damaged-[0-9]+)?")
 _STRAY = re.compile(r"\.[0-9a-f]{32}")  # what a storage writes or deletes under another name
@@ -62,6 +63,7 @@ class Garbage:
         written: Unix time of the last write to it.
         reason: why it is not needed.
         cell: name of the cell that it is of, or "".
+        manifest: of the result that it is the files of; what that says is kept. None otherwise.
     """
 
     paths: Sequence[str]
@@ -69,6 +71,7 @@ class Garbage:
     written: float
     reason: str
     cell: str = ""
+    manifest: Manifest | None = None
 
 
 def find_garbage(store: Store, plans: Sequence[Plan], retention: Retention) -> list[Garbage]:
@@ -85,7 +88,8 @@ def find_garbage(store: Store, plans: Sequence[Plan], retention: Retention) -> l
     results that nothing reaches or that more than one attempt was made at.
     """
     survey = _Survey(store, retention)
-    survey.judge_runs()
+    pipelines = {plan.spec.name for plan in plans}
+    survey.judge_runs(pipelines)
     for plan in plans:
         survey.need_plan(plan)
     return list(survey.garbage())
@@ -107,6 +111,8 @@ def collect(
             runs |= now
             wanted = {other.paths for other in find_garbage(store, plans, retention)}
         if item.paths in wanted:
+            if item.manifest is not None:
+                store.collect(item.manifest)
             for path in item.paths:
                 store.storage.remove(path)
             yield item
@@ -118,11 +124,17 @@ def _newest(files: Iterable[StoredFile]) -> float:
 
 @dataclass
 class _Needs:
-    """What is needed: keys, keys that are being worked on, and base identities."""
+    """What is needed: keys, those that are being worked on, and base identities.
+
+    Of some keys the files only served what is there by now; of `whole` ones they are needed all
+    the same, for another pipeline, or for a run that is not done.
+    """
 
     keys: set[str] = field(default_factory=set)
     busy: set[str] = field(default_factory=set)
     bases: set[str] = field(default_factory=set)
+    served: dict[str, Manifest] = field(default_factory=dict)
+    whole: set[str] = field(default_factory=set)
 
 
 class _Survey:
@@ -151,8 +163,11 @@ class _Survey:
 
     # -- what is needed
 
-    def judge_runs(self) -> None:
+    def judge_runs(self, pipelines: Collection[str]) -> None:
         """Decide which runs are kept, and note what they need.
+
+        Args:
+            pipelines: names of those whose present plans say which files have served.
 
         Raises:
             StoreError: the documents of a run cannot be read.
@@ -181,10 +196,16 @@ class _Survey:
                 self.names |= {entry["key"]: cell for cell, entry in plan["cells"].items()}
             else:
                 self.need_documents(plan, state, live=live)
+                done = record.state is RunState.DONE
+                self.needs.whole |= {
+                    entry["key"]
+                    for entry in plan["cells"].values()
+                    if not done or (plan["pipeline"] not in pipelines and entry["keep"] == "all")
+                }
 
     def documents(self, run_id: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the plan and the state of a run, empty if it has none."""
-        plan = self.store.read_run(run_id, "plan") or {"cells": {}}
+        plan = self.store.read_run(run_id, "plan") or {"pipeline": "", "cells": {}}
         return plan, self.store.read_run(run_id, "state") or {"cells": []}
 
     def is_live(self, record: RunRecord) -> bool:
@@ -219,10 +240,14 @@ class _Survey:
 
     def need_plan(self, plan: Plan) -> None:
         """Note what a pipeline needs as it is now."""
+        served = _served(plan)
+        self.needs.served |= served
         for one in plan.cells:
             self.names[one.key] = one.cell.name
             self.needs.keys.add(one.key)
             self.needs.bases.add(base_of(one.ingredients))
+            if one.key not in served:
+                self.needs.whole.add(one.key)
 
     # -- what is not
 
@@ -312,9 +337,13 @@ class _Survey:
         if manifest is None:
             yield from self.unfinished(key, numbers)
             return
+        served = key in self.needs.served.keys() - self.needs.whole
         for number, parts in numbers.items():
             for path, found in parts.items():
-                if number != manifest.attempt or path.endswith("/checkpoints"):
+                if served and path == f"{folder}/attempts/{manifest.attempt:04d}/outputs":
+                    why = "all that was to be made of it is there (keep: results)"
+                    yield replace(self.item([path], found, why, key), manifest=manifest)
+                elif number != manifest.attempt or path.endswith("/checkpoints"):
                     yield self.item([path], found, "the result is complete without it", key)
 
     def unfinished(
@@ -336,6 +365,30 @@ class _Survey:
                     if entry not in kept:
                         paths = [f"{entry}.whole", entry]
                         yield self.item(paths, found, "a newer checkpoint is there", key)
+
+
+def _served(plan: Plan) -> dict[str, Manifest]:
+    """Return key -> manifest of the results whose files only served what is there by now.
+
+    A cell that shares its key with one that is not so does not count.
+    """
+    waiting: set[str] = set()  # cells that are incomplete, or have such a one downstream
+    taken: set[str] = set()
+    found: dict[str, Manifest] = {}
+    kept: set[str] = set()
+    for one in reversed(plan.cells):
+        outputs = one.cell.declaration.outputs.values()
+        result = any(output.track or output.promote for output in outputs)
+        name = one.cell.name
+        if one.state != "cached" or name in waiting:
+            waiting.update([name, *one.cell.sources])
+        taken.update(one.cell.sources)
+        served = one.cell.keep == "results" and name in taken and name not in waiting
+        if served and one.manifest and not one.collected and not result:
+            found[one.key] = one.manifest
+        else:
+            kept.add(one.key)
+    return {key: manifest for key, manifest in found.items() if key not in kept}
 
 
 def _stray(path: str) -> str | None:

@@ -35,6 +35,7 @@ class StageSpec:
         retries: how often the driver tries again after a failure that is not the user's.
         timeout_s: seconds after which an attempt is stopped, or None.
         checkpoint_every_s: seconds between in-stage checkpoints.
+        keep: "all", or "results": its files may go once all that follows is there.
     """
 
     name: str
@@ -46,6 +47,7 @@ class StageSpec:
     retries: int
     timeout_s: float | None
     checkpoint_every_s: float
+    keep: str
 
     def points(self) -> list[dict[str, Scalar]]:
         """Return the axis values of each cell, the last axis varying fastest."""
@@ -76,6 +78,7 @@ class Cell:
         retries: see `StageSpec`.
         timeout_s: see `StageSpec`.
         checkpoint_every_s: see `StageSpec`.
+        keep: see `StageSpec`.
     """
 
     name: str
@@ -88,6 +91,7 @@ class Cell:
     retries: int
     timeout_s: float | None
     checkpoint_every_s: float
+    keep: str
 
     @property
     def sources(self) -> list[str]:
@@ -277,6 +281,7 @@ def _cell(
         retries=stage.retries,
         timeout_s=stage.timeout_s,
         checkpoint_every_s=stage.checkpoint_every_s,
+        keep=stage.keep,
     )
 
 

@@ -52,6 +52,7 @@ class PlannedCell:
         why: the reason of the state, for people.
         selected: whether the selection lets it run.
         manifest: of a cached cell.
+        collected: whether it is cached without its files, because nothing is to be made of them.
         estimate: the stage's forecast, or None if it makes none.
     """
 
@@ -62,6 +63,7 @@ class PlannedCell:
     why: str
     selected: bool
     manifest: Manifest | None
+    collected: bool
     estimate: Estimate | None
 
     def row(self) -> dict[str, str]:
@@ -110,7 +112,11 @@ class Plan:
         for base, generation in self.generations.items():
             store.raise_generation(base, generation)
         cells = {
-            planned.cell.name: {"key": planned.key, "ingredients": planned.ingredients}
+            planned.cell.name: {
+                "key": planned.key,
+                "ingredients": planned.ingredients,
+                "keep": planned.cell.keep,
+            }
             for planned in self.cells
         }
         store.write_run(run_id, _DOCUMENT, {"pipeline": self.spec.name, "cells": cells})
@@ -146,6 +152,7 @@ def make_plan(spec: Spec, store: Store, selection: Selection | None = None) -> P
 
     identities = identify(spec.cells, spec.plugins, generation, Acceptances(store).find)
     judge = _Judge(store, selection, selected, identities, _History(store, spec.name))
+    judge.look(spec.cells, asked=_addressed([*selection.only, *selection.until], spec.cells))
     return Plan(spec=spec, cells=[judge.plan(cell) for cell in spec.cells], generations=raised)
 
 
@@ -190,7 +197,35 @@ class _Judge:
         self.identities = identities
         self.history = history
         self.blocked: set[str] = set()
+        self.found: dict[str, Manifest] = {}
+        self.damaged: set[str] = set()
+        self.collected: dict[str, Manifest] = {}
+        self.needed: set[str] = set()  # cells whose files something is to be made of
         self.upstream: dict[str, dict[str, Params]] = {}
+
+    def look(self, cells: Sequence[Cell], asked: set[str]) -> None:
+        """Look up what is in the store, and find out which files are needed.
+
+        Args:
+            cells: in topological order.
+            asked: cells whose own files are wanted.
+        """
+        for cell in cells:
+            key = self.identities[cell.name].key
+            try:
+                manifest = self.store.manifest(key)
+            except Damaged:
+                self.damaged.add(cell.name)
+                continue
+            if manifest:
+                self.found[cell.name] = manifest
+            elif cell.keep == "results" and (collected := self.store.collected(key)):
+                self.collected[cell.name] = collected
+        self.needed = set(asked)
+        for cell in reversed(cells):
+            spared = cell.name in self.collected and cell.name not in self.needed
+            if cell.name in self.selected and cell.name not in self.found and not spared:
+                self.needed.update(cell.sources)
 
     def plan(self, cell: Cell) -> PlannedCell:
         """Return a cell with its state."""
@@ -208,6 +243,7 @@ class _Judge:
             why=why,
             selected=cell.name in self.selected,
             manifest=manifest,
+            collected=state == "cached" and cell.name not in self.found,
             estimate=self.estimate(cell),
         )
 
@@ -222,20 +258,20 @@ class _Judge:
 
     def state(self, cell: Cell, identity: Identity) -> tuple[str, str, Manifest | None]:
         """Return state, reason and, if there is one, the manifest."""
-        damaged = False
-        try:
-            manifest = self.store.manifest(identity.key)
-        except Damaged:
-            manifest, damaged = None, True
-        if manifest:
-            return "cached", "in the store", manifest
-        if cell.name not in self.selected:
+        name = cell.name
+        if name in self.found:
+            return "cached", "in the store", self.found[name]
+        if name in self.collected and name not in self.needed:
+            return "cached", "complete; its files were collected", self.collected[name]
+        if name not in self.selected:
             return "blocked", f"is not in the store, and {self.selection} leaves it out", None
         absent = [name for name in cell.sources if name in self.blocked]
         if absent:
             return "blocked", f"needs {shorten(absent)}, which cannot be had", None
-        if damaged:
+        if name in self.damaged:
             return "run", "stored result damaged", None
+        if name in self.collected:
+            return "run", "its files were collected, and are needed again", None
         return "run", self.history.why(cell.name, identity), None
 
 

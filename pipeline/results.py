@@ -6,13 +6,14 @@ import csv
 import importlib
 import io
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import BadInput
 from pipeline.graph import Cell, resolve, shorten
-from pipeline.planner import Plan, make_plan
+from pipeline.planner import Plan, PlannedCell, make_plan
 from pipeline.runs import recorded_ids
 from pipeline.spec import Spec
 from pipeline.stage import Results
@@ -65,7 +66,7 @@ def _keys(plan: Plan, store: Store, names: Sequence[str]) -> dict[str, str]:
     another key, which its run knows.
     """
     planned = {one.cell.name: one for one in plan.cells}
-    keys = {name: planned[name].key for name in names if planned[name].state == "cached"}
+    keys = {name: planned[name].key for name in names if _has_files(planned[name])}
     absent = {name for name in names if name not in keys}
     for run_id in reversed(store.list_runs()):
         if not absent:
@@ -79,6 +80,10 @@ def _keys(plan: Plan, store: Store, names: Sequence[str]) -> dict[str, str]:
                 keys[name] = cell["key"]
                 absent.remove(name)
     return {name: keys[name] for name in names if name in keys}
+
+
+def _has_files(planned: PlannedCell) -> bool:
+    return planned.state == "cached" and not planned.collected
 
 
 def to_csv(columns: Sequence[str], rows: Sequence[Row]) -> str:
@@ -108,7 +113,8 @@ def export(spec: Spec, store: Store, address: str, destination: Path) -> None:
         for cell, output in _with_output(cells, catalogue.exports):
             key = _keys(make_plan(spec, store), store, [cell.name]).get(cell.name)
             if key is None:
-                raise BadInput(f"{cell.name} is not in the store; `fls run {spec.path}` makes it.")
+                command = f"fls run {spec.path} --until {shlex.quote(cell.name)}"
+                raise BadInput(f"{cell.name} is not in the store; `{command}` makes it.")
             module, _, attribute = catalogue.exporter.partition(":")
             destination.mkdir(parents=True, exist_ok=True)
             getattr(importlib.import_module(module), attribute)(

@@ -40,14 +40,8 @@ def plan_of(record: RunRecord, store: Store) -> Plan:
 
 def is_complete(record: RunRecord, store: Store) -> bool:
     """Tell whether a run is done and recorded, and all its results are still there."""
-    try:
-        return (
-            record.state is RunState.DONE
-            and record.tracked
-            and all(store.manifest(status.key) for status in record.cells.values())
-        )
-    except Damaged:
-        return False
+    done = record.state is RunState.DONE and record.tracked
+    return done and all(_stored(store, status.key) for status in record.cells.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +168,6 @@ def _own_changes(
 
 def _stored(store: Store, key: str) -> bool:
     try:
-        return store.manifest(key) is not None
+        return (store.manifest(key) or store.collected(key)) is not None
     except Damaged:
         return False

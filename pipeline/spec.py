@@ -130,6 +130,7 @@ class _Builder:
         params: dict[str, Params] = {}
         for stage in stages.values():
             params |= self.stage_params(stage)
+        self.check_keep(stages)
         order, cycles = topological(stages)
         for cycle in cycles:
             self.note_cycle(cycle, stages[cycle[-1]])
@@ -196,6 +197,7 @@ class _Builder:
                     retries=shape.retries,
                     timeout_s=shape.timeout_s,
                     checkpoint_every_s=shape.checkpoint_every_s,
+                    keep=shape.keep,
                 ),
             )
 
@@ -267,6 +269,16 @@ class _Builder:
                 where = root if shape.inputs else root[:-1]
                 self.note(where, f"missing input {key!r}: a {declared.kind!r}", key=True)
         return connected
+
+    def check_keep(self, stages: Mapping[str, StageSpec]) -> None:
+        """Note stages whose files are results, and yet are not to be kept."""
+        taken = {
+            other for stage in stages.values() for one in stage.inputs.values() for other in one
+        }
+        for name, stage in stages.items():
+            if stage.keep == "results" and name not in taken:
+                message = f"no stage takes anything from {name!r}, so its files are results"
+                self.note(("stages", name, "keep"), f"keep: results: {message}; leave it out")
 
     # -- parameters
 

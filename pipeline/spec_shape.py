@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -82,7 +82,15 @@ class ResourcesShape(_Shape):
 
 
 class StageShape(_Shape):
-    """One entry of `stages:`."""
+    """One entry of `stages:`.
+
+    `keep: results` says that the files of this stage only serve those that follow: once all cells
+    that depend on one of its cells are complete, `fls gc` may delete that cell's files. Its
+    manifest, metrics and log stay, so it counts as complete; it is run again only when something
+    after it is to run, or when it is asked for by `--only` or `--until`. Outputs that are tracked
+    or promoted are results, so a cell that has one is kept whole, and so is one that nothing takes
+    from.
+    """
 
     uses: str
     matrix: dict[str, Annotated[list[Any], BeforeValidator(_axis)]] = {}
@@ -92,6 +100,7 @@ class StageShape(_Shape):
     retries: int = Field(default=2, ge=0)
     timeout_s: float | None = Field(default=None, gt=0)
     checkpoint_every_s: float = Field(default=30.0, ge=0)
+    keep: Literal["all", "results"] = "all"
 
 
 class MlflowShape(_Shape):

@@ -4,6 +4,7 @@
     <storage>/stages/<key>/manifest.json         present means complete; names the attempt that won
     <storage>/stages/<key>/attempts/<number>/    attempt.json, events/, checkpoints/, outputs/ and,
                                                  if it failed, failure.json
+    <storage>/stages/<key>/collected.json        was the manifest of a result whose files are gone
     <storage>/stages/<key>.damaged-<n>/          set aside
     <storage>/generations/<base>.<n>             how often --force was asked for
     <storage>/runs/<run id>/<name>.json          documents of a run
@@ -22,7 +23,7 @@ import socket
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from pipeline.errors import Damaged, StorageUnsupported, StoreError
 from pipeline.storage import open_storage
 
 _FORMAT = 1
+_COLLECTED = "collected.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +127,18 @@ class Store:
             return None
         except (ValueError, TypeError) as error:
             raise Damaged(key, f"its manifest cannot be read ({error})") from error
+
+    def collected(self, key: str) -> Manifest | None:
+        """Return the manifest of a result that was complete and whose files are gone, or None."""
+        document = self._document(f"{stage_folder(key)}/{_COLLECTED}")
+        return Manifest(**document) if document else None
+
+    def collect(self, manifest: Manifest) -> None:
+        """Delete the files of a result, and keep what its manifest says of it."""
+        folder = stage_folder(manifest.key)
+        self.storage.write(f"{folder}/{_COLLECTED}", _json(asdict(manifest)))
+        self.storage.remove(manifest_path(manifest.key))
+        self.storage.remove(f"{attempt_folder(manifest.key, manifest.attempt)}/outputs")
 
     def fetch(self, key: str, output: str) -> Path:
         """Return a local folder with an output, to be read only.
