@@ -25,7 +25,7 @@ from typing import Any
 from pipeline.errors import BadInput, Damaged, StoreError
 from pipeline.keys import base_of
 from pipeline.planner import Plan
-from pipeline.runs import RunRecord, RunState, load_run
+from pipeline.runs import DOCUMENTS, RunRecord, RunState, load_run
 from pipeline.storage import StoredFile
 from pipeline.store import Manifest, Store
 
@@ -174,18 +174,22 @@ class _Survey:
         """
         records = []
         for run_id in [name for top, name in self.groups if top == "runs"]:
+            files = self.groups["runs", run_id]
+            names = {file.path.rpartition("/")[2] for file in files}
+            begun = names.issuperset(f"{name}.json" for name in DOCUMENTS)
+            if not begun and self.is_old(files):
+                self.dropped[run_id] = "a run that was killed before it began"
+                continue
             try:
-                records.append((load_run(self.store, run_id), *self.documents(run_id)))
-            except BadInput:  # its first documents are missing
-                if self.is_old(self.groups["runs", run_id]):
-                    self.dropped[run_id] = "a run that was killed before it began"
+                plan, state = self.documents(run_id)
+                if begun:
+                    records.append((load_run(self.store, run_id), plan, state))
                 else:
-                    self.need_documents(*self.documents(run_id), live=True)
-            except (ValueError, KeyError, TypeError) as error:
+                    self.need_documents(plan, state, live=True)
+            except (BadInput, ValueError) as error:
                 raise StoreError(
-                    f"{self.store.url}: the documents of run {run_id} cannot be read ({error}), so "
-                    f"what it needs is not known. Delete the folder runs/{run_id} if you can do "
-                    "without the run."
+                    f"{error}\nSo what run {run_id} needs is not known. Delete the folder "
+                    f"runs/{run_id} of {self.store.url} if you can do without the run."
                 ) from error
         records.sort(key=lambda found: found[0].run_id, reverse=True)
         for place, (record, plan, state) in enumerate(records):

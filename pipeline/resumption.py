@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Any
 
 from pipeline.acceptance import Acceptances
 from pipeline.errors import BadInput, Damaged, nearest
-from pipeline.graph import shorten
 from pipeline.keys import explain
 from pipeline.planner import Plan, PlannedCell, Selection, make_plan
 from pipeline.runs import RunRecord, RunState
@@ -66,9 +66,9 @@ class Drift:
         for cell, phrases in self.causes.items():
             for phrase in phrases:
                 groups.setdefault(phrase, []).append(cell)
-        found = [f"{phrase}: {shorten(cells)}" for phrase, cells in groups.items()]
+        found = [f"{phrase}: {_count(cells)}" for phrase, cells in groups.items()]
         follow = [cell for cell in self.touched if cell not in self.causes]
-        return found + ([f"what depends on them: {shorten(follow)}"] if follow else [])
+        return found + ([f"what depends on them: {_count(follow)}"] if follow else [])
 
     def refusal(self, record: RunRecord, storage: str) -> str:
         """Return why a run does not go on, and how it may."""
@@ -164,6 +164,14 @@ def _own_changes(
     kind = planned.cell.declaration.name
     same = {name: after[name] for name in ("inputs", "names", "generation")}
     return explain({**before, "code": accepted.root(kind, before["code"]), **same}, after)
+
+
+def _count(cells: Sequence[str]) -> str:
+    """Return the stages of cells, each with the number of its cells."""
+    stages = Counter(cell.partition("[")[0] for cell in cells)
+    return ", ".join(
+        stage if stage in cells else f"{stage} ({count} cells)" for stage, count in stages.items()
+    )
 
 
 def _stored(store: Store, key: str) -> bool:

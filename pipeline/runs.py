@@ -28,6 +28,7 @@ from pipeline.store import Store
 from pipeline.tracking import TrackerName, TrackingProgress
 
 DEFAULT_FILE = Path("pipeline.yaml")
+DOCUMENTS = ("run", "state", "tracking")
 HEARTBEAT_S = 2.0
 
 
@@ -226,13 +227,21 @@ def load_run(store: Store, run_id: str) -> RunRecord:
     """Read a run from the store.
 
     Raises:
-        BadInput: there is no such run.
+        BadInput: there is no such run, or what there is cannot be read.
     """
-    request = store.read_run(run_id, "run")
-    state = store.read_run(run_id, "state")
-    tracking = store.read_run(run_id, "tracking")
-    if request is None or state is None or tracking is None:
-        raise BadInput(f"{store.url} has no run {run_id!r}.")
+    try:
+        documents = [store.read_run(run_id, name) for name in DOCUMENTS]
+        if None not in documents:
+            return _read(run_id, *documents)
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(
+            f"{store.url}: the documents of run {run_id} are damaged, or of another version "
+            f"({type(error).__name__}: {error})."
+        ) from error
+    raise BadInput(f"{store.url} has no run {run_id!r}.")
+
+
+def _read(run_id: str, request: Any, state: Any, tracking: Any) -> RunRecord:
     return RunRecord(
         run_id=run_id,
         options=_options(request["options"]),
@@ -258,7 +267,7 @@ def load_run(store: Store, run_id: str) -> RunRecord:
 
 
 def load_runs(store: Store) -> list[RunRecord]:
-    """Read all runs, oldest first, but those that were killed before they began."""
+    """Read all runs, oldest first, but those that were killed before they began or are damaged."""
     records = []
     for run_id in store.list_runs():
         with suppress(BadInput):

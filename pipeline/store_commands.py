@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +20,7 @@ from pipeline.rerun import Comparison, rerun
 from pipeline.resumption import accept as accept_code
 from pipeline.resumption import plan_of
 from pipeline.runs import DEFAULT_FILE, find_run
-from pipeline.spec import load_spec
+from pipeline.spec import Spec, load_spec
 from pipeline.store import Store
 from pipeline.verify import find_damage
 
@@ -68,15 +68,9 @@ def gc(
     """Show what the store holds that nothing needs, and with --apply delete it.
 
     All runs are kept, unless --keep-runs or --older-than (or both) drop some.
-
-    Raises:
-        BadInput: the pipelines have several storages.
     """
     specs = [load_spec(file) for file in files or ([] if storage else [DEFAULT_FILE])]
-    stores = list(dict.fromkeys(storage or spec.storage for spec in specs)) or [str(storage)]
-    if len(stores) > 1:
-        raise BadInput(f"the pipelines have several storages: {', '.join(stores)}")
-    store = Store(stores[0])
+    store = Store(storage or _storage_of(specs))
     plans = [make_plan(spec, store) for spec in specs]
     retention = Retention(keep_runs=keep_runs, older_than_s=older_than, grace_s=grace)
     found = find_garbage(store, plans, retention)
@@ -145,6 +139,18 @@ def accept(
         console.print(f"Accepted for {len(cells)} cells of {', '.join(stages)}.", soft_wrap=True)
     else:
         console.print(f"Nothing to accept: the code of {', '.join(stages)} is the run's.")
+
+
+def _storage_of(specs: Sequence[Spec]) -> str:
+    """Return the storage that all specs have.
+
+    Raises:
+        BadInput: they have several.
+    """
+    found = list(dict.fromkeys(spec.storage for spec in specs))
+    if len(found) > 1:
+        raise BadInput(f"The pipelines have several storages, choose one: {', '.join(found)}.")
+    return found[0]
 
 
 def _plan(file: Path | None, store: Store) -> Plan:

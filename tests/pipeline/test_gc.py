@@ -273,10 +273,16 @@ def test_a_run_killed_before_it_began_is_collected_and_shown_by_none(toy: Path) 
 def test_without_knowing_what_a_run_needs_nothing_is_deleted(toy: Path) -> None:
     write_spec("start: {uses: start, params: {value: 1}}")
     run_here()
-    Path(f".fls/runs/{last_run().run_id}/plan.json").write_text("{")
-    age()
-    with pytest.raises(StoreError, match="so what it needs is not known"):
-        find()
+    for name in ("plan", "run"):
+        path = Path(f".fls/runs/{last_run().run_id}/{name}.json")
+        text = path.read_text()
+        path.write_text("{")
+        age()
+        with pytest.raises(StoreError, match="needs is not known"):
+            find()
+        assert fls("status")[0] == 0
+        path.write_text(text)
+    assert find() == {}
 
 
 # ------------------------------------------------------------------- a run that starts meanwhile

@@ -203,19 +203,16 @@ def test_only_the_stages_that_are_named_are_accepted(toy: Path) -> None:
     assert ran()["start"] == ran()["apply"] == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_a_mistake_in_accepting(toy: Path) -> None:
+    broken_run()
+    change_plus()
+    for arguments, message in (
         (("aply", "--why", "x"), "has no stage 'aply' (did you mean 'apply'?)"),
         (("apply", "--why", " "), "--why needs a reason"),
         (("apply",), "--why"),
-    ],
-)
-def test_a_mistake_in_accepting(toy: Path, arguments: tuple[str, ...], message: str) -> None:
-    broken_run()
-    change_plus()
-    code, _, errors = fls("accept", *arguments)
-    assert (code, message in errors) == (2, True), errors
+    ):
+        code, _, errors = fls("accept", *arguments)
+        assert (code, message in errors) == (2, True), errors
     assert not os.path.exists(".fls/accepted")
 
 
