@@ -345,7 +345,7 @@ def test_a_run_that_finds_results_gone_makes_them_anew(toy: Path) -> None:
         options=RunOptions(file=str(path), executor=ExecutorName.LOCAL, tracking=TrackerName.JSONL),
         spec_text=path.read_text(),
     )
-    assert _execute(planned, store, record, Console(file=io.StringIO()), None) == 0
+    assert _execute(planned, store, record, Console(file=io.StringIO()), None, 10.0) == 0
     assert set(gone) <= manifests()
 
 
