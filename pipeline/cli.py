@@ -28,6 +28,7 @@ from pipeline.results import result_rows, to_csv
 from pipeline.runs import DEFAULT_FILE, RunOptions, find_run, load_runs
 from pipeline.spec import load_spec
 from pipeline.store import Store
+from pipeline.sync import sync_runs
 from pipeline.tracking import TrackerName, tracking_uri
 from pipeline.tracking.ui import serve_ui
 
@@ -96,6 +97,12 @@ SetOption = Annotated[
         help="Set a parameter: stage.param=value, or vars.name=value.",
     ),
 ]
+LaterOption = Annotated[
+    bool,
+    typer.Option(
+        "--tracking-later", help="Run though the tracking server is away; send to it later."
+    ),
+]
 ParallelOption = Annotated[
     int | None,
     typer.Option("--max-parallel", metavar="N", min=1, help="Most cells at the same time."),
@@ -146,6 +153,7 @@ def run(
     max_parallel: ParallelOption = None,
     stop_after: StopOption = None,
     grace: GraceOption = None,
+    tracking_later: LaterOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
 ) -> None:
     """Run a pipeline: what is in the store already is not run again."""
@@ -162,6 +170,7 @@ def run(
         until=until,
         executor=executor,
         tracking=tracking,
+        tracking_later=tracking_later,
         max_parallel=max_parallel,
     )
     sys.exit(start_run(spec, options, selection, _console(), stop_after, grace or GRACE_S))
@@ -183,6 +192,7 @@ def plan(
     force: ForceOption = NONE_GIVEN,
     set_: SetOption = NONE_GIVEN,
     max_parallel: ParallelOption = None,
+    tracking_later: LaterOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="A plan always is one.")] = False,
 ) -> None:
     """Show what `fls run` with the same options would do, and why."""
@@ -272,6 +282,23 @@ def stop(
     """Stop a run, wherever its driver is: its cells end behind a checkpoint; `resume` goes on."""
     store = _store(file, storage)
     sys.exit(stop_run(store, find_run(store, run), _console()))
+
+
+@_command(
+    "fls sync",
+    "fls sync last",
+    "fls sync 20260730-101500-042-1f2e --storage s3://bucket/results",
+)
+def sync(
+    run: Annotated[str | None, typer.Argument(help="A run, or 'last'; all without.")] = None,
+    file: FileOption = DEFAULT_FILE,
+    storage: StorageOption = None,
+) -> None:
+    """Send to the tracking server what it missed of a run, and how the run ended."""
+    store = _store(file, storage)
+    records = load_runs(store) if run is None else [find_run(store, run)]
+    complete = sync_runs(store, records, _console())
+    sys.exit(0 if complete else 1)
 
 
 @_command(

@@ -10,26 +10,23 @@ from __future__ import annotations
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from operator import methodcaller
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from pipeline.acceptance import describe
 from pipeline.errors import Damaged, PipelineError
 from pipeline.events import Event, EventTail
 from pipeline.executors import AbstractExecutor
-from pipeline.graph import Cell
+from pipeline.facts import cell_facts
 from pipeline.leases import LeaseWatch, lease_s
 from pipeline.live import LiveView
 from pipeline.planner import Plan
 from pipeline.runs import HEARTBEAT_S, RunRecord, RunState, State, recorded_ids
 from pipeline.schedule import Schedule
 from pipeline.store import Store
-from pipeline.tracking import CellFacts, TrackingThread
+from pipeline.tracking import CellFacts, CellState, TrackingThread, shown_uri
 from pipeline.worker import Outcome, died
 
 _WAIT_S = 0.2
@@ -40,6 +37,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 _REPAIRS = 3
 GRACE_S = 10.0
 _TRACKING_TIMEOUT_S = {RunState.DONE: 120.0, RunState.FAILED: 120.0, RunState.STOPPED: 10.0}
+_AWAY_S = 30.0  # how long a server that is away is waited for at the end
 
 
 @dataclass
@@ -95,14 +93,13 @@ class Driver:
         self._statuses = self._schedule.statuses
         self._leases = LeaseWatch(store, record.run_id)
         self._held_s: dict[str, float] = {}
-        self._tail = EventTail(store, record.run_id, record.tracking.cursors)
+        self._tail = EventTail(store, record.run_id, {})
         self._flights: dict[str, _Flight] = {}
         self._failures: Counter[str] = Counter()
         self._repairs: Counter[str] = Counter()
         self._retry_s: dict[str, float] = {}
         self._listened_s = 0.0
         self._saved_s = 0.0
-        self._warned = False
         self._superseded = False
         self.signal: int | None = None
 
@@ -137,10 +134,13 @@ class Driver:
         for name, manifest in cached:
             if manifest.facts.get("run") != self._record.run_id:
                 source = known[manifest.key].cell if manifest.key in known else None
-                self._tracking.put(methodcaller("link_cached", self._facts(name), source))
+                self._tracking.note(self._facts(name), CellState.CACHED, source)
             elif name in self._record.tracking.closed:
                 self._statuses[name].state = State.DONE
+                if self._schedule.cell(name).registration is not None:  # it may not have come to it
+                    self._tracking.note(self._facts(name), CellState.CACHED)
             else:
+                self._tail.skip(name, manifest.key)
                 self._flights[name] = _Flight(started_s=time.monotonic())
                 self._settle(name, {"status": "ok", "seconds": manifest.facts["seconds"]})
 
@@ -159,19 +159,21 @@ class Driver:
         for name in list(self._flights):
             self._listen(name)
             self._end_flight(name, State.WAITING)
-            self._tracking.close(name, "stopped", dict)
+            self._tracking.note(self._facts(name), CellState.STOPPED)
         for folder in () if self.signal else self._promoted():
-            self._tracking.put(methodcaller("promote", folder.name, folder))
-        self._tracking.put(methodcaller("close_run", state))
+            self._tracking.promote(folder)
+        self._tracking.close(state)
         self._record.state = state
         self._save(now=True)  # who stops us may not wait for what comes next
         self._executor.stop()
         self._view.close(self._statuses)
-        tracked = self._tracking.finish(_TRACKING_TIMEOUT_S[state])
-        if not tracked and self._tracking.opened:
+        limit_s = _TRACKING_TIMEOUT_S[state]
+        tracked = self._tracking.finish(min(limit_s, _AWAY_S) if self._tracking.behind else limit_s)
+        for message in self._tracking.messages():
+            self._view.say(message)
+        if not tracked and self._tracking.error is None:
             self._view.say(
-                f"Tracking is not complete{self._tracking_error()}. "
-                f"`{self._record.resume_command}` sends the rest."
+                f"Tracking is not complete; `{self._record.sync_command}` sends the rest."
             )
         self._record.tracked = tracked
         self._save(now=True)
@@ -271,6 +273,7 @@ class Driver:
                     found_one = True
                 elif status.key not in busy and not self._held(name):
                     busy.add(status.key)
+                    self._tail.skip(name, status.key)
                     self._flights[name] = _Flight()
                     task = self._schedule.task(
                         name, run=self._record.run_id, storage=self._store.url, token=self._token
@@ -294,24 +297,23 @@ class Driver:
     def _take_from_store(self, name: str) -> None:
         """Use a result that another run has made meanwhile."""
         self._statuses[name].state = State.CACHED
-        self._tracking.put(methodcaller("link_cached", self._facts(name), None))
+        self._tracking.note(self._facts(name), CellState.CACHED)
 
     def _listen(self, name: str) -> None:
         """Take in what a cell has to say."""
         flight = self._flights[name]
-        events, cursor = self._tail.read(name, self._statuses[name].key)
+        events, _ = self._tail.read(name, self._statuses[name].key)
         for event in events:
             self._take(name, flight, event)
         if events:
             flight.heard_s = time.monotonic()
-            self._tracking.log(name, events, cursor)
+            self._tracking.note(self._facts(name), CellState.RUNNING)
 
     def _take(self, name: str, flight: _Flight, event: Event) -> None:
         status = self._statuses[name]
         if event["type"] == "start":
             flight.started_s = time.monotonic()
             status.state, status.began = State.RUNNING, event["time"]
-            self._tracking.put(methodcaller("open_cell", self._facts(name)))
         elif event["type"] == "progress":
             status.progress = (event["done"], event["total"], event["unit"])
         elif event["type"] == "checkpoint":
@@ -333,7 +335,7 @@ class Driver:
             self._take_from_store(name)
         else:
             self._end_flight(name, State.DONE)
-            self._track_end(name, State.DONE)
+            self._tracking.note(self._facts(name), CellState.DONE)
 
     def _end_flight(self, name: str, state: State) -> None:
         del self._flights[name]
@@ -352,8 +354,7 @@ class Driver:
         if error["user"] or tries > cell.retries:
             self._statuses[name].error = error
             self._end_flight(name, State.FAILED)
-            self._tracking.put(methodcaller("open_cell", self._facts(name)))
-            self._track_end(name, State.FAILED)
+            self._tracking.note(self._facts(name), CellState.FAILED)
             self._view.say(f"{name} failed: {headline}")
             return
         pause_s = min(_LONGEST_PAUSE_S, 2.0 ** (tries - 1))
@@ -365,7 +366,7 @@ class Driver:
         if self.signal is None:
             self._view.say(f"{name}: {outcome['error']['message']}")
         else:
-            self._tracking.close(name, "stopped", dict)
+            self._tracking.note(self._facts(name), CellState.STOPPED)
         self._wait_again(name, _FIRST_PAUSE_S)
 
     def _wait_again(self, name: str, pause_s: float) -> None:
@@ -409,37 +410,24 @@ class Driver:
             return False
 
     def _facts(self, name: str) -> CellFacts:
-        cell = self._schedule.cell(name)
-        accepted = self._schedule.accepted(name)
-        return CellFacts(
-            cell=name,
-            stage=cell.stage,
-            key=self._statuses[name].key,
-            params=cell.params.model_dump(mode="json"),
-            tags={"fls.accepted": describe(accepted)} if accepted else {},
-        )
-
-    def _track_end(self, name: str, state: State) -> None:
-        cell, key = self._schedule.cell(name), self._statuses[name].key
-        fetch = partial(_tracked_outputs, self._store, cell, key) if state is State.DONE else dict
-        self._tracking.close(name, state, fetch)
+        facts = cell_facts(self._schedule.planned(name))
+        return replace(facts, key=self._statuses[name].key)
 
     def _check_tracking(self) -> None:
-        """Warn once when tracking has ended early.
+        """Pass on what tracking has to say.
 
         Raises:
             PipelineError: it could not even begin, so nobody would see the run.
         """
-        if self._tracking.error is None or self._warned:
-            return
-        if not self._tracking.opened:
-            raise PipelineError(f"Tracking does not work{self._tracking_error()}.")
-        self._warned = True
-        self._view.say(f"Tracking has stopped{self._tracking_error()}; the run goes on.")
-
-    def _tracking_error(self) -> str:
         error = self._tracking.error
-        return "" if error is None else f" ({type(error).__name__}: {error})"
+        if error is not None:
+            raise PipelineError(
+                f"Tracking does not work ({type(error).__name__}: {shown_uri(str(error))}). "
+                "To run all the same, and have it sent once the server is there, give "
+                "--tracking-later."
+            )
+        for message in self._tracking.messages():
+            self._view.say(message)
 
     def _save(self, *, now: bool = False) -> None:
         """Write how far the run is every few seconds, and see what was asked of it.
@@ -459,8 +447,3 @@ class Driver:
                 self.signal = signal.SIGTERM
             self._record.tracking = self._tracking.progress()
             self._record.save_progress(self._store)
-
-
-def _tracked_outputs(store: Store, cell: Cell, key: str) -> Mapping[str, Path]:
-    outputs = cell.declaration.outputs.items()
-    return {name: store.fetch(key, name) for name, declared in outputs if declared.track}

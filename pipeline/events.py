@@ -5,6 +5,7 @@ flat JSON object with `type` and `time` (Unix seconds); the types, with their fu
 
     start       run, host, pid: first in every attempt
     metrics     values (name -> number), step (None: a final value)
+    system      values (name -> number): a sample of what the process uses, see `pipeline.system`
     progress    done, total, unit
     text        text: one line of the cell's log
     record      name, params, metrics: one evaluated object
@@ -172,6 +173,11 @@ class EventTail:
         self._run_id = run_id
         self._cursors = dict(cursors)
         self._foreign: set[tuple[str, int]] = set()
+
+    def skip(self, cell: str, key: str) -> None:
+        """Pass over the attempts that there are: only what later ones say will be read."""
+        attempts = self._source.attempts(key)
+        self._cursors[cell] = Cursor(attempts[-1] + 1 if attempts else 0)
 
     def read(self, cell: str, key: str) -> tuple[list[Event], Cursor]:
         """Return the cell's events that are new since the last call, and how far they go."""

@@ -22,6 +22,21 @@ Scalar = str | int | float | bool | None
 
 
 @dataclass(frozen=True, kw_only=True)
+class Registration:
+    """That a cell's model is to be registered.
+
+    Attributes:
+        name: of the registered model.
+        output: the output that holds it.
+        loader: see `pipeline.stage.Catalogue`.
+    """
+
+    name: str
+    output: str
+    loader: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageSpec:
     """One entry of the spec's `stages:`.
 
@@ -36,6 +51,7 @@ class StageSpec:
         timeout_s: seconds after which an attempt is stopped, or None.
         checkpoint_every_s: seconds between in-stage checkpoints.
         keep: "all", or "results": its files may go once all that follows is there.
+        registration: of its cells' models, or None.
     """
 
     name: str
@@ -48,6 +64,7 @@ class StageSpec:
     timeout_s: float | None
     checkpoint_every_s: float
     keep: str
+    registration: Registration | None = None
 
     def points(self) -> list[dict[str, Scalar]]:
         """Return the axis values of each cell, the last axis varying fastest."""
@@ -79,6 +96,7 @@ class Cell:
         timeout_s: see `StageSpec`.
         checkpoint_every_s: see `StageSpec`.
         keep: see `StageSpec`.
+        registration: see `StageSpec`.
     """
 
     name: str
@@ -92,6 +110,7 @@ class Cell:
     timeout_s: float | None
     checkpoint_every_s: float
     keep: str
+    registration: Registration | None = None
 
     @property
     def sources(self) -> list[str]:
@@ -279,6 +298,7 @@ def _cell(
         inputs=inputs,
         resources=stage.resources,
         retries=stage.retries,
+        registration=stage.registration,
         timeout_s=stage.timeout_s,
         checkpoint_every_s=stage.checkpoint_every_s,
         keep=stage.keep,

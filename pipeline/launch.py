@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.console import Console
 from pipeline.driver import GRACE_S, Driver
 from pipeline.errors import BadInput, Damaged
 from pipeline.executors import make_executor
+from pipeline.facts import save_facts
 from pipeline.graph import shorten
 from pipeline.live import LiveView
 from pipeline.planner import Plan, Selection, make_plan
@@ -20,6 +22,7 @@ from pipeline.resumption import Drift, find_drift, is_complete, plan_of
 from pipeline.runs import RunOptions, RunRecord, RunState, State, load_run, new_run_id
 from pipeline.spec import Spec
 from pipeline.store import Store
+from pipeline.sync import close_orphans
 from pipeline.tracking import RunFacts, TrackingThread, tracking_uri
 
 _STOP_WAIT_S = 60.0
@@ -92,7 +95,6 @@ def resume_run(
         raise BadInput(drift.refusal(record, store.url))
     _print_drift(drift, record, console)
     plan.require_runnable()
-    record.forget_others({one.cell.name: one.key for one in plan.cells})
     if drift.touched:
         record.environment = _environment()
     return _execute(plan, store, record, console, stop_after_s, grace_s)
@@ -157,7 +159,9 @@ def _execute(
         f"on {options.executor}, into {options.tracking}",
         soft_wrap=True,
     )
-    tracking = TrackingThread(options.tracking, record.tracking)
+    tracking = TrackingThread(
+        options.tracking, store, record.tracking, patient=options.tracking_later
+    )
     executor = make_executor(options.executor)
     try:
         executor.check(
@@ -165,7 +169,9 @@ def _execute(
         )
         plan.commit(store, record.run_id)
         record.save_request(store)
-        tracking.open(_facts(plan.spec, record))
+        facts = _facts(plan.spec, record)
+        save_facts(store, facts, plan)
+        tracking.open(facts, partial(close_orphans, store, record))
         view = LiveView(console)
         driver = Driver(plan, store, record, executor, tracking, view, stop_after_s, grace_s)
         state = driver.run()

@@ -159,7 +159,7 @@ def _fields_at(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]
         if not found:
             return list(at.model_fields) if isinstance(part, int) else []
         at = found[0]
-    return list(at.model_fields)
+    return [field.alias or name for name, field in at.model_fields.items()]
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

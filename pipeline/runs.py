@@ -90,6 +90,7 @@ class RunOptions:
         until: the `--until` options.
         executor: name of the executor.
         tracking: name of the tracker.
+        tracking_later: go on though the tracking server has never answered.
         max_parallel: most cells at once, or None.
     """
 
@@ -100,6 +101,7 @@ class RunOptions:
     until: Sequence[str] = ()
     executor: ExecutorName = ExecutorName.RAY
     tracking: TrackerName = TrackerName.MLFLOW
+    tracking_later: bool = False
     max_parallel: int | None = None
 
 
@@ -144,22 +146,17 @@ class RunRecord:
         file = f" --file {shlex.quote(self.options.file)}" if elsewhere else ""
         return f"fls resume {self.run_id}{file}"
 
+    @property
+    def sync_command(self) -> str:
+        """The command that sends what is missing of it to the tracking server."""
+        return self.resume_command.replace("fls resume", "fls sync", 1)
+
     def claim(self, store: Store, cells: Mapping[str, CellStatus]) -> None:
         """Make this process the run's driver, with these cells as they stand."""
         self.life = store.begin_life(self.run_id)
         self.state, self.tracked = RunState.RUNNING, False
         self.host, self.pid = socket.gethostname(), os.getpid()
         self.cells = cells
-
-    def forget_others(self, keys: Mapping[str, str]) -> None:
-        """Forget how far cells are recorded that had other keys than these (cell -> key) before.
-
-        Their code has changed, or they ran on fewer inputs; what they say now is all new.
-        """
-        for cell, key in keys.items():
-            if cell in self.cells and self.cells[cell].key != key:
-                self.tracking.cursors.pop(cell, None)
-                self.tracking.closed = [name for name in self.tracking.closed if name != cell]
 
     def save_request(self, store: Store) -> None:
         """Write what was asked for."""
@@ -183,8 +180,11 @@ class RunRecord:
             "cells": [asdict(status) for status in self.cells.values()],
         }
         store.write_run(self.run_id, "state", state)
-        keys = {name: status.key for name, status in self.cells.items()}
-        tracking = {**asdict(self.tracking), "keys": keys, "tracked": self.tracked}
+        self.save_tracking(store)
+
+    def save_tracking(self, store: Store) -> None:
+        """Write how far the run is recorded."""
+        tracking = {**asdict(self.tracking), "tracked": self.tracked}
         store.write_run(self.run_id, "tracking", tracking)
 
     def superseded(self, store: Store) -> bool:
@@ -259,8 +259,11 @@ def _read(run_id: str, request: Any, state: Any, tracking: Any) -> RunRecord:
         },
         tracking=TrackingProgress(
             cursors={cell: Cursor(**cursor) for cell, cursor in tracking["cursors"].items()},
+            keys=tracking["keys"],
             closed=tracking["closed"],
+            registered=tracking["registered"],
             ids=tracking["ids"],
+            ended=tracking["ended"],
         ),
         tracked=tracking["tracked"],
     )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from pipeline.graph import Cell, Source, shorten
-from pipeline.planner import Plan
+from pipeline.planner import Plan, PlannedCell
 from pipeline.runs import CellStatus, State
 from pipeline.worker import Task, TaskInput
 
@@ -46,13 +46,13 @@ class Schedule:
         """Return the cell called `name`."""
         return self._planned[name].cell
 
+    def planned(self, name: str) -> PlannedCell:
+        """Return the cell called `name`, as it was planned."""
+        return self._planned[name]
+
     def ingredients(self, name: str) -> dict[str, Any]:
         """Return what the cell's result is made of, as it is: with the inputs that there are."""
         return {**self._planned[name].ingredients, "inputs": self._input_keys(name)}
-
-    def accepted(self, name: str) -> Mapping[str, Any] | None:
-        """Return who accepted the cell's code as equivalent, see `pipeline.acceptance`, or None."""
-        return self._planned[name].ingredients.get("accepted")
 
     def task(self, name: str, *, run: str, storage: str, token: str) -> Task:
         """Return an attempt at the cell as its worker needs to know it.

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pipeline import yaml_loader
 from pipeline.code_digest import find_module, missing_target
 from pipeline.errors import BadInput, Problem, SpecError, nearest
-from pipeline.graph import Cell, Scalar, StageSpec, cell_name, expand, topological
+from pipeline.graph import Cell, Registration, Scalar, StageSpec, cell_name, expand, topological
 from pipeline.interpolate import override
 from pipeline.params import Issue, Marked, issues_of, marked
 from pipeline.spec_shape import FileShape, ResourcesShape, StageShape
@@ -198,6 +198,7 @@ class _Builder:
                     timeout_s=shape.timeout_s,
                     checkpoint_every_s=shape.checkpoint_every_s,
                     keep=shape.keep,
+                    registration=self.registration(name, shape, declaration),
                 ),
             )
 
@@ -279,6 +280,24 @@ class _Builder:
             if stage.keep == "results" and name not in taken:
                 message = f"no stage takes anything from {name!r}, so its files are results"
                 self.note(("stages", name, "keep"), f"keep: results: {message}; leave it out")
+
+    def registration(self, name: str, shape: StageShape, declaration: Stage) -> Registration | None:
+        """Return how the stage's models are registered, if they are to be."""
+        if shape.registered is None:
+            return None
+        (catalogue,) = (
+            plugin.catalogue for plugin in self.plugins if declaration in plugin.catalogue.stages
+        )
+        for output, declared in declaration.outputs.items():
+            if catalogue.loader and declared.kind == catalogue.exports:
+                return Registration(name=shape.registered, output=output, loader=catalogue.loader)
+        self.note(
+            ("stages", name, "register"),
+            f"{declaration.name!r} gives nothing that can be registered"
+            + (f": no {catalogue.exports!r}" if catalogue.loader else ""),
+            key=True,
+        )
+        return None
 
     # -- parameters
 

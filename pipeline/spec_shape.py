@@ -64,6 +64,10 @@ def _name(value: str) -> str:
     return value
 
 
+def _optional_name(value: str | None) -> str | None:
+    return value if value is None else _name(value)
+
+
 def _names(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -101,6 +105,10 @@ class StageShape(_Shape):
     timeout_s: float | None = Field(default=None, gt=0)
     checkpoint_every_s: float = Field(default=30.0, ge=0)
     keep: Literal["all", "results"] = "all"
+    # `register` itself is a method of every abstract class.
+    registered: Annotated[str | None, AfterValidator(_optional_name)] = Field(
+        default=None, alias="register"
+    )
 
 
 class MlflowShape(_Shape):

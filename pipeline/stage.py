@@ -211,7 +211,10 @@ class Catalogue:
         results: how results look, or None.
         exporter: `module:function` taking (output folder: Path, destination: Path), behind
             `fls export`; writes a user's copy of an output of kind `exports`.
-        exports: the kind of output that `fls export` copies.
+        exports: the kind of output that `fls export` copies, and that can be registered.
+        loader: `module:function` taking (output folder: Path), behind a stage's `register:`;
+            returns an output of kind `exports` as a `torch.nn.Module`, and a NumPy array as an
+            example of its input, with more than one sample, so that any number can be given.
         registries: shown by `fls list`.
     """
 
@@ -220,6 +223,7 @@ class Catalogue:
     results: Results | None = None
     exporter: str | None = None
     exports: str | None = None
+    loader: str | None = None
     registries: Sequence[Registry] = ()
 
 

@@ -38,6 +38,7 @@ from pipeline.stage import (
     StageError,
 )
 from pipeline.store import Store
+from pipeline.system import SystemSampler
 
 
 class TaskInput(TypedDict):
@@ -173,7 +174,12 @@ def _attempt(
 ) -> Outcome:
     try:
         meter = CostMeter()
-        with LineWriter(events.emit) as lines, redirect_stdout(lines), redirect_stderr(lines):
+        with (
+            SystemSampler(events.emit, gpus=task["num_gpus"] > 0),
+            LineWriter(events.emit) as lines,
+            redirect_stdout(lines),
+            redirect_stderr(lines),
+        ):
             stage = _load(task["entry"])
             context = _make_context(task, store, attempt, _with_cost(events, meter))
             context.preemption = preemption

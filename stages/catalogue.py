@@ -876,5 +876,6 @@ CATALOGUE = Catalogue(
     ),
     exporter="stages.exporter:export",
     exports="model",
+    loader="stages.exporter:load",
     registries=[MODELS, DATASETS, METHODS],
 )

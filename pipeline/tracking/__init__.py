@@ -2,22 +2,30 @@
 
 from pipeline.tracking.base import (
     AbstractTracker,
+    CellEnd,
     CellFacts,
+    CellState,
     RunFacts,
     TrackerName,
     TrackingProgress,
-    TrackingThread,
     make_tracker,
+    shown_uri,
     tracking_uri,
 )
+from pipeline.tracking.recorder import Recorder
+from pipeline.tracking.thread import TrackingThread
 
 __all__ = [
     "AbstractTracker",
+    "CellEnd",
     "CellFacts",
+    "CellState",
+    "Recorder",
     "RunFacts",
     "TrackerName",
     "TrackingProgress",
     "TrackingThread",
     "make_tracker",
+    "shown_uri",
     "tracking_uri",
 ]

@@ -1,19 +1,17 @@
-"""What every tracker can do, and the thread that it does it in.
+"""What every tracker can do, and what it is told: facts about a run and its cells.
 
 The driver alone writes tracking data, so that no two writers meet in a fresh database and a stage
-needs no tracking library. It does so from a thread, because a slow tracking server must not keep
-the workers waiting, and with cursors, so that a resumed run goes on where the last one stopped.
+needs no tracking library. What is to be recorded is in the store, so tracking may fall behind and
+catch up: see `pipeline.tracking.recorder`.
 """
 
 from __future__ import annotations
 
-import copy
 import importlib
 import os
-import queue
-import threading
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -65,28 +63,74 @@ class RunFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class CellFacts:
-    """What a tracker records about one cell; `tags` are facts that few cells have."""
+    """What a tracker records about one cell; JSON.
+
+    Attributes:
+        cell: its name.
+        stage: its stage's name.
+        key: its key.
+        params: its parameters.
+        digests: parameter -> digest of the data or file that it names.
+        kept: outputs whose files are uploaded with it.
+        promoted: outputs whose files are uploaded with the run itself.
+        tags: facts that few cells have.
+        registration: `name`, `output` and `loader` of a model to register, or None.
+    """
 
     cell: str
     stage: str
     key: str
-    params: Mapping[str, Any]
+    params: Mapping[str, Any] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
+    kept: Sequence[str] = ()
+    promoted: Sequence[str] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
+    registration: Mapping[str, str] | None = None
+
+
+class CellState(StrEnum):
+    """What there is to record of a cell; `stopped` is one that a run ended without."""
+
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    CACHED = "cached"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellEnd:
+    """How a cell ended.
+
+    Attributes:
+        state: `done`, `failed` or `stopped`.
+        outputs: output name -> folder whose files are to be kept with the cell.
+        facts: about the making of its result, from the manifest.
+        output_bytes: size of all its outputs, or None where there is no result.
+    """
+
+    state: CellState
+    outputs: Mapping[str, Path] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    output_bytes: int | None = None
 
 
 class AbstractTracker(ABC):
     """Records one run; all calls come from one thread, `open_run` first and `close_run` last.
 
+    Every call may be repeated, because an error leaves open how far it came: what it did before is
+    found again, not done twice.
+
     Attributes:
-        ids: JSON data that finds the run's parts again: `cells` (cell -> id) and `records`
-            (cell -> record name -> id), where the tracker has ids.
+        ids: JSON data that the tracker wants back when it goes on with the run: `cells` (cell ->
+            id) and `records` (cell -> record name -> id), where the tracker has ids.
     """
 
     ids: dict[str, Any]
 
     @abstractmethod
     def open_run(self, run: RunFacts) -> None:
-        """Begin the run, or go on with what an earlier life of it recorded."""
+        """Begin the run, or go on with what was recorded of it; called again after an error."""
 
     @abstractmethod
     def open_cell(self, cell: CellFacts) -> None:
@@ -97,18 +141,20 @@ class AbstractTracker(ABC):
         """Record events of an open cell."""
 
     @abstractmethod
-    def close_cell(self, cell: str, state: str, outputs: Mapping[str, Path]) -> None:
-        """Note an open cell's end.
+    def close_cell(self, cell: str, end: CellEnd) -> None:
+        """Note an open cell's end."""
 
-        Args:
-            cell: its name.
-            state: "done", "failed" or "stopped".
-            outputs: output name -> folder whose files are to be kept with the cell.
-        """
+    @abstractmethod
+    def forget_cell(self, cell: str) -> None:
+        """Drop what was recorded of a cell whose result is no more, because it runs anew."""
 
     @abstractmethod
     def link_cached(self, cell: CellFacts, source: str | None) -> None:
         """Note a cell whose result was there already; `source` is the id it was recorded under."""
+
+    @abstractmethod
+    def register(self, cell: CellFacts, folder: Path) -> None:
+        """Register the model in `folder` as `cell.registration` says, once for each key."""
 
     @abstractmethod
     def promote(self, output: str, folder: Path) -> None:
@@ -117,6 +163,23 @@ class AbstractTracker(ABC):
     @abstractmethod
     def close_run(self, state: str) -> None:
         """Note the run's end: "done", "failed" or "stopped"."""
+
+    @abstractmethod
+    def close_orphan(self, run: RunFacts, state: str, cells: Mapping[str, str]) -> bool:
+        """Set the end of another run whose driver died before it could; nothing else of it.
+
+        Args:
+            run: that run.
+            state: its end, as for `close_run`.
+            cells: cell -> end, as far as known; the rest is "stopped".
+
+        Returns:
+            Whether anything was recorded of it.
+        """
+
+    @abstractmethod
+    def is_outage(self, error: Exception) -> bool:
+        """Tell whether the same call may well succeed later: the server is away, not unwilling."""
 
 
 def make_tracker(name: TrackerName) -> AbstractTracker:
@@ -131,98 +194,31 @@ def tracking_uri(declared: str | None) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or declared or DEFAULT_URI
 
 
+def shown_uri(text: str) -> str:
+    """Return a text as it may be shown and stored: without the passwords of URIs in it.
+
+    >>> shown_uri("postgresql://fls:secret@db/mlflow"), shown_uri("sqlite:///mlflow.db")
+    ('postgresql://fls@db/mlflow', 'sqlite:///mlflow.db')
+    """
+    return re.sub(r"(?<=://)([^/@:\s]*):[^/\s]*@", r"\1@", text)
+
+
 @dataclass(kw_only=True)
 class TrackingProgress:
     """How far a run is recorded; JSON apart from the cursors' type.
 
     Attributes:
         cursors: cell -> up to where its events are recorded.
-        closed: cells whose end is recorded.
+        keys: cell -> the key that its cursor is about.
+        closed: cells whose result is recorded.
+        registered: cells whose model is registered.
         ids: see `AbstractTracker.ids`.
+        ended: whether the run's end is recorded.
     """
 
     cursors: dict[str, Cursor] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
     closed: list[str] = field(default_factory=list)
+    registered: list[str] = field(default_factory=list)
     ids: dict[str, Any] = field(default_factory=dict)
-
-
-class TrackingThread:
-    """Does a tracker's work in a thread, in order.
-
-    The first error ends the tracking, not the run: what was recorded up to then is known by
-    `progress`, and resuming the run sends the rest.
-
-    Args:
-        name: of the tracker; imported in the thread, for MLflow takes seconds.
-        progress: what an earlier life of the run recorded.
-
-    Attributes:
-        opened: whether the run itself is recorded.
-        error: what ended the tracking, or None.
-    """
-
-    def __init__(self, name: TrackerName, progress: TrackingProgress):
-        self._name = name
-        self._jobs: queue.SimpleQueue[Callable[[AbstractTracker], None] | None]
-        self._jobs = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._progress = copy.deepcopy(progress)
-        self.opened = False
-        self.error: Exception | None = None
-        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
-        self._thread.start()
-
-    def put(self, job: Callable[[AbstractTracker], None]) -> None:
-        """Queue some work, as a function of the tracker."""
-        self._jobs.put(job)
-
-    def open(self, run: RunFacts) -> None:
-        """Queue the beginning of the run."""
-
-        def job(tracker: AbstractTracker) -> None:
-            tracker.open_run(run)
-            self.opened = True
-
-        self.put(job)
-
-    def log(self, cell: str, events: list[Event], cursor: Cursor) -> None:
-        """Queue events of a cell; once they are recorded, the cell's cursor is moved."""
-
-        def job(tracker: AbstractTracker) -> None:
-            tracker.log(cell, events)
-            with self._lock:
-                self._progress.cursors[cell] = cursor
-
-        self.put(job)
-
-    def close(self, cell: str, state: str, fetch: Callable[[], Mapping[str, Path]]) -> None:
-        """Queue a cell's end; `fetch` returns the outputs to keep with it, and may take time."""
-
-        def job(tracker: AbstractTracker) -> None:
-            tracker.close_cell(cell, state, fetch())
-            if state == "done" and cell not in self._progress.closed:
-                with self._lock:
-                    self._progress.closed.append(cell)
-
-        self.put(job)
-
-    def progress(self) -> TrackingProgress:
-        """Return what is recorded by now."""
-        with self._lock:
-            return copy.deepcopy(self._progress)
-
-    def finish(self, timeout_s: float) -> bool:
-        """Wait until all is recorded; False when it is not, for lack of time or for an error."""
-        self._jobs.put(None)
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive() and self.error is None
-
-    def _work(self) -> None:
-        try:
-            tracker = make_tracker(self._name)
-            while (job := self._jobs.get()) is not None:
-                job(tracker)
-                with self._lock:
-                    self._progress.ids = copy.deepcopy(tracker.ids)
-        except Exception as error:  # a server or a database may fail in any way; the driver reports
-            self.error = error
+    ended: bool = False

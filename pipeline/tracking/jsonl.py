@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.events import Event
-from pipeline.tracking.base import AbstractTracker, CellFacts, RunFacts
+from pipeline.tracking.base import AbstractTracker, CellEnd, CellFacts, RunFacts
 
 FOLDER = Path("tracking")
 
@@ -39,14 +39,21 @@ class JsonLinesTracker(AbstractTracker):
         with self._path.open("a", encoding="utf-8") as file:
             file.writelines(lines)
 
-    def close_cell(self, cell: str, state: str, outputs: Mapping[str, Path]) -> None:
+    def close_cell(self, cell: str, end: CellEnd) -> None:
         """Write the cell's end and where its files are."""
-        paths = {name: str(path) for name, path in outputs.items()}
-        self._write("cell", cell=cell, state=state, outputs=paths)
+        paths = {name: str(path) for name, path in end.outputs.items()}
+        self._write("cell", cell=cell, state=end.state, outputs=paths)
+
+    def forget_cell(self, cell: str) -> None:
+        """Write nothing: the lines say that it runs again."""
 
     def link_cached(self, cell: CellFacts, source: str | None) -> None:
         """Write that the cell's result was there already."""
         self._write_cell(cell, "cached")
+
+    def register(self, cell: CellFacts, folder: Path) -> None:
+        """Write that the model is to be registered; there is no registry here."""
+        self._write("register", cell=cell.cell, path=str(folder), **(cell.registration or {}))
 
     def promote(self, output: str, folder: Path) -> None:
         """Write where the run's report is."""
@@ -55,6 +62,19 @@ class JsonLinesTracker(AbstractTracker):
     def close_run(self, state: str) -> None:
         """Write the run's end."""
         self._write("run", state=state)
+
+    def close_orphan(self, run: RunFacts, state: str, cells: Mapping[str, str]) -> bool:
+        """Write the end into the other run's file, if it has one."""
+        path = FOLDER / f"{run.run_id}.jsonl"
+        if path.is_file():
+            line = {"type": "run", "time": time.time(), "state": state}
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        return path.is_file()
+
+    def is_outage(self, error: Exception) -> bool:
+        """Say yes: a full disk, say, may have room again."""
+        return True
 
     def _write_cell(self, cell: CellFacts, state: str) -> None:
         self._write(

@@ -22,6 +22,16 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     _forget_toy()
 
 
+@pytest.fixture(scope="session")
+def fresh_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without runs; making one takes MLflow seconds, so tests get copies."""
+    from pipeline.tracking.mlflow import _connect  # imports MLflow
+
+    path = tmp_path_factory.mktemp("fresh") / "mlflow.db"
+    _connect(f"sqlite:///{path}")
+    return path
+
+
 def _forget_toy() -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "toy"]:
         del sys.modules[name]

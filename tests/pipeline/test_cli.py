@@ -20,6 +20,7 @@ COMMANDS = [
     "validate",
     "graph",
     "status",
+    "sync",
     "resume",
     "stop",
     "logs",

@@ -1,17 +1,20 @@
 """What is recorded of a run, in MLflow and as JSON lines."""
 
+import hashlib
 import itertools
 import json
 import shutil
 import socket
+import subprocess
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from toy_runs import DIAMOND, fls, last_run, resume_here, run_here, write_spec
 
+from pipeline import driver, sync
 from pipeline.errors import PipelineError
 from pipeline.events import Cursor
 from pipeline.planner import Selection
@@ -19,12 +22,12 @@ from pipeline.runs import RunState
 from pipeline.store import Store
 from pipeline.tracking import (
     AbstractTracker,
+    CellEnd,
     CellFacts,
     RunFacts,
     TrackerName,
     TrackingProgress,
-    TrackingThread,
-    base,
+    thread,
     tracking_uri,
 )
 
@@ -33,16 +36,6 @@ SLOW = """
     total: {uses: total, inputs: {numbers: slow}}
     report: {uses: report, inputs: {results: total}}
 """
-
-
-@pytest.fixture(scope="module")
-def fresh_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database without runs; making one takes MLflow seconds, so tests get copies."""
-    from pipeline.tracking.mlflow import _connect  # imports MLflow
-
-    path = tmp_path_factory.mktemp("fresh") / "mlflow.db"
-    _connect(f"sqlite:///{path}")
-    return path
 
 
 @pytest.fixture
@@ -106,11 +99,45 @@ def test_a_run_its_cells_and_its_records_are_mlflow_runs(client: Any, toy: Path)
     assert [metric.step for metric in history] == list(range(1, 21))
     assert slow.data.metrics["number"] == history[-1].value
 
+    about = slow.data.tags
+    assert (about["fls.device"], about["fls.threads"]) == ("cpu", "1")
+    assert about["fls.host"] == socket.gethostname()
+    assert json.loads(about["fls.packages"])["pydantic"]
+    assert about["fls.python"].startswith("3.")
+    made = {"seconds", "cpu_seconds", "peak_bytes", "output_bytes", "system/memory_bytes"}
+    assert made <= set(slow.data.metrics)
+    assert slow.data.metrics["output_bytes"] == (
+        (Store(".fls").fetch(about["fls.key"], "number") / "number.json").stat().st_size
+    )
+
     evaluation = runs["evaluation", "slow"]
     assert evaluation.data.metrics == {"number": slow.data.metrics["number"]}
     code, output, _ = fls("results", "--json")
     assert [row["run_id"] for row in json.loads(output)] == [evaluation.info.run_id]
     assert str(toy / "mlruns") in evaluation.info.artifact_uri
+
+
+def test_data_files_and_source_are_known_by_their_digests(client: Any, toy: Path) -> None:
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "empty"]):
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+    Path("number.txt").write_text("7")
+    write_spec(
+        """
+        read: {uses: read, params: {path: number.txt}}
+        apply: {uses: apply, inputs: {number: read}, params: {operation: plus_table, seed: 3}}
+        """
+    )
+    run_mlflow()
+    runs = recorded(client, last_run().run_id)
+    read, apply = runs["stage", "read"].data, runs["stage", "apply"].data
+    assert read.tags["fls.digest.path"] == hashlib.sha256(b"7").hexdigest()
+    assert apply.tags["fls.digest.operation"] == "ab" * 32
+    assert apply.params["seed"] == "3"
+    assert {run.data.tags["mlflow.source.git.commit"] for run in runs.values()} == {
+        commit.stdout.strip()
+    }
 
 
 def test_what_was_cached_is_a_light_run_that_names_its_source(client: Any) -> None:
@@ -144,7 +171,9 @@ def test_failures_show_and_a_resumed_run_is_the_same_run(client: Any) -> None:
     after = recorded(client, last_run().run_id)
     assert {run.info.status for run in after.values()} == {"FINISHED"}
     for key, run in before.items():
-        assert after[key].info.run_id == run.info.run_id
+        # What was made of fewer inputs is another result, whose run has gone.
+        same = after[key].info.run_id == run.info.run_id
+        assert same is (key != ("stage", "total"))
     assert after["stage", "good"].info.end_time == before["stage", "good"].info.end_time
     # The second result of `total`, under another key than that of fewer inputs, is heard as well.
     assert ("evaluation", "bad") in after
@@ -198,6 +227,49 @@ def test_accepted_code_is_a_tag_and_a_new_key_replaces_the_old_one(client: Any, 
         assert tags["fls.key"] != before["stage", name].data.tags["fls.key"]
 
 
+def test_nothing_is_left_running_in_a_run_that_is_over(client: Any) -> None:
+    """A kill may fall between a record's creation and its end, and a new life may lose track."""
+    write_spec(SLOW)
+    run_mlflow()
+    record, store = last_run(), Store(".fls")
+    runs = recorded(client, record.run_id)
+    for run in (runs["pipeline", "toy"], runs["stage", "total"], runs["evaluation", "slow"]):
+        client.update_run(run.info.run_id, status="RUNNING")
+    record.tracked = record.tracking.ended = False  # as after a kill just before the last call
+    record.save_progress(store)
+    write_spec(SLOW, name="toy")
+    run_mlflow(selection=Selection(force=["report"]))
+    after = {key: run.info.status for key, run in recorded(client, record.run_id).items()}
+    assert after == {
+        ("pipeline", "toy"): "FINISHED",
+        ("stage", "slow"): "FINISHED",
+        ("stage", "total"): "FINISHED",
+        ("stage", "report"): "FINISHED",
+        ("evaluation", "slow"): "KILLED",
+    }
+    assert fls("sync", record.run_id)[0] == 0
+    again = recorded(client, record.run_id)
+    assert again["stage", "slow"].info.end_time == runs["stage", "slow"].info.end_time
+
+
+def test_a_record_that_is_contradicted_is_replaced(client: Any) -> None:
+    """As by an attempt that was killed before its result was published, and the one after it."""
+    from pipeline.tracking.mlflow import MLflowTracker
+
+    uri = client.tracking_uri
+    facts = {"run_id": "r", "name": "toy", "experiment": "toy", "uri": uri}
+    tracker = MLflowTracker()
+    tracker.open_run(RunFacts(**facts, spec_file="f.yaml", spec_text=""))
+    tracker.open_cell(CellFacts(cell="c", stage="c", key="k", params={"a": {"b": 1}}))
+    event = {"type": "record", "time": 1.0, "name": "m", "params": {"p": 1}}
+    for accuracy in (0.5, 0.5, 0.75):
+        tracker.log("c", [{**event, "metrics": {"accuracy": accuracy}}])
+    (record,) = (run for key, run in recorded(client, "r").items() if key == ("evaluation", "m"))
+    history = client.get_metric_history(record.info.run_id, "accuracy")
+    assert [point.value for point in history] == [0.75]
+    assert record.data.params == {"p": "1"}
+
+
 def test_a_deleted_experiment_is_an_error_with_a_remedy(client: Any) -> None:
     write_spec("start: {uses: slow, params: {steps: 1000}}")
     client.delete_experiment(client.create_experiment("toy"))
@@ -214,6 +286,26 @@ def test_a_server_that_does_not_answer_is_an_error(
     write_spec("start: {uses: slow, params: {steps: 1000}}")
     with pytest.raises(PipelineError, match="MLflow at http://127.0.0.1:9"):
         run_mlflow()
+
+
+def test_a_password_in_the_address_is_neither_shown_nor_stored(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hush@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(driver, "_AWAY_S", 0.1)
+    write_spec("start: {uses: start, params: {value: 1}}")
+    with pytest.raises(PipelineError, match="MLflow at http://me@127") as caught:
+        run_mlflow()
+    again = Selection(force=["start"])
+    code, output = run_mlflow(tracking_later=True, selection=again)
+    assert code == 0
+    assert "Tracking is not complete" in output
+    assert "hush" not in output + str(caught.value)
+    assert fls("sync")[0] == 1
+    assert "hush" not in fls("sync")[2]
+    stored = [path.read_bytes() for path in Path(".fls").rglob("*") if path.is_file()]
+    assert not [text for text in stored if b"hush" in text]
 
 
 def test_json_lines_tell_the_whole_run(toy: Path) -> None:
@@ -265,57 +357,169 @@ def test_the_pages_of_a_server_are_its_own(toy: Path, monkeypatch: pytest.Monkey
     assert fls("ui") == (0, "https://mlflow.example\n", "")
 
 
-class Breaking(AbstractTracker):
-    """A tracker whose server goes away after the first cell."""
+class Recording(AbstractTracker):
+    """A tracker that notes what it is told; `trouble` may raise before it does."""
 
-    def __init__(self) -> None:
-        self.ids: dict[str, Any] = {"run": "1", "cells": {}, "records": {}}
+    def __init__(self, trouble: Callable[[str, str], None]) -> None:
+        self.ids: dict[str, Any] = {}
+        self.told: list[tuple[str, str]] = []
+        self.steps: list[int] = []
+        self._trouble = trouble
 
-    def open_run(self, run: RunFacts) -> None: ...
+    def _tell(self, what: str, whom: str) -> None:
+        self._trouble(what, whom)
+        self.told.append((what, whom))
 
-    def open_cell(self, cell: CellFacts) -> None: ...
+    def open_run(self, run: RunFacts) -> None:
+        self._tell("open_run", run.run_id)
+        self.ids = {"run": "1", "cells": {}, "records": {}}
+
+    def open_cell(self, cell: CellFacts) -> None:
+        self._tell("open_cell", cell.cell)
 
     def log(self, cell: str, events: list[dict[str, Any]]) -> None:
-        if cell == "add":
-            raise ConnectionError("the server has gone")
+        self._tell("log", cell)
+        self.steps += [one["step"] for one in events if one["type"] == "metrics" and one["step"]]
 
-    def close_cell(self, cell: str, state: str, outputs: Mapping[str, Path]) -> None: ...
+    def close_cell(self, cell: str, end: CellEnd) -> None:
+        self._tell(end.state, cell)
 
-    def link_cached(self, cell: CellFacts, source: str | None) -> None: ...
+    def forget_cell(self, cell: str) -> None:
+        self._tell("forget", cell)
 
-    def promote(self, output: str, folder: Path) -> None: ...
+    def link_cached(self, cell: CellFacts, source: str | None) -> None:
+        self._tell("cached", cell.cell)
 
-    def close_run(self, state: str) -> None: ...
+    def register(self, cell: CellFacts, folder: Path) -> None:
+        self._tell("register", cell.cell)
+
+    def promote(self, output: str, folder: Path) -> None:
+        self._tell("promote", output)
+
+    def close_run(self, state: str) -> None:
+        self._tell("close_run", state)
+
+    def close_orphan(self, run: RunFacts, state: str, cells: Mapping[str, str]) -> bool:
+        return False
+
+    def is_outage(self, error: Exception) -> bool:
+        return isinstance(error, ConnectionError)
 
 
-def test_tracking_that_breaks_is_reported_and_does_not_end_the_run(
+def use(tracker: AbstractTracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thread, "make_tracker", lambda name: tracker)
+    monkeypatch.setattr(sync, "make_tracker", lambda name: tracker)
+    monkeypatch.setattr(thread, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(driver, "_AWAY_S", 0.2)
+
+
+def test_a_server_that_is_away_for_a_while_misses_nothing(
     toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_spec(
-        "{start: {uses: start, params: {value: 1}}, add: {uses: add, inputs: {number: start}}}"
-    )
-    monkeypatch.setattr(base, "make_tracker", lambda name: Breaking())
+    failures = iter(range(3))
+
+    def trouble(what: str, whom: str) -> None:
+        if (what, whom) == ("log", "slow") and next(failures, None) is not None:
+            raise ConnectionError("nobody there")
+
+    write_spec(SLOW)
+    tracker = Recording(trouble)
+    use(tracker, monkeypatch)
     code, output = run_here()
     assert code == 0
-    assert "Tracking is not complete (ConnectionError: the server has gone)" in output
-    assert last_run().tracking.closed == ["start"]
-    assert not last_run().tracked
-    monkeypatch.undo()
-    monkeypatch.chdir(toy)
-    assert resume_here(last_run())[0] == 0
+    assert output.count("Tracking is behind (ConnectionError: nobody there)") == 1
+    assert output.count("Tracking has caught up.") == 1
+    assert "fls sync" not in output
+    assert tracker.steps == list(range(1, 21))
+    ends = [whom for what, whom in tracker.told if what == "done"]
+    assert ends == ["slow", "total", "report"]
+    assert tracker.told[-2:] == [("promote", "report"), ("close_run", "done")]
     assert last_run().tracked
-    text = Path(f"tracking/{last_run().run_id}.jsonl").read_text()
-    assert '"cell": "add", "state": "done"' in text
 
 
-def test_a_cursor_moves_only_when_events_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "make_tracker", lambda name: Breaking())
-    thread = TrackingThread(TrackerName.JSONL, TrackingProgress())
-    thread.log("start", [], Cursor(1, 3))
-    thread.log("add", [], Cursor(1, 5))
-    thread.log("late", [], Cursor(1, 1))
-    assert not thread.finish(10)
-    assert thread.progress().cursors == {"start": Cursor(1, 3)}
+def test_a_server_that_stays_away_gets_it_all_later(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = False
+
+    def trouble(what: str, whom: str) -> None:
+        if what != "open_run" and whom != "slow" and not here:
+            raise ConnectionError("nobody there")
+
+    write_spec(SLOW)
+    tracker = Recording(trouble)
+    use(tracker, monkeypatch)
+    code, output = run_here()
+    record = last_run()
+    assert code == 0
+    assert f"Tracking is not complete; `fls sync {record.run_id}` sends the rest." in output
+    assert (record.tracking.closed, record.tracked) == (["slow"], False)
+    code, _, errors = fls("sync", "last")
+    assert code == 1
+    assert "Nothing is lost: `fls sync` goes on from there." in errors
+    here, first = True, len(tracker.told)
+    code, output, _ = fls("sync")
+    assert (code, output) == (0, f"{record.run_id} is complete: 2 cells sent.\n")
+    assert [whom for what, whom in tracker.told[first:] if what == "done"] == ["total", "report"]
+    assert tracker.steps == list(range(1, 21))
+    assert last_run().tracked
+    assert fls("sync")[1] == f"{record.run_id} is complete.\n"
+
+
+def test_what_a_server_does_not_take_keeps_nothing_else_waiting(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trouble(what: str, whom: str) -> None:
+        if (what, whom) == ("open_cell", "slow"):
+            raise ValueError("a name that it does not like")
+
+    write_spec(SLOW)
+    tracker = Recording(trouble)
+    use(tracker, monkeypatch)
+    _, output = run_here()
+    assert "slow cannot be recorded: a name that it does not like" in output
+    assert [whom for what, whom in tracker.told if what == "done"] == ["total", "report"]
+    assert tracker.told[-1] == ("close_run", "done")
+    assert not last_run().tracked
+
+
+def test_a_server_that_never_answered_may_be_waited_for(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = iter(range(2))
+
+    def trouble(what: str, whom: str) -> None:
+        if what == "open_run" and next(failures, None) is not None:
+            raise ConnectionError("nobody there")
+
+    write_spec(SLOW)
+    tracker = Recording(trouble)
+    use(tracker, monkeypatch)
+    with pytest.raises(PipelineError, match="nobody there.*give --tracking-later"):
+        run_here()
+    code, output = run_here(tracking_later=True)
+    assert code == 0
+    assert "Tracking has caught up." in output
+    assert last_run().tracked
+
+
+def test_a_result_that_is_made_anew_is_recorded_anew(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_spec(SLOW)
+    tracker = Recording(lambda what, whom: None)
+    use(tracker, monkeypatch)
+    run_here()
+    record, store = last_run(), Store(".fls")
+    (store.fetch(record.cells["slow"].key, "number") / "number.json").write_text("{}")
+    manifest = store.manifest(record.cells["total"].key)
+    assert manifest is not None
+    shutil.rmtree(f".fls/stages/{record.cells['total'].key}")
+    tracker.told.clear()
+    assert resume_here(record)[0] == 0
+    assert ("forget", "slow") in tracker.told
+    assert tracker.told.index(("forget", "slow")) < tracker.told.index(("open_cell", "slow"))
+    assert last_run().tracking.cursors["slow"].attempt == 2
 
 
 def files(run: Any) -> set[str]:

@@ -76,7 +76,13 @@ def test_a_result_is_published_with_the_facts_of_its_making(toy: Path) -> None:
     assert manifest.facts["device"] == "cpu"
     assert manifest.facts["threads"] == 1
     assert manifest.facts["packages"]["pydantic"]
-    assert [event["type"] for event in events_of()] == ["start", "metrics", "metrics", "end"]
+    assert [event["type"] for event in events_of()] == [
+        "start",
+        "metrics",
+        "system",
+        "metrics",
+        "end",
+    ]
 
 
 def test_a_result_that_is_there_is_not_made_again(toy: Path) -> None:
@@ -224,9 +230,9 @@ def test_a_tail_follows_the_attempts_of_its_own_run(toy: Path) -> None:
     run_task(fail_task("user"))
     run_task({**start_task(), "run": "run-2"})
     first, second = (EventTail(store, run, {}) for run in ("run-1", "run-2"))
-    assert [event["type"] for event in first.read("cell", KEY)[0]] == ["start", "end"]
+    assert [event["type"] for event in first.read("cell", KEY)[0]] == ["start", "system", "end"]
     events, _ = second.read("cell", KEY)
-    assert [event["type"] for event in events] == ["start", "metrics", "metrics", "end"]
+    assert [event["type"] for event in events] == ["start", "metrics", "system", "metrics", "end"]
     events, cursor = second.read("cell", KEY)
     assert events == []
     assert EventTail(store, "run-2", {"cell": cursor}).read("cell", KEY) == ([], cursor)

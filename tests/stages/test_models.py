@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from running_stages import Ran, run_stage
+from running_stages import TINY, Ran, run_stage
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.stage import StageError
 from stages.catalogue import MODELS, ImportParams
 from stages.data.source import DataSource, load_data
-from stages.exporter import export
+from stages.exporter import export, load
 from stages.metrics import measure
+from stages.model_folder import load_model
 from stages.models.resnet_cifar import resnet20
 from stages.reference import refer
 
@@ -146,3 +147,15 @@ def test_patterns_that_match_nothing_are_an_error(tmp_path: Path) -> None:
     params = {"model": "digits_resnet", "dataset": "digits", "epochs": 1, "keep": ["head.*"]}
     with pytest.raises(StageError, match=r"'head\.\*' matches no parameter.*fc2\.weight"):
         run_stage("pretrain", tmp_path, params)
+
+
+def test_a_model_becomes_a_program_that_takes_any_number_of_samples(tmp_path: Path) -> None:
+    params = {**TINY, "epochs": 1, "batch_size": 128}
+    made = run_stage("pretrain", tmp_path, params).output()
+    network, example = load(made)
+    assert (example.shape, str(example.dtype)) == ((2, 1, 8, 8), "float32")
+    shapes = ({0: torch.export.Dim.AUTO},)
+    program = torch.export.export(network, (torch.from_numpy(example),), dynamic_shapes=shapes)
+    inputs = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = load_model(made, "cpu").network(inputs)
+    torch.testing.assert_close(program.module()(inputs), expected)

@@ -152,7 +152,8 @@ CATALOGUE = Catalogue(
     results=Results(
         kind="results", columns=["cell", "model_cell", "key", "number", "run_id"], report="report"
     ),
-    exporter="toy.stages:export",
+    exporter="toy.exporter:export",
     exports="number",
+    loader="toy.exporter:load",
     registries=[OPERATIONS],
 )

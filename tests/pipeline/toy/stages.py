@@ -3,7 +3,6 @@
 import base64
 import csv
 import json
-import shutil
 from pathlib import Path
 
 from pipeline.stage import Context, StageError, write_json
@@ -66,7 +65,3 @@ def report(ctx: Context) -> None:
         writer.writeheader()
         writer.writerows(rows)
     (folder / "figure.png").write_bytes(base64.b64decode(PIXEL))
-
-
-def export(source: Path, destination: Path) -> None:
-    shutil.copy(source / "number.json", destination / "number.json")

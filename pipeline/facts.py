@@ -1,0 +1,65 @@
+"""What tracking has to know of a run and its cells, kept in the store.
+
+With it, `fls sync` needs neither the spec's file nor its plugins, only the storage.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+
+from pipeline.acceptance import describe
+from pipeline.planner import Plan, PlannedCell
+from pipeline.store import Store
+from pipeline.tracking import CellFacts, RunFacts, shown_uri
+
+_DOCUMENT = "facts"
+_SQLITE = "sqlite:///"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFacts:
+    """What was stored: about the run, and cell -> facts under the key that was planned."""
+
+    run: RunFacts
+    cells: Mapping[str, CellFacts]
+
+
+def cell_facts(planned: PlannedCell) -> CellFacts:
+    """Return the facts of a planned cell."""
+    outputs, registration = planned.cell.declaration.outputs, planned.cell.registration
+    accepted = planned.ingredients.get("accepted")
+    return CellFacts(
+        cell=planned.cell.name,
+        stage=planned.cell.stage,
+        key=planned.key,
+        params=planned.cell.params.model_dump(mode="json"),
+        digests={**planned.ingredients["data"], **planned.ingredients["files"]},
+        kept=[name for name, declared in outputs.items() if declared.track],
+        promoted=[name for name, declared in outputs.items() if declared.promote],
+        tags={"fls.accepted": describe(accepted)} if accepted else {},
+        registration=asdict(registration) if registration else None,
+    )
+
+
+def save_facts(store: Store, run: RunFacts, plan: Plan) -> None:
+    """Store the facts of a run; where it is tracked without the password for it."""
+    uri = run.uri
+    if uri.startswith(_SQLITE):
+        uri = _SQLITE + os.path.abspath(uri.removeprefix(_SQLITE))
+    cells = [asdict(cell_facts(planned)) for planned in plan.cells]
+    document = {"run": asdict(replace(run, uri=shown_uri(uri))), "cells": cells}
+    store.write_run(run.run_id, _DOCUMENT, document)
+
+
+def load_facts(store: Store, run_id: str) -> StoredFacts | None:
+    """Return the facts of a run, or None; where it is tracked is as the environment says, if so."""
+    document = store.read_run(run_id, _DOCUMENT)
+    if document is None:
+        return None
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or document["run"]["uri"]
+    return StoredFacts(
+        run=RunFacts(**{**document["run"], "uri": uri, "resumed": True}),
+        cells={fields["cell"]: CellFacts(**fields) for fields in document["cells"]},
+    )

@@ -1,0 +1,166 @@
+"""Tracking without a driver: sends what is missing of a run, and ends what a dead driver left open.
+
+A driver that is killed can record nothing more, so the next one to start on the same store says in
+its place that the run is over. What the run had still to say stays in the store, for `fls resume`
+or `fls sync` to send.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from rich.console import Console
+
+from pipeline.errors import Damaged, PipelineError
+from pipeline.facts import StoredFacts, load_facts
+from pipeline.runs import RunRecord, RunState, State, load_run, recorded_ids
+from pipeline.store import Store
+from pipeline.tracking import (
+    AbstractTracker,
+    CellFacts,
+    CellState,
+    Recorder,
+    make_tracker,
+    shown_uri,
+)
+
+_ENDS = {State.DONE: "done", State.CACHED: "done", State.FAILED: "failed"}
+
+
+def close_orphans(store: Store, mine: RunRecord, tracker: AbstractTracker) -> list[str]:
+    """End, in tracking, the runs of a store whose driver is dead; return their ids.
+
+    Args:
+        store: the store.
+        mine: the run that is starting, which is none of them.
+        tracker: the one that records `mine`.
+
+    Cost: one small document for each run that is over, three for one that may not be.
+    """
+    closed = []
+    for run_id in store.list_runs():
+        if (
+            run_id == mine.run_id
+            or (store.read_run(run_id, "tracking") or {"ended": True})["ended"]
+        ):
+            continue
+        facts, record = load_facts(store, run_id), load_run(store, run_id)
+        state = record.observed_state()
+        if (
+            facts is None
+            or record.options.tracking is not mine.options.tracking
+            or state is RunState.RUNNING
+        ):
+            continue
+        cells = {cell: _ENDS.get(status.state, "stopped") for cell, status in record.cells.items()}
+        try:
+            found = tracker.close_orphan(facts.run, _end(state), cells)
+        except Exception:  # noqa: S112 - its server is away; it stays for the next start
+            continue
+        if found:
+            record.tracking.ended = True
+            record.save_tracking(store)
+            closed.append(run_id)
+    return closed
+
+
+def sync_runs(store: Store, records: Sequence[RunRecord], console: Console) -> bool:
+    """Send what is missing of some runs; return whether all of them are complete now."""
+    complete = True
+    for record in records:
+        state = record.observed_state()
+        facts = load_facts(store, record.run_id)
+        if state is RunState.RUNNING:
+            said = f"is running; its driver records it (process {record.pid} on {record.host})."
+        elif record.tracked:
+            said = "is complete."
+        elif facts is None:
+            said = "was never begun."
+        else:
+            said, whole = _sync(store, record, facts)
+            complete = complete and whole
+        console.print(f"{record.run_id} {said}", soft_wrap=True)
+    return complete
+
+
+def _sync(store: Store, record: RunRecord, facts: StoredFacts) -> tuple[str, bool]:
+    """Send what is missing of one run; return what to say, and whether it is complete.
+
+    Raises:
+        PipelineError: the server is away.
+    """
+    tracker = make_tracker(record.options.tracking)
+    recorder = Recorder(tracker, store, facts.run, record.tracking)
+    refused, count = [], 0
+    try:
+        recorder.open()
+        for cell, state, source in _missing(store, record, facts):
+            try:
+                recorder.record(cell, state, source)
+                count += 1
+            except Exception as error:
+                if tracker.is_outage(error):
+                    raise
+                refused.append(f"{cell.cell} cannot be recorded: {error}")
+        for key, output in _promoted(record, facts):
+            recorder.promote(output, store.fetch(key, output))
+        recorder.close(_end(record.observed_state()))
+    except PipelineError:
+        raise
+    except Exception as error:  # a server or a database may fail in any way
+        raise PipelineError(
+            f"Run {record.run_id} could not be sent to {shown_uri(facts.run.uri)} "
+            f"({type(error).__name__}: {shown_uri(str(error))}). "
+            "Nothing is lost: `fls sync` goes on from there."
+        ) from error
+    finally:
+        record.tracked = record.tracking.ended and not refused
+        record.save_tracking(store)
+    return "\n".join([f"is complete: {count} cells sent.", *refused]), not refused
+
+
+def _missing(
+    store: Store, record: RunRecord, facts: StoredFacts
+) -> Iterator[tuple[CellFacts, CellState, str | None]]:
+    """Yield what is not recorded yet, as the driver would have noted it."""
+    cached = [one.key for one in record.cells.values() if one.state is State.CACHED]
+    sources = recorded_ids(store, cached)
+    progress = record.tracking
+    for name, status in record.cells.items():
+        cell = replace(facts.cells[name], key=status.key)
+        recorded = name in progress.closed and progress.keys.get(name) == status.key
+        if status.state is State.CACHED:
+            source = sources[status.key].cell if status.key in sources else None
+            yield cell, CellState.CACHED, source
+        elif status.state is State.DONE or _made(store, record.run_id, status.key):
+            if not recorded:
+                yield cell, CellState.DONE, None
+            elif cell.registration is not None and name not in progress.registered:
+                yield cell, CellState.CACHED, None  # no more than that is missing
+        elif status.state is State.FAILED:
+            yield cell, CellState.FAILED, None
+        elif status.state is State.RUNNING or name in progress.cursors:
+            yield cell, CellState.STOPPED, None
+
+
+def _made(store: Store, run_id: str, key: str) -> bool:
+    """Tell whether the run made the result of `key`, whether or not its driver came to know."""
+    try:
+        manifest = store.manifest(key)
+    except Damaged:
+        return False
+    return manifest is not None and manifest.facts.get("run") == run_id
+
+
+def _promoted(record: RunRecord, facts: StoredFacts) -> Iterator[tuple[str, str]]:
+    """Yield (key, output) of the outputs that are shown with the run."""
+    for name, status in record.cells.items():
+        if status.state in {State.DONE, State.CACHED}:
+            for output in facts.cells[name].promoted:
+                yield status.key, output
+
+
+def _end(state: RunState) -> str:
+    """Return a run's end as trackers know it."""
+    return "stopped" if state is RunState.INTERRUPTED else str(state)

@@ -1,0 +1,65 @@
+"""Makes an MLflow model of a stored result, as a `torch.export` program (pt2).
+
+Such a program is no pickle and needs nothing of this project where it is loaded. Making one imports
+torch and the code behind the model, so it is done in a process of its own: the driver stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from pipeline.errors import PipelineError
+
+_LIMIT_S = 600.0
+_SHOWN_CHARACTERS = 2000
+
+
+def pack(loader: str, source: Path, destination: Path) -> None:
+    """Write the model in `source` as an MLflow model folder.
+
+    Args:
+        loader: see `pipeline.stage.Catalogue`.
+        source: folder of the output that holds the model.
+        destination: folder to make.
+
+    Raises:
+        PipelineError: it cannot be loaded, or not be exported.
+    """
+    command = [sys.executable, "-m", __name__, loader, str(source), str(destination)]
+    # The stage's modules are found where this process would find them.
+    paths = os.pathsep.join([path or os.getcwd() for path in sys.path])
+    environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    try:
+        subprocess.run(  # noqa: S603 - our own interpreter and module
+            command, env=environment, check=True, capture_output=True, text=True, timeout=_LIMIT_S
+        )
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.strip().rpartition("\n")[2][:_SHOWN_CHARACTERS]
+        raise PipelineError(f"the model cannot be exported for the registry: {said}") from None
+    except subprocess.TimeoutExpired:
+        raise PipelineError(f"exporting the model takes more than {_LIMIT_S:g} s.") from None
+
+
+def _main(loader: str, source: str, destination: str) -> None:
+    module, _, attribute = loader.partition(":")
+    model, example = getattr(importlib.import_module(module), attribute)(Path(source))
+
+    import mlflow.pytorch  # takes seconds, so a model that cannot be loaded comes first
+
+    torch = sys.modules["torch"]
+    mlflow.pytorch.save_model(
+        model.eval(),
+        destination,
+        input_example=example,
+        serialization_format="pt2",
+        # Given, because MLflow would find out by loading the model in yet another process.
+        pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}"],
+    )
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,155 @@
+"""Brings a tracker up to what the store says of a run.
+
+Everything that is to be recorded lies in the store: events in the attempts, outputs and facts in
+the manifests. So the recorder is only told which cell has news. It reads on from where it stopped,
+and if the server is away, nothing has to be kept for it. The driver's thread and `fls sync` use the
+same recorder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from pipeline.errors import Damaged
+from pipeline.events import Cursor, EventTail
+from pipeline.store import Manifest, Store
+from pipeline.tracking.base import (
+    AbstractTracker,
+    CellEnd,
+    CellFacts,
+    CellState,
+    RunFacts,
+    TrackingProgress,
+)
+
+
+class Recorder:
+    """Records one run.
+
+    Args:
+        tracker: where.
+        store: what.
+        run: the run.
+        progress: how far it is recorded; changed here, before `changed` is called.
+        changed: called after each step that succeeded.
+    """
+
+    def __init__(
+        self,
+        tracker: AbstractTracker,
+        store: Store,
+        run: RunFacts,
+        progress: TrackingProgress,
+        changed: Callable[[], None] = lambda: None,
+    ):
+        self._tracker = tracker
+        self._store = store
+        self._run = run
+        self._progress = progress
+        self._changed = changed
+        self._open: set[str] = set()
+        tracker.ids = progress.ids
+
+    def open(self) -> None:
+        """Begin the run, or go on with it; also after an error, before anything else."""
+        self._open.clear()
+        self._tracker.open_run(self._run)
+        # An error later on leaves open what has been recorded: then it is looked for.
+        self._run = replace(self._run, resumed=True)
+        self._progress.ended = False
+        self._step()
+
+    def record(self, cell: CellFacts, state: CellState, source: str | None = None) -> None:
+        """Record what is new of a cell.
+
+        Args:
+            cell: the cell.
+            state: how it stands.
+            source: of a cached cell, see `AbstractTracker.link_cached`.
+        """
+        name = cell.cell
+        if state is CellState.CACHED:
+            self._tracker.link_cached(cell, source)
+            self._progress.keys[name] = cell.key
+            self._step()
+            self._register(cell)
+            return
+        self._begin(cell)
+        cursors = self._progress.cursors
+        tail = EventTail(self._store, self._run.run_id, cursors)
+        events, cursor = tail.read(name, cell.key)
+        self._tracker.log(name, events)
+        cursors[name] = cursor
+        self._step()
+        if state is not CellState.RUNNING:
+            self._tracker.close_cell(name, self._end(cell, state))
+            self._open.discard(name)
+            if state is CellState.DONE:
+                self._progress.closed.append(name)
+            self._step()
+        if state is CellState.DONE:
+            self._register(cell)
+
+    def promote(self, output: str, folder: Path) -> None:
+        """Keep an output with the run itself."""
+        self._tracker.promote(output, folder)
+
+    def close(self, state: str) -> None:
+        """Record the run's end."""
+        self._tracker.close_run(state)
+        self._progress.ended = True
+        self._step()
+
+    def _begin(self, cell: CellFacts) -> None:
+        """Open a cell; what was recorded under another key, or of a lost result, goes first."""
+        name, progress = cell.cell, self._progress
+        if name in progress.closed or progress.keys.get(name, cell.key) != cell.key:
+            self._tracker.forget_cell(name)
+            for recorded in (progress.closed, progress.registered):
+                if name in recorded:
+                    recorded.remove(name)
+            progress.cursors.pop(name, None)
+        progress.keys[name] = cell.key
+        progress.cursors.setdefault(name, Cursor())
+        if name not in self._open:
+            self._tracker.open_cell(cell)
+            self._open.add(name)
+            self._step()
+
+    def _register(self, cell: CellFacts) -> None:
+        if cell.registration is not None and cell.cell not in self._progress.registered:
+            folder = self._store.fetch(cell.key, cell.registration["output"])
+            self._tracker.register(cell, folder)
+            self._progress.registered.append(cell.cell)
+            self._step()
+
+    def _end(self, cell: CellFacts, state: CellState) -> CellEnd:
+        """Gather what is kept of a result; one that is damaged by now is recorded without files."""
+        manifest = self._manifest(cell.key) if state is CellState.DONE else None
+        if manifest is None:
+            return CellEnd(state=state)
+        folders = {}
+        for output in cell.kept:
+            try:
+                folders[output] = self._store.fetch(cell.key, output)
+            except Damaged:  # who needs it has it made again, and then it is recorded anew
+                continue
+        files = [file for output in manifest.outputs.values() for file in output.values()]
+        return CellEnd(
+            state=state,
+            outputs=folders,
+            facts=manifest.facts,
+            output_bytes=sum(file["bytes"] for file in files),
+        )
+
+    def _manifest(self, key: str) -> Manifest | None:
+        try:
+            return self._store.manifest(key)
+        except Damaged:
+            return None
+
+    def _step(self) -> None:
+        self._progress.ids = self._tracker.ids
+        self._changed()

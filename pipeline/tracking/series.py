@@ -1,0 +1,68 @@
+"""What the attempts at one cell have said, as one series of each metric without contradictions.
+
+An attempt that dies may have said more than it had saved; the next one goes on from its checkpoint
+and says the last steps again, perhaps with other values. A tracking server takes both and forgets
+neither. So a step counts as said by the first attempt that says it; and a final value, which later
+attempts may contradict, is held back until the attempt that gives the result is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from pipeline.events import Event
+
+
+class Point(NamedTuple):
+    """One value of a metric."""
+
+    name: str
+    value: float
+    time_s: float
+    step: int
+
+
+@dataclass(kw_only=True)
+class Series:
+    """The memory behind it; JSON, small, and the same after a replay from where it was saved.
+
+    Attributes:
+        before: metric -> last step that earlier attempts said.
+        now: metric -> last step that is said by now.
+        finals: metric -> (value, time) of the attempt that is running.
+        samples: how many samples of the system were taken by all attempts.
+    """
+
+    before: dict[str, int] = field(default_factory=dict)
+    now: dict[str, int] = field(default_factory=dict)
+    finals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    samples: int = 0
+
+    def take(self, events: Iterable[Event]) -> list[Point]:
+        """Return the points that are new in an attempt's, or several attempts', events."""
+        points: list[Point] = []
+        for event in events:
+            if event["type"] == "start":
+                self.before, self.finals = dict(self.now), {}
+            elif event["type"] == "system":
+                self.samples += 1
+                points += _points(event, self.samples)
+            elif event["type"] == "metrics" and event["step"] is None:
+                for name, value in event["values"].items():
+                    self.finals[name] = value, event["time"]
+            elif event["type"] == "metrics":
+                for point in _points(event, event["step"]):
+                    if point.step > self.before.get(point.name, point.step - 1):
+                        self.now[point.name] = max(point.step, self.now.get(point.name, point.step))
+                        points.append(point)
+        return points
+
+    def final_points(self) -> list[Point]:
+        """Return the final values, at step 0."""
+        return [Point(name, value, time_s, 0) for name, (value, time_s) in self.finals.items()]
+
+
+def _points(event: Event, step: int) -> list[Point]:
+    return [Point(name, value, event["time"], step) for name, value in event["values"].items()]

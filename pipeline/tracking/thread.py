@@ -1,0 +1,196 @@
+"""The thread in which the driver records its run.
+
+A slow server must not keep the workers waiting, and one that is away must not end the run. The
+thread holds no events, only which cells have news, so its memory is bounded by their number. While
+the server is away it tries again, ever less often, for as long as the run lasts.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.store import Store
+from pipeline.tracking.base import (
+    AbstractTracker,
+    CellFacts,
+    CellState,
+    RunFacts,
+    TrackerName,
+    TrackingProgress,
+    make_tracker,
+    shown_uri,
+)
+from pipeline.tracking.recorder import Recorder
+
+_FIRST_PAUSE_S = 0.5
+_LONGEST_PAUSE_S = 15.0
+
+News = tuple[CellFacts, CellState, str | None]
+Chores = Callable[[AbstractTracker], object]
+
+
+class TrackingThread:
+    """Records a run, in the order of its news.
+
+    Args:
+        name: of the tracker; imported in the thread, for MLflow takes seconds.
+        store: holds what is to be recorded.
+        progress: what an earlier life of the run recorded.
+        patient: whether to wait even for a server that has never answered for this run.
+
+    Attributes:
+        error: why tracking could not even begin, or None.
+        behind: whether the server is away.
+    """
+
+    def __init__(
+        self, name: TrackerName, store: Store, progress: TrackingProgress, *, patient: bool = False
+    ):
+        self._name = name
+        self._store = store
+        self._patient = patient or bool(progress.ids)
+        self._live = copy.deepcopy(progress)  # the thread's own
+        self._recorded = copy.deepcopy(progress)  # as of its last step
+        self._change = threading.Condition()  # guards all that follows
+        self._news: dict[str, News] = {}
+        self._promoted: list[Path] = []
+        self._end: str | None = None
+        self._refused = False
+        self._finishing = self._given_up = False
+        self._messages: list[str] = []
+        self._thread: threading.Thread | None = None
+        self.error: Exception | None = None
+        self.behind = False
+
+    def open(self, run: RunFacts, chores: Chores) -> None:
+        """Begin; `chores` are done once, as soon as the run is open."""
+        self._thread = threading.Thread(
+            target=self._work, args=(run, chores), name="tracking", daemon=True
+        )
+        self._thread.start()
+
+    def note(self, cell: CellFacts, state: CellState, source: str | None = None) -> None:
+        """Note that there is something to record of a cell, see `Recorder.record`."""
+        with self._change:
+            self._news[cell.cell] = cell, state, source
+            self._change.notify()
+
+    def promote(self, folder: Path) -> None:
+        """Note an output, called as its folder is, that is kept with the run itself."""
+        with self._change:
+            self._promoted.append(folder)
+
+    def close(self, state: str) -> None:
+        """Note how the run ended; recorded once all that was noted before is."""
+        with self._change:
+            self._end = state
+
+    def progress(self) -> TrackingProgress:
+        """Return what is recorded by now."""
+        with self._change:
+            return copy.deepcopy(self._recorded)
+
+    def messages(self) -> list[str]:
+        """Return what the user should know and has not been told."""
+        with self._change:
+            told, self._messages = self._messages, []
+            return told
+
+    def finish(self, timeout_s: float) -> bool:
+        """Wait until all is recorded; False when it is not, for lack of time or for an error."""
+        if self._thread is None:
+            return False
+        with self._change:
+            self._finishing = True
+            self._change.notify()
+        self._thread.join(timeout_s)
+        with self._change:
+            self._given_up = True
+            self._change.notify()
+            return self._recorded.ended and not self._refused
+
+    # -- in the thread
+
+    def _work(self, run: RunFacts, chores: Chores) -> None:
+        try:
+            tracker = make_tracker(self._name)
+        except Exception as error:  # its library is not installed, or broken
+            self.error = error
+            return
+        recorder = Recorder(tracker, self._store, run, self._live, self._stepped)
+        opened, pause_s = False, _FIRST_PAUSE_S
+        while not self._given_up:
+            try:
+                if not opened:
+                    recorder.open()
+                    opened = self._patient = True
+                    chores(tracker)
+                while self._record_next(recorder, tracker):
+                    pause_s = _FIRST_PAUSE_S
+                return
+            except Exception as error:  # a server or a database may fail in any way
+                if not self._patient:
+                    self.error = error
+                    return
+                opened = False  # how far the failed call came is found out by opening again
+                self._fall_behind(error)
+                with self._change:
+                    self._change.wait_for(lambda: self._given_up, pause_s)
+                pause_s = min(_LONGEST_PAUSE_S, 2 * pause_s)
+
+    def _record_next(self, recorder: Recorder, tracker: AbstractTracker) -> bool:
+        """Wait for news and record it; once there is no more to come, record the run's end.
+
+        Returns:
+            Whether there is more to do.
+        """
+        with self._change:
+            if not self._news:
+                self._catch_up()
+            self._change.wait_for(lambda: self._news or self._finishing)
+            if self._given_up:
+                return False
+            name = next(iter(self._news), None)
+            news = self._news.pop(name) if name is not None else None
+        if news is None:
+            for folder in self._promoted:
+                recorder.promote(folder.name, folder)
+            if self._end is not None:
+                recorder.close(self._end)
+            return False
+        try:
+            recorder.record(*news)
+        except Exception as error:
+            if tracker.is_outage(error):
+                with self._change:  # in front, unless there is newer news of the cell
+                    self._news = {news[0].cell: news, **self._news}
+                raise
+            self._refuse(news[0].cell, error)
+        return True
+
+    def _fall_behind(self, error: Exception) -> None:
+        with self._change:
+            if not self.behind:
+                self.behind = True
+                self._messages.append(
+                    f"Tracking is behind ({type(error).__name__}: {shown_uri(str(error))}); "
+                    "the run goes on, and what is to be recorded waits in the store."
+                )
+
+    def _catch_up(self) -> None:
+        if self.behind:
+            self.behind = False
+            self._messages.append("Tracking has caught up.")
+
+    def _refuse(self, cell: str, error: Exception) -> None:
+        """Go on without a cell that the server does not take, so that it keeps no other waiting."""
+        with self._change:
+            self._refused = True
+            self._messages.append(f"{cell} cannot be recorded: {shown_uri(str(error))}")
+
+    def _stepped(self) -> None:
+        with self._change:
+            self._recorded = copy.deepcopy(self._live)
