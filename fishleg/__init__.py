@@ -41,6 +41,7 @@ from fishleg.pruning import (
     prune_once,
     weight_masks,
 )
+from fishleg.team import Team
 
 __all__ = [
     # parameters
@@ -55,6 +56,7 @@ __all__ = [
     "Gaussian",
     "GradientSource",
     "Likelihood",
+    "Team",
     "fisher_vector_product",
     # estimators
     "ESTIMATORS",

@@ -57,10 +57,19 @@ class Calibration:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def batches(self, batch_size: int, device: torch.device) -> Iterator[Batch]:
-        """Yield the samples in order, on `device`; the last batch may be smaller."""
-        for start in range(0, len(self), batch_size):
-            part = slice(start, start + batch_size)
+    def batches(
+        self, batch_size: int, device: torch.device, among: slice = slice(None)
+    ) -> Iterator[Batch]:
+        """Yield the samples in order, on `device`; the last batch may be smaller.
+
+        Args:
+            batch_size: samples in a batch.
+            device: where the batches are.
+            among: the samples wanted, a run of them; default all.
+        """
+        first, end, _ = among.indices(len(self))
+        for start in range(first, end, batch_size):
+            part = slice(start, min(start + batch_size, end))
             inputs = self.inputs[part].to(device)
             if self.indices is None:
                 indices = torch.arange(start, start + len(inputs), device=device)

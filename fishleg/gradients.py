@@ -28,6 +28,7 @@ from fishleg.persample import (
     general_gradients,
     run_passes,
 )
+from fishleg.team import ALONE, Team
 
 __all__ = ["Calibration", "GradientSource", "Labels", "LayerSignals", "Lazy"]
 
@@ -77,6 +78,7 @@ class GradientSource:
         draws: K >= 1, labels drawn a sample (1 unless they are sampled or matched).
         seed: of the drawn labels; with a sample's number and the draw it fixes the label.
         batch_size: gradient rows computed at once, >= 1.
+        team: processes that have the same source, and may share the passes; see `shared`.
 
     Raises:
         UnknownName: `labels` is none of these, or the partition is of another model.
@@ -95,6 +97,7 @@ class GradientSource:
         draws: int = 1,
         seed: int = 0,
         batch_size: int = 128,
+        team: Team = ALONE,
     ):
         if labels not in get_args(Labels):
             raise UnknownName("labels", labels, get_args(Labels))
@@ -113,11 +116,13 @@ class GradientSource:
         self.draws = draws
         self.seed = seed
         self.batch_size = batch_size
+        self.team = team
+        self._among = slice(None)
 
     def batches(self, batch_size: int | None = None) -> Iterator[Batch]:
         """Yield the samples on the model's device, in batches (default: `self.batch_size`)."""
         device = next(self.model.parameters()).device
-        return self.calibration.batches(batch_size or self.batch_size, device)
+        return self.calibration.batches(batch_size or self.batch_size, device, self._among)
 
     def label(
         self, outputs: Tensor, batch: Batch, labels: Labels | None = None
@@ -313,6 +318,37 @@ class GradientSource:
         other = copy(self)
         other.calibration, other.seed = calibration, seed
         return other
+
+    def shared(self) -> GradientSource:
+        """Return a source that streams this process's part of the samples, scaled as in the whole.
+
+        What is summed over it and then over the team is the sum over all samples.
+
+        Raises:
+            FishLegError: there are fewer samples than processes.
+        """
+        if self.team.size == 1:
+            return self
+        if len(self.calibration) < self.team.size:
+            raise FishLegError(
+                f"Expected a calibration sample for each of the {self.team.size} processes, got "
+                f"{len(self.calibration)}; take more samples, or fewer workers."
+            )
+        _ = self._paths  # found out on the same samples by all
+        other = copy(self)
+        other._among = self.team.part(len(self.calibration))
+        return other
+
+    def alone(self) -> GradientSource:
+        """Return the same source without a team: its passes are this process's own."""
+        other = copy(self)
+        other.team = ALONE
+        return other
+
+    @property
+    def first_row(self) -> int:
+        """The number of the first gradient row of a pass among those of all processes."""
+        return (self._among.start or 0) * self.rows_per_sample
 
     def report(self) -> list[tuple[str, str]]:
         """Return (parameter, what of it) for all that is off the fast path or without curvature."""

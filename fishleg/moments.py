@@ -28,6 +28,8 @@ def accumulate(
 ) -> dict[str, list[Tensor]]:
     """Return group name -> float64 sums of the moments over all gradients, in one pass.
 
+    A team shares the pass, and each of its processes gets the sums over all.
+
     Args:
         source: of scaled gradients.
         moments: maps gradients (n, rows, columns) to sums of statistics over n; or group name ->
@@ -38,7 +40,7 @@ def accumulate(
     """
     totals: dict[str, list[Tensor]] = {}
     done = 0
-    for batch in source.stream(groups):
+    for batch in source.shared().stream(groups):
         for name, gradients in batch.items():
             if masks is not None and name in masks:
                 gradients = gradients * masks[name]
@@ -50,7 +52,8 @@ def accumulate(
             rows = len(gradients)
         done += rows
         if progress is not None:
-            progress(done)
+            progress(min(done * source.team.size, source.rows))
+    source.team.sum(tensor for sums in totals.values() for tensor in sums)
     return totals
 
 
@@ -140,10 +143,10 @@ def _accumulate_signals(
     groups: Sequence[str],
     progress: Progress | None,
 ) -> dict[str, list[Tensor]]:
-    """Return group name -> float64 sums of the moments of layer signals, in one pass."""
+    """Return group name -> float64 sums of the moments of layer signals; shared as above."""
     totals: dict[str, list[Tensor]] = {}
     done = 0
-    for batch in source.layers(groups):
+    for batch in source.shared().layers(groups):
         rows = 0
         for name, signals in batch.items():
             if signals is None:
@@ -156,7 +159,8 @@ def _accumulate_signals(
                 total += part
         done += rows
         if progress is not None:
-            progress(done)
+            progress(min(done * source.team.size, source.rows))
+    source.team.sum(tensor for sums in totals.values() for tensor in sums)
     return totals
 
 

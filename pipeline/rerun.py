@@ -18,7 +18,7 @@ from pipeline.schedule import Schedule
 from pipeline.store import Manifest, Store
 from pipeline.worker import Outcome, Task
 
-_FACTS = ("device", "threads", "platform", "python")
+_FACTS = ("device", "threads", "workers", "platform", "python")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,8 @@ def rerun(plan: Plan, store: Store, address: str) -> Comparison:
             if not source["available"]:
                 raise BadInput(f"{name} needs {source['cell']}, which is not in the store.")
             _copy_result(store, copy, source["key"], source["output"])
-        outcome = _run(task, planned, threads=stored.facts["threads"])
+        facts = stored.facts
+        outcome = _run(task, planned, threads=facts["threads"], workers=facts["workers"])
         if outcome["status"] != "ok":
             raise PipelineError(f"{name}, computed again, failed: {outcome['error']['message']}")
         made = copy.manifest(planned.key)
@@ -103,9 +104,11 @@ def _copy_result(store: Store, copy: Store, key: str, output: str) -> None:
         shutil.copytree(folder, target)
 
 
-def _run(task: Task, planned: PlannedCell, *, threads: int) -> Outcome:
-    """Run a task in a process of its own on this machine."""
-    resources = dataclasses.replace(planned.cell.resources, num_cpus=float(threads))
+def _run(task: Task, planned: PlannedCell, *, threads: int, workers: int) -> Outcome:
+    """Run a task in processes of its own on this machine."""
+    resources = dataclasses.replace(
+        planned.cell.resources, num_cpus=float(threads), workers=workers
+    )
     task["num_cpus"] = resources.num_cpus
     executor = make_executor(ExecutorName.LOCAL)
     try:

@@ -19,7 +19,7 @@ from pipeline.errors import BadInput, Problem, SpecError, nearest
 from pipeline.graph import Cell, Registration, Scalar, StageSpec, cell_name, expand, topological
 from pipeline.interpolate import override
 from pipeline.params import Issue, Marked, issues_of, marked
-from pipeline.spec_shape import FileShape, ResourcesShape, StageShape
+from pipeline.spec_shape import FileShape, StageShape
 from pipeline.stage import Catalogue, Params, Registry, Resources, Stage
 from pipeline.yaml_loader import Document, Path
 
@@ -193,7 +193,7 @@ class _Builder:
                     matrix=self.matrix(name, shape, declaration),
                     inputs=self.inputs(name, shape, declaration, raw),
                     params=shape.params,
-                    resources=_resources(declaration.resources, shape.resources),
+                    resources=self.resources(name, shape, declaration),
                     retries=shape.retries,
                     timeout_s=shape.timeout_s,
                     checkpoint_every_s=shape.checkpoint_every_s,
@@ -299,6 +299,27 @@ class _Builder:
         )
         return None
 
+    def resources(self, name: str, shape: StageShape, declaration: Stage) -> Resources:
+        """Return what a cell needs: the stage type's own resources, as changed by the spec."""
+        changes = shape.resources.model_dump(exclude_none=True)
+        if "memory" in changes:
+            changes["memory_bytes"] = changes.pop("memory")
+        wanted = dataclasses.replace(declaration.resources, workers=shape.workers, **changes)
+        if wanted.workers > 1 and not declaration.parallel:
+            able = ", ".join(one.name for one in self.types.values() if one.parallel)
+            self.note(
+                ("stages", name, "workers"),
+                f"{declaration.name!r} runs in one process; several workers are for "
+                f"{able or 'stage types that declare it, and there is none'}",
+            )
+        elif wanted.workers > 1 and not float(wanted.num_gpus).is_integer():
+            self.note(
+                ("stages", name, "workers"),
+                f"workers cannot share a GPU: expected num_gpus to be a whole number, got "
+                f"{wanted.num_gpus:g}",
+            )
+        return wanted
+
     # -- parameters
 
     def stage_params(self, stage: StageSpec) -> dict[str, Params]:
@@ -376,13 +397,6 @@ def _import_catalogue(name: str) -> Plugin | None:
     module = importlib.import_module(inner if find_module(inner) else name)
     found = getattr(module, "CATALOGUE", None)
     return Plugin(module=module.__name__, catalogue=found) if found is not None else None
-
-
-def _resources(default: Resources, given: ResourcesShape) -> Resources:
-    changes = given.model_dump(exclude_none=True)
-    if "memory" in changes:
-        changes["memory_bytes"] = changes.pop("memory")
-    return dataclasses.replace(default, **changes)
 
 
 def _name_trouble(mark: Marked) -> str | None:

@@ -101,6 +101,7 @@ class StageShape(_Shape):
     inputs: dict[str, Annotated[list[str], BeforeValidator(_names), Field(min_length=1)]] = {}
     params: dict[str, Any] = {}
     resources: ResourcesShape = ResourcesShape()
+    workers: int = Field(default=1, ge=1)
     retries: int = Field(default=2, ge=0)
     timeout_s: float | None = Field(default=None, gt=0)
     checkpoint_every_s: float = Field(default=30.0, ge=0)

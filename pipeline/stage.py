@@ -142,12 +142,16 @@ class Output:
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What a cell of a stage needs; `memory_bytes` None means undeclared."""
+    """What a cell of a stage needs: `workers` processes at once, each with all the rest.
+
+    `memory_bytes` None means undeclared.
+    """
 
     num_cpus: float = 1.0
     num_gpus: float = 0.0
     memory_bytes: int | None = None
     accelerator_type: str | None = None
+    workers: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +176,8 @@ class Stage:
         resources: defaults; the spec's `resources:` overrides them key by key.
         estimate: forecast from the resolved parameters, and those of all cells upstream (nearest
             first), or None.
+        parallel: several processes may run a cell together, as ranks of one group, to the result of
+            one up to rounding; the spec's `workers:` says how many.
         summary: one line for listings.
     """
 
@@ -182,6 +188,7 @@ class Stage:
     outputs: Mapping[str, Output] = field(default_factory=dict)
     resources: Resources = field(default_factory=Resources)
     estimate: Callable[[Any, Sequence[Params]], Estimate] | None = None
+    parallel: bool = False
     summary: str = ""
 
 
@@ -290,8 +297,10 @@ class Context:
         inputs: input name -> artifacts, in spec order then cell order (one unless `many`).
         device: "cpu" or "cuda".
         threads: intra-op threads the stage may use (already set for torch by the worker).
-        rank: this process's rank, 0 <= rank < world_size. Only rank 0 writes.
+        rank: this process's rank, 0 <= rank < world_size. Only rank 0 has the checkpoint to go on
+            from, and only it writes: what others put into `folder` is thrown away.
         world_size: number of processes that share the stage.
+        rendezvous: where they meet, an `init_method` of torch.distributed; "" if they have met.
         emit: where events go.
         checkpoint_every_s: seconds between in-stage checkpoints, for `checkpoint_due`.
         preemption: whether the attempt is to end at its next checkpoint, which is due at once.
@@ -306,6 +315,7 @@ class Context:
     threads: int = 1
     rank: int = 0
     world_size: int = 1
+    rendezvous: str = ""
     emit: EventSink = _discard
     checkpoint_every_s: float = 30.0
     preemption: Preemption = field(default_factory=Preemption)

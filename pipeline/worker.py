@@ -12,17 +12,20 @@ import json
 import os
 import platform
 import queue
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from pipeline.attempt import Attempt
 from pipeline.cost import CostMeter
@@ -52,11 +55,20 @@ class TaskInput(TypedDict):
     available: bool
 
 
+class Seat(TypedDict):
+    """The place of one of several processes that run a task; see `Context` for the last two."""
+
+    rank: int
+    world_size: int
+    rendezvous: str
+
+
 class Task(TypedDict):
     """One attempt at one cell, as plain data.
 
     `entry` and `params_model` are `module:attribute`; `token` tells the storage from others;
-    `directory` is the driver's working directory, where relative paths in parameters start.
+    `directory` is the driver's working directory, where relative paths in parameters start. An
+    executor adds a `seat` when it runs the task in several processes.
     """
 
     run: str
@@ -74,6 +86,7 @@ class Task(TypedDict):
     num_gpus: float
     checkpoint_every_s: float
     directory: str
+    seat: NotRequired[Seat]
 
 
 class Failure(TypedDict):
@@ -118,7 +131,8 @@ def threads_of(task: Task) -> int:
 def run_task(task: Task) -> Outcome:
     """Run one attempt at a cell and publish what it made.
 
-    Returns at once when the cell's result is there already.
+    Returns at once when the cell's result is there already. Of several processes that run the task
+    rank 0 makes the attempt; the others help it, and leave nothing.
     """
     _prepare_process(task)
     store = Store(task["storage"])
@@ -126,6 +140,8 @@ def run_task(task: Task) -> Outcome:
         return {"status": "failed", "error": _unshared(task)}
     if _published(store, task["key"]):
         return {"status": "ok", "seconds": 0.0}
+    if _seat(task)["rank"] > 0:
+        return _help(task, store)
     began = time.monotonic()
     with (
         _heeding_preemption() as preemption,
@@ -181,7 +197,7 @@ def _attempt(
             redirect_stderr(lines),
         ):
             stage = _load(task["entry"])
-            context = _make_context(task, store, attempt, _with_cost(events, meter))
+            context = _make_context(task, store, attempt.folder, _with_cost(events, meter))
             context.preemption = preemption
             stage(context)
         cost = meter.read()
@@ -190,15 +206,40 @@ def _attempt(
         facts = {**_facts(task, context), **cost}
         published = attempt.publish(task["ingredients"], task["outputs"], facts)
         return {"status": "ok" if published else "lost"}
-    except Damaged as error:
-        return {"status": "damaged", "key": error.key, "error": _error(str(error), user=False)}
     except Preempted:
         return preempted()
-    except (StageError, PipelineError) as error:
-        return {"status": "failed", "error": _error(str(error), user=True)}
     except (Exception, SystemExit) as error:  # a stage is anyone's code and may raise anything
-        message = f"{type(error).__name__}: {error}"
-        return {"status": "failed", "error": _error(message, user=False)}
+        return _failed(error)
+
+
+def _help(task: Task, store: Store) -> Outcome:
+    """Run the stage as one of the ranks after the first, in a folder that is deleted."""
+    folder = Path(tempfile.gettempdir(), f"fls-{uuid.uuid4().hex}")  # is there once it is used
+    try:
+        with _heeding_preemption() as preemption:
+            stage = _load(task["entry"])
+            context = _make_context(task, store, folder, lambda event: None)
+            context.preemption = preemption
+            stage(context)
+        return {"status": "ok"}
+    except (Exception, SystemExit) as error:
+        return _failed(error)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _failed(error: BaseException) -> Outcome:
+    """Return the outcome of a stage that raised the error, which is being handled."""
+    if isinstance(error, Damaged):
+        return {"status": "damaged", "key": error.key, "error": _error(str(error), user=False)}
+    if isinstance(error, StageError | PipelineError):
+        return {"status": "failed", "error": _error(str(error), user=True)}
+    message = f"{type(error).__name__}: {error}"
+    return {"status": "failed", "error": _error(message, user=False)}
+
+
+def _seat(task: Task) -> Seat:
+    return task.get("seat") or {"rank": 0, "world_size": 1, "rendezvous": ""}
 
 
 def _with_cost(events: EventWriter, meter: CostMeter) -> EventSink:
@@ -222,7 +263,7 @@ def _prepare_process(task: Task) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def _make_context(task: Task, store: Store, attempt: Attempt, emit: EventSink) -> Context:
+def _make_context(task: Task, store: Store, folder: Path, emit: EventSink) -> Context:
     # A warm process may have imported torch under another thread count. Torch is looked up and
     # not imported: a stage that does without it should not pay for it.
     torch = sys.modules.get("torch")
@@ -231,10 +272,11 @@ def _make_context(task: Task, store: Store, attempt: Attempt, emit: EventSink) -
     params_model: type[Params] = _load(task["params_model"])
     return Context(
         params=params_model.model_validate_json(json.dumps(task["params"])),
-        folder=attempt.folder,
+        folder=folder,
         inputs=_fetch_inputs(task["inputs"], store),
         device=_device(task, torch),
         threads=threads_of(task),
+        **_seat(task),
         emit=emit,
         checkpoint_every_s=task["checkpoint_every_s"],
         cell=task["cell"],
@@ -309,6 +351,7 @@ def _facts(task: Task, context: Context) -> dict[str, Any]:
         "cell": task["cell"],
         "device": context.device,
         "threads": context.threads,
+        "workers": context.world_size,
         "platform": platform.platform(),
         "python": platform.python_version(),
         "packages": versions,

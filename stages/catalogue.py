@@ -748,6 +748,7 @@ CATALOGUE = Catalogue(
             params=PretrainParams,
             outputs=_GIVES_MODEL,
             estimate=estimate_training,
+            parallel=True,
             summary="trains a network from scratch",
         ),
         Stage(
@@ -765,6 +766,7 @@ CATALOGUE = Catalogue(
             inputs={"model": _MODEL},
             outputs={"curvature": Output(kind="curvature", summary="the fitted estimate")},
             estimate=estimate_curvature,
+            parallel=True,
             summary="estimates the inverse Fisher of a model, with a certificate",
         ),
         Stage(
@@ -817,6 +819,7 @@ CATALOGUE = Catalogue(
             },
             outputs=_GIVES_MODEL,
             estimate=estimate_training,
+            parallel=True,
             summary="trains the surviving weights",
         ),
         Stage(

@@ -9,7 +9,8 @@ from fishleg.estimators.base import FitProgress
 from pipeline.stage import Context
 from stages.data.source import load_data
 from stages.determinism import compute_deterministically
-from stages.estimate import Recipe, load_state, save_state, user_errors
+from stages.distributed import joined
+from stages.estimate import Recipe, load_state, save_state, share_state, user_errors
 from stages.model_folder import input_model
 
 if TYPE_CHECKING:
@@ -38,12 +39,17 @@ def curvature(ctx: Context) -> None:
     def report(progress: FitProgress) -> None:
         ctx.progress(progress.done, progress.total, "fit step")
         ctx.log({f"fit/{k}": value for k, value in progress.metrics.items()}, step=progress.done)
-        if ctx.checkpoint_due():
+        if ctx.rank == 0 and ctx.checkpoint_due():
             with ctx.checkpoint() as folder:
                 save_state(folder, estimator)
 
-    with user_errors():
-        estimator.fit(source, report, resume=unfinished is not None)
+    with joined(ctx) as source.team, user_errors():
+        resume = source.team.any(unfinished is not None)
+        if resume:
+            share_state(source.team, estimator, ctx.device)
+        estimator.fit(source, report, resume=resume)
+    if ctx.rank > 0:
+        return
     ctx.log({"memory_bytes": estimator.memory_bytes()})
     certificate = None
     held_out = recipe.calibration.held_out(dataset, params.certificate_samples)

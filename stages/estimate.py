@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fishleg.errors import FishLegError
 from fishleg.estimators.base import AbstractEstimator
 from fishleg.parameters import Partition
+from fishleg.team import Team
 from pipeline.stage import StageError, write_json
 from stages.calibration import CalibrationPlan
 from stages.reference import Reference, refer
@@ -113,6 +114,13 @@ def load_state(folder: Path, estimator: AbstractEstimator, device: str) -> None:
     """Restore an estimator's state onto `device`."""
     meta = json.loads((folder / "curvature.json").read_text("utf-8"))["meta"]
     tensors = load_tensors(folder / "curvature.safetensors", device)
+    estimator.load_state_dict({"tensors": tensors, "meta": meta})
+
+
+def share_state(team: Team, estimator: AbstractEstimator, device: str) -> None:
+    """Give all of a team the state that the estimator of its first process has."""
+    state = estimator.state_dict()
+    tensors, meta = team.share(state["tensors"], state["meta"], device=device)
     estimator.load_state_dict({"tensors": tensors, "meta": meta})
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pipeline.stage import Context
 from stages.data.source import load_data
 from stages.determinism import compute_deterministically
+from stages.distributed import joined
 from stages.metrics import log_validation
 from stages.model_folder import input_model, save_model
 from stages.training import Teacher, Training
@@ -21,13 +22,16 @@ def finetune(ctx: Context) -> None:
     compute_deterministically(ctx.device)
     model = input_model(ctx, "model")
     dataset, _ = load_data(model.facts.data)
-    training = Training(
-        model.network, dataset, params, masks=model.masks, teacher=_teacher(ctx, params)
-    )
-    training.resume(ctx)
-    training.run(ctx)
-    save_model(ctx.output("model"), model.with_facts(finetuned=True))
-    log_validation(ctx, model.network, dataset)
+    teacher = _teacher(ctx, params)
+    with joined(ctx) as team:
+        training = Training(
+            model.network, dataset, params, masks=model.masks, teacher=teacher, team=team
+        )
+        training.resume(ctx)
+        training.run(ctx)
+    if ctx.rank == 0:
+        save_model(ctx.output("model"), model.with_facts(finetuned=True))
+        log_validation(ctx, model.network, dataset)
 
 
 def _teacher(ctx: Context, params: FinetuneParams) -> Teacher | None:

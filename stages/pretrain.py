@@ -9,6 +9,7 @@ import torch
 from pipeline.stage import Context
 from stages.data.source import DataSource, load_data
 from stages.determinism import compute_deterministically, derive_seed
+from stages.distributed import joined
 from stages.metrics import log_validation
 from stages.model_folder import Facts, Model, save_model
 from stages.training import Training
@@ -26,8 +27,10 @@ def pretrain(ctx: Context) -> None:
     torch.manual_seed(derive_seed(params.seed, "weights"))
     network = facts.build().to(ctx.device)
     facts.partition(network)  # a pattern that matches nothing is an error now, not after hours
-    training = Training(network, dataset, params)
-    training.resume(ctx)
-    training.run(ctx)
-    save_model(ctx.output("model"), Model(network=network, masks={}, facts=facts))
-    log_validation(ctx, network, dataset)
+    with joined(ctx) as team:
+        training = Training(network, dataset, params, team=team)
+        training.resume(ctx)
+        training.run(ctx)
+    if ctx.rank == 0:
+        save_model(ctx.output("model"), Model(network=network, masks={}, facts=facts))
+        log_validation(ctx, network, dataset)

@@ -2,7 +2,9 @@
 
 A run's whole state is the network, the optimiser's moments and a cursor (epoch, batch). Learning
 rate, batches, crops and dropout are functions of the cursor, so a run that goes on from a
-checkpoint reaches the same bits as an undisturbed one (equal device and thread count).
+checkpoint reaches the same bits as an undisturbed one (equal device and thread count). In a team
+each process takes its part of every batch and adds up gradients and losses with the others, so that
+all take the step of the whole batch. Only dropout differs from what one process would draw.
 """
 
 from __future__ import annotations
@@ -21,10 +23,13 @@ from torch.nn import functional
 
 from fishleg.likelihoods import Categorical
 from fishleg.optim import FishLeg
+from fishleg.team import ALONE, Team
 from pipeline.stage import Context, StageError, write_json
+from stages.batch_norm import whole_batches
 from stages.data.batches import batches_per_epoch, training_batches
 from stages.data.dataset import DataSet
 from stages.determinism import derive_seed
+from stages.distributed import require_equal
 from stages.metrics import measure
 from stages.tensor_files import load_tensors, save_tensors, with_prefix, without_prefix
 
@@ -58,6 +63,10 @@ class Training:
         masks: weight name -> bool in the weight's shape; weights outside are zero after each step.
         teacher: for distillation, or None.
         purpose: tells apart the runs of one stage; different purposes see different batches.
+        team: the processes that train together, each with the same arguments.
+
+    Raises:
+        StageError: a batch has fewer samples than there are processes.
     """
 
     def __init__(
@@ -69,6 +78,7 @@ class Training:
         masks: Mapping[str, Tensor] | None = None,
         teacher: Teacher | None = None,
         purpose: str = "training",
+        team: Team = ALONE,
     ):
         self.device = str(next(network.parameters()).device.type)
         self.network = network
@@ -78,6 +88,12 @@ class Training:
         self.params = params
         self.teacher = teacher
         self.seed = derive_seed(params.seed, purpose)
+        self.team = team
+        if min(params.batch_size, len(dataset.train)) < team.size:
+            raise StageError(
+                f"batch_size: expected at least a sample for each of the {team.size} workers, got "
+                f"{min(params.batch_size, len(dataset.train))}."
+            )
         parameters = dict(network.named_parameters())
         self.removed = [(parameters[name], ~mask) for name, mask in (masks or {}).items()]
         self.optimizer = _optimizer(network, params, masks or {}, self.seed)
@@ -90,6 +106,16 @@ class Training:
 
     def save(self, folder: Path) -> None:
         """Write the whole state into a checkpoint's folder."""
+        tensors, cursor = self._state()
+        save_tensors(folder / "training.safetensors", tensors)
+        write_json(folder / "training.json", cursor)
+
+    def load(self, folder: Path) -> None:
+        """Go on from a state that `save` wrote."""
+        cursor = json.loads((folder / "training.json").read_text("utf-8"))
+        self._restore(load_tensors(folder / "training.safetensors"), cursor)
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         moments = {
             f"{index}.{name}": value
             for index, state in self.optimizer.state_dict()["state"].items()
@@ -101,12 +127,9 @@ class Training:
             **with_prefix("optimizer", moments),
             "loss_sum": self.loss_sum,
         }
-        save_tensors(folder / "training.safetensors", tensors)
-        write_json(folder / "training.json", {"epoch": self.epoch, "batch": self.batch})
+        return tensors, {"epoch": self.epoch, "batch": self.batch}
 
-    def load(self, folder: Path) -> None:
-        """Go on from a state that `save` wrote."""
-        tensors = load_tensors(folder / "training.safetensors")
+    def _restore(self, tensors: Mapping[str, Tensor], cursor: Mapping[str, int]) -> None:
         self.network.load_state_dict(without_prefix("network", tensors))
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in without_prefix("optimizer", tensors).items():
@@ -115,15 +138,24 @@ class Training:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.loss_sum = tensors["loss_sum"].to(self.device)
-        cursor = json.loads((folder / "training.json").read_text("utf-8"))
         self.epoch, self.batch = cursor["epoch"], cursor["batch"]
 
     def resume(self, ctx: Context) -> None:
-        """Go on from the cell's last checkpoint, if it has one."""
+        """Go on from the cell's last checkpoint, if it has one; a team begins as its first rank."""
         folder = ctx.last_checkpoint()
         if folder is not None:
             self.load(folder)
             ctx.say(f"going on from epoch {self.epoch}, batch {self.batch}")
+        if self.team.size > 1:
+            tensors, cursor = self._state()
+            plain = {name: tensor.cpu() for name, tensor in tensors.items()}  # as from a file
+            self._restore(*self.team.share(plain, cursor))
+            require_equal(self.team, self._bits())
+
+    def _bits(self) -> dict[str, Tensor]:
+        """Return what must be the same in every process: weights, statistics and masks."""
+        removed = {f"removed.{number}": one for number, (_, one) in enumerate(self.removed)}
+        return {**self.network.state_dict(), **removed}
 
     # -- running
 
@@ -165,17 +197,20 @@ class Training:
                     shown = time.monotonic()
                     done = self.epoch + self.batch / self.batches
                     ctx.progress(first_step + done, first_step + self.params.epochs, "epoch")
-                if ctx.checkpoint_due():
+                if self.team.any(ctx.checkpoint_due()):
                     self._require_finite()
-                    with ctx.checkpoint() as folder:
-                        self.save(folder)
-                        if also_save is not None:
-                            also_save(folder)
+                    require_equal(self.team, self._bits())
+                    if ctx.rank == 0:
+                        with ctx.checkpoint() as folder:
+                            self.save(folder)
+                            if also_save is not None:
+                                also_save(folder)
         self.network.eval()
 
     def _step(self, inputs: Tensor, labels: Tensor) -> None:
         """Take one optimiser step; dropout and the like draw from a seed of this very batch."""
-        torch.manual_seed(derive_seed(self.seed, "batch", self.epoch, self.batch))
+        rank = (self.team.rank,) if self.team.rank else ()
+        torch.manual_seed(derive_seed(self.seed, "batch", self.epoch, self.batch, *rank))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(
                 self.params, self.epoch * self.batches + self.batch, self.batches
@@ -185,14 +220,31 @@ class Training:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         if isinstance(self.optimizer, FishLeg):
             self.optimizer.observe(inputs)
-        loss = self._loss(inputs, labels)
         self.optimizer.zero_grad()
-        loss.backward()
+        self.loss_sum += self._descend(inputs, labels)
         self.optimizer.step()
-        self.loss_sum += loss.detach()
         with torch.no_grad():
             for parameter, removed in self.removed:
                 parameter.masked_fill_(removed, 0.0)
+
+    def _descend(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Leave the gradients of the batch's mean loss in the parameters, and return that loss."""
+        if self.team.size == 1:
+            loss = self._loss(inputs, labels)
+            loss.backward()
+            return loss.detach()
+        part = self.team.part(len(labels))
+        share = len(labels[part]) / len(labels)
+        with whole_batches(self.network, self.team):
+            loss = self._loss(inputs[part], labels[part]) * share
+            loss.backward()
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        summed = torch.cat([loss.detach().reshape(1), *(one.flatten() for one in gradients)])
+        self.team.sum([summed])
+        loss, *parts = summed.split([1, *(one.numel() for one in gradients)])
+        for gradient, one in zip(gradients, parts, strict=True):
+            gradient.copy_(one.view_as(gradient))
+        return loss.squeeze()
 
     def _loss(self, inputs: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(self.device, torch.bfloat16, enabled=self._half_precision()):
@@ -228,7 +280,7 @@ class Training:
         self.epoch, self.batch = self.epoch + 1, 0
         metrics = {"train/loss": self.loss_sum.item() / self.batches}
         self.loss_sum.zero_()
-        if len(self.dataset.validation):
+        if len(self.dataset.validation) and ctx.rank == 0:
             found = measure(self.network, self.dataset, self.dataset.validation)
             metrics |= {"validation/accuracy": found["accuracy"], "validation/nll": found["nll"]}
         ctx.log(metrics, step=first_step + self.epoch)

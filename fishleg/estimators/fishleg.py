@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from fishleg.blocks import BLOCKS, AbstractBlock, EigenBlock, KroneckerBlock
 from fishleg.blocks.eigen import invert_factors
 from fishleg.estimators.base import AbstractEstimator, Callback, FitProgress, tensors_below
+from fishleg.estimators.exchange import block_cost, exchange_blocks
 from fishleg.estimators.fishleg_options import CLOSED_FORM, FishLegOptions
 from fishleg.gradients import GradientSource
 from fishleg.memory import Footprint
@@ -38,7 +40,9 @@ class FishLeg(AbstractEstimator):
     """Learns Q by minimising J; groups are independent of each other, given the data.
 
     So groups are fitted one after the other, in packs whose gradients are held together: a pack
-    costs one pass of the data, whatever the number of sweeps.
+    costs one pass of the data, whatever the number of sweeps. A team divides the groups: each
+    process takes packs of its own, from all samples, and after each they exchange the blocks. So a
+    state that one of them saves lacks, of the others' work, at most a pack each.
 
     Time: a pass of the gradients a pack (and one of the layers' signals, to start from `kfac`), and
     what the solver takes, N gradients a group: `alternating` 2 N r c (r + c) FLOPs a half-step and
@@ -123,14 +127,42 @@ class FishLeg(AbstractEstimator):
         if self.masks is not None and self.options.mask_fit == "exact":
             budget //= 2  # its images are held beside the gradients
         solvers = {name: self._solver(name, source) for name in self.partition.names}
-        # all groups are cut, so that a resumed fit streams the same packs, to the same bits
-        for pack in source.cut(self.partition.names, budget):
-            names = [name for name in pack if name in self._pending]
+        mine = source.alone()
+        for packs in zip_longest(*self._deal(source, budget), fillvalue=()):
+            due = [[name for name in pack if name in self._pending] for pack in packs]
+            pack, names = packs[source.team.rank], due[source.team.rank]
             if names:
-                pieces = _pieces(source, pack, solvers, names, source.fits(pack[0], budget))
-                starts = self._starts(source, names, pieces)
+                pieces = _pieces(mine, pack, solvers, names, source.fits(pack[0], budget))
+                starts = self._starts(mine, names, pieces)
                 for name in names:
                     self._solve(name, solvers, pieces.pop(name), starts[name], callback)
+            if source.team.size > 1 and any(due):
+                self._exchange(source, due)
+                if callback is not None:
+                    callback(self._progress(solvers))
+
+    def _deal(self, source: GradientSource, budget: int) -> list[list[list[str]]]:
+        """Return the packs of each process of the source's team.
+
+        All groups are cut, so that a resumed fit streams the same packs, to the same bits.
+        """
+        names = self.partition.names
+        owners = source.team.deal({name: block_cost(self.partition[name]) for name in names})
+        return [
+            source.cut([name for name in names if owners[name] == rank], budget)
+            for rank in range(source.team.size)
+        ]
+
+    def _exchange(self, source: GradientSource, due: Sequence[Sequence[str]]) -> None:
+        """Get from each process of the team the groups that it has just fitted."""
+        owners = {name: rank for rank, names in enumerate(due) for name in names}
+        mine = {name: self._blocks[name] for name in due[source.team.rank]}
+        blocks = self._blocks | exchange_blocks(source, mine, owners)
+        self._blocks = {name: blocks[name] for name in self.partition.names if name in blocks}
+        for rank, names in enumerate(due):
+            report = {name: self.report.get(name) for name in names}
+            self.report |= source.team.share({}, report, owner=rank)[1]
+        self._pending = [name for name in self._pending if name not in owners]
 
     def _solve(
         self,
@@ -288,11 +320,11 @@ class FishLeg(AbstractEstimator):
         packs = [
             sum(footprints[name].sums for name in pack)
             + sum(source.held_bytes(name) for name in pack if source.fits(name, budget))
-            for pack in source.cut(self.partition.names, budget)
+            for pack in self._deal(source, budget)[source.team.rank]
         ]
         work = max(one.work for one in footprints.values())
         held = sum(one.held for one in footprints.values())
-        return held + max(packs) + work + source.pass_bytes
+        return held + max(packs, default=0) + work + source.pass_bytes
 
     # -- state
 

@@ -69,10 +69,9 @@ class KFAC(AbstractOnePassEstimator):
         self, source: GradientSource, masks: Mapping[str, Tensor] | None, progress: Progress
     ) -> dict[str, AbstractBlock]:
         factors = layer_moments(source, self.partition.names, progress)
-        blocks: dict[str, AbstractBlock] = {}
-        for name in list(factors):
-            gamma, a = factors.pop(name)  # so that each pair is freed once inverted
-            blocks[name] = self._cast(source, name, invert_factors(gamma, a, self.damping))
+        blocks = self._divide(
+            source, factors, lambda name, pair: invert_factors(*pair, self.damping)
+        )
         others = [name for name in self.partition.names if name not in blocks]
         if others:
             blocks |= self._substitutes(source, others, progress)
@@ -92,17 +91,13 @@ class KFAC(AbstractOnePassEstimator):
         def report(done: int) -> None:
             progress(source.rows + done)
 
-        blocks: dict[str, AbstractBlock] = {}
-        totals = accumulate(source, moments, groups=names, progress=report)
-        for name in names:
-            sums = totals.pop(name)
+        def invert(name: str, sums: list[Tensor]) -> AbstractBlock:
             if len(sums) == 1:
-                inverse = invert_damped(sums[0], self.damping)
-                block: AbstractBlock = DenseBlock(inverse, self.partition[name].shape)
-            else:
-                block = invert_factors(*as_factors(*sums), self.damping)
-            blocks[name] = self._cast(source, name, block)
-        return blocks
+                return DenseBlock(invert_damped(sums[0], self.damping), self.partition[name].shape)
+            return invert_factors(*as_factors(*sums), self.damping)
+
+        totals = accumulate(source, moments, groups=names, progress=report)
+        return self._divide(source, totals, invert)
 
     def footprint(self, source: GradientSource, name: str) -> Footprint:
         """Return what fitting group `name` needs; see the class."""

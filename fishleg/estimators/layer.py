@@ -77,20 +77,21 @@ class LayerHessian(AbstractOnePassEstimator):
                     "once; a layer's Hessian is known of these only. Leave it dense by `keep=` of "
                     "partition_parameters, or choose another method."
                 )
+
+        def invert(name: str, hessian: Tensor) -> AbstractBlock:
+            mean = float(hessian.diagonal(dim1=1, dim2=2).mean())
+            mu = self.damping + self.relative_damping * mean
+            return SharedBlock(invert_damped(hessian, mu), self.partition[name].shape)
+
         moments = input_moments(source, self.partition.names, progress)
-        blocks: dict[str, AbstractBlock] = {}
+        blocks = self._divide(source, moments, invert)
         for group in self.partition.groups:
-            hessian = moments.pop(group.name, None)
-            if hessian is None:
+            if group.name not in blocks:
                 weight = source.model.get_parameter(group.weight)
                 ones = torch.ones(group.shape, dtype=weight.dtype, device=weight.device)
-                block: AbstractBlock = DiagonalBlock(ones / self.damping)
-            else:
-                mean = float(hessian.diagonal(dim1=1, dim2=2).mean())
-                mu = self.damping + self.relative_damping * mean
-                block = SharedBlock(invert_damped(hessian, mu), group.shape)
-            blocks[group.name] = self._cast(source, group.name, block)
-        return blocks
+                block = DiagonalBlock(ones / self.damping)
+                blocks[group.name] = self._cast(source, group.name, block)
+        return {name: blocks[name] for name in self.partition.names}
 
     def footprint(self, source: GradientSource, name: str) -> Footprint:
         """Return what fitting group `name` needs; see the class."""

@@ -68,10 +68,7 @@ class MFAC(AbstractOnePassEstimator):
         self, source: GradientSource, masks: Mapping[str, Tensor] | None, progress: Progress
     ) -> dict[str, AbstractBlock]:
         vectors = self.vectors(source, self.partition.names, masks, progress)
-        # one by one, in place of the vectors
-        return {
-            name: invert_low_rank(vectors.pop(name), self.damping) for name in self.partition.names
-        }
+        return self._divide(source, vectors, lambda name, v: invert_low_rank(v, self.damping))
 
     def vectors(
         self,
@@ -90,14 +87,16 @@ class MFAC(AbstractOnePassEstimator):
         """
         count = min(self.gradients, source.rows)
         vectors: dict[str, Tensor] = {}
+        shared = source.shared()
         done = 0
-        for batch in source.stream(groups):
+        for batch in shared.stream(groups):
             rows = 0
             for name, gradients in batch.items():
                 rows = len(gradients)
                 if name not in vectors:
                     vectors[name] = gradients.new_zeros(count, *gradients.shape[1:])
-                numbers = torch.arange(done, done + rows, device=gradients.device)
+                first = shared.first_row + done
+                numbers = torch.arange(first, first + rows, device=gradients.device)
                 signs = self._signs(numbers, count, source.rows).to(gradients.dtype)
                 signed = gradients * signs[:, None, None]
                 if masks is not None and name in masks:
@@ -105,7 +104,8 @@ class MFAC(AbstractOnePassEstimator):
                 vectors[name].index_add_(0, numbers * count // source.rows, signed)
             done += rows
             if progress is not None:
-                progress(done)
+                progress(min(done * source.team.size, source.rows))
+        source.team.sum(vectors.values())
         return vectors
 
     def _signs(self, numbers: Tensor, count: int, rows: int) -> Tensor:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
 from fishleg.blocks.base import AbstractBlock
 from fishleg.estimators.base import AbstractEstimator, Callback, FitProgress
+from fishleg.estimators.exchange import block_cost, exchange_blocks
 from fishleg.gradients import GradientSource
 from fishleg.moments import Progress
+
+_Sums = TypeVar("_Sums")
 
 
 class AbstractOnePassEstimator(AbstractEstimator):
@@ -63,6 +66,26 @@ class AbstractOnePassEstimator(AbstractEstimator):
                 callback(FitProgress(done=done, total=total, metrics={}))
 
         return report
+
+    def _divide(
+        self,
+        source: GradientSource,
+        sums: dict[str, _Sums],
+        make: Callable[[str, _Sums], AbstractBlock],
+    ) -> dict[str, AbstractBlock]:
+        """Return the blocks that `make` makes of (group name, its sums), in the weights' dtype.
+
+        Each process of a team makes some of them, and all get all. The sums are taken out of
+        `sums`, so that each is freed once its block is made.
+        """
+        names, team = list(sums), source.team
+        owners = team.deal({name: block_cost(self.partition[name]) for name in names})
+        blocks: dict[str, AbstractBlock] = {}
+        for name in names:
+            found = sums.pop(name)
+            if owners[name] == team.rank:
+                blocks[name] = self._cast(source, name, make(name, found))
+        return exchange_blocks(source, blocks, owners)
 
     def _cast(self, source: GradientSource, name: str, block: AbstractBlock) -> AbstractBlock:
         """Return the block of group `name` in the dtype of the group's weight, contiguous."""

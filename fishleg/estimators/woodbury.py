@@ -63,12 +63,13 @@ class BlockWoodbury(AbstractOnePassEstimator):
     ) -> dict[str, AbstractBlock]:
         products = partial(chunk_products, block_size=self.block_size)
         sums = accumulate(source, products, masks=masks, progress=progress)
-        blocks = {}
-        for name in self.partition.names:
-            (fisher,) = sums.pop(name)  # so that each sum is freed once inverted
-            block = DenseBlock(invert_damped(fisher, self.damping), self.partition[name].shape)
-            blocks[name] = self._cast(source, name, block)
-        return blocks
+        return self._divide(
+            source,
+            sums,
+            lambda name, found: DenseBlock(
+                invert_damped(found[0], self.damping), self.partition[name].shape
+            ),
+        )
 
     def footprint(self, source: GradientSource, name: str) -> Footprint:
         """Return what fitting group `name` needs; see the class."""

@@ -18,8 +18,9 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO
 
 from pipeline.executors.base import (
@@ -28,8 +29,9 @@ from pipeline.executors.base import (
     available_memory_bytes,
     refuse_unsatisfiable,
 )
+from pipeline.executors.ranks import RankOutcomes
 from pipeline.stage import Resources
-from pipeline.worker import Outcome, Task, died, threads_of
+from pipeline.worker import Outcome, Seat, Task, died, threads_of
 
 _LOG_TAIL_BYTES = 2000
 
@@ -40,7 +42,7 @@ class LocalExecutor(AbstractExecutor):
     def __init__(self) -> None:
         self._machine = _Machine()
         self._queue: deque[tuple[Task, Resources]] = deque()
-        self._busy: dict[str, tuple[_Worker, _Share]] = {}
+        self._busy: dict[str, _Gang] = {}
         self._idle: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
 
@@ -48,7 +50,7 @@ class LocalExecutor(AbstractExecutor):
         """Refuse what this machine could not run even when it is otherwise idle."""
         refuse_unsatisfiable(
             (
-                f"{cell.partition('[')[0]} asks for {lack}"
+                f"{cell.partition('[')[0]} asks for {_each(resources)}{lack}"
                 for cell, resources in demands
                 if (lack := self._machine.lacks(resources))
             ),
@@ -67,11 +69,13 @@ class LocalExecutor(AbstractExecutor):
 
     def wait(self, timeout_s: float) -> list[tuple[str, Outcome]]:
         """Return what has finished, waiting up to `timeout_s` for the first."""
-        finished = []
         for ready, _ in self._selector.select(timeout_s):
-            cell: str = ready.data
-            worker, _ = self._busy[cell]
-            outcome = worker.read()
+            cell, rank = ready.data
+            if self._busy[cell].read(rank):
+                self._selector.unregister(ready.fileobj)
+        finished = []
+        for cell, gang in list(self._busy.items()):
+            outcome = gang.outcomes.verdict()
             if outcome is not None:
                 finished.append((cell, outcome))
                 self._release(cell)
@@ -79,17 +83,19 @@ class LocalExecutor(AbstractExecutor):
         return finished
 
     def cancel(self, cell: str) -> None:
-        """Drop the cell's task and kill the worker that runs it."""
+        """Drop the cell's task and kill the workers that run it."""
         self._queue = deque(item for item in self._queue if item[0]["cell"] != cell)
         if cell in self._busy:
-            self._busy[cell][0].kill()
+            for worker in self._busy[cell].workers:
+                worker.kill()
             self._release(cell)
 
     def preempt(self) -> None:
         """Send SIGTERM to the workers that have a task."""
         self._queue.clear()
-        for worker, _ in self._busy.values():
-            worker.preempt()
+        for gang in self._busy.values():
+            for worker in gang.workers:
+                worker.preempt()
 
     def stop(self) -> None:
         """Kill all workers."""
@@ -106,15 +112,17 @@ class LocalExecutor(AbstractExecutor):
         blocked_cpus = 0.0
         while self._queue:
             task, resources = self._queue.popleft()
-            share = self._machine.take(resources, keep_cpus=blocked_cpus)
-            if share is None:
-                blocked_cpus += resources.num_cpus
+            shares = self._machine.take_all(resources, keep_cpus=blocked_cpus)
+            if shares is None:
+                blocked_cpus += resources.num_cpus * resources.workers
                 waiting.append((task, resources))
                 continue
-            worker = self._worker_for(task, share)
-            self._busy[task["cell"]] = worker, share
-            self._selector.register(worker.replies, selectors.EVENT_READ, task["cell"])
-            worker.send(task)
+            workers = [self._worker_for(task, share) for share in shares]
+            gang = self._busy[task["cell"]] = _Gang(workers, shares)
+            for rank, worker in enumerate(workers):
+                place = task["cell"], rank
+                self._selector.register(worker.replies, selectors.EVENT_READ, place)
+            gang.send(task)
         self._queue = waiting
 
     def _worker_for(self, task: Task, share: _Share) -> _Worker:
@@ -127,13 +135,16 @@ class LocalExecutor(AbstractExecutor):
         return _Worker(threads, [device for device, _ in share.devices])
 
     def _release(self, cell: str) -> None:
-        worker, share = self._busy.pop(cell)
-        self._selector.unregister(worker.replies)
-        self._machine.give(share)
-        if worker.alive and not share.devices:
-            self._idle.append(worker)
-        else:
-            worker.kill()
+        gang = self._busy.pop(cell)
+        for rank, (worker, share) in enumerate(zip(gang.workers, gang.shares, strict=True)):
+            if rank not in gang.outcomes:
+                self._selector.unregister(worker.replies)
+            self._machine.give(share)
+            if gang.reusable(rank) and not share.devices:
+                self._idle.append(worker)
+            else:
+                worker.kill()
+        gang.close()
 
 
 class _Worker:
@@ -224,6 +235,51 @@ class _Worker:
         return f"The worker process died {how}{hint}." + (f"\n{tail}" if tail else "")
 
 
+class _Gang:
+    """The workers that run one task: one, or several that are the ranks of a group.
+
+    Several meet through a file of their own, see `torch.distributed.FileStore`.
+    """
+
+    def __init__(self, workers: Sequence[_Worker], shares: Sequence[_Share]):
+        self.workers = workers
+        self.shares = shares
+        self.outcomes = RankOutcomes(len(workers))
+        self._folder = tempfile.TemporaryDirectory(prefix="fls-") if len(workers) > 1 else None
+
+    def send(self, task: Task) -> None:
+        """Hand the task to each worker, with its place."""
+        if self._folder is None:
+            self.workers[0].send(task)
+            return
+        rendezvous = Path(self._folder.name, "ranks").as_uri()
+        for rank, worker in enumerate(self.workers):
+            seat: Seat = {
+                "rank": rank,
+                "world_size": len(self.workers),
+                "rendezvous": rendezvous,
+            }
+            worker.send({**task, "seat": seat})
+
+    def read(self, rank: int) -> bool:
+        """Read what has come from a worker; tell whether that was its outcome, or its end."""
+        outcome = self.workers[rank].read()
+        if outcome is not None:
+            self.outcomes.add(rank, outcome)
+        return outcome is not None
+
+    def reusable(self, rank: int) -> bool:
+        """Tell whether a worker may run another task: it lives, and has left its group in peace."""
+        if len(self.workers) > 1 and not self.outcomes.ended_well(rank):
+            return False
+        return self.workers[rank].alive
+
+    def close(self) -> None:
+        """Delete the meeting place."""
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
 @dataclass(frozen=True)
 class _Share:
     """What one task holds: CPUs, bytes of memory, and (device, fraction) of GPUs."""
@@ -248,17 +304,30 @@ class _Machine:
 
     def lacks(self, wanted: Resources) -> str | None:
         """Say what `wanted` asks for that the whole machine has not, or None."""
-        if wanted.num_cpus > self.cpus:
+        count = wanted.workers
+        if wanted.num_cpus * count > self.cpus:
             return f"num_cpus: {wanted.num_cpus:g}; this machine has {self.cpus:g}."
-        if (wanted.memory_bytes or 0) > self.memory:
+        if (wanted.memory_bytes or 0) * count > self.memory:
             return f"memory: {wanted.memory_bytes} bytes; this machine has {self.memory}."
         if wanted.num_gpus > 1 and not float(wanted.num_gpus).is_integer():
             return f"num_gpus: {wanted.num_gpus:g}; above 1 it must be a whole number."
         fitting = self._devices_of(wanted.accelerator_type)
-        if wanted.num_gpus > len(fitting):
+        if wanted.num_gpus * count > len(fitting):
             of_type = f" of type {wanted.accelerator_type}" if wanted.accelerator_type else ""
             return f"num_gpus: {wanted.num_gpus:g}{of_type}; this machine has {len(fitting)}."
         return None
+
+    def take_all(self, wanted: Resources, keep_cpus: float) -> list[_Share] | None:
+        """Take what all workers want, or nothing and return None; see `take`."""
+        taken: list[_Share] = []
+        for _ in range(wanted.workers):
+            share = self.take(wanted, keep_cpus)
+            if share is None:
+                for one in taken:
+                    self.give(one)
+                return None
+            taken.append(share)
+        return taken
 
     def take(self, wanted: Resources, keep_cpus: float) -> _Share | None:
         """Take what is wanted, or return None when it is not free beside `keep_cpus` CPUs."""
@@ -300,6 +369,10 @@ class _Machine:
     def _devices_of(self, accelerator_type: str | None) -> list[str]:
         wanted = (accelerator_type or "").lower()
         return [device for device, name in self.gpus.items() if wanted in name.lower()]
+
+
+def _each(wanted: Resources) -> str:
+    return f"{wanted.workers} workers, each with " if wanted.workers > 1 else ""
 
 
 def _list_gpus() -> dict[str, str]:

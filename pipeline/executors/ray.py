@@ -3,13 +3,16 @@
 The only file that imports Ray. A task's outcome comes back as plain data, never as a pickled
 exception, and Ray retries nothing: the driver does, because it knows about checkpoints. CPU
 workers stay warm; a task with a GPU gets a fresh process (`max_calls=1`), because that is the only
-way to be sure that all GPU memory comes back.
+way to be sure that all GPU memory comes back. A task for several workers goes to Ray Train, which
+places all of them or none, connects them, and ends them together.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -29,8 +32,9 @@ from pipeline.executors.base import (  # noqa: E402
     available_cpus,
     refuse_unsatisfiable,
 )
+from pipeline.executors.ranks import WAIT_FOR_THE_CAUSE_S, cause  # noqa: E402
 from pipeline.stage import Resources  # noqa: E402
-from pipeline.worker import Outcome, Task, died, preempted, run_task  # noqa: E402
+from pipeline.worker import Outcome, Seat, Task, died, preempted, run_task  # noqa: E402
 
 # No data goes through Ray's object store, only tasks and outcomes; this is about its minimum.
 _OBJECT_STORE_BYTES = 100 << 20
@@ -55,6 +59,7 @@ class RayExecutor(AbstractExecutor):
         ray._private.worker._worker_logs_enabled = False
         self._warm = ray.remote(max_retries=0)(run_task)
         self._fresh = ray.remote(max_retries=0, max_calls=1)(run_task)
+        self._ranks = ray.remote(max_retries=0, num_cpus=0)(_run_ranks)
         self._cells: dict[Any, str] = {}  # object reference -> cell
 
     def check(self, demands: Iterable[tuple[str, Resources]]) -> None:
@@ -65,7 +70,7 @@ class RayExecutor(AbstractExecutor):
                 f"{cell.partition('[')[0]} asks for {_describe(resources)}; "
                 f"the largest node has {_largest(nodes)}."
                 for cell, resources in demands
-                if not any(_fits(resources, node) for node in nodes)
+                if sum(_room(resources, node) for node in nodes) < resources.workers
             ),
             "Lower the stage's `resources:`, or connect to a larger cluster through RAY_ADDRESS.",
         )
@@ -77,6 +82,10 @@ class RayExecutor(AbstractExecutor):
 
     def submit(self, task: Task, resources: Resources) -> None:
         """Hand the task to Ray."""
+        if resources.workers > 1:
+            ranks = self._ranks.options(name=task["cell"])
+            self._cells[ranks.remote(task, resources)] = task["cell"]
+            return
         function = self._fresh if resources.num_gpus else self._warm
         reference = function.options(
             name=task["cell"],
@@ -135,7 +144,84 @@ def _outcome(reference: Any) -> Outcome:
         return died(f"{type(error).__name__}: {error}")
 
 
-def _fits(resources: Resources, node: dict[str, float]) -> bool:
+def _run_ranks(task: Task, resources: Resources) -> Outcome:
+    """Run a task in several workers, and return how it ended: what `run_task` is for one.
+
+    Ray Train keeps nothing for us: checkpoints go through the stage's context, results into the
+    store, and its own folder is a temporary one. A gentle cancelling ends the workers where they
+    are: the task goes on from the checkpoint that was written last.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+    each = {"CPU": resources.num_cpus, "GPU": resources.num_gpus}
+    if resources.memory_bytes:
+        each["memory"] = resources.memory_bytes
+    with tempfile.TemporaryDirectory(prefix="fls-") as folder:
+        trainer = TorchTrainer(
+            _run_rank,
+            train_loop_config=dict(task),
+            torch_config=TorchConfig(
+                backend="cpu:gloo,cuda:nccl" if resources.num_gpus else "gloo"
+            ),
+            scaling_config=ScalingConfig(
+                num_workers=resources.workers,
+                use_gpu=resources.num_gpus > 0,
+                resources_per_worker=each,
+                accelerator_type=resources.accelerator_type,
+            ),
+            run_config=RunConfig(
+                name="ranks", storage_path=folder, failure_config=FailureConfig(max_failures=0)
+            ),
+        )
+        try:
+            outcome: Outcome = getattr(trainer.fit(), "return_value")  # noqa: B009 - since 2.5x
+            return outcome
+        except WorkerGroupError as error:
+            ranks = error.worker_failures.items()
+            outcomes = {rank: _failure(one) for rank, one in ranks}
+            return cause(outcomes, resources.workers) if outcomes else died(str(error))
+        except (TrainingFailedError, ray.exceptions.RayError) as error:
+            return died(f"{type(error).__name__}: {error}")
+
+
+class _RankFailed(Exception):
+    """Carries a rank's outcome, as JSON, to where Ray Train was started."""
+
+
+def _run_rank(task: Any) -> Any:
+    """Run a task as one of the ranks that Ray Train has connected.
+
+    Raises:
+        _RankFailed: the rank did not end well, so the others must end, too.
+    """
+    context = ray.train.get_context()
+    seat: Seat = {
+        "rank": context.get_world_rank(),
+        "world_size": context.get_world_size(),
+        "rendezvous": "",
+    }
+    given: Task = task
+    outcome = run_task({**given, "seat": seat})
+    if outcome["status"] in {"ok", "lost"}:
+        return outcome
+    if not outcome["error"]["user"]:
+        time.sleep(WAIT_FOR_THE_CAUSE_S)  # another's death, perhaps, which Ray notices meanwhile
+    raise _RankFailed(json.dumps(outcome))
+
+
+def _failure(error: Exception) -> Outcome:
+    """Return the outcome behind what Ray Train says of a rank that failed."""
+    inner = getattr(error, "_base_exc", error)
+    if isinstance(inner, _RankFailed):
+        outcome: Outcome = json.loads(str(inner))
+        return outcome
+    return died(f"{type(error).__name__}: {error}")
+
+
+def _room(resources: Resources, node: dict[str, float]) -> int:
+    """Return how many workers an idle node has room for, up to the number wanted."""
     wanted = {
         "CPU": resources.num_cpus,
         "GPU": resources.num_gpus,
@@ -143,11 +229,13 @@ def _fits(resources: Resources, node: dict[str, float]) -> bool:
     }
     if resources.accelerator_type:
         wanted[f"accelerator_type:{resources.accelerator_type}"] = 0.001
-    return all(node.get(name, 0) >= amount for name, amount in wanted.items())
+    rooms = [node.get(name, 0) // amount for name, amount in wanted.items() if amount]
+    return int(min([*rooms, resources.workers]))
 
 
 def _describe(resources: Resources) -> str:
-    parts = [f"num_cpus: {resources.num_cpus:g}", f"num_gpus: {resources.num_gpus:g}"]
+    each = f"{resources.workers} workers, each with " if resources.workers > 1 else ""
+    parts = [f"{each}num_cpus: {resources.num_cpus:g}", f"num_gpus: {resources.num_gpus:g}"]
     if resources.memory_bytes:
         parts.append(f"memory: {resources.memory_bytes} bytes")
     if resources.accelerator_type:

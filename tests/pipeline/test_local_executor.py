@@ -11,6 +11,7 @@ from test_worker import fail_task, start_task, task_of
 from toy_runs import alive, wait_for
 
 from pipeline.errors import BadInput
+from pipeline.executors.base import AbstractExecutor
 from pipeline.executors.local import LocalExecutor, _list_gpus, _Machine
 from pipeline.stage import Resources
 from pipeline.store import Store
@@ -36,9 +37,9 @@ def slow_task(name: str = "slow", **params: Any) -> Task:
     return named(task_of("toy.slow:slow", "SlowParams", fields), name)
 
 
-def collect(executor: LocalExecutor, count: int) -> dict[str, Outcome]:
+def collect(executor: AbstractExecutor, count: int, timeout_s: float = 30) -> dict[str, Outcome]:
     found: dict[str, Outcome] = {}
-    end = time.monotonic() + 30
+    end = time.monotonic() + timeout_s
     while len(found) < count:
         assert time.monotonic() < end, f"only {sorted(found)} ended"
         found.update(executor.wait(0.2))

@@ -65,6 +65,15 @@ class SlowParams(Params):
     seed: int = Field(0, ge=0, description="where it starts")
 
 
+class RanksParams(Params):
+    """Of `ranks`."""
+
+    steps: int = Field(6, ge=1, description="how many steps")
+    delay_s: float = Field(0, ge=0, description="seconds a step")
+    checkpoint_every: int = Field(2, ge=1, description="steps between checkpoints")
+    fails: Literal["never", "user"] = Field("never", description="rank 1 raises a StageError")
+
+
 class FailParams(Params):
     """Of `fail`."""
 
@@ -122,6 +131,14 @@ CATALOGUE = Catalogue(
             inputs={"number": Input(kind="number", optional=True)},
             outputs=GIVES_NUMBER,
             summary="takes its time, with checkpoints; the number depends on every step",
+        ),
+        Stage(
+            name="ranks",
+            entry="toy.ranks:ranks",
+            params=RanksParams,
+            outputs=GIVES_NUMBER,
+            parallel=True,
+            summary="may run in several processes",
         ),
         Stage(
             name="fail",

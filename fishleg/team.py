@@ -1,0 +1,104 @@
+"""Several processes at one job: each takes a part of the data, or makes a part of the blocks.
+
+They are the ranks of torch.distributed's default process group, which whoever starts them has set
+up. Every rank must call the methods that talk to the others equally often and in the same order.
+What travels is raw bytes and JSON, never a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+@dataclass(frozen=True)
+class Team:
+    """This process's place among those that share a job; by default it is alone, and nobody talks.
+
+    Attributes:
+        rank: of this process, 0 <= rank < size.
+        size: number of processes.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def part(self, count: int, rank: int | None = None) -> slice:
+        """Return a rank's part of `count` things in a row (default: this one's), in rank order."""
+        rank = self.rank if rank is None else rank
+        return slice(rank * count // self.size, (rank + 1) * count // self.size)
+
+    def deal(self, costs: Mapping[str, float]) -> dict[str, int]:
+        """Return name -> the rank that takes it: the dearest first, to who has least so far."""
+        loads = [0.0] * self.size
+        owners = {}
+        for name in sorted(costs, key=lambda name: -costs[name]):  # stable: ties keep their order
+            owners[name] = loads.index(min(loads))
+            loads[owners[name]] += costs[name]
+        return owners
+
+    def sum(self, tensors: Iterable[Tensor]) -> None:
+        """Put in place of each tensor its sum over the ranks, with the same bits on all of them."""
+        if self.size > 1:
+            for tensor in tensors:
+                whole = tensor.contiguous()
+                dist.all_reduce(whole)
+                if whole is not tensor:
+                    tensor.copy_(whole)
+
+    def any(self, flag: bool) -> bool:
+        """Tell whether the flag of any rank is set."""
+        count = torch.tensor([int(flag)])
+        self.sum([count])
+        return bool(count)
+
+    def share(
+        self,
+        tensors: Mapping[str, Tensor],
+        meta: Any = None,
+        *,
+        owner: int = 0,
+        device: str = "cpu",
+    ) -> tuple[dict[str, Tensor], Any]:
+        """Return the tensors and the JSON-able `meta` that rank `owner` gave; others' are ignored.
+
+        Args:
+            tensors: name -> tensor of any dtype and shape.
+            meta: what is to be known besides.
+            owner: the rank whose values count.
+            device: where the other ranks get the tensors; of the kind that the owner's are on.
+        """
+        if self.size == 1:
+            return dict(tensors), meta
+        mine = self.rank == owner
+        shapes = [[name, str(t.dtype)[6:], list(t.shape)] for name, t in tensors.items()]
+        header = json.dumps([meta, shapes]).encode() if mine else b""
+        length = torch.tensor([len(header)])
+        dist.broadcast(length, owner)
+        text = torch.frombuffer(bytearray(header.ljust(int(length))), dtype=torch.uint8)
+        dist.broadcast(text, owner)
+        if mine:
+            for tensor in tensors.values():
+                _broadcast_bytes(tensor.detach().contiguous(), owner)
+            return dict(tensors), meta
+        meta, shapes = json.loads(bytes(text.tolist()))
+        found = {}
+        for name, dtype, shape in shapes:
+            found[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+            _broadcast_bytes(found[name], owner)
+        return found, meta
+
+
+ALONE = Team()
+
+
+def _broadcast_bytes(tensor: Tensor, owner: int) -> None:
+    """Broadcast a contiguous tensor; as bytes, because not every backend knows every dtype."""
+    if tensor.numel():
+        dist.broadcast(tensor.reshape(-1).view(torch.uint8), owner)

@@ -1,0 +1,110 @@
+"""Batch norm over a batch whose parts are in several processes.
+
+The statistics are those of the whole batch, so that training in several processes is training in
+one. `torch.nn.SyncBatchNorm` does this on GPUs only, and in every forward pass; here it is a matter
+of the pass: others, such as an optimiser's over a batch that each process holds whole, are as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fishleg.team import Team
+
+
+@contextmanager
+def whole_batches(network: nn.Module, team: Team) -> Iterator[None]:
+    """Let the network's batch norms, in training mode, take statistics over all of the team."""
+    norms = [one for one in network.modules() if isinstance(one, _BatchNorm)]
+    if team.size == 1 or not norms:
+        yield
+        return
+    for norm in norms:
+        norm.forward = partial(_forward, norm, team)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.forward
+
+
+def _forward(norm: _BatchNorm, team: Team, inputs: Tensor) -> Tensor:
+    """Do what the module's own `forward` does, over the team's inputs."""
+    if not norm.training:
+        return type(norm).forward(norm, inputs)
+    norm._check_input_dim(inputs)
+    outputs, mean, variance, count = _Normalise.apply(
+        inputs, norm.weight, norm.bias, norm.eps, team
+    )
+    if norm.running_mean is not None and norm.running_var is not None:
+        rate = norm.momentum
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            rate = 1.0 / float(norm.num_batches_tracked) if rate is None else rate
+        unbiased = variance * (count / (count - 1))
+        norm.running_mean.lerp_(mean.to(norm.running_mean), rate or 0.0)
+        norm.running_var.lerp_(unbiased.to(norm.running_var), rate or 0.0)
+    return outputs
+
+
+class _Normalise(torch.autograd.Function):
+    """y = w (x - mean) / sqrt(variance + eps) + b, mean and variance over all of the team.
+
+    With n values a channel in all, s = 1 / sqrt(variance + eps) and sums over all of the team,
+    dx = w s (dy - sum(dy) / n - (x - mean) s^2 sum(dy (x - mean)) / n) (S. Ioffe and C. Szegedy,
+    arXiv 1502.03167). The gradients of w and b are this process's share, as all others are. Sums
+    are kept in float64, as torch does on a CPU, so that hardly a bit depends on the parts.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, team: Team
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        axes = [axis for axis in range(inputs.ndim) if axis != 1]
+        wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+        total = wide.sum(axes, dtype=torch.float64)
+        sums = torch.cat([total, total.new_tensor([inputs[:, 0].numel()])])
+        team.sum([sums])
+        count = sums[-1].clone()
+        mean = sums[:-1] / count
+        centred = wide - _along(mean, wide)
+        squares = centred.square().sum(axes, dtype=torch.float64)
+        team.sum([squares])
+        variance = squares / count
+        scale = torch.rsqrt(variance + eps)
+        slope = scale if weight is None else scale * weight
+        shift = -mean * slope if bias is None else bias - mean * slope
+        outputs = torch.addcmul(_along(shift, wide), wide, _along(slope, wide))
+        ctx.save_for_backward(inputs, mean, scale, weight, count)
+        ctx.team, ctx.axes = team, axes
+        ctx.mark_non_differentiable(mean, variance, count)
+        return outputs.to(inputs.dtype), mean, variance, count
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, mean, scale, weight, count = ctx.saved_tensors
+        wide = slope.to(torch.promote_types(slope.dtype, torch.float32))
+        centred = inputs.to(wide.dtype) - _along(mean, wide)
+        plain = wide.sum(ctx.axes, dtype=torch.float64)
+        along = (wide * centred).sum(ctx.axes, dtype=torch.float64)
+        sums = torch.stack([plain, along])
+        ctx.team.sum([sums])
+        means = sums / count
+        rest = wide - _along(means[0], wide) - centred * _along(means[1] * scale.square(), wide)
+        factor = scale if weight is None else scale * weight
+        moved = (rest * _along(factor, wide)).to(slope.dtype)
+        if weight is None:
+            return moved, None, None, None, None
+        return moved, (along * scale).to(weight.dtype), plain.to(weight.dtype), None, None
+
+
+def _along(values: Tensor, like: Tensor) -> Tensor:
+    """Return values, one a channel, in the dtype of `like`, and to be broadcast over it."""
+    return values.to(like.dtype).reshape(1, -1, *[1] * (like.ndim - 2))

@@ -1,0 +1,81 @@
+"""The ranks of a stage that runs in several processes: how they meet, and what must be equal.
+
+A stage does its work in `with joined(ctx) as team:`; alone, that costs nothing and does nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from fishleg.team import ALONE, Team
+from pipeline.stage import Context
+
+# How long a rank waits for the others, such as for one that measures the validation split. A rank
+# that dies is noticed at once, by the executor; this is about one that hangs.
+_PATIENCE = timedelta(hours=1)
+
+
+@contextmanager
+def joined(ctx: Context) -> Iterator[Team]:
+    """Connect this process with the stage's other ranks, and yield the team that they are.
+
+    Tensors on a GPU travel by NCCL, those on a CPU by gloo. After an error the connections stay:
+    the others wait where they are until the executor ends them, instead of failing for want of this
+    rank, with errors that would hide the cause.
+    """
+    if ctx.world_size == 1:
+        yield ALONE
+        return
+    if ctx.rendezvous:
+        if ctx.rendezvous.startswith("file:"):  # all on this machine, and nobody else's business
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        dist.init_process_group(
+            "gloo" if ctx.device == "cpu" else "cpu:gloo,cuda:nccl",
+            init_method=ctx.rendezvous,
+            rank=ctx.rank,
+            world_size=ctx.world_size,
+            timeout=_PATIENCE,
+        )
+    yield Team(ctx.rank, ctx.world_size)
+    if ctx.rendezvous:
+        dist.destroy_process_group()
+
+
+def require_equal(team: Team, tensors: Mapping[str, Tensor]) -> None:
+    """Check that all ranks hold the same bits; every rank must call this.
+
+    Raises:
+        RuntimeError: on all ranks, if they do not.
+    """
+    if team.size == 1:
+        return
+    mine = torch.tensor(_digest(tensors))
+    lowest, highest = mine.clone(), mine.clone()
+    dist.all_reduce(lowest, dist.ReduceOp.MIN)
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    if not torch.equal(lowest, highest):
+        raise RuntimeError(
+            f"The {team.size} workers no longer hold the same weights and masks: their digests are "
+            f"between {int(lowest):x} and {int(highest):x}, expected one. The last checkpoint, at "
+            "which they were equal, is kept."
+        )
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> int:
+    """Return 63 bits of the sha256 over names and values."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(name.encode())
+        values = tensors[name].detach().cpu().contiguous().reshape(-1)
+        if values.numel():
+            total.update(values.view(torch.uint8).numpy().data)
+    return int.from_bytes(total.digest()[:8], "big") >> 1

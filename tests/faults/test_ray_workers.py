@@ -1,0 +1,102 @@
+"""Several workers on Ray, through Ray Train: they meet, and they end together, however they end."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline"))
+
+from test_local_executor import collect
+from test_worker import events_of
+from test_workers import NUMBER, pid_of_rank, ranks_task
+from toy_runs import ROOT, TOY, alive, wait_for
+
+from pipeline.errors import BadInput
+from pipeline.executors import ExecutorName, make_executor
+from pipeline.executors.base import AbstractExecutor
+from pipeline.stage import Resources
+from pipeline.store import Store
+
+TWO_HALVES = Resources(num_cpus=0.5, workers=2)
+
+
+@pytest.fixture(scope="module")
+def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AbstractExecutor]:
+    folder = tmp_path_factory.mktemp("plugin")
+    shutil.copytree(TOY, folder / "toy")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{folder}")
+        executor = make_executor(ExecutorName.RAY)
+        yield executor
+        executor.stop()
+
+
+@pytest.fixture
+def executor(
+    instance: AbstractExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AbstractExecutor:
+    monkeypatch.chdir(tmp_path)
+    return instance
+
+
+def test_workers_meet_and_share_a_task(executor: AbstractExecutor) -> None:
+    executor.submit(ranks_task(), TWO_HALVES)
+    outcome = collect(executor, 1, 120)["cell"]
+    assert outcome["status"] == "ok", outcome
+    manifest = Store(".fls").manifest("a" * 64)
+    assert manifest is not None
+    assert manifest.facts["workers"] == 2
+    folder = Store(".fls").fetch("a" * 64, "number")
+    assert str(NUMBER) in (folder / "number.json").read_text()
+
+
+def test_a_rank_that_dies_takes_all_down(executor: AbstractExecutor) -> None:
+    executor.submit(ranks_task(steps=10_000, delay_s=0.02), TWO_HALVES)
+    wait_for(lambda: any(event["type"] == "checkpoint" for event in events_of()), 120)
+    pids = [pid_of_rank(rank) for rank in (0, 1)]
+    os.kill(pids[1], 9)
+    outcome = collect(executor, 1, 30)["cell"]
+    assert outcome["status"] == "died"
+    assert outcome["error"]["message"].startswith("worker 1 of 2: ")
+    wait_for(lambda: not any(map(alive, pids)))
+    executor.submit(ranks_task(), TWO_HALVES)  # what the driver does next
+    assert collect(executor, 1, 120)["cell"]["status"] == "ok"
+    texts = [event["text"] for event in events_of(2) if event["type"] == "text"]
+    assert any(text.endswith("with 2") for text in texts), texts
+
+
+def test_an_error_of_any_rank_is_the_tasks(executor: AbstractExecutor) -> None:
+    executor.submit(ranks_task(fails="user"), TWO_HALVES)
+    outcome = collect(executor, 1, 120)["cell"]
+    assert outcome["status"] == "failed"
+    assert outcome["error"]["user"]
+    assert outcome["error"]["message"] == "worker 1 of 2: rank 1 fails on purpose."
+
+
+def test_cancelled_workers_are_killed(executor: AbstractExecutor) -> None:
+    executor.submit(ranks_task(steps=10_000, delay_s=0.02), TWO_HALVES)
+    wait_for(lambda: Path("rank-1-of-2").exists(), 120)
+    pids = [pid_of_rank(rank) for rank in (0, 1)]
+    executor.cancel("cell")
+    wait_for(lambda: not any(map(alive, pids)))
+    assert executor.wait(0) == []
+
+
+def test_workers_that_are_told_to_end_do(executor: AbstractExecutor) -> None:
+    """They go on from the last checkpoint that was due; see `_run_ranks`."""
+    executor.submit(ranks_task(steps=10_000, delay_s=0.02), TWO_HALVES)
+    wait_for(lambda: Path("rank-1-of-2").exists(), 120)
+    pids = [pid_of_rank(rank) for rank in (0, 1)]
+    executor.preempt()
+    assert collect(executor, 1, 60)["cell"]["status"] in {"preempted", "died"}
+    wait_for(lambda: not any(map(alive, pids)))
+
+
+def test_workers_that_no_cluster_has_room_for_are_refused(executor: AbstractExecutor) -> None:
+    with pytest.raises(BadInput, match="train asks for 4096 workers, each with num_cpus: 1"):
+        executor.check([("train", Resources(workers=4096))])

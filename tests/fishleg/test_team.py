@@ -1,0 +1,64 @@
+"""How a team divides data and blocks; its talk is tested where there are several processes."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fishleg.errors import FishLegError
+from fishleg.team import ALONE, Team
+from tests.fishleg.networks import mixed_source
+
+
+@given(count=st.integers(0, 50), size=st.integers(1, 9))
+def test_parts_are_all_of_it_once_and_nearly_equal(count: int, size: int) -> None:
+    parts = [range(count)[Team(rank, size).part(count)] for rank in range(size)]
+    assert [number for part in parts for number in part] == list(range(count))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_the_dearest_are_dealt_first() -> None:
+    costs = {"a": 1.0, "b": 8.0, "c": 3.0, "d": 4.0, "e": 1.0}
+    owners = Team(1, 2).deal(costs)
+    assert owners == Team(0, 2).deal(costs)
+    loads: Counter[int] = Counter()
+    for name, rank in owners.items():
+        loads[rank] += int(costs[name])
+    assert owners["b"] == 0
+    assert sorted(loads.values()) == [8, 9]
+    assert set(ALONE.deal(costs).values()) == {0}
+
+
+def test_alone_nobody_talks() -> None:
+    tensor = torch.ones(2)
+    ALONE.sum([tensor])
+    assert torch.equal(tensor, torch.ones(2))
+    assert ALONE.any(True)
+    assert not ALONE.any(False)
+    assert ALONE.share({"x": tensor}, [1]) == ({"x": tensor}, [1])
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_parts_of_a_pass_are_the_pass(size: int) -> None:
+    source = mixed_source(labels="sampled", draws=2)
+    names, found, row = source.partition.names, [], 0
+    for rank in range(size):
+        source.team = Team(rank, size)
+        part = source.shared()
+        assert part.first_row == row
+        pieces = [{name: batch[name] for name in names} for batch in part.stream(names)]
+        row += sum(len(piece[names[0]]) for piece in pieces)
+        found += pieces
+    assert row == source.rows
+    whole = source.alone().hold(names)
+    for name in names:
+        torch.testing.assert_close(torch.cat([piece[name] for piece in found]), whole[name])
+
+
+def test_a_sample_for_each_is_needed() -> None:
+    source = mixed_source()
+    source.team = Team(0, len(source.calibration) + 1)
+    with pytest.raises(FishLegError, match="Expected a calibration sample for each of the"):
+        source.shared()
