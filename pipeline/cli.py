@@ -155,6 +155,9 @@ def run(
     grace: GraceOption = None,
     tracking_later: LaterOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
+    run_id: Annotated[
+        str | None, typer.Option("--run-id", metavar="ID", help="The new run's id.", hidden=True)
+    ] = None,
 ) -> None:
     """Run a pipeline: what is in the store already is not run again."""
     spec = load_spec(file, set_)
@@ -173,7 +176,82 @@ def run(
         tracking_later=tracking_later,
         max_parallel=max_parallel,
     )
-    sys.exit(start_run(spec, options, selection, _console(), stop_after, grace or GRACE_S))
+    limits = (stop_after, grace or GRACE_S)
+    sys.exit(start_run(spec, options, selection, _console(), *limits, run_id))
+
+
+@_command(
+    "fls submit pipeline.yaml --address http://10.0.0.1:8265 --follow",
+    "fls submit pipeline.yaml --env AWS_SECRET_ACCESS_KEY --exclude 'notebooks/'",
+    "fls submit pipeline.yaml --set vars.seeds=[0,1,2] --until oneshot",
+    "fls submit pipeline.yaml --resume 20260730-101500-042-1f2e",
+)
+def submit(
+    file: File = DEFAULT_FILE,
+    address: Annotated[
+        str,
+        typer.Option(
+            "--address",
+            metavar="URL",
+            envvar="RAY_API_SERVER_ADDRESS",
+            help="The dashboard of the cluster's head.",
+        ),
+    ] = "http://127.0.0.1:8265",
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Print the job's log, and end as it ends.")
+    ] = False,
+    resume: Annotated[
+        str | None, typer.Option("--resume", metavar="RUN", help="Go on with this run.")
+    ] = None,
+    env: Annotated[
+        list[str],
+        typer.Option(
+            "--env",
+            metavar="NAME[=VALUE]",
+            help="A variable for the job; without a value, the one it has here.",
+        ),
+    ] = NONE_GIVEN,
+    exclude: Annotated[
+        list[str],
+        typer.Option("--exclude", metavar="GLOB", help="Leave these files behind, as .gitignore."),
+    ] = NONE_GIVEN,
+    tracking: TrackingOption = TrackerName.MLFLOW,
+    from_: FromOption = NONE_GIVEN,
+    only: OnlyOption = NONE_GIVEN,
+    until: UntilOption = NONE_GIVEN,
+    force: ForceOption = NONE_GIVEN,
+    set_: SetOption = NONE_GIVEN,
+    max_parallel: ParallelOption = None,
+    stop_after: StopOption = None,
+) -> None:
+    """Run a pipeline on a Ray cluster, as a job: packs this folder and hands it over.
+
+    Packed is the working directory without version control, environments, stores, data, weights
+    and keys, and without what .gitignore and .flsignore name. The job is given the variables
+    AWS_*, FISHLEG_*, FSSPEC_* and MLFLOW_*, by these names, except secrets (names with KEY, SECRET,
+    TOKEN, PASSWORD or CREDENTIAL, URLs with a password) and paths of this machine: Ray keeps a
+    job's variables as plain text. Set secrets on the nodes, or hand one over by --env NAME.
+    """
+    from pipeline.submit import Submission
+    from pipeline.submit import submit as submit_pipeline
+
+    spec = load_spec(file, set_)
+    chosen = {"--from": from_, "--only": only, "--until": until, "--force": force, "--set": set_}
+    arguments = [word for name, values in chosen.items() for one in values for word in (name, one)]
+    if tracking is not TrackerName.MLFLOW:
+        arguments += ["--tracking", tracking]
+    if max_parallel is not None:
+        arguments += ["--max-parallel", str(max_parallel)]
+    asked = Submission(
+        file=file,
+        address=address,
+        arguments=arguments,
+        stop_after_s=stop_after,
+        resume=resume,
+        excludes=exclude,
+        env=env,
+    )
+    sys.exit(submit_pipeline(spec, asked, _console(), follow=follow))
 
 
 @_command(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
+import os
 import time
+from dataclasses import asdict
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 from rich.console import Console
 
@@ -16,16 +17,23 @@ from pipeline.facts import save_facts
 from pipeline.graph import shorten
 from pipeline.live import LiveView
 from pipeline.planner import Plan, Selection, make_plan
-from pipeline.provenance import changed_versions, describe_environment
+from pipeline.provenance import (
+    Source,
+    changed_versions,
+    other_versions,
+    read_source,
+    this_machine,
+)
 from pipeline.report import print_failures, print_reports, print_tracking
 from pipeline.resumption import Drift, find_drift, is_complete, plan_of
 from pipeline.runs import RunOptions, RunRecord, RunState, State, load_run, new_run_id
-from pipeline.spec import Spec
+from pipeline.spec import STORAGE_VARIABLE, Spec
 from pipeline.store import Store
 from pipeline.sync import close_orphans
 from pipeline.tracking import RunFacts, TrackingThread, tracking_uri
 
 _STOP_WAIT_S = 60.0
+_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the command of a job
 _EXIT_CODES = {RunState.DONE: 0, RunState.FAILED: 1}
 
 
@@ -36,13 +44,19 @@ def start_run(
     console: Console,
     stop_after_s: float | None = None,
     grace_s: float = GRACE_S,
+    run_id: str | None = None,
 ) -> int:
     """Run what is selected of a spec, if anything is to be run; return the exit code.
 
     After `stop_after_s` the run is stopped as by SIGTERM: what is finished is kept, what runs has
     `grace_s` for a checkpoint, from which a later run goes on.
+
+    Raises:
+        BadInput: there is a run of that id.
     """
     store = Store(spec.storage)
+    if run_id is not None and run_id in store.list_runs():
+        raise BadInput(f"{store.url} has a run {run_id} already; `fls resume {run_id}`.")
     plan = make_plan(spec, store, selection)
     plan.require_runnable()
     while not _to_run(plan):
@@ -57,10 +71,10 @@ def start_run(
             store.set_aside(error.key)
             plan = make_plan(spec, store, selection)
     record = RunRecord(
-        run_id=new_run_id(),
+        run_id=run_id or new_run_id(),
         options=options,
         spec_text=spec.path.read_text(encoding="utf-8"),
-        environment=_environment(),
+        environment=read_source(Path.cwd()).environment(),
     )
     return _execute(plan, store, record, console, stop_after_s, grace_s)
 
@@ -96,7 +110,7 @@ def resume_run(
     _print_drift(drift, record, console)
     plan.require_runnable()
     if drift.touched:
-        record.environment = _environment()
+        record.environment = read_source(Path.cwd()).environment()
     return _execute(plan, store, record, console, stop_after_s, grace_s)
 
 
@@ -131,14 +145,10 @@ def _print_drift(drift: Drift, record: RunRecord, console: Console) -> None:
         console.print("Changed since the run began:")
         for line in drift.lines():
             console.print(f"  {line}", soft_wrap=True)
-    versions = changed_versions(record.environment, _environment())
+    versions = changed_versions(record.environment, Source().environment())
     if versions:
         text = f"Library versions, which are no part of the keys: {shorten(versions)}."
         console.print(text, soft_wrap=True)
-
-
-def _environment() -> dict[str, Any]:
-    return describe_environment(_source_tags().get("mlflow.source.git.commit"))
 
 
 def _to_run(plan: Plan) -> int:
@@ -154,6 +164,8 @@ def _execute(
     grace_s: float,
 ) -> int:
     options = record.options
+    source = read_source(Path.cwd())
+    _mind_the_job(plan.spec, source, console)
     console.print(
         f"Run {record.run_id}: {_to_run(plan)} of {len(plan.cells)} cells to run, "
         f"on {options.executor}, into {options.tracking}",
@@ -164,12 +176,13 @@ def _execute(
     )
     executor = make_executor(options.executor)
     try:
-        executor.check(
-            (one.cell.name, one.cell.resources) for one in plan.cells if one.state == "run"
-        )
+        demands = [(one.cell.name, one.cell.resources) for one in plan.cells if one.state == "run"]
+        for wait in executor.check(demands, may_grow=plan.spec.autoscaling):
+            console.print(wait, soft_wrap=True)
         plan.commit(store, record.run_id)
         record.save_request(store)
-        facts = _facts(plan.spec, record)
+        store.write_run(record.run_id, "source", asdict(source))
+        facts = _facts(plan.spec, record, source)
         save_facts(store, facts, plan)
         tracking.open(facts, partial(close_orphans, store, record))
         view = LiveView(console)
@@ -189,7 +202,31 @@ def _execute(
     return _EXIT_CODES[state]
 
 
-def _facts(spec: Spec, record: RunRecord) -> RunFacts:
+def _mind_the_job(spec: Spec, source: Source, console: Console) -> None:
+    """Check what is different when this process is the job of a cluster.
+
+    Raises:
+        BadInput: the job uses folders of the machine that it was submitted from, and is elsewhere.
+    """
+    if source.submitted_from not in {None, this_machine()}:
+        raise BadInput(
+            f"Submitted from {source.submitted_from} as if to itself, but this is "
+            f"{this_machine()}, perhaps at the end of a tunnel: {spec.storage} is another folder "
+            "here. Give `storage:` and MLflow as URLs that both machines reach, and submit to the "
+            "head's own address."
+        )
+    note = other_versions(source)
+    if note:
+        console.print(note, soft_wrap=True)
+    if _RAY_JOB in os.environ and spec.storage_given != spec.storage:
+        console.print(
+            f"The storage is {spec.storage}: a folder of this job, which Ray deletes some time "
+            f"after it. To keep the results, set {STORAGE_VARIABLE} to a URL or an absolute path.",
+            soft_wrap=True,
+        )
+
+
+def _facts(spec: Spec, record: RunRecord, source: Source) -> RunFacts:
     return RunFacts(
         run_id=record.run_id,
         name=spec.name,
@@ -197,21 +234,6 @@ def _facts(spec: Spec, record: RunRecord) -> RunFacts:
         uri=tracking_uri(spec.mlflow.tracking_uri),
         spec_file=record.options.file,
         spec_text=record.spec_text,
-        tags=_source_tags(),
+        tags=source.tags(),
         resumed=bool(record.cells),
     )
-
-
-def _source_tags() -> dict[str, str]:
-    """Return the commit of the working directory, when it is in a Git repository."""
-    try:
-        done = subprocess.run(  # noqa: S603 - fixed arguments
-            ["git", "rev-parse", "HEAD"],  # noqa: S607 - the user's own git
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):  # no Git here, which is nothing to report
-        return {}
-    return {"mlflow.source.git.commit": done.stdout.strip()}

@@ -1,24 +1,103 @@
-"""What a run is made with: recorded when it starts, and compared when it goes on."""
+"""Where the code of a run comes from: commit, uncommitted changes, versions of the environment.
+
+A folder that was packed for a cluster has no `.git`, so whoever packs it leaves a file in it that
+says all this, and a run started there reads the file instead of asking Git.
+"""
 
 from __future__ import annotations
 
-import importlib.metadata
+import json
 import platform
-from collections.abc import Mapping
+import socket
+import subprocess
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+SOURCE_FILE = ".fls-source.json"
+_DIFF_CHARACTERS = 500_000
+_SHOWN_VERSIONS = 8
+_SHOWN_CHANGES = 20
 
-def describe_environment(commit: str | None) -> dict[str, Any]:
-    """Return Python's version, the platform, all installed packages' versions, and the commit.
 
-    Cost: about a millisecond for each installed package.
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What is known of the code in a folder, and of the Python that runs it.
+
+    Attributes:
+        commit: the commit that is checked out, or None outside of Git.
+        changes: a line for each file that differs from it, such as `M pipeline.yaml`; new files
+            are `?`.
+        diff: the changes of tracked files as a patch, cut where it is very long.
+        python: version of Python.
+        packages: installed distribution -> version.
+        submitted_from: the machine that packed the folder, if its local paths are used; or None.
     """
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {one.name: one.version for one in importlib.metadata.distributions()},
-        "commit": commit,
-    }
+
+    commit: str | None = None
+    changes: Sequence[str] = ()
+    diff: str = ""
+    python: str = field(default_factory=platform.python_version)
+    packages: Mapping[str, str] = field(default_factory=lambda: _installed())
+    submitted_from: str | None = None
+
+    def tags(self) -> dict[str, str]:
+        """Return the facts that are recorded with a run."""
+        if self.commit is None:
+            return {}
+        shown = list(self.changes[:_SHOWN_CHANGES])
+        if len(self.changes) > len(shown):
+            shown.append(f"and {len(self.changes) - len(shown)} more")
+        return {
+            "mlflow.source.git.commit": self.commit,
+            "fls.uncommitted": "\n".join(shown) or "none",
+        }
+
+    def environment(self) -> dict[str, Any]:
+        """Return Python's version, the packages' and the commit."""
+        return {"python": self.python, "packages": dict(self.packages), "commit": self.commit}
+
+    def to_json(self) -> str:
+        """Return all of it as JSON; the same for the same facts."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True)
+
+
+def read_source(folder: Path) -> Source:
+    """Return what the folder's file says, or what Git says where there is no such file."""
+    try:
+        return Source(**json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return look_at(folder)
+
+
+def look_at(folder: Path, files: Collection[str] | None = None) -> Source:
+    """Ask Git about a folder.
+
+    Args:
+        folder: anywhere in a working tree, or in none.
+        files: paths, relative to the folder, that the answer is about; all without.
+    """
+    commit = _git(folder, "rev-parse", "HEAD").strip()
+    if not commit:
+        return Source()
+    pairs = _git(folder, "diff", "HEAD", "--relative", "--no-renames", "--name-status", "-z")
+    words = pairs.split("\0")[:-1]
+    states = dict(zip(words[1::2], words[::2], strict=True))
+    for path in _git(folder, "ls-files", "--others", "--exclude-standard", "-z").split("\0")[:-1]:
+        states[path] = "?"
+    if files is not None:
+        states = {p: state for p, state in states.items() if p in files or state == "D"}
+    tracked = [path for path, state in states.items() if state != "?"]
+    diff = ""
+    if tracked:
+        options = ("--relative", "--no-renames", "--no-color", "--no-ext-diff", "--no-textconv")
+        diff = _git(folder, "diff", "HEAD", *options, "--", *tracked)
+    if len(diff) > _DIFF_CHARACTERS:
+        diff = f"{diff[:_DIFF_CHARACTERS]}\n... cut after {_DIFF_CHARACTERS} characters\n"
+    changes = [f"{state} {path}" for path, state in sorted(states.items())]
+    return Source(commit=commit, changes=changes, diff=diff)
 
 
 def changed_versions(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -30,10 +109,46 @@ def changed_versions(before: Mapping[str, Any], after: Mapping[str, Any]) -> lis
     ... )
     ['torch 2.12 -> 2.13']
     """
-    old = {"Python": before["python"], **before["packages"]}
-    new = {"Python": after["python"], **after["packages"]}
+    old = {"python": before["python"], **before["packages"]}
+    new = {"python": after["python"], **after["packages"]}
     return [
         f"{name} {old[name]} -> {new[name]}"
         for name in old
         if name in new and old[name] != new[name]
     ]
+
+
+def other_versions(source: Source) -> str | None:
+    """Say which versions differ here from those of `source`, or return None."""
+    found = changed_versions(source.environment(), Source().environment())
+    if not found:
+        return None
+    more = f", and {len(found) - _SHOWN_VERSIONS} more" if len(found) > _SHOWN_VERSIONS else ""
+    return f"Other versions here than where it was submitted: {', '.join(found[:8])}{more}."
+
+
+def this_machine() -> str:
+    """Return this machine's name."""
+    return socket.gethostname()
+
+
+def _installed() -> dict[str, str]:
+    found = ((one.metadata["Name"], one.version) for one in metadata.distributions())
+    return dict(sorted((name, version) for name, version in found if name))
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    """Return what a Git command prints; nothing where there is no Git, repository or commit."""
+    try:
+        done = subprocess.run(  # noqa: S603 - fixed commands, paths after `--`
+            ["git", *arguments],  # noqa: S607 - the user's own git
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=30,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout

@@ -23,6 +23,8 @@ from pipeline.spec_shape import FileShape, StageShape
 from pipeline.stage import Catalogue, Params, Registry, Resources, Stage
 from pipeline.yaml_loader import Document, Path
 
+STORAGE_VARIABLE = "FISHLEG_STORAGE"  # takes the place of `storage:`
+
 # -------------------------------------------------------------------- what load_spec returns
 
 
@@ -51,6 +53,8 @@ class Spec:
         path: the file it is from.
         plugins: in the file's order.
         storage: absolute path of a folder, or an fsspec URL.
+        storage_given: the same as the environment or the file gives it; perhaps a relative path.
+        autoscaling: whether the cluster may grow to meet what stages ask for.
         mlflow: where runs are tracked.
         stages: name -> stage, in the file's order.
         cells: all cells, stages in topological order.
@@ -60,6 +64,8 @@ class Spec:
     path: FilePath
     plugins: Sequence[Plugin]
     storage: str
+    storage_given: str
+    autoscaling: bool
     mlflow: MlflowSpec
     stages: Mapping[str, StageSpec]
     cells: Sequence[Cell]
@@ -137,11 +143,14 @@ class _Builder:
         cells = expand({name: stages[name] for name in order}, params, self.note_join)
         if shape is None:
             raise SpecError(self.document.problems)
+        storage = os.environ.get(STORAGE_VARIABLE) or shape.storage
         return Spec(
             name=shape.name,
             path=self.path,
             plugins=self.plugins,
-            storage=shape.storage if "://" in shape.storage else os.path.abspath(shape.storage),
+            storage=storage if "://" in storage else os.path.abspath(storage),
+            storage_given=storage,
+            autoscaling=shape.cluster.autoscaling,
             mlflow=MlflowSpec(
                 experiment=shape.mlflow.experiment or shape.name,
                 tracking_uri=shape.mlflow.tracking_uri,

@@ -68,6 +68,17 @@ def _optional_name(value: str | None) -> str | None:
     return value if value is None else _name(value)
 
 
+def _whole_above_one(value: float | None) -> float | None:
+    """Check a number of GPUs: a share of one, or some whole ones.
+
+    Raises:
+        ValueError: neither.
+    """
+    if value is not None and value > 1 and not value.is_integer():
+        raise ValueError(f"expected a share of one GPU, or a whole number, got {value:g}")
+    return value
+
+
 def _names(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -80,7 +91,7 @@ class ResourcesShape(_Shape):
     """`resources:` of a stage; what is left out is as the stage type declares it."""
 
     num_cpus: float | None = Field(default=None, ge=0)
-    num_gpus: float | None = Field(default=None, ge=0)
+    num_gpus: Annotated[float | None, AfterValidator(_whole_above_one), Field(ge=0)] = None
     memory: Annotated[int | None, BeforeValidator(_size), Field(ge=1)] = None
     accelerator_type: str | None = None
 
@@ -119,6 +130,12 @@ class MlflowShape(_Shape):
     tracking_uri: str | None = None
 
 
+class ClusterShape(_Shape):
+    """`cluster:`; with autoscaling, what no node has is waited for instead of refused."""
+
+    autoscaling: bool = False
+
+
 class FileShape(_Shape):
     """The whole file; stages are read one by one, so that none hides the mistakes of others."""
 
@@ -126,5 +143,6 @@ class FileShape(_Shape):
     plugins: Annotated[list[str], Field(min_length=1)]
     storage: str = ".fls"
     mlflow: MlflowShape = MlflowShape()
+    cluster: ClusterShape = ClusterShape()
     vars: dict[str, Any] = {}
     stages: Annotated[dict[Annotated[str, AfterValidator(_name)], Any], Field(min_length=1)]

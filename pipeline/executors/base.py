@@ -35,11 +35,17 @@ class AbstractExecutor(ABC):
     """
 
     @abstractmethod
-    def check(self, demands: Iterable[tuple[str, Resources]]) -> None:
+    def check(
+        self, demands: Iterable[tuple[str, Resources]], *, may_grow: bool = False
+    ) -> list[str]:
         """Refuse demands that could never be met.
 
         Args:
             demands: (cell, what it needs) of every cell that is to run.
+            may_grow: whether machines may join that have what there is not now.
+
+        Returns:
+            What will have to wait for such machines, a sentence for each stage.
 
         Raises:
             BadInput: names each stage that asks for more than there is.

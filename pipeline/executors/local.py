@@ -46,8 +46,10 @@ class LocalExecutor(AbstractExecutor):
         self._idle: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
 
-    def check(self, demands: Iterable[tuple[str, Resources]]) -> None:
-        """Refuse what this machine could not run even when it is otherwise idle."""
+    def check(
+        self, demands: Iterable[tuple[str, Resources]], *, may_grow: bool = False
+    ) -> list[str]:
+        """Refuse what this machine could not run even when it is otherwise idle; it cannot grow."""
         refuse_unsatisfiable(
             (
                 f"{cell.partition('[')[0]} asks for {_each(resources)}{lack}"
@@ -56,6 +58,7 @@ class LocalExecutor(AbstractExecutor):
             ),
             "Lower the stage's `resources:`, or run on a cluster with --executor ray.",
         )
+        return []
 
     @property
     def window(self) -> int:

@@ -1,10 +1,10 @@
 """Runs tasks on Ray: on a cluster that is there, else on one of our own on this machine.
 
-The only file that imports Ray. A task's outcome comes back as plain data, never as a pickled
-exception, and Ray retries nothing: the driver does, because it knows about checkpoints. CPU
-workers stay warm; a task with a GPU gets a fresh process (`max_calls=1`), because that is the only
-way to be sure that all GPU memory comes back. A task for several workers goes to Ray Train, which
-places all of them or none, connects them, and ends them together.
+With `ray_jobs.py`, the only file that imports Ray. A task's outcome comes back as plain data, never
+as a pickled exception, and Ray retries nothing: the driver does, because it knows about
+checkpoints. CPU workers stay warm; a task with a GPU gets a fresh process (`max_calls=1`), because
+that is the only way to be sure that all GPU memory comes back. A task for several workers goes to
+Ray Train, which places all of them or none, connects them, and ends them together.
 """
 
 from __future__ import annotations
@@ -14,30 +14,27 @@ import logging
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-# Ray's switch for "no cluster beyond this machine": without it, a local instance listens on all
-# network interfaces, and whoever reaches it may run code. Read when Ray is imported.
-if "RAY_ADDRESS" not in os.environ:
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# `run_task` itself hides the GPUs from CPU tasks; Ray only warns that it will not any more.
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+import pipeline.executors.ray_settings  # noqa: F401 - before Ray, which reads them
 
-import ray  # noqa: E402 - after the environment it reads
+# isort: split
+import ray
 
-from pipeline.executors.base import (  # noqa: E402
+from pipeline.executors.base import (
     AbstractExecutor,
     available_cpus,
     refuse_unsatisfiable,
 )
-from pipeline.executors.ranks import WAIT_FOR_THE_CAUSE_S, cause  # noqa: E402
-from pipeline.stage import Resources  # noqa: E402
-from pipeline.worker import Outcome, Seat, Task, died, preempted, run_task  # noqa: E402
+from pipeline.executors.ranks import WAIT_FOR_THE_CAUSE_S, cause
+from pipeline.stage import Resources
+from pipeline.worker import Outcome, Seat, Task, died, preempted, run_task
 
 # No data goes through Ray's object store, only tasks and outcomes; this is about its minimum.
 _OBJECT_STORE_BYTES = 100 << 20
+_ACCELERATOR = "accelerator_type:"
 
 
 class RayExecutor(AbstractExecutor):
@@ -62,18 +59,24 @@ class RayExecutor(AbstractExecutor):
         self._ranks = ray.remote(max_retries=0, num_cpus=0)(_run_ranks)
         self._cells: dict[Any, str] = {}  # object reference -> cell
 
-    def check(self, demands: Iterable[tuple[str, Resources]]) -> None:
+    def check(
+        self, demands: Iterable[tuple[str, Resources]], *, may_grow: bool = False
+    ) -> list[str]:
         """Refuse what no single node could run; Ray would let such a task wait for ever."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        refuse_unsatisfiable(
-            (
-                f"{cell.partition('[')[0]} asks for {_describe(resources)}; "
-                f"the largest node has {_largest(nodes)}."
-                for cell, resources in demands
-                if sum(_room(resources, node) for node in nodes) < resources.workers
-            ),
-            "Lower the stage's `resources:`, or connect to a larger cluster through RAY_ADDRESS.",
+        lacking = dict.fromkeys(
+            f"{cell.partition('[')[0]} asks for {_describe(resources)}"
+            for cell, resources in demands
+            if sum(_room(resources, node) for node in nodes) < resources.workers
         )
+        if may_grow:
+            return [f"{lack}; it waits for a node that has it." for lack in lacking]
+        refuse_unsatisfiable(
+            (f"{lack}; no node has: {_describe_nodes(nodes)}." for lack in lacking),
+            "Lower the stage's `resources:`, connect to a larger cluster through RAY_ADDRESS, or "
+            "declare `cluster: {autoscaling: true}` if this one grows on demand.",
+        )
+        return []
 
     @property
     def window(self) -> int:
@@ -228,7 +231,7 @@ def _room(resources: Resources, node: dict[str, float]) -> int:
         "memory": resources.memory_bytes or 0,
     }
     if resources.accelerator_type:
-        wanted[f"accelerator_type:{resources.accelerator_type}"] = 0.001
+        wanted[_ACCELERATOR + resources.accelerator_type] = 0.001
     rooms = [node.get(name, 0) // amount for name, amount in wanted.items() if amount]
     return int(min([*rooms, resources.workers]))
 
@@ -243,9 +246,16 @@ def _describe(resources: Resources) -> str:
     return ", ".join(parts)
 
 
-def _largest(nodes: list[dict[str, float]]) -> str:
-    node = max(nodes, key=lambda item: (item.get("GPU", 0), item.get("CPU", 0)), default={})
+def _describe_nodes(nodes: list[dict[str, float]]) -> str:
+    """Return what the nodes have, alike ones together."""
+    counts = Counter(map(_describe_node, nodes))
+    return "; ".join(f"{count} x ({node})" for node, count in counts.items()) or "none is there"
+
+
+def _describe_node(node: dict[str, float]) -> str:
+    types = [name.partition(":")[2] for name in node if name.startswith(_ACCELERATOR)]
+    kinds = f" of type {', '.join(types)}" if types else ""
     return (
-        f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs, "
+        f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs{kinds}, "
         f"{node.get('memory', 0):.0f} bytes of memory"
     )

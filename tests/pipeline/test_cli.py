@@ -16,6 +16,7 @@ from pipeline.cli import app
 LOCAL = ("--executor", "local", "--tracking", "jsonl")
 COMMANDS = [
     "run",
+    "submit",
     "plan",
     "validate",
     "graph",

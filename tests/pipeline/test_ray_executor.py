@@ -101,10 +101,21 @@ def test_a_cancelled_task_is_killed_and_not_reported(executor: AbstractExecutor)
 
 def test_what_no_node_has_is_refused_by_name(executor: AbstractExecutor) -> None:
     executor.check([("fine", ONE_CPU)])
-    with pytest.raises(BadInput, match=r"train asks for num_cpus: 4096, .*the largest node has"):
-        executor.check([("train[seed=0]", Resources(num_cpus=4096))])
+    much, rare = Resources(num_cpus=4096), Resources(accelerator_type="H100")
+    with pytest.raises(BadInput, match=r"train asks for num_cpus: 4096, .*; no node has: 1 x \("):
+        executor.check([("train[seed=0]", much), ("train[seed=1]", much)])
     with pytest.raises(BadInput, match="accelerator_type: H100"):
-        executor.check([("train", Resources(accelerator_type="H100"))])
+        executor.check([("train", rare)])
+
+
+def test_what_no_node_has_is_waited_for_where_nodes_may_join(executor: AbstractExecutor) -> None:
+    rare = Resources(accelerator_type="H100")
+    assert executor.check(
+        [("fine", ONE_CPU), ("a[x=1]", rare), ("a[x=2]", rare)], may_grow=True
+    ) == [
+        "a asks for num_cpus: 1, num_gpus: 0, accelerator_type: H100; it waits for a node that "
+        "has it."
+    ]
 
 
 def test_ray_listens_to_this_machine_only(executor: AbstractExecutor) -> None:

@@ -135,6 +135,10 @@ def test_three_mistakes_are_reported_together_in_file_order(toy: Path) -> None:
             "4:35: matrix.seed: '1,2' cannot name a cell: no spaces, nor any of [ ] , =",
         ),
         (
+            "a: {uses: start, params: {value: 1}, resources: {num_gpus: 1.5}}",
+            "4:62: resources.num_gpus: expected a share of one GPU, or a whole number, got 1.5",
+        ),
+        (
             "a: {uses: start, params: {value: 1}, resources: {memory: 4XB}}",
             "4:60: resources.memory: expected bytes, or a size such as 4GB or 512MiB, got '4XB'",
         ),

@@ -1,0 +1,124 @@
+"""The Jobs API of a Ray cluster: hands a packed folder and a command over, and follows the log.
+
+With `ray.py`, the only file that imports Ray. What a request can run into (nobody there, a wrong
+token, a refusal) becomes one sentence that says what to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pipeline.executors.ray_settings  # noqa: F401 - before Ray, which reads them
+
+# isort: split
+import aiohttp
+import requests
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from pipeline.errors import PipelineError
+
+# Which package is uploaded and which socket is closed is nothing for the user.
+for _name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
+
+_POLL_S = 0.2
+_STOPPED = 143  # what a shell calls the end by SIGTERM, which is how Ray stops a job
+# Each of these would take the place of the address that the user gives.
+_OVERRIDES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+
+
+class RayJobs:
+    """A cluster's jobs.
+
+    Args:
+        address: of the head's dashboard, such as `http://10.0.0.1:8265`.
+    """
+
+    def __init__(self, address: str):
+        self._address = address
+        hidden = {name: os.environ.pop(name) for name in _OVERRIDES if name in os.environ}
+        try:
+            with self._explaining():
+                self._client = JobSubmissionClient(address)
+        finally:
+            os.environ.update(hidden)
+
+    def submit(
+        self,
+        submission_id: str,
+        command: str,
+        archive: Path,
+        environment: Mapping[str, str],
+        metadata: Mapping[str, str],
+    ) -> None:
+        """Upload a packed folder, unless the cluster has it, and run a command in it.
+
+        Args:
+            submission_id: the job's name, new on this cluster.
+            command: for the shell.
+            archive: the folder as a zip file.
+            environment: variables that the command and its tasks get.
+            metadata: shown with the job in the dashboard.
+        """
+        runtime = {"working_dir": str(archive), "env_vars": dict(environment)}
+        with self._explaining():
+            self._client.submit_job(
+                entrypoint=command,
+                submission_id=submission_id,
+                runtime_env=runtime,
+                metadata=dict(metadata),
+            )
+
+    def follow(self, submission_id: str, say: Callable[[str], None]) -> int:
+        """Pass on what a job prints until it ends; return the exit code that its end stands for."""
+        with self._explaining():
+            asyncio.run(self._tail(submission_id, say))
+            while not (info := self._client.get_job_info(submission_id)).status.is_terminal():
+                time.sleep(_POLL_S)
+        if info.status == JobStatus.STOPPED:
+            return _STOPPED
+        if info.status == JobStatus.SUCCEEDED:
+            return 0
+        if info.driver_exit_code is None:  # it never ran; otherwise its own output says why
+            say(f"{info.message}\n")
+        return info.driver_exit_code or 1
+
+    async def _tail(self, submission_id: str, say: Callable[[str], None]) -> None:
+        async for text in self._client.tail_job_logs(submission_id):
+            say(text)
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """Turn what goes wrong inside into one sentence for the user.
+
+        Raises:
+            PipelineError: something did.
+        """
+        try:
+            yield
+        except AuthenticationError as error:
+            raise PipelineError(
+                f"Ray at {self._address} lets nobody in without its token: {_first(error)}. Set "
+                "RAY_AUTH_MODE=token, and put the cluster's token into RAY_AUTH_TOKEN, into the "
+                "file that RAY_AUTH_TOKEN_PATH names, or into ~/.ray/auth_token."
+            ) from error
+        except (ConnectionError, requests.RequestException, aiohttp.ClientError) as error:
+            raise PipelineError(
+                f"No Ray head answers at {self._address} ({type(error).__name__}). Expected the "
+                "address of its dashboard, such as http://HEAD:8265; `ray start --head "
+                "--dashboard-host 0.0.0.0` opens it to other machines."
+            ) from error
+        except (RuntimeError, ValueError) as error:
+            raise PipelineError(f"Ray at {self._address}: {error}") from error
+
+
+def _first(error: Exception) -> str:
+    """Return the first sentence of what Ray says, which may go on for a page."""
+    return str(error).partition("\n")[0].partition(". ")[0]

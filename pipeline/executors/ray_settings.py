@@ -1,0 +1,13 @@
+"""What Ray reads from the environment when it is imported; import this before it."""
+
+from __future__ import annotations
+
+import os
+
+# Ray's switch for "no cluster beyond this machine": without it, a local instance listens on all
+# network interfaces, and whoever reaches it may run code.
+if "RAY_ADDRESS" not in os.environ:
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# `run_task` itself hides the GPUs from CPU tasks; Ray only warns that it will not any more.
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -1,0 +1,244 @@
+"""Submits a pipeline to a Ray cluster: packs the folder, says what it is, and hands it over.
+
+The run's id is chosen here, so that the commands that follow, stop and resume it can be printed
+before it has begun.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import socket
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from rich.console import Console
+
+from pipeline.errors import BadInput
+from pipeline.forwarding import Forwarding, forwarding, secret_values
+from pipeline.packing import IGNORE_FILE, Package, collect
+from pipeline.params import marked
+from pipeline.provenance import SOURCE_FILE, Source, look_at, this_machine
+from pipeline.runs import new_run_id
+from pipeline.spec import STORAGE_VARIABLE, Spec
+from pipeline.stage import ExternalFile
+from pipeline.tracking import tracking_uri
+
+_INTERRUPTED = 130
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """What is asked for.
+
+    Attributes:
+        file: the spec's path, in or below the working directory.
+        address: of the head's dashboard.
+        arguments: options of `fls run`; none when a run is resumed.
+        stop_after_s: how long the job may take, or None.
+        resume: the run to go on with, or None for a new one.
+        excludes: patterns of files to leave behind.
+        env: environment variables for the job: NAME=VALUE, or NAME.
+    """
+
+    file: Path
+    address: str
+    arguments: Sequence[str] = ()
+    stop_after_s: float | None = None
+    resume: str | None = None
+    excludes: Sequence[str] = ()
+    env: Sequence[str] = ()
+
+
+def submit(spec: Spec, asked: Submission, console: Console, *, follow: bool) -> int:
+    """Submit a pipeline; return 0, or how the job ended when it is followed."""
+    local = is_this_machine(asked.address)
+    folder = Path.cwd()
+    moving = forwarding(os.environ, asked.env)
+    environment = dict(moving.given)
+    environment |= _storage(spec, local)
+    environment["MLFLOW_TRACKING_URI"] = _tracking(spec, moving, local)
+    package = collect(folder, asked.excludes)
+    _require_packed(spec, asked.file, package)
+    package.refuse_if_large()
+    package.refuse_if_holding(secret_values(os.environ))
+    source = look_at(folder, package.files)
+    if local:
+        source = dataclasses.replace(source, submitted_from=this_machine())
+
+    run_id = asked.resume or new_run_id()
+    submission_id = f"fls-{run_id}" if asked.resume is None else f"fls-{run_id}-{new_run_id()[-4:]}"
+    file = Path(os.path.relpath(asked.file, folder)).as_posix()
+    command = _command(file, run_id, asked)
+
+    from pipeline.executors.ray_jobs import RayJobs  # here, because Ray takes a second to import
+
+    jobs = RayJobs(asked.address)
+    with tempfile.TemporaryDirectory() as scratch:
+        archive = Path(scratch) / "package.zip"
+        package.write(archive, {SOURCE_FILE: source.to_json()})
+        jobs.submit(
+            submission_id,
+            command,
+            archive,
+            environment,
+            {"fls.run": run_id, "fls.file": file, **source.tags()},
+        )
+    _tell(asked, console, submission_id, run_id, package, source, environment, moving)
+    if not follow:
+        return 0
+    try:
+        return jobs.follow(submission_id, _print)
+    except KeyboardInterrupt:
+        console.print(f"\n{submission_id} goes on; the commands above follow or stop it.")
+        return _INTERRUPTED
+
+
+def is_this_machine(address: str) -> bool:
+    """Tell whether an address is one of this machine's own."""
+    host = urlsplit(address).hostname or ""
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    for family, kind, protocol, _, where in found:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.bind(where)
+        except OSError:
+            continue
+        return True
+    return False
+
+
+def _command(file: str, run_id: str, asked: Submission) -> str:
+    """Return the job's command.
+
+    Raises:
+        BadInput: a run is resumed, which is done as it was asked for, with other options.
+    """
+    words = ["run", file, "--run-id", run_id, *asked.arguments]
+    if asked.resume is not None:
+        if asked.arguments:
+            raise BadInput(
+                "--resume goes on with a run as it was asked for; leave out "
+                f"{shlex.join(asked.arguments)}."
+            )
+        words = ["resume", run_id, "--file", file]
+    if asked.stop_after_s is not None:
+        words += ["--stop-after", f"{asked.stop_after_s:g}s"]
+    # Ray runs it by a shell; in the shell's place, the driver is the one that Ray stops and awaits.
+    return "exec " + shlex.join(["python", "-m", "pipeline", *words])
+
+
+def _storage(spec: Spec, local: bool) -> dict[str, str]:
+    """Return the variable that makes a relative storage absolute; a job works in another folder.
+
+    Raises:
+        BadInput: the storage is relative, and the cluster is elsewhere.
+    """
+    if spec.storage == spec.storage_given:
+        return {}
+    if local:
+        return {STORAGE_VARIABLE: spec.storage}
+    raise BadInput(
+        f"{spec.path}: storage: {spec.storage_given} is a folder of this machine, which the "
+        "cluster does not see. Use a URL such as s3://bucket/folder, or the absolute path of a "
+        f"folder that all nodes share; {STORAGE_VARIABLE} takes the place of `storage:`."
+    )
+
+
+def _tracking(spec: Spec, moving: Forwarding, local: bool) -> str:
+    """Return where the job is to track, from anywhere.
+
+    Raises:
+        BadInput: that is a place which only this machine reaches, or holds a password.
+    """
+    if "MLFLOW_TRACKING_URI" in moving.given:
+        uri = moving.given["MLFLOW_TRACKING_URI"]
+    elif "MLFLOW_TRACKING_URI" in moving.secret:
+        raise BadInput(
+            "MLFLOW_TRACKING_URI holds a password, which Ray would show in its dashboard. Set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on the nodes, or hand it over "
+            "as it is by --env MLFLOW_TRACKING_URI."
+        )
+    else:
+        uri = tracking_uri(spec.mlflow.tracking_uri)
+    scheme, _, path = uri.partition("://")
+    if scheme == "sqlite":
+        if local:
+            return f"sqlite:///{os.path.abspath(path.removeprefix('/'))}"
+        raise BadInput(
+            f"MLflow at {uri} is a file of this machine, which the cluster does not see. Start "
+            "an MLflow server, and set MLFLOW_TRACKING_URI or mlflow.tracking_uri to its URL."
+        )
+    if not local and scheme in {"http", "https"} and is_this_machine(uri):
+        raise BadInput(
+            f"MLflow at {uri} is this machine's own address, which means another machine on the "
+            "cluster. Give the address by which the cluster reaches it."
+        )
+    return uri
+
+
+def _require_packed(spec: Spec, file: Path, package: Package) -> None:
+    """Check that what the pipeline names is in the package.
+
+    Raises:
+        BadInput: a file of the pipeline's is outside of the folder, or left behind.
+    """
+    named = {str(file): "the pipeline"}
+    for cell in spec.cells:
+        for mark in marked(cell.params):
+            if isinstance(mark.marker, ExternalFile) and not os.path.isabs(mark.value):
+                named.setdefault(mark.value, cell.name)
+    for path, owner in named.items():
+        relative = Path(os.path.relpath(path, package.folder)).as_posix()
+        if relative not in package.files:
+            raise BadInput(
+                f"{path} ({owner}) would not be packed: it is outside of {package.folder}, or a "
+                f"pattern leaves it behind. `!/{relative}` in {IGNORE_FILE} takes it along."
+            )
+
+
+def _tell(
+    asked: Submission,
+    console: Console,
+    submission_id: str,
+    run_id: str,
+    package: Package,
+    source: Source,
+    environment: Mapping[str, str],
+    moving: Forwarding,
+) -> None:
+    """Print what was submitted, and how to follow, stop and resume it."""
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True)
+
+    commit = f"commit {source.commit[:12]}" if source.commit else "no Git"
+    changed = f", {len(source.changes)} uncommitted changes" if source.changes else ""
+    size = f"{package.size_bytes / 2**20:.1f} MiB"
+    say(f"Submitted {submission_id} to {asked.address}: {len(package.files)} files of {size};")
+    say(f"  {commit}{changed}; Python {source.python}")
+    if package.links:
+        say(f"  links are not packed: {', '.join(package.links)}")
+    say(f"  environment given: {', '.join(environment)}")
+    if moving.secret:
+        say(f"  secrets not given, the nodes must have them: {', '.join(moving.secret)}")
+    if moving.local:
+        say(f"  of this machine, not given: {', '.join(moving.local)}")
+    at = f"--address {shlex.quote(asked.address)}"
+    file = shlex.quote(str(asked.file))
+    say(f"  follow:  ray job logs {submission_id} {at} --follow")
+    say(f"  stop:    ray job stop {submission_id} {at}")
+    say(f"  resume:  fls submit {file} {at} --resume {run_id}")
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
