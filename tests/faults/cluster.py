@@ -31,6 +31,7 @@ class Cluster:
         self._environment = {**environment, "RAY_USAGE_STATS_ENABLED": "0"}
         self._head: subprocess.Popen[bytes] | None = None
         self._nodes: list[subprocess.Popen[bytes]] = []
+        self._started = 0
         self.address = ""
 
     def ensure(self) -> None:
@@ -71,8 +72,10 @@ class Cluster:
         ray = Path(sys.executable).with_name("ray")
         command = [str(ray), "start", "--block", "--disable-usage-stats", *arguments]
         command += ["--node-ip-address=127.0.0.1", "--object-store-memory=100000000"]
+        self._started += 1  # a folder each, for what nodes unpack and log
+        command += [f"--temp-dir={self._folder / str(self._started)}"]
         if "--head" in arguments:
-            command += ["--include-dashboard=false", f"--temp-dir={self._folder}"]
+            command += ["--include-dashboard=false"]
         return subprocess.Popen(
             command,
             env=dict(self._environment),
