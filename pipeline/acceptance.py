@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from pipeline.errors import DamagedDocument
+from pipeline.seal import seal, unseal
 from pipeline.store import Store
 
 Code = Mapping[str, str]  # module -> digest
@@ -83,9 +85,9 @@ class Acceptances:
             "time": time.time(),
             "run": run,
         }
-        text = json.dumps(document, indent=1, sort_keys=True).encode()
         self._store.prepare()
-        added = self._store.storage.create(f"{_FOLDER}/{_identify(stage, code)}", text)
+        path = f"{_FOLDER}/{_identify(stage, code)}"
+        added = self._store.storage.create(path, seal(document))
         self._names, self._known = None, {}
         return added
 
@@ -94,7 +96,13 @@ class Acceptances:
             self._names = set(self._store.storage.names(_FOLDER))
         if name not in self._names:
             return None
-        document = json.loads(self._store.storage.read(f"{_FOLDER}/{name}"))
+        try:
+            document = unseal(self._store.storage.read(f"{_FOLDER}/{name}"))
+        except ValueError as error:
+            raise DamagedDocument(
+                f"{self._store.url}/{_FOLDER}/{name} is damaged: {error}. Delete it, and accept "
+                f"the code of {stage} again."
+            ) from error
         about = {field: document[field] for field in ("code", "who", "why", "time")}
         return Equivalence(self.root(stage, document["as"]), about)
 

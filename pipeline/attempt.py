@@ -6,15 +6,20 @@ The layout of the store is described in `pipeline.store`.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import StoreError
+from pipeline.seal import seal, seal_lines, unseal
 from pipeline.stage import StageError
-from pipeline.storage import AbstractStorage
+from pipeline.storage import AbstractStorage, list_files
+
+# Beside a checkpoint's files, and written after them: their digests.
+DIGESTS = ".digests.json"
+_CHECKPOINTS_KEPT = 2
 
 
 def stage_folder(key: str) -> str:
@@ -69,9 +74,8 @@ class Attempt:
             self._save_checkpoint()
         if events:
             self._segments += 1
-            lines = "".join(json.dumps(event) + "\n" for event in events)
             path = event_segment(self.key, self.number, self._segments)
-            self._storage.write(path, lines.encode())
+            self._storage.write(path, seal_lines(events))
 
     def publish(
         self, ingredients: Mapping[str, Any], outputs: Iterable[str], facts: Mapping[str, Any]
@@ -86,9 +90,13 @@ class Attempt:
         Returns:
             True, or False if another attempt was first; then this one's work is discarded.
 
+        All outputs are on the disk, or in the object store, before the manifest is.
+
         Raises:
             StageError: the stage left out a declared output, or wrote one that is not declared.
-            FileNotFoundError: a file vanished while it was read.
+            StoreError: an output holds a symbolic link or the like.
+            FileNotFoundError: a file vanished while it was read; or the whole attempt was set
+                aside with a damaged result, and what is left of its outputs is not all.
 
         Cost: one read of all output files; on remote storage an upload.
         """
@@ -97,7 +105,8 @@ class Attempt:
             for name in found:
                 folder = self.folder / "outputs" / name
                 self._storage.save(folder, f"{self._path}/outputs/{name}")
-        except (StageError, FileNotFoundError):
+            self._check_not_set_aside()
+        except (StageError, StoreError, FileNotFoundError):
             if not self._beaten():
                 raise
             first = False  # the winner has deleted what this attempt wrote
@@ -117,13 +126,26 @@ class Attempt:
         Args:
             error: what went wrong; JSON.
         """
-        self._storage.write(f"{self._path}/failure.json", json.dumps(error).encode())
+        self._storage.write(f"{self._path}/failure.json", seal(error))
+
+    def _check_not_set_aside(self) -> None:
+        """Refuse to publish what is left of an attempt whose folder was moved away meanwhile.
+
+        Raises:
+            FileNotFoundError: it was.
+        """
+        try:
+            self._storage.read(f"{self._path}/attempt.json")
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"attempt {self.number} was set aside together with a damaged result; what it "
+                "has written since may not be all, so it begins again"
+            ) from error
 
     def _create_manifest(self, **content: Mapping[str, Any]) -> bool:
         """Create the key's manifest, unless there is one; tell whether this call did."""
         about = {"key": self.key, "attempt": self.number, "time": time.time()}
-        text = json.dumps({**about, **content}, indent=1, sort_keys=True, allow_nan=False)
-        return self._storage.create(manifest_path(self.key), text.encode())
+        return self._storage.create(manifest_path(self.key), seal({**about, **content}))
 
     def _beaten(self) -> bool:
         """Tell whether another attempt has published."""
@@ -160,45 +182,80 @@ class Attempt:
     # -- in-stage checkpoints
 
     def _save_checkpoint(self) -> None:
+        """Store the newest checkpoint, its digests last; delete all but the one before it."""
         root = self.folder / "checkpoints"
-        numbers = sorted(path.name for path in root.iterdir() if path.name.isdigit())
-        if numbers:
-            self._storage.save(root / numbers[-1], f"{self._path}/checkpoints/{numbers[-1]}")
+        found = root.iterdir() if root.is_dir() else ()  # a winner deletes it with all else
+        numbers = sorted(path.name for path in found if path.name.isdigit())
+        if not numbers:
+            return
+        folder, path = root / numbers[-1], f"{self._path}/checkpoints"
+        digests = _digest_checkpoint(folder)
+        self._storage.save(folder, f"{path}/{numbers[-1]}")
+        self._storage.write(f"{path}/{numbers[-1]}/{DIGESTS}", seal(digests))
+        for old in [name for name in self._storage.names(path) if name.isdigit()]:
+            if int(old) <= int(numbers[-1]) - _CHECKPOINTS_KEPT:
+                self._storage.remove(f"{path}/{old}")
 
     def _take_over_checkpoint(self) -> None:
         """Put the newest whole checkpoint of earlier attempts into this one's folder."""
         found = [
             (name, number)
             for number in earlier_attempts(self._storage, self.key, self.number)
-            for name in self._storage.saved(f"{attempt_folder(self.key, number)}/checkpoints")
+            for name in self._storage.names(f"{attempt_folder(self.key, number)}/checkpoints")
+            if name.isdigit()
         ]
         for name, number in sorted(found, reverse=True):
             part = self.folder / "checkpoints" / f"{name}.part"
+            path = f"{attempt_folder(self.key, number)}/checkpoints/{name}"
             try:
-                self._storage.load(f"{attempt_folder(self.key, number)}/checkpoints/{name}", part)
+                wanted = unseal(self._storage.read(f"{path}/{DIGESTS}"))
+                self._storage.load(path, part)
+                whole = _digest_checkpoint(part) == wanted
             except (
-                FileNotFoundError,
+                FileNotFoundError,  # it is in the making; or its attempt lives, and is further on
                 shutil.Error,
-            ):  # its attempt is alive, and has a newer one by now
-                shutil.rmtree(part, ignore_errors=True)
-                continue
-            part.replace(part.with_suffix(""))
-            return
+                ValueError,
+                StoreError,  # a link in it, for example
+            ):
+                whole = False
+            if whole:
+                part.replace(part.with_suffix(""))
+                return
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def attempt_numbers(storage: AbstractStorage, folder: str) -> list[int]:
+    """Return the numbers of the attempts in a stage's folder, ascending."""
+    return sorted(int(name) for name in storage.names(f"{folder}/attempts") if name.isdecimal())
 
 
 def earlier_attempts(storage: AbstractStorage, key: str, before: int) -> list[int]:
     """Return the numbers of the attempts at `key` below `before`."""
-    numbers = map(int, storage.names(f"{stage_folder(key)}/attempts"))
-    return [number for number in numbers if number < before]
+    return [number for number in attempt_numbers(storage, stage_folder(key)) if number < before]
+
+
+def whole_checkpoints(storage: AbstractStorage, key: str, number: int) -> list[str]:
+    """Return where the checkpoints of an attempt are that were stored whole, oldest first."""
+    folder = f"{attempt_folder(key, number)}/checkpoints"
+    names = [name for name in storage.names(folder) if name.isdigit()]
+    return [f"{folder}/{n}" for n in names if storage.files(f"{folder}/{n}/{DIGESTS}")]
+
+
+def _digest_checkpoint(folder: Path) -> dict[str, dict[str, Any]]:
+    found = digest_files(folder)
+    found.pop(DIGESTS, None)
+    return found
 
 
 def digest_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return file -> {"sha256": hex, "bytes": int} of all files in a folder."""
+    """Return file -> {"sha256": hex, "bytes": int} of all files in a folder.
+
+    Symbolic links and the like are refused, see `list_files`.
+    """
     found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            name = path.relative_to(folder).as_posix()
-            found[name] = {"sha256": digest, "bytes": path.stat().st_size}
+    for path in list_files(folder):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        name = path.relative_to(folder).as_posix()
+        found[name] = {"sha256": digest, "bytes": path.stat().st_size}
     return found

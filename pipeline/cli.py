@@ -319,7 +319,10 @@ def status(
     """Show all runs, or one of them."""
     store = _store(file, storage)
     if run is None:
-        print_runs(load_runs(store), _console())
+        records, problems = load_runs(store)
+        print_runs(records, _console())
+        for problem in problems:
+            typer.echo(problem, err=True)
     else:
         print_run(find_run(store, run), _console())
 
@@ -374,7 +377,7 @@ def sync(
 ) -> None:
     """Send to the tracking server what it missed of a run, and how the run ended."""
     store = _store(file, storage)
-    records = load_runs(store) if run is None else [find_run(store, run)]
+    records = load_runs(store)[0] if run is None else [find_run(store, run)]
     complete = sync_runs(store, records, _console())
     sys.exit(0 if complete else 1)
 

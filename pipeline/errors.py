@@ -5,6 +5,8 @@ PipelineError                 exit code 1
 |   `-- SpecError             all problems of one spec together
 `-- StoreError                the storage
     |-- StorageUnsupported    the storage cannot create a file exclusively
+    |-- StorageUnavailable    the storage is full, broken, or out of reach: perhaps not for long
+    |-- DamagedDocument       a document of a run is not what was written
     `-- Damaged               a stored result is not what its manifest says
 """
 
@@ -70,6 +72,14 @@ class StoreError(PipelineError):
 
 class StorageUnsupported(StoreError):
     """The storage cannot create a file exclusively, which publication rests on."""
+
+
+class StorageUnavailable(StoreError):
+    """The storage is full, broken, or out of reach; trying again later may help."""
+
+
+class DamagedDocument(StoreError):
+    """A document is not what was written; what it said is not known."""
 
 
 class Damaged(StoreError):

@@ -160,7 +160,7 @@ class EventTail:
     """Follows the events that the cells of one run write.
 
     Attempts of other runs at the same key (two drivers may race for a cell) are passed over: the
-    first event of an attempt says whose it is.
+    first event of an attempt says whose it is, unless it got lost by damage.
 
     Args:
         source: the store.
@@ -190,7 +190,7 @@ class EventTail:
             events, last = self._source.read_events(key, attempt, after)
             if not events:
                 continue
-            if after == 0 and events[0].get("run") != self._run_id:
+            if after == 0 and events[0].get("run", self._run_id) != self._run_id:
                 self._foreign.add((key, attempt))
                 continue
             cursor = Cursor(attempt, last)

@@ -22,7 +22,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline.errors import BadInput, Damaged, StoreError
+from pipeline.attempt import DIGESTS, attempt_folder, whole_checkpoints
+from pipeline.errors import BadInput, Damaged, DamagedDocument, StoreError
 from pipeline.keys import base_of
 from pipeline.planner import Plan
 from pipeline.runs import DOCUMENTS, RunRecord, RunState, load_run
@@ -186,7 +187,7 @@ class _Survey:
                     records.append((load_run(self.store, run_id), plan, state))
                 else:
                     self.need_documents(plan, state, live=True)
-            except (BadInput, ValueError) as error:
+            except (BadInput, DamagedDocument) as error:
                 raise StoreError(
                     f"{error}\nSo what run {run_id} needs is not known. Delete the folder "
                     f"runs/{run_id} of {self.store.url} if you can do without the run."
@@ -356,9 +357,9 @@ class _Survey:
         """Yield what the next attempt at a key will not go on from."""
         useful: dict[str, str] = {}  # checkpoint -> its newest copy
         for number in sorted(numbers):
-            folder = f"stages/{key}/attempts/{number:04d}/checkpoints"
-            if folder in numbers[number]:
-                useful |= {name: f"{folder}/{name}" for name in self.store.storage.saved(folder)}
+            if f"{attempt_folder(key, number)}/checkpoints" in numbers[number]:
+                whole = whole_checkpoints(self.store.storage, key, number)
+                useful |= {path.rpartition("/")[2]: path for path in whole}
         kept = {useful[name] for name in sorted(useful)[-_CHECKPOINTS:]}
         for parts in numbers.values():
             for path, files in parts.items():
@@ -367,7 +368,7 @@ class _Survey:
                     continue
                 for entry, found in _entries(path, files).items():
                     if entry not in kept:
-                        paths = [f"{entry}.whole", entry]
+                        paths = [f"{entry}/{DIGESTS}", entry]
                         yield self.item(paths, found, "a newer checkpoint is there", key)
 
 
@@ -419,9 +420,9 @@ def _parts(files: Iterable[StoredFile], folder: str) -> dict[int, dict[str, list
 
 
 def _entries(folder: str, files: Iterable[StoredFile]) -> dict[str, list[StoredFile]]:
-    """Return checkpoint -> its files, the marker that it is whole among them."""
+    """Return checkpoint -> its files."""
     found: dict[str, list[StoredFile]] = defaultdict(list)
     for file in files:
         name = file.path[len(folder) + 1 :].partition("/")[0]
-        found[f"{folder}/{name.removesuffix('.whole')}"].append(file)
+        found[f"{folder}/{name}"].append(file)
     return found

@@ -196,10 +196,16 @@ def _execute(
         return 128 + driver.signal
     usable = {State.DONE, State.CACHED}
     keys = {name: status.key for name, status in record.cells.items() if status.state in usable}
-    print_reports(plan.spec, store, keys, console)
+    code = _EXIT_CODES[state]
+    try:
+        print_reports(plan.spec, store, keys, console)
+    except Damaged as error:
+        store.set_aside(error.key)
+        console.print(f"{error}. The next `fls run` makes it again.", soft_wrap=True)
+        code = 1
     print_failures(record, console)
     print_tracking(record, console)
-    return _EXIT_CODES[state]
+    return code
 
 
 def _mind_the_job(spec: Spec, source: Source, console: Console) -> None:

@@ -304,7 +304,7 @@ class _History:
         if self.unread is None:
             self.unread = self.store.list_runs()[-_MEMORY:]
         while name not in self.known and self.unread:
-            document = self.store.read_run(self.unread.pop(), _DOCUMENT)
+            document = self.store.peek_run(self.unread.pop(), _DOCUMENT)
             if document and document["pipeline"] == self.pipeline:
                 for cell, entry in document["cells"].items():
                     self.known.setdefault(cell, entry["ingredients"])

@@ -106,6 +106,8 @@ def print_run(record: RunRecord, console: Console) -> None:
     """Print one run: its state, its stages, and what runs or failed."""
     state = record.observed_state()
     _say(console, f"Run {record.run_id} of {record.options.file}: {state}")
+    for name in record.damaged:
+        _say(console, f"Its document `{name}` is damaged; what it said is not known.")
     columns = list(State)
     table = _table("stage", *columns)
     stages = dict.fromkeys(status.stage for status in record.cells.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from pipeline.executors import ExecutorName, make_executor
 from pipeline.graph import resolve, shorten
 from pipeline.planner import Plan, PlannedCell
 from pipeline.schedule import Schedule
+from pipeline.seal import seal
 from pipeline.store import Manifest, Store
 from pipeline.worker import Outcome, Task
 
@@ -98,7 +98,7 @@ def _copy_result(store: Store, copy: Store, key: str, output: str) -> None:
     manifest = store.manifest(key)
     if manifest is None:
         raise BadInput(f"the store has lost {key[:12]} meanwhile; try again.")
-    copy.storage.create(manifest_path(key), json.dumps(dataclasses.asdict(manifest)).encode())
+    copy.storage.create(manifest_path(key), seal(dataclasses.asdict(manifest)))
     target = copy.storage.local(f"{attempt_folder(key, manifest.attempt)}/outputs/{output}")
     if not target.exists():
         shutil.copytree(folder, target)

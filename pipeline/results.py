@@ -71,8 +71,8 @@ def _keys(plan: Plan, store: Store, names: Sequence[str]) -> dict[str, str]:
     for run_id in reversed(store.list_runs()):
         if not absent:
             break
-        before = (store.read_run(run_id, "plan") or {"cells": {}})["cells"]
-        status = store.read_run(run_id, "state") or {"cells": []}
+        before = (store.peek_run(run_id, "plan") or {"cells": {}})["cells"]
+        status = store.peek_run(run_id, "state") or {"cells": []}
         for cell in status["cells"]:
             name = cell["cell"]
             same = name in absent and before.get(name, {}).get("key") == planned[name].key

@@ -13,14 +13,13 @@ import shlex
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import BadInput, nearest
+from pipeline.errors import BadInput, DamagedDocument, nearest
 from pipeline.events import Cursor
 from pipeline.executors import ExecutorName
 from pipeline.leases import has_died, lease_s
@@ -123,6 +122,7 @@ class RunRecord:
         cells: cell -> status.
         tracking: how far the run is recorded.
         tracked: whether all of it is.
+        damaged: names of its documents that are damaged; what they said counts as unknown.
     """
 
     run_id: str
@@ -138,6 +138,7 @@ class RunRecord:
     cells: Mapping[str, CellStatus] = field(default_factory=dict)
     tracking: TrackingProgress = field(default_factory=TrackingProgress)
     tracked: bool = False
+    damaged: Sequence[str] = ()
 
     @property
     def resume_command(self) -> str:
@@ -226,56 +227,72 @@ def new_run_id() -> str:
 def load_run(store: Store, run_id: str) -> RunRecord:
     """Read a run from the store.
 
+    What was asked for must be whole. Where another document is damaged the run counts as
+    interrupted, and going on with it finds what is done in the store.
+
     Raises:
-        BadInput: there is no such run, or what there is cannot be read.
+        BadInput: there is no such run, or one of another version.
     """
+    documents: dict[str, Any] = {"run": store.read_run(run_id, "run")}
+    damaged = []
+    for name in DOCUMENTS[1:]:
+        try:
+            documents[name] = store.read_run(run_id, name)
+        except DamagedDocument:
+            damaged.append(name)
+    if None in documents.values():
+        raise BadInput(f"{store.url} has no run {run_id!r}.")
     try:
-        documents = [store.read_run(run_id, name) for name in DOCUMENTS]
-        if None not in documents:
-            return _read(run_id, *documents)
+        return _read(run_id, documents, damaged)
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(
-            f"{store.url}: the documents of run {run_id} are damaged, or of another version "
+            f"{store.url}: the documents of run {run_id} are of another version "
             f"({type(error).__name__}: {error})."
         ) from error
-    raise BadInput(f"{store.url} has no run {run_id!r}.")
 
 
-def _read(run_id: str, request: Any, state: Any, tracking: Any) -> RunRecord:
-    return RunRecord(
+def _read(run_id: str, documents: Mapping[str, Any], damaged: Sequence[str]) -> RunRecord:
+    request = documents["run"]
+    record = RunRecord(
         run_id=run_id,
         options=_options(request["options"]),
         spec_text=request["spec_text"],
         environment=request["environment"],
         began=request["began"],
-        state=RunState(state["state"]),
-        host=state["host"],
-        pid=state["pid"],
-        life=state["life"],
-        heartbeat=state["heartbeat"],
-        cells={
+        damaged=damaged,
+    )
+    if state := documents.get("state"):
+        record.state = RunState(state["state"])
+        record.host, record.pid, record.life = state["host"], state["pid"], state["life"]
+        record.heartbeat = state["heartbeat"]
+        record.cells = {
             fields["cell"]: CellStatus(**{**fields, "state": State(fields["state"])})
             for fields in state["cells"]
-        },
-        tracking=TrackingProgress(
+        }
+    if tracking := documents.get("tracking"):
+        record.tracking = TrackingProgress(
             cursors={cell: Cursor(**cursor) for cell, cursor in tracking["cursors"].items()},
             keys=tracking["keys"],
             closed=tracking["closed"],
             registered=tracking["registered"],
             ids=tracking["ids"],
             ended=tracking["ended"],
-        ),
-        tracked=tracking["tracked"],
-    )
+        )
+        record.tracked = tracking["tracked"]
+    return record
 
 
-def load_runs(store: Store) -> list[RunRecord]:
-    """Read all runs, oldest first, but those that were killed before they began or are damaged."""
-    records = []
+def load_runs(store: Store) -> tuple[list[RunRecord], list[str]]:
+    """Return all runs but those that have not yet begun, oldest first; and what else is damaged."""
+    records, problems = [], []
     for run_id in store.list_runs():
-        with suppress(BadInput):
+        try:
             records.append(load_run(store, run_id))
-    return records
+        except BadInput:
+            continue
+        except DamagedDocument as error:
+            problems.append(str(error))
+    return records, problems
 
 
 def _options(fields: Mapping[str, Any]) -> RunOptions:
@@ -319,7 +336,7 @@ def recorded_ids(store: Store, keys: Iterable[str]) -> dict[str, RecordedIds]:
     for run_id in reversed(store.list_runs()):
         if not wanted:
             break
-        tracking = store.read_run(run_id, "tracking") or {"closed": []}
+        tracking = store.peek_run(run_id, "tracking") or {"closed": []}
         for cell in tracking["closed"]:
             key = tracking["keys"].get(cell)
             if key in wanted and tracking["ids"]:

@@ -1,8 +1,14 @@
-"""Where files live: a local folder, or anything that fsspec reaches.
+"""Where files live: a local folder, or (`pipeline.remote_storage`) anything that fsspec reaches.
 
-Paths are relative to the storage's root, with slashes. The one thing asked of a storage beyond
-reading and writing is `create`: a file comes into being whole, and only if there was none. A folder
-on a file system without hard links, and an object store without conditional writes, are refused.
+Paths are relative to the storage's root, with slashes, and never lead out of it. The one thing
+asked of a storage beyond reading and writing is `create`: a file comes into being whole, and only
+if there was none. A folder on a file system without hard links, and an object store without
+conditional writes, are refused.
+
+What `write`, `create` and `save` have returned from survives a power cut. On a folder that takes
+an fsync of the file, then one of the folder that names it. Measured on a virtual disk with ext4 on
+a busy machine, medians of 50 and single runs: 3 to 6 ms for a small file instead of 0.3 ms; 60 to
+100 ms for outputs of 100 MB in ten files; 9 to 27 ms for a checkpoint of 1 MB in three.
 
 Stages work on local folders. In local storage that is the final place, so nothing is copied; other
 storage gets a scratch folder, whose files `save` uploads.
@@ -10,27 +16,24 @@ storage gets a scratch folder, whose files `save` uploads.
 
 from __future__ import annotations
 
-import getpass
-import hashlib
+import errno
 import os
 import shutil
-import tempfile
+import unicodedata
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime
 from operator import attrgetter
 from pathlib import Path
 from stat import S_ISDIR
-from typing import Any, BinaryIO
+from typing import BinaryIO
+from urllib.parse import urlsplit
 
-from pipeline.errors import StorageUnsupported
+from pipeline.errors import BadInput, StorageUnavailable, StorageUnsupported, StoreError
 
-_WHOLE = ".whole"
-# What the file systems behind fsspec call the time at which a file was written.
-_TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,11 @@ class StoredFile:
 
 
 class AbstractStorage(ABC):
-    """A tree of files."""
+    """A tree of files.
+
+    Where the storage cannot be reached, is full or refuses, methods raise `StorageUnavailable`; for
+    a path that is none inside the storage, `StoreError`.
+    """
 
     @abstractmethod
     def read(self, path: str) -> bytes:
@@ -55,7 +62,11 @@ class AbstractStorage(ABC):
 
     @abstractmethod
     def create(self, path: str, data: bytes) -> bool:
-        """Write a file, whole, only if there is none; tell whether this call did."""
+        """Write a file, whole, only if there is none; tell whether this call did.
+
+        A file that holds just `data` counts as this call's: perhaps it was, and the answer got
+        lost. Where it matters who was first, `data` is therefore to be unlike anyone else's.
+        """
 
     @abstractmethod
     def names(self, path: str) -> list[str]:
@@ -65,7 +76,7 @@ class AbstractStorage(ABC):
     def files(self, path: str) -> list[StoredFile]:
         """Return the file at `path`, or all files in that folder at any depth, sorted by path.
 
-        Also those that `names` hides.
+        Also those that `names` hides. The storage as a whole has the path "".
         """
 
     @abstractmethod
@@ -93,16 +104,14 @@ class AbstractStorage(ABC):
         """Store a local folder as `path`; nothing to do if it is already there."""
 
     @abstractmethod
-    def saved(self, path: str) -> list[str]:
-        """Return the sorted names of the folders in `path` that were saved whole."""
-
-    @abstractmethod
     def load(self, path: str, folder: Path) -> None:
         """Copy the stored folder `path` to the local `folder`, which must not exist yet."""
 
     @abstractmethod
     def local(self, path: str, *, fresh: bool = False) -> Path:
         """Return a local folder with what the stored folder `path` holds, to be read only.
+
+        It is there as long as this object is, and may be damaged: whoever uses it checks it.
 
         Args:
             path: the stored folder.
@@ -115,13 +124,75 @@ def open_storage(url: str) -> AbstractStorage:
 
     Folders never go through fsspec: its creating of a local file looks first and writes then, so
     that two processes may both believe to have been first.
+
+    Raises:
+        BadInput: there is a password in the URL, which would be shown and stored with every run.
     """
     scheme, colon, path = url.partition("://")
     if not colon:
         return LocalStorage(Path(url).absolute())
     if scheme in {"file", "local"}:
         return LocalStorage(Path(path).absolute())
+    if urlsplit(url).password is not None:
+        raise BadInput(
+            f"storage: {scheme}://...@{url.rpartition('@')[2]} has a password in it, which would "
+            "be stored with every run; leave it out, and give it by the environment (for S3: "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)."
+        )
+    from pipeline.remote_storage import RemoteStorage  # a command on a folder should not wait
+
     return RemoteStorage(url)
+
+
+def inside(path: str) -> str:
+    """Return `path`, which leads nowhere but into the storage, however it is spelt.
+
+    Raises:
+        StoreError: it is absolute, has a part `..`, or has look-alikes of dots and slashes.
+
+    >>> inside("stages/ab/manifest.json")
+    'stages/ab/manifest.json'
+    """
+    plain = unicodedata.normalize("NFKC", path)
+    parts = plain.replace("\\", "/").split("/")
+    if not {"", ".", ".."}.isdisjoint(parts) or "\0" in path or len(parts) != path.count("/") + 1:
+        raise StoreError(f"{path!r} is no path inside a storage; expected names between slashes.")
+    return path
+
+
+def list_files(folder: Path) -> list[Path]:
+    """Return all files in a folder and in those below it, sorted; none if there is no such folder.
+
+    Raises:
+        StoreError: there is something else, such as a symbolic link, which may lead anywhere.
+    """
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise StoreError(
+                f"{path} is neither a file nor a folder, but a link or a device: not stored, and "
+                "not read. Copy what it stands for."
+            )
+        if path.is_file():
+            found.append(path)
+    return found
+
+
+def _sync(path: Path) -> None:
+    """Wait until the disk has a file's content, or a folder's names.
+
+    Raises:
+        OSError: it will not.
+    """
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        # Some network file systems know no fsync of folders: names are on their servers at once.
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
+    finally:
+        os.close(opened)
 
 
 class LocalStorage(AbstractStorage):
@@ -132,46 +203,51 @@ class LocalStorage(AbstractStorage):
 
     def read(self, path: str) -> bytes:
         """See `AbstractStorage.read`."""
-        return (self.root / path).read_bytes()
+        with self._reporting(path):
+            return self._at(path).read_bytes()
 
     def write(self, path: str, data: bytes) -> None:
         """See `AbstractStorage.write`."""
-        self._part(path, data).replace(self.root / path)
+        with self._reporting(path), self._part(path, data) as part:
+            part.replace(self._at(path))
+            _sync(part.parent)
 
     def create(self, path: str, data: bytes) -> bool:
         """See `AbstractStorage.create`; by a hard link, so that the file is whole at once.
 
         Raises:
             StorageUnsupported: the file system has no hard links.
+            OSError: never, but as what `_reporting` makes of it.
         """
-        part = self._part(path, data)
-        try:
-            os.link(part, self.root / path)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            raise StorageUnsupported(
-                f"{self.root}: cannot create a file exclusively, because the file system has no "
-                f"hard links ({error.strerror}); put 'storage:' on another one"
-            ) from error
-        finally:
-            part.unlink()
-        return True
+        with self._reporting(path), self._part(path, data) as part:
+            try:
+                os.link(part, self._at(path))
+            except FileExistsError:
+                return self.read(path) == data
+            except OSError as error:
+                if error.errno not in _NO_HARD_LINKS:
+                    raise
+                raise StorageUnsupported(
+                    f"{self.root}: cannot create a file exclusively, because the file system has "
+                    f"no hard links ({error.strerror}); put 'storage:' on another one"
+                ) from error
+            _sync(part.parent)
+            return True
 
     def names(self, path: str) -> list[str]:
         """See `AbstractStorage.names`."""
         try:
-            return sorted(name for name in os.listdir(self.root / path) if name[0] != ".")
+            with self._reporting(path):
+                return sorted(name for name in os.listdir(self._at(path)) if name[0] != ".")
         except FileNotFoundError:
             return []
 
     def files(self, path: str) -> list[StoredFile]:
         """See `AbstractStorage.files`; what vanishes meanwhile is left out."""
-        below = [
-            Path(folder, name) for folder, _, names in os.walk(self.root / path) for name in names
-        ]
+        start = self._at(path) if path else self.root
+        below = [Path(folder, name) for folder, _, names in os.walk(start) for name in names]
         found = []
-        for file in below or [self.root / path]:
+        for file in below or [start]:
             with suppress(FileNotFoundError):
                 stat = file.lstat()
                 if not S_ISDIR(stat.st_mode):
@@ -181,14 +257,15 @@ class LocalStorage(AbstractStorage):
 
     def open(self, path: str) -> BinaryIO:
         """See `AbstractStorage.open`."""
-        return (self.root / path).open("rb")
+        with self._reporting(path):
+            return self._at(path).open("rb")
 
     def remove(self, path: str) -> None:
         """See `AbstractStorage.remove`; renamed first, so that a kill leaves no half under a name.
 
         Files that vanish meanwhile are as good as removed.
         """
-        target = self.root / path
+        target = self._at(path)
         if not target.is_dir() or target.is_symlink():
             target.unlink(missing_ok=True)
             return
@@ -199,188 +276,90 @@ class LocalStorage(AbstractStorage):
 
     def move(self, source: str, target: str) -> None:
         """See `AbstractStorage.move`."""
-        (self.root / source).rename(self.root / target)
+        with self._reporting(source):
+            moved = self._at(source).rename(self._at(target))
+            _sync(moved.parent)
 
     def workspace(self, path: str) -> Path:
         """See `AbstractStorage.workspace`; it is the place itself."""
-        (self.root / path).mkdir(parents=True, exist_ok=True)
-        return self.root / path
+        with self._reporting(path):
+            folder = self._at(path)
+            folder.mkdir(parents=True, exist_ok=True)
+            return folder
 
     def release(self, workspace: Path) -> None:
         """See `AbstractStorage.release`; what was made stays."""
 
     def save(self, folder: Path, path: str) -> None:
-        """See `AbstractStorage.save`; workspaces are in place."""
-
-    def saved(self, path: str) -> list[str]:
-        """See `AbstractStorage.saved`; contexts rename a folder to its name when it is whole."""
-        return [name for name in self.names(path) if name.isdigit()]
+        """See `AbstractStorage.save`; workspaces are in place, but perhaps not on the disk yet."""
+        with self._reporting(path):
+            files = list_files(folder)
+            for file in files:
+                _sync(file)
+            above = {parent for file in [folder / "any", *files] for parent in file.parents}
+            for parent in sorted(above, reverse=True):
+                if parent.is_relative_to(self.root):
+                    _sync(parent)
 
     def load(self, path: str, folder: Path) -> None:
         """See `AbstractStorage.load`; by hard links, since whole folders are never changed."""
-        shutil.copytree(self.root / path, folder, copy_function=os.link)
+        with self._reporting(path):
+            stored = self._at(path)
+            list_files(stored)
+            shutil.copytree(stored, folder, copy_function=os.link)
 
     def local(self, path: str, *, fresh: bool = False) -> Path:
         """See `AbstractStorage.local`; it is the place itself."""
-        return self.root / path
+        return self._at(path)
 
-    def _part(self, path: str, data: bytes) -> Path:
-        """Write `data` beside where it is to go, under a name that `names` does not show."""
-        target = self.root / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{uuid.uuid4().hex}")
-        part.write_bytes(data)
-        return part
-
-
-class RemoteStorage(AbstractStorage):
-    """Anything that fsspec reaches, with scratch space in the local temporary folder."""
-
-    def __init__(self, url: str):
-        import fsspec.core  # here, because a command on local storage should not wait for it
-
-        self.fs, self.root = fsspec.core.url_to_fs(url)
-        digest = hashlib.sha256(url.encode()).hexdigest()[:12]
-        self.scratch = Path(tempfile.gettempdir()) / f"fls-{getpass.getuser()}" / digest
-
-    def read(self, path: str) -> bytes:
-        """See `AbstractStorage.read`."""
-        return self.fs.cat_file(self._full(path))
-
-    def write(self, path: str, data: bytes) -> None:
-        """See `AbstractStorage.write`."""
-        self._pipe(path, data, "overwrite")
-
-    def create(self, path: str, data: bytes) -> bool:
-        """See `AbstractStorage.create`."""
-        try:
-            self._pipe(path, data, "create")
-        except FileExistsError:
-            return False
-        return True
-
-    def names(self, path: str) -> list[str]:
-        """See `AbstractStorage.names`."""
-        self.fs.invalidate_cache()
-        try:
-            found = self.fs.ls(self._full(path), detail=False)
-        except FileNotFoundError:
-            return []
-        return sorted(name.rstrip("/").rpartition("/")[2] for name in found)
-
-    def files(self, path: str) -> list[StoredFile]:
-        """See `AbstractStorage.files`."""
-        self.fs.invalidate_cache()
-        root = self._full(path).rstrip("/")
-        try:
-            found = self.fs.find(root, detail=True)
-            if root in found:
-                found[root] = self.fs.info(root)
-        except FileNotFoundError:
-            return []
-        start = len(self.fs._strip_protocol(self.root).rstrip("/")) + 1
-        return [
-            StoredFile(name[start:], info["size"], self._written(info))
-            for name, info in sorted(found.items())
-        ]
-
-    def open(self, path: str) -> BinaryIO:
-        """See `AbstractStorage.open`."""
-        return self.fs.open(self._full(path), "rb")
-
-    def remove(self, path: str) -> None:
-        """See `AbstractStorage.remove`."""
-        try:
-            self.fs.rm(self._full(path), recursive=True)
-        except FileNotFoundError:
-            return
-
-    def move(self, source: str, target: str) -> None:
-        """See `AbstractStorage.move`; file by file, so interrupted it leaves files in both."""
-        self.fs.mv(self._full(source), self._full(target), recursive=True)
-
-    def workspace(self, path: str) -> Path:
-        """See `AbstractStorage.workspace`."""
-        self.scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return Path(tempfile.mkdtemp(dir=self.scratch, prefix="work-"))
-
-    def release(self, workspace: Path) -> None:
-        """See `AbstractStorage.release`."""
-        shutil.rmtree(workspace, ignore_errors=True)
-
-    def save(self, folder: Path, path: str) -> None:
-        """See `AbstractStorage.save`; a marker tells when all is there."""
-        files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-        if files:
-            stored = [self._full(f"{path}/{file.relative_to(folder).as_posix()}") for file in files]
-            self._with_folders(stored, lambda: self.fs.put(list(map(str, files)), stored))
-        self.write(path + _WHOLE, b"")
-
-    def saved(self, path: str) -> list[str]:
-        """See `AbstractStorage.saved`."""
-        names = self.names(path)
-        return [name for name in names if name + _WHOLE in names]
-
-    def load(self, path: str, folder: Path) -> None:
-        """See `AbstractStorage.load`."""
-        folder.mkdir(parents=True)
-        root = self._full(path)
-        stored = self.fs.find(root)
-        copies = [folder / file[file.index(root) + len(root) + 1 :] for file in stored]
-        for copy in copies:
-            copy.parent.mkdir(parents=True, exist_ok=True)
-        if stored:
-            self.fs.get(stored, list(map(str, copies)))
-
-    def local(self, path: str, *, fresh: bool = False) -> Path:
-        """See `AbstractStorage.local`; a copy in the scratch space, kept for the next time."""
-        copy = self.scratch / "copies" / path
-        if fresh:
-            shutil.rmtree(copy, ignore_errors=True)
-        if not copy.exists():
-            part = self.workspace(path)
-            self.load(path, part / "copy")
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                (part / "copy").rename(copy)
-            except OSError:  # another process was quicker; its copy is as good
-                shutil.rmtree(part)
-            else:
-                part.rmdir()
-        return copy
-
-    def _pipe(self, path: str, data: bytes, mode: str) -> None:
-        full = self._full(path)
-        self._with_folders([full], lambda: self.fs.pipe_file(full, data, mode=mode))
-
-    def _with_folders(self, files: Iterable[str], write: Callable[[], None]) -> None:
-        """Call `write`; make the files' folders first if they are asked for.
-
-        Object stores have none, and making sure of them would cost a request each time.
-        """
-        try:
-            write()
-        except FileNotFoundError:
-            for folder in {file.rpartition("/")[0] for file in files}:
-                self.fs.makedirs(folder, exist_ok=True)
-            write()
-
-    def _full(self, path: str) -> str:
-        return f"{self.root}/{path}"
-
-    def _written(self, info: Mapping[str, Any]) -> float:
-        """Return the Unix time at which a listed file was written.
+    def _at(self, path: str) -> Path:
+        """Return where a path is.
 
         Raises:
-            StorageUnsupported: the file system does not tell.
+            StoreError: it is outside, perhaps by a symbolic link.
         """
-        for name in _TIMES:
-            found = info.get(name)
-            if isinstance(found, datetime):
-                return found.timestamp()
-            if isinstance(found, int | float):
-                return float(found)
-        raise StorageUnsupported(
-            f"{self.root}: {type(self.fs).__name__} does not tell when files were written, so what "
-            "is in use cannot be told from what is old; use a file system that does"
-        )
+        target = self.root / inside(path)
+        root = os.path.realpath(self.root)
+        if not Path(os.path.realpath(target)).is_relative_to(root):
+            raise StoreError(
+                f"{target} leads out of the storage by a symbolic link, and is not followed. "
+                "Put what it leads to into its place."
+            )
+        return target
+
+    @contextmanager
+    def _part(self, path: str, data: bytes) -> Iterator[Path]:
+        """Yield a file with `data` beside where it is to go, which `names` does not show."""
+        folder = self._at(path).parent
+        self._make(folder)
+        part = folder / f".{uuid.uuid4().hex}"
+        try:
+            with open(part, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield part
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _make(self, folder: Path) -> None:
+        """Make a folder, and wait until the disk knows of it."""
+        missing = [one for one in (folder, *folder.parents) if not one.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        for one in reversed(missing):
+            _sync(one.parent)
+
+    @contextmanager
+    def _reporting(self, path: str) -> Iterator[None]:
+        """Say what is wrong with the file system: full, read only, broken.
+
+        Raises:
+            StorageUnavailable: something is.
+            OSError: nothing is, but a file is there or is not.
+        """
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, (FileNotFoundError, FileExistsError, shutil.Error)):
+                raise
+            raise StorageUnavailable(f"{self.root / path}: {error.strerror or error}.") from error

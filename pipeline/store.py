@@ -11,14 +11,16 @@
     <storage>/runs/<run id>/marks/               life-N: its N-th driver; stop-N: that is to stop
 
 A manifest is created last and exclusively, and never overwritten. It holds the sha256 of every
-output file, which is checked on reading. Each attempt has a number and a folder of its own, so two
-workers at the same key never touch the same file; the second to publish discards its work.
+output file, which is checked on reading; every document is sealed (`pipeline.seal`), so that damage
+to it is noticed too. Each attempt has a number and a folder of its own, so two workers at the same
+key never touch the same file; the second to publish discards its work.
 """
 
 from __future__ import annotations
 
-import json
+import errno
 import os
+import re
 import socket
 import time
 import uuid
@@ -30,16 +32,25 @@ from typing import Any
 from pipeline.attempt import (
     Attempt,
     attempt_folder,
+    attempt_numbers,
     digest_files,
     event_segment,
     manifest_path,
     stage_folder,
 )
-from pipeline.errors import Damaged, StorageUnsupported, StoreError
+from pipeline.errors import (
+    Damaged,
+    DamagedDocument,
+    StorageUnavailable,
+    StorageUnsupported,
+    StoreError,
+)
+from pipeline.seal import seal, unseal, unseal_lines
 from pipeline.storage import open_storage
 
-_FORMAT = 1
+_FORMAT = 2
 _COLLECTED = "collected.json"
+_GENERATION = re.compile(r"(.+)\.([0-9]+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,21 +89,40 @@ class Store:
         A storage that cannot create files exclusively is refused (`StorageUnsupported`).
 
         Raises:
-            StoreError: it has the layout of another version.
+            StoreError: it has the layout of another version, or does not say which.
         """
-        try:
-            found = json.loads(self.storage.read("storage.json"))
-        except FileNotFoundError:
+        found = self._about()
+        if found is None:
             self._probe()
-            fresh = {"format": _FORMAT, "token": uuid.uuid4().hex}
-            self.storage.create("storage.json", _json(fresh))
-            found = json.loads(self.storage.read("storage.json"))
+            found = {"format": _FORMAT, "token": uuid.uuid4().hex}
+            if not self.storage.create("storage.json", seal(found)):
+                return self.prepare()
         if found["format"] != _FORMAT:
             raise StoreError(
                 f"{self.url} has the layout of version {found['format']}; this is version "
                 f"{_FORMAT}. Use another storage."
             )
-        return found["token"]
+        return str(found["token"])
+
+    def _about(self) -> dict[str, Any] | None:
+        """Return what `storage.json` says, or None if there is none.
+
+        Raises:
+            StoreError: it says nothing that can be relied on.
+        """
+        try:
+            data = self.storage.read("storage.json")
+        except FileNotFoundError:
+            return None
+        try:
+            return unseal(data)
+        except ValueError as error:
+            if b'"format": 1,' in data:
+                return {"format": 1}  # the layout before seals
+            raise StoreError(
+                f"{self.url}/storage.json is damaged ({error}). It only tells storages apart: "
+                "delete it while nothing runs, and the next run makes it anew."
+            ) from error
 
     def _probe(self) -> None:
         """Check that a file cannot be created twice.
@@ -102,7 +132,7 @@ class Store:
         """
         name = f"probe-{uuid.uuid4().hex}"
         try:
-            first, second = (self.storage.create(f"{name}/file", b"") for _ in range(2))
+            first, second = (self.storage.create(f"{name}/file", data) for data in (b"1", b"2"))
         except (NotImplementedError, TypeError, ValueError) as error:
             raise StorageUnsupported(f"{self.url}: cannot create exclusively: {error}") from error
         finally:
@@ -122,21 +152,27 @@ class Store:
             Damaged: there is one that cannot be read.
         """
         try:
-            return Manifest(**json.loads(self.storage.read(manifest_path(key))))
+            manifest = Manifest(**unseal(self.storage.read(manifest_path(key))))
         except FileNotFoundError:
             return None
         except (ValueError, TypeError) as error:
             raise Damaged(key, f"its manifest cannot be read ({error})") from error
+        if manifest.key != key:
+            raise Damaged(key, f"its manifest is that of {manifest.key[:12]}")
+        return manifest
 
     def collected(self, key: str) -> Manifest | None:
         """Return the manifest of a result that was complete and whose files are gone, or None."""
-        document = self._document(f"{stage_folder(key)}/{_COLLECTED}")
+        try:
+            document = self._document(f"{stage_folder(key)}/{_COLLECTED}")
+        except DamagedDocument:  # as if it never was: its cell runs again
+            return None
         return Manifest(**document) if document else None
 
     def collect(self, manifest: Manifest) -> None:
         """Delete the files of a result, and keep what its manifest says of it."""
         folder = stage_folder(manifest.key)
-        self.storage.write(f"{folder}/{_COLLECTED}", _json(asdict(manifest)))
+        self.storage.write(f"{folder}/{_COLLECTED}", seal(asdict(manifest)))
         self.storage.remove(manifest_path(manifest.key))
         self.storage.remove(f"{attempt_folder(manifest.key, manifest.attempt)}/outputs")
 
@@ -169,15 +205,31 @@ class Store:
 
         Raises:
             Damaged: a file is missing or differs.
+            StorageUnavailable: the storage is out of reach, or full.
         """
         path = f"{attempt_folder(manifest.key, manifest.attempt)}/outputs/{output}"
-        folder = self.storage.local(path, fresh=fresh)
-        found = digest_files(folder)
+        try:
+            folder = self.storage.local(path, fresh=fresh)
+            found = digest_files(folder)
+        except FileNotFoundError as error:  # deleted meanwhile
+            raise Damaged(manifest.key, f"{output} is not all there ({error})") from error
+        except OSError as error:
+            raise self._unreadable(manifest.key, output, error) from error
+        except StorageUnavailable:
+            raise
+        except StoreError as error:  # a link, or a name that leads elsewhere
+            raise Damaged(manifest.key, str(error)) from error
         for name, wanted in manifest.outputs[output].items():
             if found.get(name) != wanted:
                 what = "differs from" if name in found else "is missing, unlike in"
                 raise Damaged(manifest.key, f"{output}/{name} {what} its manifest")
         return folder
+
+    def _unreadable(self, key: str, output: str, error: OSError) -> StoreError:
+        """Return what a read error means: a broken disk damages a result, the rest may pass."""
+        if error.errno == errno.EIO:
+            return Damaged(key, f"{output} cannot be read ({error})")
+        return StorageUnavailable(f"{self.url}: {output} of {key[:12]} cannot be read ({error})")
 
     def set_aside(self, key: str) -> bool:
         """Move a damaged result to `<key>.damaged-N`, so that its cell runs again.
@@ -201,7 +253,8 @@ class Store:
 
     def damaged(self, key: str) -> list[str]:
         """Return the names of the results of a key that were set aside."""
-        return [name for name in self.storage.names("stages") if name.startswith(f"{key}.damaged-")]
+        aside = re.compile(re.escape(key) + r"\.damaged-[0-9]+")
+        return [name for name in self.storage.names("stages") if aside.fullmatch(name)]
 
     # -- attempts
 
@@ -217,33 +270,51 @@ class Store:
         except Damaged:
             self.set_aside(key)
         folders = [key, *self.damaged(key)]
-        taken = [int(n) for name in folders for n in self.storage.names(f"stages/{name}/attempts")]
+        taken = [n for name in folders for n in attempt_numbers(self.storage, f"stages/{name}")]
         number = max(taken, default=0) + 1
-        about = _json({"time": time.time(), "host": socket.gethostname(), "pid": os.getpid()})
+        who = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+        about = seal({**who, "id": uuid.uuid4().hex})
         while not self.storage.create(f"{attempt_folder(key, number)}/attempt.json", about):
             number += 1
         return Attempt(self.storage, key, number)
 
     def attempts(self, key: str) -> list[int]:
         """Return the numbers of the attempts at a key, ascending."""
-        return [int(name) for name in self.storage.names(f"{stage_folder(key)}/attempts")]
+        return attempt_numbers(self.storage, stage_folder(key))
 
     def failure(self, key: str, attempt: int) -> dict[str, Any] | None:
-        """Return what `Attempt.fail` was told of an attempt, or None."""
-        return self._document(f"{attempt_folder(key, attempt)}/failure.json")
+        """Return what `Attempt.fail` was told of an attempt, or None.
+
+        Of a record that is damaged only that is known.
+        """
+        try:
+            return self._document(f"{attempt_folder(key, attempt)}/failure.json")
+        except DamagedDocument as error:
+            return {"message": f"it failed, and the record of how is lost: {error}"}
 
     def read_events(
         self, key: str, attempt: int, after: int = 0
     ) -> tuple[list[dict[str, Any]], int]:
-        """Return an attempt's events after segment `after`, and the number of the last segment."""
+        """Return an attempt's events after segment `after`, and the number of the last segment.
+
+        In place of a damaged segment comes a `text` event that says so; before it, where the
+        `start` is lost with the first segment, one that does not say whose the attempt is.
+        """
         events: list[dict[str, Any]] = []
         while True:
             try:
                 data = self.storage.read(event_segment(key, attempt, after + 1))
             except FileNotFoundError:
                 return events, after
-            events += map(json.loads, data.splitlines())
             after += 1
+            try:
+                events += unseal_lines(data)
+            except ValueError as error:
+                now = time.time()
+                if after == 1:
+                    events.append({"type": "start", "time": now})
+                text = f"segment {after} of the events of attempt {attempt} is damaged ({error})"
+                events.append({"type": "text", "time": now, "text": text})
 
     # -- generations
 
@@ -251,8 +322,9 @@ class Store:
         """Return base identity -> generation, of those that were ever forced."""
         found: dict[str, int] = {}
         for name in self.storage.names("generations"):
-            base, _, number = name.partition(".")
-            found[base] = max(int(number), found.get(base, 0))
+            if match := _GENERATION.fullmatch(name):
+                base, number = match.groups()
+                found[base] = max(int(number), found.get(base, 0))
         return found
 
     def raise_generation(self, base: str, generation: int) -> None:
@@ -265,11 +337,18 @@ class Store:
     def write_run(self, run_id: str, name: str, document: Mapping[str, Any]) -> None:
         """Write, or replace, the document `name` of a run; run ids sort by time."""
         self.prepare()
-        self.storage.write(f"runs/{run_id}/{name}.json", _json(document))
+        self.storage.write(f"runs/{run_id}/{name}.json", seal(document))
 
     def read_run(self, run_id: str, name: str) -> dict[str, Any] | None:
-        """Return the document `name` of a run, or None."""
+        """Return the document `name` of a run, or None; it may be a `DamagedDocument`."""
         return self._document(f"runs/{run_id}/{name}.json")
+
+    def peek_run(self, run_id: str, name: str) -> dict[str, Any] | None:
+        """Return the document `name` of a run, or None if there is none that can be relied on."""
+        try:
+            return self.read_run(run_id, name)
+        except DamagedDocument:
+            return None
 
     def list_runs(self) -> list[str]:
         """Return the ids of all runs, oldest first."""
@@ -285,7 +364,8 @@ class Store:
 
     def mark_run(self, run_id: str, mark: str) -> bool:
         """Leave a mark on a run, for its driver to see; tell whether it is new."""
-        return self.storage.create(f"runs/{run_id}/marks/{mark}", b"")
+        # What it holds tells it from the same mark of another process, see `create`.
+        return self.storage.create(f"runs/{run_id}/marks/{mark}", uuid.uuid4().hex.encode())
 
     def run_marks(self, run_id: str, kind: str = "") -> list[str]:
         """Return the marks on a run that begin with `kind`."""
@@ -294,10 +374,8 @@ class Store:
 
     def _document(self, path: str) -> dict[str, Any] | None:
         try:
-            return json.loads(self.storage.read(path))
+            return unseal(self.storage.read(path))
         except FileNotFoundError:
             return None
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode()
+        except ValueError as error:
+            raise DamagedDocument(f"{self.url}/{path} is damaged: {error}.") from error

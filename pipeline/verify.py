@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from pipeline.attempt import attempt_folder, manifest_path
-from pipeline.errors import Damaged
+from pipeline.errors import Damaged, StorageUnavailable
+from pipeline.seal import unseal, unseal_lines
 from pipeline.storage import StoredFile
 from pipeline.store import Manifest, Store
 
@@ -128,10 +128,9 @@ def _check_document(store: Store, file: StoredFile) -> Damage | None:
     """Return a document's damage, unless it is whole or was deleted meanwhile."""
     try:
         data = store.storage.read(file.path)
-        for text in data.splitlines() if file.path.endswith(".jsonl") else [data]:
-            json.loads(text)
+        unseal_lines(data) if file.path.endswith(".jsonl") else unseal(data)
     except FileNotFoundError:
         return None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StorageUnavailable) as error:
         return Damage(path=file.path, reason=f"cannot be read ({error})")
     return None

@@ -29,7 +29,7 @@ from typing import Any, NotRequired, TypedDict
 
 from pipeline.attempt import Attempt
 from pipeline.cost import CostMeter
-from pipeline.errors import Damaged, PipelineError
+from pipeline.errors import Damaged, PipelineError, StorageUnavailable
 from pipeline.events import EventWriter, LineWriter
 from pipeline.stage import (
     Artifact,
@@ -132,8 +132,21 @@ def run_task(task: Task) -> Outcome:
     """Run one attempt at a cell and publish what it made.
 
     Returns at once when the cell's result is there already. Of several processes that run the task
-    rank 0 makes the attempt; the others help it, and leave nothing.
+    rank 0 makes the attempt; the others help it, and leave nothing. A storage that fails even when
+    it is to take down the failure is an outcome as well.
     """
+    try:
+        return _run_task(task)
+    except (PipelineError, OSError) as error:
+        return {"status": "failed", "error": _error(str(error), user=_is_lasting(error))}
+
+
+def _is_lasting(error: Exception) -> bool:
+    """Tell whether an error of the runner stays until the user acts; a full disk may pass."""
+    return isinstance(error, PipelineError) and not isinstance(error, StorageUnavailable)
+
+
+def _run_task(task: Task) -> Outcome:
     _prepare_process(task)
     store = Store(task["storage"])
     if store.prepare() != task["token"]:
@@ -233,7 +246,8 @@ def _failed(error: BaseException) -> Outcome:
     if isinstance(error, Damaged):
         return {"status": "damaged", "key": error.key, "error": _error(str(error), user=False)}
     if isinstance(error, StageError | PipelineError):
-        return {"status": "failed", "error": _error(str(error), user=True)}
+        lasting = isinstance(error, StageError) or _is_lasting(error)
+        return {"status": "failed", "error": _error(str(error), user=lasting)}
     message = f"{type(error).__name__}: {error}"
     return {"status": "failed", "error": _error(message, user=False)}
 

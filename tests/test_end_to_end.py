@@ -117,7 +117,9 @@ def test_a_kill_in_the_middle_of_training_changes_no_bit(finished: Path, tmp_pat
     (tmp_path / "pipeline.yaml").write_text(SPEC)
     process = start(tmp_path, *RUN, "--until", "pretrain")
     deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob(".fls/stages/*/attempts/*/checkpoints/0*[0-9]"))) < 2:
+    while (
+        len(list(tmp_path.glob(".fls/stages/*/attempts/*/checkpoints/0*[0-9]/.digests.json"))) < 2
+    ):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

@@ -24,12 +24,14 @@ from toy_runs import (
     write_spec,
 )
 
+from pipeline.attempt import whole_checkpoints
 from pipeline.errors import StoreError
 from pipeline.executors import ExecutorName
 from pipeline.gc import Garbage, Retention, collect, find_garbage
 from pipeline.launch import _execute
 from pipeline.planner import Plan, Selection, make_plan
 from pipeline.runs import RunOptions, RunRecord, new_run_id
+from pipeline.seal import seal, unseal
 from pipeline.spec import load_spec
 from pipeline.stage import Context, write_json
 from pipeline.store import Store
@@ -113,8 +115,8 @@ def test_all_limits_must_drop_a_run(toy: Path) -> None:
     age()
     runs = Store(".fls").list_runs()
     path = Path(f".fls/runs/{runs[0]}/run.json")
-    request = json.loads(path.read_text())
-    path.write_text(json.dumps({**request, "began": time.time() - 40 * 86400}))
+    request = unseal(path.read_bytes())
+    path.write_bytes(seal({**request, "began": time.time() - 40 * 86400}))
     age()
     month = 30 * 86400.0
     assert find(older_than_s=month)[f"runs/{runs[0]}"].startswith("a run of 40.0 days ago")
@@ -160,9 +162,16 @@ def test_a_live_run_keeps_everything_of_its_cells(toy: Path) -> None:
 def test_a_killed_run_goes_on_from_its_checkpoint_after_a_collection(toy: Path) -> None:
     write_spec("slow: {uses: slow, params: {steps: 60, delay_s: 0.05}}")
     process = start_fls("run", "--executor", "local", "--tracking", "jsonl")
-    wait_for(lambda: len(list(Path(".fls").glob("stages/*/attempts/*/checkpoints/00*[0-9]"))) > 1)
+    wait_for(
+        lambda: (
+            len(list(Path(".fls").glob("stages/*/attempts/*/checkpoints/00*[0-9]/.digests.json")))
+            > 1
+        )
+    )
     kill(process)
     folder = Path(f".fls/stages/{key_of('slow')}/attempts/0001")
+    for half in folder.rglob("." + "?" * 32):  # of a write that was killed; there is one below
+        half.unlink()
     (folder / "outputs/number").mkdir(parents=True)
     (folder / "outputs/number/number.json").write_text("{")
     (folder / "checkpoints/000099.part").mkdir()
@@ -174,8 +183,8 @@ def test_a_killed_run_goes_on_from_its_checkpoint_after_a_collection(toy: Path) 
     strays = {f"{root}/{stray.name}": "left by a write or a deletion that was killed"}
     assert find() == strays, "the run may yet be alive: its last word is young"
     document = Path(f".fls/runs/{last_run().run_id}/state.json")
-    state = json.loads(document.read_text())
-    document.write_text(json.dumps({**state, "heartbeat": time.time() - 7200}))
+    state = unseal(document.read_bytes())
+    document.write_bytes(seal({**state, "heartbeat": time.time() - 7200}))
     age()
     assert find() == {
         f"{root}/outputs": "its attempt has ended",
@@ -208,13 +217,10 @@ def test_only_checkpoints_that_no_attempt_would_take_go(toy: Path, storage: str)
                 write_json(folder / "state.json", {"step": number})
             attempt.append_events([{"type": "checkpoint"}])
             attempt.fail({"message": "on purpose"})
-    saved = {
-        number: store.storage.saved(f"stages/{key}/attempts/{number:04d}/checkpoints")
-        for number in (1, 2)
-    }
-    assert saved[2][-1] == "000002"
+    whole = whole_checkpoints(store.storage, key, 2)
+    assert whole[-1].endswith("/000002")
     found = find_garbage(store, [plan()], Retention(grace_s=0))
-    wanted = [f"stages/{key}/attempts/0001/checkpoints/000001"] if len(saved[2]) == 2 else []
+    wanted = [f"stages/{key}/attempts/0001/checkpoints/000001"] if len(whole) == 2 else []
     assert [item.paths[-1] for item in found] == wanted
     list(collect(store, [plan()], Retention(grace_s=0), found))
     with store.begin_attempt(key) as attempt:

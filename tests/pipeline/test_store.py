@@ -1,18 +1,20 @@
-"""The store's protocol, on a local folder and through fsspec alike."""
+"""The store's protocol, on a local folder, in memory and on S3 alike."""
 
 import itertools
-import json
 import pickle
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from s3_server import BUCKET
 
 from pipeline.attempt import Attempt
 from pipeline.errors import Damaged, StorageUnsupported, StoreError
+from pipeline.remote_storage import RemoteStorage
+from pipeline.seal import seal
 from pipeline.stage import Context, StageError
-from pipeline.storage import LocalStorage, RemoteStorage
+from pipeline.storage import LocalStorage
 from pipeline.store import Store
 
 KEY = "k" * 64
@@ -20,7 +22,7 @@ INGREDIENTS = {"stage": "toy"}
 _counter = itertools.count()
 
 
-@pytest.fixture(params=["folder", "memory", "local"])
+@pytest.fixture(params=["folder", "memory", "local", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
     (tmp_path / "scratch").mkdir()
@@ -30,6 +32,9 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
         store = Store(str(tmp_path / "results"))
         store.storage = RemoteStorage(f"local://{tmp_path}/results")
         return store
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+        return Store(f"s3://{BUCKET}/store-{next(_counter)}")
     return Store(f"memory://store-{next(_counter)}")
 
 
@@ -95,7 +100,7 @@ def test_the_first_to_publish_wins_whatever_its_number(store: Store) -> None:
     assert "published first" in (store.failure(KEY, 1) or {})["message"]
 
 
-@pytest.mark.parametrize("store", ["folder", "memory"], indirect=True)
+@pytest.mark.parametrize("store", ["folder", "memory", "s3"], indirect=True)
 def test_many_at_once_one_wins(store: Store) -> None:
     barrier = threading.Barrier(8, timeout=20)
     won: list[tuple[bool, str]] = []
@@ -311,6 +316,14 @@ def test_documents_of_runs(store: Store) -> None:
     assert store.read_run("20260101-1", "state") is None
 
 
+def test_a_mark_on_a_run_is_new_once(store: Store) -> None:
+    """Nobody takes another's mark for its own whose answer got lost."""
+    assert store.mark_run("run", "stop-1")
+    assert not store.mark_run("run", "stop-1")
+    assert [store.begin_life("run") for _ in range(3)] == [1, 2, 3]
+    assert store.run_marks("run", "life") == ["life-1", "life-2", "life-3"]
+
+
 def test_generations(store: Store) -> None:
     assert store.generations() == {}
     store.raise_generation("b", 1)
@@ -371,8 +384,8 @@ def test_a_remote_storage_without_exclusive_creation_is_refused(
 
 
 def test_storage_of_another_version_is_refused(store: Store) -> None:
-    store.storage.write("storage.json", json.dumps({"format": 99, "token": ""}).encode())
-    with pytest.raises(StoreError, match="layout of version 99; this is version 1"):
+    store.storage.write("storage.json", seal({"format": 99, "token": ""}))
+    with pytest.raises(StoreError, match="layout of version 99; this is version 2"):
         store.begin_attempt(KEY)
 
 

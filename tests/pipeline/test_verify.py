@@ -6,6 +6,7 @@ from pathlib import Path
 
 from toy_runs import DIAMOND, fls, last_run, numbers, ran, run_here, write_spec
 
+from pipeline.seal import seal, unseal
 from pipeline.store import Store
 from pipeline.verify import Damage, find_damage
 
@@ -113,9 +114,9 @@ def test_a_cell_that_gives_other_bytes_is_told(toy: Path) -> None:
     write_spec("fail: {uses: fail, params: {counter: counter, until: 0}}")
     assert run_here()[0] == 0
     manifest = Path(f".fls/stages/{key_of('fail')}/manifest.json")
-    document = json.loads(manifest.read_text())
+    document = unseal(manifest.read_bytes())
     document["facts"]["python"] = "3.10.0"
-    manifest.write_text(json.dumps(document))
+    manifest.write_bytes(seal(document))
     code, output, _ = fls("verify", "--rerun", "fail")
     assert code == 1
     assert "fail: number/number.json differs\n" in output

@@ -142,7 +142,7 @@ def wait_for(condition: Any, timeout_s: float = 30.0) -> None:
 
 
 def checkpoint_exists() -> bool:
-    return any(Path(".fls").glob("stages/*/attempts/*/checkpoints/00*[0-9]"))
+    return any(Path(".fls").glob("stages/*/attempts/*/checkpoints/00*[0-9]/.digests.json"))
 
 
 def alive(pid: int) -> bool:

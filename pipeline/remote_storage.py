@@ -1,0 +1,293 @@
+"""Storage that fsspec reaches: S3 and its like.
+
+Whatever fails for a while (a 5xx, too many requests, a time-out, a lost connection) is tried again
+with growing pauses: for `PATIENCE_S`, once the storage has answered before; for `FIRST_PATIENCE_S`
+if it never did, because then the URL or the endpoint is more likely wrong than busy. A request to
+S3 is given up after 5 s to connect or 20 s without an answer, and botocore makes each twice before
+this module does. So nothing waits for longer than about `PATIENCE_S` and a minute.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import random
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from pipeline.cache import Cache
+from pipeline.errors import StorageUnavailable, StorageUnsupported, StoreError
+from pipeline.storage import AbstractStorage, StoredFile, inside, list_files
+
+PATIENCE_S = 120.0
+FIRST_PATIENCE_S = 10.0
+_FIRST_PAUSE_S = 0.2
+_LONGEST_PAUSE_S = 10.0
+
+_S3_SCHEMES = {"s3", "s3a"}
+_S3_REQUESTS = {
+    "connect_timeout": 5,
+    "read_timeout": 20,
+    "retries": {"mode": "standard", "total_max_attempts": 2},
+}
+# What the file systems behind fsspec call the time at which a file was written.
+_TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
+_BUSY = {408, 409, 425, 429}  # the client errors (HTTP 4xx) that pass by themselves
+_NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError"}
+
+Answer = TypeVar("Answer")
+
+
+class RemoteStorage(AbstractStorage):
+    """Anything that fsspec reaches, with scratch space in the local temporary folder."""
+
+    def __init__(self, url: str):
+        import fsspec.core  # here, because fsspec and what it needs take a while
+
+        self.url = url
+        self._is_s3 = url.partition("://")[0] in _S3_SCHEMES
+        options: dict[str, Any] = {"config_kwargs": _S3_REQUESTS} if self._is_s3 else {}
+        self.fs, self.root = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
+        if self._is_s3:
+            self.fs.retries = 1  # those of botocore and of this class are enough
+        self.root = self.root.rstrip("/")
+        digest = hashlib.sha256(url.encode()).hexdigest()[:12]
+        self.scratch = Path(tempfile.gettempdir()) / f"fls-{getpass.getuser()}" / digest
+        self._cache = Cache(self.scratch / "copies")
+        self._answered = False
+
+    def read(self, path: str) -> bytes:
+        """See `AbstractStorage.read`."""
+        full = self._full(path)
+        # One part at a time, or S3 is first asked for the size of each little document.
+        options = {"max_concurrency": 1} if self._is_s3 else {}
+        return self._patiently("read", path, lambda: self.fs.cat_file(full, **options))
+
+    def write(self, path: str, data: bytes) -> None:
+        """See `AbstractStorage.write`."""
+        self._pipe(path, data, "overwrite")
+
+    def create(self, path: str, data: bytes) -> bool:
+        """See `AbstractStorage.create`; on S3 a conditional put (`If-None-Match: *`).
+
+        A large file goes up in parts, and the condition is on the request that joins them.
+        """
+        try:
+            self._pipe(path, data, "create")
+        except FileExistsError:
+            return self.read(path) == data
+        return True
+
+    def names(self, path: str) -> list[str]:
+        """See `AbstractStorage.names`."""
+        full = self._full(path)
+        try:
+            found = self._patiently("list", path, lambda: self.fs.ls(full, detail=False))
+        except FileNotFoundError:
+            return []
+        return sorted({name.rstrip("/").rpartition("/")[2] for name in found} - {""})
+
+    def files(self, path: str) -> list[StoredFile]:
+        """See `AbstractStorage.files`."""
+        root = self._full(path) if path else self.root
+        try:
+            found = self._patiently("list", path, lambda: self.fs.find(root, detail=True))
+            if root in found:
+                found[root] = self._patiently("list", path, lambda: self.fs.info(root))
+        except FileNotFoundError:
+            return []
+        start = len(self.fs._strip_protocol(self.root).rstrip("/")) + 1
+        return [
+            StoredFile(name[start:], info["size"], self._written(info))
+            for name, info in sorted(found.items())
+        ]
+
+    def open(self, path: str) -> BinaryIO:
+        """See `AbstractStorage.open`."""
+        full = self._full(path)
+        return self._patiently("read", path, lambda: self.fs.open(full, "rb"))
+
+    def remove(self, path: str) -> None:
+        """See `AbstractStorage.remove`."""
+        full = self._full(path)
+        try:
+            self._patiently("delete", path, lambda: self.fs.rm(full, recursive=True))
+        except FileNotFoundError:
+            return
+
+    def move(self, source: str, target: str) -> None:
+        """See `AbstractStorage.move`; file by file, so interrupted it leaves files in both."""
+        old, new = self._full(source), self._full(target)
+
+        def move() -> None:
+            stored = self._find(source)
+            moved = [f"{new}/{name}" for name in stored]
+            copies = [f"{old}/{name}" for name in stored]
+            if stored:
+                self._write("write", target, moved, lambda: self.fs.copy(copies, moved))
+                self.fs.rm(copies)
+
+        self._patiently("move", source, move)
+
+    def workspace(self, path: str) -> Path:
+        """See `AbstractStorage.workspace`."""
+        self.scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return Path(tempfile.mkdtemp(dir=self.scratch, prefix="work-"))
+
+    def release(self, workspace: Path) -> None:
+        """See `AbstractStorage.release`."""
+        shutil.rmtree(workspace, ignore_errors=True)
+
+    def save(self, folder: Path, path: str) -> None:
+        """See `AbstractStorage.save`."""
+        files = list_files(folder)
+        stored = [self._full(f"{path}/{file.relative_to(folder).as_posix()}") for file in files]
+        if files:
+            self._write("write", path, stored, lambda: self.fs.put(list(map(str, files)), stored))
+
+    def load(self, path: str, folder: Path) -> None:
+        """See `AbstractStorage.load`."""
+        names = self._find(path)
+        folder.mkdir(parents=True)
+        copies = [folder / name for name in names]
+        for copy in copies:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+        stored = [f"{self._full(path)}/{name}" for name in names]
+        if stored:
+            self._patiently("read", path, lambda: self.fs.get(stored, list(map(str, copies))))
+
+    def local(self, path: str, *, fresh: bool = False) -> Path:
+        """See `AbstractStorage.local`; a copy in the cache, kept for the next time."""
+        return self._cache.get(path, lambda folder: self.load(path, folder), fresh=fresh)
+
+    def _find(self, path: str) -> list[str]:
+        """Return the names of all files in a stored folder and below it, relative to it."""
+        root = self._full(path)
+        stored = self._patiently("list", path, lambda: self.fs.find(root))
+        return [inside(file[file.index(root) + len(root) + 1 :]) for file in stored]
+
+    def _pipe(self, path: str, data: bytes, mode: str) -> None:
+        full = self._full(path)
+        self._write("write", path, [full], lambda: self.fs.pipe_file(full, data, mode=mode))
+
+    def _write(self, verb: str, path: str, files: Iterable[str], write: Callable[[], Any]) -> None:
+        """Call `write`; make the files' folders first if they are asked for.
+
+        Object stores have none. On S3 making one might even make the bucket, under a mistyped name.
+
+        Raises:
+            FileNotFoundError: on S3, whatever that means there.
+        """
+        try:
+            self._patiently(verb, path, write)
+        except FileNotFoundError:
+            if self._is_s3:
+                raise
+            for folder in {file.rpartition("/")[0] for file in files}:
+                self.fs.makedirs(folder, exist_ok=True)
+            self._patiently(verb, path, write)
+
+    def _written(self, info: Mapping[str, Any]) -> float:
+        """Return the Unix time at which a listed file was written.
+
+        Raises:
+            StorageUnsupported: the file system does not tell.
+        """
+        for name in _TIMES:
+            found = info.get(name)
+            if isinstance(found, datetime):
+                return found.timestamp()
+            if isinstance(found, int | float):
+                return float(found)
+        raise StorageUnsupported(
+            f"{self.root}: {type(self.fs).__name__} does not tell when files were written, so what "
+            "is in use cannot be told from what is old; use a file system that does"
+        )
+
+    def _full(self, path: str) -> str:
+        return f"{self.root}/{inside(path)}"
+
+    def _patiently(self, verb: str, path: str, request: Callable[[], Answer]) -> Answer:
+        """Return the answer to a request, made again while it fails for reasons that may pass.
+
+        What no further try could mend is raised at once, see `_judge`.
+
+        Raises:
+            StorageUnavailable: there is no answer in time.
+        """
+        began = time.monotonic()
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            try:
+                answer = request()
+                self._answered = True
+                return answer
+            except Exception as error:  # each of fsspec's storages has exceptions of its own
+                what = f"{self.url}: cannot {verb} {path}"
+                self._judge(error, what)
+                patience_s = PATIENCE_S if self._answered else FIRST_PATIENCE_S
+                waited_s = time.monotonic() - began
+                if waited_s + pause_s > patience_s:
+                    raise StorageUnavailable(
+                        f"{what}: {_reason(error)} (tried for {waited_s:.0f} s). Is the storage "
+                        "up, and is its address right (for S3: AWS_ENDPOINT_URL)?"
+                    ) from error
+            time.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311 - spreads the load
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def _judge(self, error: Exception, what: str) -> None:
+        """Raise what no further try could mend; return if one could.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            FileExistsError: there is such a file.
+            StoreError: the storage refuses.
+        """
+        code, status = _answer_of(error)
+        if code == "NoSuchBucket":
+            raise StoreError(
+                f"{what}: there is no such bucket. Make it, or correct `storage:`."
+            ) from error
+        if isinstance(error, FileExistsError) or status == 412:
+            self._answered = True
+            raise FileExistsError(what) from error
+        if isinstance(error, FileNotFoundError):
+            self._answered = True
+            raise FileNotFoundError(what) from error
+        if isinstance(error, (NotImplementedError, TypeError, ValueError)):
+            raise error  # it is no matter of the storage's state
+        if type(error).__name__ in _NO_CREDENTIALS:
+            raise StoreError(
+                f"{what}: no credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+                "another of the ways that AWS knows."
+            ) from error
+        if isinstance(error, PermissionError) or status in {401, 403}:
+            raise StoreError(
+                f"{what}: access denied ({_reason(error)}). Check the credentials, and what they "
+                "allow: listing, reading, writing and deleting."
+            ) from error
+        if status is not None and 400 <= status < 500 and status not in _BUSY:
+            raise StoreError(f"{what}: {_reason(error)}.") from error
+
+
+def _answer_of(error: Exception) -> tuple[str | None, int | None]:
+    """Return S3's error code and HTTP status, where an exception comes from an answer at all."""
+    cause: BaseException | None = error
+    while cause is not None:
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict):
+            about = response.get("ResponseMetadata", {})
+            return response.get("Error", {}).get("Code"), about.get("HTTPStatusCode")
+        cause = cause.__cause__
+    return None, None
+
+
+def _reason(error: Exception) -> str:
+    """Return an exception's text, without what may be a password in a URL."""
+    return re.sub(r"//[^/@\s]*@", "//", str(error).rstrip(".") or type(error).__name__)

@@ -1,0 +1,65 @@
+"""Documents that notice damage: JSON with the sha256 of its own content.
+
+A truncated file mostly is no JSON any more; one with a flipped bit often still is, and says
+something else. So whatever the store writes carries a seal, which reading checks and takes off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_SEAL = "sha256"
+
+
+def seal(document: Mapping[str, Any]) -> bytes:
+    """Return a JSON object (finite numbers only) as bytes, with a seal among its fields.
+
+    >>> unseal(seal({"answer": 42}))
+    {'answer': 42}
+    """
+    plain = json.loads(_text(document))
+    return _text({**plain, _SEAL: _digest(_text(plain))})
+
+
+def unseal(data: bytes) -> dict[str, Any]:
+    """Return what `seal` was given.
+
+    Raises:
+        ValueError: the data is not what `seal` gave back then.
+    """
+    document = json.loads(data)
+    if not isinstance(document, dict):
+        raise ValueError(f"expected a JSON object, got {type(document).__name__}")
+    found = document.pop(_SEAL, None)
+    if found != _digest(_text(document)):
+        raise ValueError("it is not what its own sha256 says")
+    return document
+
+
+def seal_lines(documents: Iterable[Mapping[str, Any]]) -> bytes:
+    """Return JSON objects, a line each, below a line that is the seal of them all."""
+    text = "".join(json.dumps(document) + "\n" for document in documents).encode()
+    return json.dumps({_SEAL: _digest(text)}).encode() + b"\n" + text
+
+
+def unseal_lines(data: bytes) -> list[dict[str, Any]]:
+    """Return what `seal_lines` was given.
+
+    Raises:
+        ValueError: the data is not what `seal_lines` gave back then.
+    """
+    head, _, text = data.partition(b"\n")
+    if head != json.dumps({_SEAL: _digest(text)}).encode():
+        raise ValueError("it is not what its own sha256 says")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _text(value: object) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,161 @@
+"""S3 over HTTP: exclusive creation, patience, and errors that say what is wrong."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from flaky_proxy import FlakyProxy, flaky
+from s3_server import BUCKET, SECRET, s3_environment
+
+from pipeline import remote_storage
+from pipeline.errors import BadInput, StorageUnavailable, StorageUnsupported, StoreError
+from pipeline.remote_storage import RemoteStorage
+from pipeline.storage import open_storage
+from pipeline.store import Store
+
+_counter = itertools.count()
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Little patience, so that what ends in an error does so soon."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(remote_storage, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(remote_storage, "FIRST_PATIENCE_S", 0.3)
+    monkeypatch.setattr(remote_storage, "_FIRST_PAUSE_S", 0.05)
+    quick = {"connect_timeout": 1, "read_timeout": 0.3, "retries": {"total_max_attempts": 1}}
+    monkeypatch.setattr(remote_storage, "_S3_REQUESTS", quick)
+
+
+@pytest.fixture
+def proxy(s3_endpoint: str, hurried: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyProxy]:
+    with flaky(s3_endpoint) as proxy:
+        for name, value in s3_environment(proxy.url).items():
+            monkeypatch.setenv(name, value)
+        yield proxy
+
+
+@pytest.fixture
+def storage(proxy: FlakyProxy) -> RemoteStorage:
+    return RemoteStorage(f"s3://{BUCKET}/remote-{next(_counter)}")
+
+
+# -------------------------------------------------------------------- exclusive creation
+
+
+def test_a_file_is_created_once(s3: str) -> None:
+    storage = RemoteStorage(f"s3://{BUCKET}/create-{next(_counter)}")
+    assert storage.create("a/file", b"first")
+    assert not storage.create("a/file", b"second")
+    assert storage.read("a/file") == b"first"
+
+
+def test_a_large_file_that_goes_up_in_parts_is_created_once(s3: str) -> None:
+    # `create` leaves the choice to s3fs, which takes parts from 100 MiB on: smaller ones here.
+    storage = RemoteStorage(f"s3://{BUCKET}/create-{next(_counter)}")
+    path, part = f"{storage.root}/large", 5 << 20
+    for letter in (b"a", b"b"):
+        options = {"mode": "create", "chunksize": part}
+        try:
+            storage.fs.pipe_file(path, letter * (2 * part + 1), **options)
+            created = True
+        except FileExistsError:
+            created = False
+        assert created == (letter == b"a")
+    assert storage.fs.cat_file(path, start=0, end=3) == b"aaa"
+    assert storage.fs.info(path)["size"] == 2 * part + 1
+    assert not storage.create("large", b"c")
+
+
+def test_a_server_without_conditional_puts_is_refused(proxy: FlakyProxy) -> None:
+    proxy.dropped_headers.add("if-none-match")
+    with pytest.raises(StorageUnsupported, match="use a storage with conditional writes"):
+        Store(f"s3://{BUCKET}/unconditional").prepare()
+
+
+def test_a_creation_whose_answer_got_lost_still_counts(
+    proxy: FlakyProxy, storage: RemoteStorage
+) -> None:
+    proxy.fail("lost")
+    assert storage.create("mine", b"mine")
+    assert proxy.requests > 1
+    assert not storage.create("mine", b"another's")
+    assert storage.read("mine") == b"mine"
+
+
+# ------------------------------------------------------------------------------ patience
+
+
+@pytest.mark.parametrize("fault", ["500", "503", "429", "drop", "hang", "lost"])
+def test_what_fails_for_a_while_is_tried_again(
+    proxy: FlakyProxy, storage: RemoteStorage, tmp_path: Path, fault: str
+) -> None:
+    storage.write("file", b"1")
+    for action in (
+        lambda: storage.write("file", b"2"),
+        lambda: storage.read("file") == b"2" or pytest.fail("read"),
+        lambda: storage.names("folder"),
+        lambda: storage.load("folder", tmp_path / fault),
+        lambda: storage.remove("folder"),
+    ):
+        proxy.fail(fault)
+        before = proxy.requests
+        action()
+        assert proxy.requests > before + 1
+
+
+@pytest.mark.parametrize("fault", ["500", "hang"])
+def test_patience_ends(proxy: FlakyProxy, storage: RemoteStorage, fault: str) -> None:
+    storage.write("file", b"1")
+    proxy.fault = lambda method, path: fault
+    with pytest.raises(StorageUnavailable, match=r"cannot read file: .*tried for \d s") as raised:
+        storage.read("file")
+    assert storage.url in str(raised.value)
+
+
+# -------------------------------------------------------------------------------- errors
+
+
+def test_an_endpoint_that_is_gone_is_named(hurried: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in s3_environment("http://127.0.0.1:9").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StorageUnavailable) as raised:
+        Store(f"s3://{BUCKET}/gone").prepare()
+    text = str(raised.value)
+    assert f"s3://{BUCKET}/gone: cannot read storage.json" in text
+    assert "127.0.0.1:9" in text
+    assert "AWS_ENDPOINT_URL" in text
+    assert SECRET not in text
+
+
+@pytest.mark.parametrize("action", ["prepare", "list_runs"])
+def test_a_bucket_that_is_missing_is_named_and_not_made(s3: str, action: str) -> None:
+    with pytest.raises(StoreError, match="s3://nowhere/x: .*no such bucket. Make it") as raised:
+        getattr(Store("s3://nowhere/x"), action)()
+    assert not isinstance(raised.value, StorageUnavailable)
+    assert not RemoteStorage(f"s3://{BUCKET}/x").fs.exists("nowhere")
+
+
+def test_access_that_is_denied_is_not_asked_for_again(
+    proxy: FlakyProxy, storage: RemoteStorage
+) -> None:
+    proxy.fault = lambda method, path: "403"
+    with pytest.raises(StoreError, match=r"access denied .*Check the credentials") as raised:
+        storage.write("file", b"1")
+    assert proxy.requests == 1
+    assert SECRET not in str(raised.value)
+
+
+def test_a_password_in_the_url_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"s3://\.\.\.@bucket/x has a password") as raised:
+        open_storage("s3://me:word@bucket/x")
+    assert "word@" not in str(raised.value)
+
+
+def test_a_name_that_leads_out_of_the_folder_is_not_downloaded(s3: str, tmp_path: Path) -> None:
+    storage = RemoteStorage(f"s3://{BUCKET}/evil-{next(_counter)}")
+    storage.fs.pipe_file(f"{storage.root}/outputs/x/../../../../evil", b"evil")
+    with pytest.raises(StoreError, match="is no path inside a storage"):
+        storage.load("outputs/x", tmp_path / "deep/copy")
+    assert not list(tmp_path.rglob("evil"))
