@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+import traceback
 
 import pipeline.store_commands  # noqa: F401 - joins its commands to the others
 from pipeline.cli import app
 from pipeline.errors import PipelineError
+from pipeline.secrets import presentable
 from pipeline.stage import StageError
 
 
@@ -15,8 +17,11 @@ def main() -> None:
     try:
         app()
     except (PipelineError, StageError) as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{presentable(str(error))}\n")
         sys.exit(error.exit_code if isinstance(error, PipelineError) else 1)
+    except Exception:  # a defect of ours; its traceback may quote a URL with a password
+        sys.stderr.write(presentable(traceback.format_exc()))
+        sys.exit(1)
 
 
 if __name__ == "__main__":

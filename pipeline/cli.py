@@ -26,6 +26,7 @@ from pipeline.report import follow_log, print_log, print_plan, print_rows, print
 from pipeline.results import export as export_cell
 from pipeline.results import result_rows, to_csv
 from pipeline.runs import DEFAULT_FILE, RunOptions, find_run, load_runs
+from pipeline.secrets import presentable
 from pipeline.spec import load_spec
 from pipeline.store import Store
 from pipeline.sync import sync_runs
@@ -422,7 +423,7 @@ def results(
     elif as_json:
         _print_json(rows)
     else:
-        typer.echo(to_csv(columns, rows), nl=False)
+        typer.echo(presentable(to_csv(columns, rows)), nl=False)
     if absent:
         typer.echo(f"No results yet of: {', '.join(absent)}; `fls run {file}`.", err=True)
 
@@ -439,7 +440,7 @@ def export(
     """Copy a cell's model out of the store: its weights, and what they are."""
     spec = load_spec(file, set_)
     export_cell(spec, Store(spec.storage), cell, folder)
-    typer.echo(f"{folder}: {', '.join(sorted(os.listdir(folder)))}")
+    typer.echo(presentable(f"{folder}: {', '.join(sorted(os.listdir(folder)))}"))
 
 
 @_command(
@@ -478,7 +479,7 @@ def _console() -> Console:
 
 
 def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
+    typer.echo(presentable(json.dumps(value, indent=1, ensure_ascii=False)))
 
 
 def _store(file: Path, storage: str | None) -> Store:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import BadInput, nearest
+from pipeline.names import store_around
 from pipeline.source import Import, Source, read_source
 
 _RUNNER = "pipeline"
@@ -127,6 +128,8 @@ def missing_target(target: str) -> str | None:
     place = find_module(module)
     if place is None or place.file is None:
         return f"{target!r}: there is no module {module!r} here or among the installed ones"
+    if store := store_around(place.file):
+        return f"{target!r} lies in the store {store}, from which no code is taken"
     if place.file.suffix != ".py":
         return None
     source = read_source(place.file, module, bool(place.folders))
@@ -138,6 +141,8 @@ def missing_target(target: str) -> str | None:
 def find_module(module: str) -> Place | None:
     """Find a module's file as the import system would, but without running any parent package."""
     top, *rest = module.split(".")
+    if not all(part.isidentifier() for part in (top, *rest)):
+        return None
     try:
         spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):  # ValueError: a module without a spec, such as __main__

@@ -16,6 +16,9 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from pipeline import limits
+from pipeline.text import cut, printable
+
 
 class PipelineError(Exception):
     """Base of every error that the runner raises on purpose; its text is shown as it is."""
@@ -49,21 +52,23 @@ class Position:
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake and where it is; prints as `file:line:column: message`."""
+    """One mistake and where it is; prints as `file:line:column: message`, on one line."""
 
     position: Position
     message: str
 
     def __str__(self) -> str:
-        return f"{self.position}: {self.message}"
+        text = f"{self.position}: {cut(self.message, limits.MESSAGE_CHARACTERS)}"
+        return " ".join(printable(text).splitlines())
 
 
 class SpecError(BadInput):
-    """All problems of a spec, in file order, those of options last."""
+    """All problems of a spec, in file order, those of options last; `more`: there may be others."""
 
-    def __init__(self, problems: Iterable[Problem]):
+    def __init__(self, problems: Iterable[Problem], *, more: bool = False):
         self.problems: Sequence[Problem] = sorted(dict.fromkeys(problems), key=_file_order)
-        super().__init__("\n".join(map(str, self.problems)))
+        end = [f"Stopped after {len(self.problems)} problems; there may be more."] if more else []
+        super().__init__("\n".join([*map(str, self.problems), *end]))
 
 
 class StoreError(PipelineError):
@@ -97,8 +102,14 @@ class Damaged(StoreError):
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """Return " (did you mean 'x'?)" with the choice nearest to `name`, or "" when none is near."""
-    found = difflib.get_close_matches(name, list(choices), n=1)
+    """Return " (did you mean 'x'?)" with the choice nearest to `name`, or "" when none is near.
+
+    Nor is there a hint among very many or very long names, whose comparison would take seconds.
+    """
+    known = [choice for choice in choices if len(choice) <= limits.NAME_CHARACTERS]
+    if len(name) > limits.NAME_CHARACTERS or len(known) > limits.CHOICES:
+        return ""
+    found = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 

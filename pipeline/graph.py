@@ -7,13 +7,16 @@ input must be declared `many` to take.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
+from pipeline import limits
 from pipeline.errors import BadInput, nearest
 from pipeline.stage import Params, Resources, Stage
 from pipeline.yaml_loader import read_scalar
@@ -65,6 +68,10 @@ class StageSpec:
     checkpoint_every_s: float
     keep: str
     registration: Registration | None = None
+
+    def count_cells(self) -> int:
+        """Return how many cells there are; nothing is made."""
+        return math.prod(map(len, self.matrix.values()))
 
     def points(self) -> list[dict[str, Scalar]]:
         """Return the axis values of each cell, the last axis varying fastest."""
@@ -143,7 +150,8 @@ def topological(stages: Mapping[str, StageSpec]) -> tuple[list[str], list[list[s
 
     Returns:
         The sorted names, and the cycles found, each as [a, b, ..., a] along the flow of data. A
-        cycle is cut at its last step, so that the order holds for the rest.
+        cycle is cut at its last step, so that the order holds for the rest. Of very many cycles
+        only the first are found, and the order is the one given.
     """
     edges = {
         name: [other for others in stage.inputs.values() for other in others if other in stages]
@@ -158,16 +166,19 @@ def topological(stages: Mapping[str, StageSpec]) -> tuple[list[str], list[list[s
             cycle = _from_first(error.args[1], list(edges))
             edges[cycle[-1]].remove(cycle[-2])
             cycles.append(cycle)
+            if len(cycles) >= limits.PROBLEMS:
+                return list(stages), cycles
             continue
         break
     rank = {name: index for index, name in enumerate(edges)}
+    names = list(edges)
     order: list[str] = []
-    ready = list(sorter.get_ready())
+    ready = sorted(rank[name] for name in sorter.get_ready())
     while ready:
-        ready.sort(key=rank.__getitem__)
-        order.append(ready.pop(0))
+        order.append(names[heapq.heappop(ready)])
         sorter.done(order[-1])
-        ready += sorter.get_ready()
+        for name in sorter.get_ready():
+            heapq.heappush(ready, rank[name])
     return order, cycles
 
 
@@ -200,8 +211,8 @@ def _output_of_kind(upstream: StageSpec, kind: str) -> str:
 
 def _join(
     stage: StageSpec, upstream: StageSpec, points: Sequence[Mapping[str, Scalar]], many: bool
-) -> list[list[Mapping[str, Scalar]]]:
-    """Return for each point of `stage` the points of `upstream` it takes.
+) -> list[list[str]]:
+    """Return for each point of `stage` the cells of `upstream` it takes.
 
     Raises:
         JoinError: an axis that only `upstream` has, or points that find nothing.
@@ -214,9 +225,10 @@ def _join(
             f"{stage.name!r} has no axis {' and '.join(map(repr, extra))}, so which cell of "
             f"{upstream.name!r} it takes is not said ({shorten(names)}); add the axis to its matrix"
         )
-    groups: dict[tuple[tuple[bool, Scalar], ...], list[Mapping[str, Scalar]]] = {}
+    groups: dict[tuple[tuple[bool, Scalar], ...], list[str]] = {}
     for point in upstream.points():
-        groups.setdefault(_coordinates(point, shared), []).append(point)
+        name = cell_name(upstream.name, point)
+        groups.setdefault(_coordinates(point, shared), []).append(name)
     lone = [point for point in points if _coordinates(point, shared) not in groups]
     if lone:
         raise JoinError(
@@ -242,17 +254,20 @@ def expand(
         The cells, in topological order.
     """
     cells: list[Cell] = []
+    links = 0
     for stage in stages.values():
         points = stage.points()
         wires: list[dict[str, list[Source]]] = [{name: [] for name in stage.inputs} for _ in points]
         for name, upstream in _connections(stage, stages):
             try:
-                connected = _connect(stage, name, upstream, points)
+                output, connected = _connect(stage, name, upstream, points)
+                links += sum(map(len, connected))
+                _require_few_links(links)
             except JoinError as error:
                 report(stage.name, name, upstream.name, str(error))
                 continue
             for wire, sources in zip(wires, connected, strict=True):
-                wire[name] += sources
+                wire[name] += [Source(cell, output) for cell in sources]
         for point, wire in zip(points, wires, strict=True):
             full_name = cell_name(stage.name, point)
             if full_name in params:
@@ -272,14 +287,24 @@ def _connections(
 
 def _connect(
     stage: StageSpec, name: str, upstream: StageSpec, points: Sequence[Mapping[str, Scalar]]
-) -> list[list[Source]]:
-    """Return for each point of `stage` what its input `name` takes from `upstream`."""
+) -> tuple[str, list[list[str]]]:
+    """Return what output of `upstream` the input `name` takes; for each point, of which cells."""
     declared = stage.declaration.inputs[name]
     output = _output_of_kind(upstream, declared.kind)
-    joined = _join(stage, upstream, points, declared.many)
-    return [
-        [Source(cell_name(upstream.name, point), output) for point in taken] for taken in joined
-    ]
+    return output, _join(stage, upstream, points, declared.many)
+
+
+def _require_few_links(count: int) -> None:
+    """Check how many connections the cells have.
+
+    Raises:
+        JoinError: too many.
+    """
+    if count > limits.LINKS:
+        raise JoinError(
+            f"expected at most {limits.LINKS:,} connections between cells, got {count:,} with "
+            "these; give both stages the same axes, or fewer values"
+        )
 
 
 def _cell(

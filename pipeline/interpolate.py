@@ -2,7 +2,7 @@
 
 A reference that is a whole value stands for the variable with its type; inside text it must be a
 scalar. An environment variable that is a whole value is read as a YAML scalar. There is no
-expression language.
+expression language. A spec is recorded, so a secret has no place in it: see `pipeline.secrets`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pipeline.errors import Position, SpecError, nearest
-from pipeline.yaml_loader import Document, Path, load, read_scalar
+from pipeline import limits
+from pipeline.errors import Position, Problem, SpecError, nearest
+from pipeline.secrets import has_credentials, is_secret
+from pipeline.text import CONTROLS, cut
+from pipeline.yaml_loader import Budget, Document, Path, load, read_scalar
 
 _REFERENCE = re.compile(r"\$\{([^{}]*)\}")
+# Where a URL with a password may come from the environment: it is redacted wherever it is shown.
+_ADDRESSES = {("storage",), ("mlflow", "tracking_uri")}
 _ENVIRONMENT = re.compile(r"env\.([A-Za-z_][A-Za-z0-9_]*)(?::-(.*))?", re.DOTALL)
 
 
@@ -54,21 +59,51 @@ class _Resolver:
         self.document = document
         self.environment = environment
         self.open: list[str] = []
+        self.budget = Budget()
+        self.characters = 0
+        self.depth = 0
+        self.failures = 0
+        self.place: Path = ()  # where in the file what is being replaced ends up
 
     def value(self, value: Any, path: Path) -> Any:
         """Return `value`, which stands at `path`, with its references replaced."""
+        self.budget.take(self.document.position(path), self.depth)
+        self.depth += 1
+        try:
+            return self.replaced(value, path)
+        except _Unresolved as error:
+            self.failures += 1
+            self.document.note(self.document.position(path), str(error))
+            return None
+        finally:
+            self.depth -= 1
+
+    def replaced(self, value: Any, path: Path) -> Any:
+        """Return `value`, which stands at `path`, with its references replaced.
+
+        Raises:
+            SpecError: the texts become too long.
+        """
         if isinstance(value, dict):
             return {key: self.value(child, (*path, key)) for key, child in value.items()}
         if isinstance(value, list):
             return [self.value(child, (*path, index)) for index, child in enumerate(value)]
         if not isinstance(value, str) or "${" not in value:
             return value
-        try:
-            whole = _REFERENCE.fullmatch(value)
-            return self.reference(whole[1], True) if whole else self.text(value)
-        except _Unresolved as error:
-            self.document.note(self.document.position(path), str(error))
-            return None
+        if not self.open:
+            self.place = path
+        whole = _REFERENCE.fullmatch(value)
+        if whole:
+            return self.reference(whole[1], True)
+        text = self.text(value)
+        self.characters += len(text)
+        if self.characters > limits.SPEC_CHARACTERS:
+            message = (
+                f"expected at most {limits.SPEC_CHARACTERS:,} characters of text with ${{...}}"
+            )
+            position = self.document.position(path)
+            raise SpecError([Problem(position, f"{message}, got more")])
+        return text
 
     def text(self, text: str) -> str:
         """Return `text` with the references inside it replaced.
@@ -77,7 +112,7 @@ class _Resolver:
             _Unresolved: a reference without its end.
         """
         if "${" in _REFERENCE.sub("", text):
-            raise _Unresolved(f"'${{' without its '}}' in {text!r}")
+            raise _Unresolved(f"'${{' without its '}}' in {cut(text, 60)!r}")
         return _REFERENCE.sub(lambda match: self.embedded(match[1]), text)
 
     def embedded(self, expression: str) -> str:
@@ -103,16 +138,28 @@ class _Resolver:
         match = _ENVIRONMENT.fullmatch(expression)
         if not match:
             raise _Unresolved(
-                f"unknown reference ${{{expression}}}: expected ${{vars.NAME}}, ${{env.NAME}} or "
-                "${env.NAME:-default}"
+                f"unknown reference ${{{cut(expression, 60)}}}: expected ${{vars.NAME}}, "
+                "${env.NAME} or ${env.NAME:-default}"
             )
         name, default = match.groups()
+        if is_secret(name):
+            raise _Unresolved(
+                f"{name} looks like a secret, and all values of this file are recorded; let the "
+                "code that needs it read the environment itself"
+            )
         text = self.environment.get(name, default)
         if text is None:
             raise _Unresolved(
                 f"the environment variable {name} is not set; set it, or write "
                 f"${{env.{name}:-default}}"
             )
+        if has_credentials(text) and self.place not in _ADDRESSES:
+            raise _Unresolved(
+                f"the environment variable {name} is a URL with credentials, and all values of "
+                "this file are recorded; let the code that needs it read the environment itself"
+            )
+        if CONTROLS.search(text):
+            raise _Unresolved(f"the environment variable {name} holds a control character")
         return read_scalar(text) if whole else text
 
     def variable(self, expression: str) -> Any:
@@ -126,13 +173,13 @@ class _Resolver:
             ring = [*self.open[self.open.index(name) :], name]
             raise _Unresolved(f"variables form a cycle: {' -> '.join(f'vars.{x}' for x in ring)}")
         variables = self.document.value.get("vars")
-        known = len(self.document.problems)
+        known = self.failures
         self.open.append(name)
         try:
             value = self.value(_entry(variables, name, "vars"), ("vars", name))
         finally:
             self.open.pop()
-        if len(self.document.problems) > known:
+        if self.failures > known:
             raise _Unresolved  # reported where the variable is defined
         at = f"vars.{name}"
         for part in inner:
@@ -157,7 +204,7 @@ def _entry(folder: Any, name: str, where: str) -> Any:
 def _parse(document: Document, options: Sequence[str]) -> Iterator[tuple[Position, Path, Any]]:
     """Yield position, dotted path and value of each option that can be read."""
     for option in options:
-        position = Position(f"--set {option}")
+        position = Position(f"--set {cut(option, 100)}")
         target, equals, text = option.partition("=")
         path = tuple(target.split("."))
         if not equals or len(path) < 2 or not all(path):
@@ -198,7 +245,8 @@ def _set_parameter(
         return
     stage = stages[name]
     section = "params"
-    if len(inner) == 1 and inner[0] in (stage.get("matrix") or {}):
+    axes = stage.get("matrix")
+    if len(inner) == 1 and isinstance(axes, dict) and inner[0] in axes:
         section = "matrix"
         value = value if isinstance(value, list) else [value]
     target = ("stages", name, section, *inner)

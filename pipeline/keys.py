@@ -22,7 +22,7 @@ from pipeline.errors import BadInput
 from pipeline.graph import Cell, shorten
 from pipeline.params import marked
 from pipeline.spec import Plugin
-from pipeline.stage import ExternalFile
+from pipeline.stage import ExternalFile, Registry
 
 _NOT_HASHED = {"names", "accepted"}
 
@@ -153,6 +153,21 @@ def _hash(ingredients: Mapping[str, Any]) -> str:
     counted = {name: value for name, value in ingredients.items() if name not in _NOT_HASHED}
     text = json.dumps(counted, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def known_targets(cells: Iterable[Cell]) -> dict[str, frozenset[str]]:
+    """Return cell name -> all `module:attribute` that its parameters, or those upstream, stand for.
+
+    Args:
+        cells: in topological order.
+    """
+    known: dict[str, frozenset[str]] = {}
+    for cell in cells:
+        registered = [(m.marker, m.value) for m in marked(cell.params)]
+        entries = [r.find(name) for r, name in registered if isinstance(r, Registry)]
+        own = {entry.target for entry in entries if entry}
+        known[cell.name] = frozenset(own.union(*(known[source] for source in cell.sources)))
+    return known
 
 
 # ------------------------------------------------------------------------- what has changed

@@ -73,7 +73,7 @@ def start_run(
     record = RunRecord(
         run_id=run_id or new_run_id(),
         options=options,
-        spec_text=spec.path.read_text(encoding="utf-8"),
+        spec_text=spec.text,
         environment=read_source(Path.cwd()).environment(),
     )
     return _execute(plan, store, record, console, stop_after_s, grace_s)

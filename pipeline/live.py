@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from pipeline.runs import CellStatus, State
+from pipeline.secrets import presentable
 
 _COLUMNS = (State.WAITING, State.RUNNING, State.DONE, State.CACHED, State.FAILED, State.SKIPPED)
 _STYLES = {
@@ -42,7 +43,7 @@ class LiveView:
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
-        self._console.print(text, soft_wrap=True)
+        self._console.print(presentable(text), soft_wrap=True)
 
     def show(self, cells: Mapping[str, CellStatus], *, now: bool = False) -> None:
         """Show the cells as they stand, unless that was done a moment ago."""
@@ -107,7 +108,7 @@ def _bar(status: CellStatus, name_width: int) -> Text:
     filled = round(_BAR * min(1.0, done / total)) if total else 0
     line = Text(f"{_shorten(status.cell, name_width):<{name_width}}  ")
     line.append("━" * filled, "cyan").append("━" * (_BAR - filled), "dim")
-    line.append(f"  {done:g}/{total:g} {unit}" if unit else "")
+    line.append(presentable(f"  {done:g}/{total:g} {unit}") if unit else "")
     if status.began is not None:
         line.append(f"  {clock(time.time() - status.began)}", "dim")
     return line

@@ -134,8 +134,12 @@ def _show(value: Any) -> str:
     """Return a value of the user's with its type, cut where it is long."""
     if value is None:
         return "nothing"
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    text = text if len(text) <= 60 else text[:57] + "..."
+    text = ""
+    for part in json.JSONEncoder(ensure_ascii=False, default=str).iterencode(value):
+        text += part
+        if len(text) > 60:
+            text = text[:57] + "..."
+            break
     return f"the {_KINDS.get(type(value), type(value).__name__)} {text}"
 
 

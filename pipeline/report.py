@@ -16,6 +16,7 @@ from pipeline.events import EventTail
 from pipeline.live import clock
 from pipeline.planner import Plan, PlannedCell
 from pipeline.runs import CellStatus, RunRecord, RunState, State, load_run
+from pipeline.secrets import presentable
 from pipeline.spec import Spec
 from pipeline.store import Store
 from pipeline.tracking import TrackerName
@@ -36,7 +37,7 @@ def print_plan(plan: Plan, console: Console, *, why: bool) -> None:
         memory = max((one.memory_bytes for one in todo if one.memory_bytes), default=None)
         disk = sum(one.disk_bytes for one in todo if one.disk_bytes) or None
         numbers = [str(count or "·") for count in counts]
-        table.add_row(stage, str(len(group)), *numbers, size(memory), size(disk))
+        _add(table, stage, str(len(group)), *numbers, size(memory), size(disk))
     console.print(table)
     if why:
         for planned in plan.cells:
@@ -71,7 +72,7 @@ def print_rows(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], consol
     shown = [column for column in columns if column not in {"cell", "key", "run_id"}]
     table = _table(*shown)
     for row in rows:
-        table.add_row(*("" if row[column] is None else _number(row[column]) for column in shown))
+        _add(table, *("" if row[column] is None else _number(row[column]) for column in shown))
     console.print(table)
 
 
@@ -91,7 +92,8 @@ def print_runs(records: Iterable[RunRecord], console: Console) -> None:
     table = _table("run", "file", "began", "state", "done", "cached", "failed", "of")
     for record in records:
         states = [status.state for status in record.cells.values()]
-        table.add_row(
+        _add(
+            table,
             record.run_id,
             record.options.file,
             f"{datetime.fromtimestamp(record.began):%Y-%m-%d %H:%M}",
@@ -113,7 +115,7 @@ def print_run(record: RunRecord, console: Console) -> None:
     stages = dict.fromkeys(status.stage for status in record.cells.values())
     for stage in stages:
         states = [status.state for status in record.cells.values() if status.stage == stage]
-        table.add_row(stage, *(str(states.count(column) or "·") for column in columns))
+        _add(table, stage, *(str(states.count(column) or "·") for column in columns))
     console.print(table)
     for name, status in record.cells.items():
         if status.state is State.RUNNING and status.progress:
@@ -134,7 +136,7 @@ def print_log(store: Store, status: CellStatus, console: Console) -> None:
         for event in events:
             text = _event_text(event)
             if text:
-                _say(console, f"{clock(event['time'] - began['time']):>8}  {text}")
+                _say(console, f"{_since(began, event):>8}  {text}")
         failure = store.failure(key, attempt)
         if failure:
             _say(console, failure.get("traceback") or failure["message"])
@@ -166,7 +168,22 @@ def follow_log(store: Store, run_id: str, cell: str, console: Console) -> None:
         _say(console, f"{cell}: {status.state}")
 
 
+def _since(began: Mapping[str, Any], event: Mapping[str, Any]) -> str:
+    try:
+        return clock(event["time"] - began["time"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return "?"
+
+
 def _event_text(event: Mapping[str, Any]) -> str:
+    """Return what an event says to people; one that is not as ours are, as it is."""
+    try:
+        return _event_words(event)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return str(event)
+
+
+def _event_words(event: Mapping[str, Any]) -> str:
     if event["type"] == "text":
         return str(event["text"])
     if event["type"] == "metrics":
@@ -213,8 +230,12 @@ def _table(first: str, *others: str) -> Table:
     return table
 
 
+def _add(table: Table, *cells: str) -> None:
+    table.add_row(*map(presentable, cells))
+
+
 def _say(console: Console, text: str) -> None:
-    console.print(text, soft_wrap=True)
+    console.print(presentable(text), soft_wrap=True)
 
 
 def _shown(path: Path) -> str:

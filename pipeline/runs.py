@@ -296,6 +296,13 @@ def load_runs(store: Store) -> tuple[list[RunRecord], list[str]]:
 
 
 def _options(fields: Mapping[str, Any]) -> RunOptions:
+    """Return the options that a document holds.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    if not Path(fields["file"]).name.strip("."):
+        raise ValueError(f"{fields['file']!r} names no file")
     names = {
         "executor": ExecutorName(fields["executor"]),
         "tracking": TrackerName(fields["tracking"]),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.graph import Cell, Source, shorten
+from pipeline.keys import known_targets
 from pipeline.planner import Plan, PlannedCell
 from pipeline.runs import CellStatus, State
 from pipeline.worker import Task, TaskInput
@@ -40,6 +41,7 @@ class Schedule:
             )
             for one in planned
         }
+        self._targets = known_targets(plan.spec.cells)
         self._depth = self._depths()
 
     def cell(self, name: str) -> Cell:
@@ -72,6 +74,7 @@ class Schedule:
             "storage": storage,
             "token": token,
             "entry": cell.declaration.entry,
+            "targets": sorted(self._targets[name]),
             "params_model": f"{params.__module__}:{params.__qualname__}",
             "params": cell.params.model_dump(mode="json"),
             "inputs": self.task_inputs(name),

@@ -5,20 +5,23 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import stat
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline import yaml_loader
+from pipeline import limits, yaml_loader
 from pipeline.code_digest import find_module, missing_target
-from pipeline.errors import BadInput, Problem, SpecError, nearest
+from pipeline.errors import BadInput, Position, Problem, SpecError, nearest
 from pipeline.graph import Cell, Registration, Scalar, StageSpec, cell_name, expand, topological
 from pipeline.interpolate import override
+from pipeline.names import store_around
 from pipeline.params import Issue, Marked, issues_of, marked
+from pipeline.secrets import find_secret
 from pipeline.spec_shape import FileShape, StageShape
 from pipeline.stage import Catalogue, Params, Registry, Resources, Stage
 from pipeline.yaml_loader import Document, Path
@@ -51,6 +54,7 @@ class Spec:
     Attributes:
         name: the pipeline's name.
         path: the file it is from.
+        text: what the file says.
         plugins: in the file's order.
         storage: absolute path of a folder, or an fsspec URL.
         storage_given: the same as the environment or the file gives it; perhaps a relative path.
@@ -62,6 +66,7 @@ class Spec:
 
     name: str
     path: FilePath
+    text: str
     plugins: Sequence[Plugin]
     storage: str
     storage_given: str
@@ -85,13 +90,13 @@ def load_spec(path: FilePath, overrides: Sequence[str] = ()) -> Spec:
         The spec, free of mistakes.
 
     Raises:
-        BadInput: the file cannot be read.
         SpecError: it has mistakes; all of them, in file order.
+
+    A file that cannot be read is `BadInput`. Whatever the file holds, checking it takes less than a
+    second (the import of its plugins apart) and bounded memory, see `pipeline.limits`.
     """
-    try:
-        text = FilePath(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read {path}: {error}") from None
+    text = _read(FilePath(path))
+    _refuse_secrets(text, str(path), overrides)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     document = yaml_loader.load(text, str(path))
@@ -99,10 +104,62 @@ def load_spec(path: FilePath, overrides: Sequence[str] = ()) -> Spec:
         document.note(document.root, "expected a mapping with 'name', 'plugins' and 'stages'")
         raise SpecError(document.problems)
     override(document, overrides, os.environ)
-    spec = _Builder(document, FilePath(path)).build()
+    spec = _Builder(document, FilePath(path), text).build()
     if document.problems:
         raise SpecError(document.problems)
     return spec
+
+
+def _read(path: FilePath) -> str:
+    """Return the text of a file, reading no more of it than the limit.
+
+    Raises:
+        BadInput: it cannot be read.
+        SpecError: it is too large, or is not text.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise BadInput(f"cannot read {path}: expected a regular file")
+        with path.open("rb") as file:
+            data = file.read(limits.SPEC_BYTES + 1)
+            size = max(len(data), os.fstat(file.fileno()).st_size)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise BadInput(f"cannot read {path}: {error}") from None
+    if size > limits.SPEC_BYTES:
+        position = Position(str(path), 1, 1)
+        message = f"expected a file of at most {limits.SPEC_BYTES:,} bytes, got {size:,}"
+        raise SpecError([Problem(position, message)])
+    try:
+        return data.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        before = data[: error.start]
+        column = len(before[before.rfind(b"\n") + 1 :].decode()) + 1
+        position = Position(str(path), before.count(b"\n") + 1, column)
+        message = f"expected text in UTF-8, got the byte 0x{data[error.start]:02x}"
+        raise SpecError([Problem(position, message)]) from None
+
+
+def _refuse_secrets(text: str, file: str, overrides: Sequence[str]) -> None:
+    """Check that a spec and its `--set` options, which are recorded, hold no secret.
+
+    Raises:
+        SpecError: they do.
+    """
+    problems = []
+    for where, given in [(file, text), *(("--set", option) for option in overrides)]:
+        found = find_secret(given, os.environ)
+        if found is None:
+            continue
+        at, what = found
+        line, column = given.count("\n", 0, at) + 1, at - given.rfind("\n", 0, at)
+        position = Position(where, line, column) if where == file else Position(where)
+        message = (
+            f"expected no secrets, because this is recorded; got {what}. Leave it to the "
+            "environment of what needs it, such as MLFLOW_TRACKING_URI or AWS_PROFILE"
+        )
+        problems.append(Problem(position, message))
+    if problems:
+        raise SpecError(problems)
 
 
 # ------------------------------------------------------------------------------ the building
@@ -111,12 +168,14 @@ def load_spec(path: FilePath, overrides: Sequence[str] = ()) -> Spec:
 class _Builder:
     """Turns a document into a spec, noting problems in the document on the way."""
 
-    def __init__(self, document: Document, path: FilePath):
+    def __init__(self, document: Document, path: FilePath, text: str):
         self.document = document
         self.path = path
+        self.text = text
         self.plugins: list[Plugin] = []
         self.types: dict[str, Stage] = {}
         self.unsure: set[str] = set()  # stages whose axes are wrong
+        self.wrong: set[Position] = set()  # where the values are that have the wrong shape
 
     def build(self) -> Spec:
         """Return the spec; it can be used only if the document has no problems afterwards.
@@ -131,8 +190,10 @@ class _Builder:
             shape = None
             self.note_issues(error, FileShape, raw, ())
         for index, module in enumerate(_strings(raw.get("plugins"))):
-            self.add_plugin(module, ("plugins", index))
+            if self.document.position(("plugins", index)) not in self.wrong:
+                self.add_plugin(module, ("plugins", index))
         stages = dict(self.stages(raw.get("stages")))
+        self.require_few_cells(stages.values())
         params: dict[str, Params] = {}
         for stage in stages.values():
             params |= self.stage_params(stage)
@@ -147,6 +208,7 @@ class _Builder:
         return Spec(
             name=shape.name,
             path=self.path,
+            text=self.text,
             plugins=self.plugins,
             storage=storage if "://" in storage else os.path.abspath(storage),
             storage_given=storage,
@@ -159,13 +221,30 @@ class _Builder:
             cells=cells,
         )
 
+    def require_few_cells(self, stages: Iterable[StageSpec]) -> None:
+        """Check how many cells there would be, before any is made.
+
+        Raises:
+            SpecError: too many; nothing more can be said about the spec then.
+        """
+        total = 0
+        for stage in stages:
+            total += stage.count_cells()
+            if total > limits.CELLS:
+                self.note(
+                    ("stages", stage.name, "matrix"),
+                    f"expected at most {limits.CELLS:,} cells in a pipeline, got {total:,} up to "
+                    f"this stage, which has {stage.count_cells():,}",
+                )
+                raise SpecError(self.document.problems)
+
     # -- plugins
 
     def add_plugin(self, name: str, path: Path) -> None:
         """Import a plugin's catalogue."""
         try:
             plugin = _import_catalogue(name)
-        except Exception as error:  # any error, because it is the plugin author's code that runs
+        except (Exception, SystemExit) as error:  # any: it is the plugin author's code that runs
             self.note(path, f"cannot import plugin {name!r}: {type(error).__name__}: {error}")
             return
         if plugin is None:
@@ -336,23 +415,37 @@ class _Builder:
         found: dict[str, Params] = {}
         for point in stage.points():
             values = {**stage.params, **point}
+            name = cell_name(stage.name, point)
+            if len(name) > limits.CELL_NAME_CHARACTERS:
+                self.note(
+                    ("stages", stage.name, "matrix"),
+                    f"expected names of cells of at most {limits.CELL_NAME_CHARACTERS} characters, "
+                    f"got {len(name)}: {name}",
+                )
             model = stage.declaration.params
             try:
                 params = model.model_validate(values)
             except ValidationError as error:
                 issues = issues_of(error, model, values)
                 for issue in issues:
-                    self.note_param(stage, point, issue)
+                    if not self.follows_from_matrix(stage.name, issue):
+                        self.note_param(stage, point, issue)
                 wrong = {issue.path[0] for issue in issues if issue.path}
                 right = {key: value for key, value in values.items() if key not in wrong}
                 params = model.model_construct(**right)  # its names can be checked all the same
             else:
-                found[cell_name(stage.name, point)] = params
+                found[name] = params
             for mark in marked(params):
                 message = _name_trouble(mark)
                 if message:
                     self.note_param(stage, point, Issue(mark.path, message))
         return found
+
+    def follows_from_matrix(self, stage: str, issue: Issue) -> bool:
+        """Tell whether a parameter is missing only because its axis could not be read."""
+        given = self.document.value["stages"][stage].get("matrix")
+        axes = given if stage in self.unsure and isinstance(given, dict) else ()
+        return any(issue.message == f"missing key {axis!r}" for axis in axes)
 
     def note_param(self, stage: StageSpec, point: Mapping[str, Scalar], issue: Issue) -> None:
         """Note a problem with a parameter, where the file gives it: in `params` or `matrix`."""
@@ -388,7 +481,7 @@ class _Builder:
         """Note a problem at `path`, unless the value there could not even be read."""
         position = self.document.position(path, key=key)
         if position not in self.document.unknown:
-            self.document.problems.append(Problem(position, message))
+            self.document.add(Problem(position, message))
 
     def note_issues(
         self, error: ValidationError, model: type[BaseModel], values: Any, path: Path
@@ -397,13 +490,23 @@ class _Builder:
         issues = issues_of(error, model, values)
         for issue in issues:
             self.note((*path, *issue.path), issue.message, key=issue.key)
+            self.wrong.add(self.document.position((*path, *issue.path)))
         return {issue.path[0] for issue in issues if issue.path}
 
 
 def _import_catalogue(name: str) -> Plugin | None:
-    """Import the CATALOGUE of the module `name.catalogue`, or of `name` if there is none."""
+    """Import the CATALOGUE of the module `name.catalogue`, or of `name` if there is none.
+
+    Raises:
+        ImportError: the module lies in a store.
+    """
     inner = f"{name}.catalogue"
-    module = importlib.import_module(inner if find_module(inner) else name)
+    chosen = inner if find_module(inner) else name
+    place = find_module(chosen)
+    store = store_around(place.file) if place and place.file else None
+    if store:
+        raise ImportError(f"it lies in the store {store}, from which no code is taken")
+    module = importlib.import_module(chosen)
     found = getattr(module, "CATALOGUE", None)
     return Plugin(module=module.__name__, catalogue=found) if found is not None else None
 

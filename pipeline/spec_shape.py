@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from pipeline import limits
 from pipeline.graph import show
+from pipeline.text import cut
 
 _UNITS = {
     unit: base**power
@@ -16,6 +19,7 @@ _UNITS = {
 }
 _SIZE = re.compile(rf"([0-9]+(?:\.[0-9]+)?) ?({'|'.join(_UNITS)})")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+_MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
 
 
 def _size(value: Any) -> Any:
@@ -26,8 +30,9 @@ def _size(value: Any) -> Any:
     """
     if isinstance(value, str):
         match = _SIZE.fullmatch(value)
-        if not match:
-            raise ValueError(f"expected bytes, or a size such as 4GB or 512MiB, got {value!r}")
+        if not match or len(match[1]) > 18:
+            shown = repr(cut(value, 60))
+            raise ValueError(f"expected bytes, or a size such as 4GB or 512MiB, got {shown}")
         return int(float(match[1]) * _UNITS[match[2]])
     return value
 
@@ -44,13 +49,33 @@ def _axis(value: Any) -> Any:
     for one in values:
         if isinstance(one, list | dict):
             raise ValueError("expected plain values: strings, numbers, booleans or null")
-        if isinstance(one, str) and (not one or set(one) & set("[],= \t\n")):
-            raise ValueError(f"{one!r} cannot name a cell: no spaces, nor any of [ ] , =")
-    shown = [show(one) for one in values]
-    for one in shown:
-        if shown.count(one) > 1:
+        if isinstance(one, str):
+            _require_plain(one)
+    for one, count in Counter(map(show, values)).items():
+        if count > 1:
             raise ValueError(f"{one} is listed more than once")
     return values
+
+
+def _require_plain(value: str) -> None:
+    """Check an axis value, which becomes part of a cell's name.
+
+    Two texts that look the same, such as a letter in Latin and in Cyrillic, would name two cells
+    that nobody can tell apart; so they are of ASCII.
+
+    Raises:
+        ValueError: it is empty, too long, or has a character that a cell's name cannot have.
+    """
+    shown = repr(cut(value, 60))
+    if not value or set(value) & set("[],= \t\n"):
+        raise ValueError(f"{shown} cannot name a cell: no spaces, nor any of [ ] , =")
+    if not value.isascii():
+        raise ValueError(f"{ascii(cut(value, 60))} cannot name a cell: expected ASCII characters")
+    if len(value) > limits.NAME_CHARACTERS:
+        raise ValueError(
+            f"{shown} cannot name a cell: expected at most {limits.NAME_CHARACTERS} characters, "
+            f"got {len(value)}"
+        )
 
 
 def _name(value: str) -> str:
@@ -60,7 +85,24 @@ def _name(value: str) -> str:
         ValueError: it could not stand in a cell's name or in a `--set`.
     """
     if not _NAME.fullmatch(value):
-        raise ValueError(f"expected a name of letters, digits, '-' and '_', got {value!r}")
+        shown = repr(cut(value, 60))
+        raise ValueError(f"expected a name of letters, digits, '-' and '_', got {shown}")
+    if len(value) > limits.NAME_CHARACTERS:
+        raise ValueError(
+            f"expected a name of at most {limits.NAME_CHARACTERS} characters, got {len(value)}"
+        )
+    return value
+
+
+def _module(value: str) -> str:
+    """Check the name of a plugin.
+
+    Raises:
+        ValueError: it is no name of a Python module.
+    """
+    if not _MODULE.fullmatch(value):
+        shown = ascii(cut(value, 60))
+        raise ValueError(f"expected the name of a Python module, got {shown}")
     return value
 
 
@@ -92,7 +134,7 @@ class ResourcesShape(_Shape):
 
     num_cpus: float | None = Field(default=None, ge=0)
     num_gpus: Annotated[float | None, AfterValidator(_whole_above_one), Field(ge=0)] = None
-    memory: Annotated[int | None, BeforeValidator(_size), Field(ge=1)] = None
+    memory: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_size)] = None
     accelerator_type: str | None = None
 
 
@@ -140,7 +182,7 @@ class FileShape(_Shape):
     """The whole file; stages are read one by one, so that none hides the mistakes of others."""
 
     name: Annotated[str, AfterValidator(_name)]
-    plugins: Annotated[list[str], Field(min_length=1)]
+    plugins: Annotated[list[Annotated[str, AfterValidator(_module)]], Field(min_length=1)]
     storage: str = ".fls"
     mlflow: MlflowShape = MlflowShape()
     cluster: ClusterShape = ClusterShape()

@@ -14,8 +14,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -79,7 +80,8 @@ class Registry:
             if name.startswith(prefix) and len(name) > len(prefix):
                 return entry
         module, colon, attribute = name.partition(":")
-        if self.open and colon and module and attribute.isidentifier():
+        parts = [*module.split("."), attribute]
+        if self.open and colon and name.isascii() and all(part.isidentifier() for part in parts):
             return Entry(target=name)
         return None
 
@@ -253,6 +255,37 @@ class Preemption:
     """Whether the attempt was told to end; set by a signal at any moment."""
 
     asked: bool = False
+
+
+_TARGETS: ContextVar[frozenset[str] | None] = ContextVar("targets", default=None)
+
+
+@contextmanager
+def only_targets(targets: Iterable[str]) -> Iterator[None]:
+    """Let `require_target` accept these `module:attribute` alone, as long as the context lasts."""
+    token = _TARGETS.set(frozenset(targets))
+    try:
+        yield
+    finally:
+        _TARGETS.reset(token)
+
+
+def require_target(target: str) -> None:
+    """Check a `module:attribute` that a stage is about to import, before it does.
+
+    Files of a store name what builds a network or reads its data. The runner knows which targets
+    the parameters of the cell, and of all cells upstream, stand for; whatever else a file names was
+    put there by somebody else. Outside the runner nothing is checked.
+
+    Raises:
+        StageError: no parameter of the cell or upstream stands for it.
+    """
+    known = _TARGETS.get()
+    if known is not None and target not in known:
+        raise StageError(
+            f"a stored file names {target!r} to be imported, which no parameter of this cell or "
+            "upstream stands for; the store may have been tampered with."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -200,6 +200,7 @@ class LocalStorage(AbstractStorage):
 
     def __init__(self, root: Path):
         self.root = root
+        self._real_root = os.path.realpath(root)
 
     def read(self, path: str) -> bytes:
         """See `AbstractStorage.read`."""

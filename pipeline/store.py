@@ -45,7 +45,9 @@ from pipeline.errors import (
     StorageUnsupported,
     StoreError,
 )
+from pipeline.names import numbers, run_ids
 from pipeline.seal import seal, unseal, unseal_lines
+from pipeline.secrets import redact
 from pipeline.storage import open_storage
 
 _FORMAT = 2
@@ -245,8 +247,8 @@ class Store:
                 for output in manifest.outputs:
                     self._check(manifest, output, fresh=True)
         except Damaged:
-            numbers = [int(name.rpartition("-")[2]) for name in self.damaged(key)]
-            aside = f"{stage_folder(key)}.damaged-{max(numbers, default=0) + 1}"
+            taken = numbers(name.rpartition("-")[2] for name in self.damaged(key))
+            aside = f"{stage_folder(key)}.damaged-{max(taken, default=0) + 1}"
             self.storage.move(stage_folder(key), aside)
             return True
         return False
@@ -335,9 +337,9 @@ class Store:
     # -- documents of runs
 
     def write_run(self, run_id: str, name: str, document: Mapping[str, Any]) -> None:
-        """Write, or replace, the document `name` of a run; run ids sort by time."""
+        """Write, or replace, the document `name` of a run, redacted; run ids sort by time."""
         self.prepare()
-        self.storage.write(f"runs/{run_id}/{name}.json", seal(document))
+        self.storage.write(f"runs/{run_id}/{name}.json", seal(redact(document)))
 
     def read_run(self, run_id: str, name: str) -> dict[str, Any] | None:
         """Return the document `name` of a run, or None; it may be a `DamagedDocument`."""
@@ -352,7 +354,7 @@ class Store:
 
     def list_runs(self) -> list[str]:
         """Return the ids of all runs, oldest first."""
-        return self.storage.names("runs")
+        return run_ids(self.storage.names("runs"))
 
     def begin_life(self, run_id: str) -> int:
         """Return a number that no other driver of the run has, above all earlier ones'."""
@@ -373,6 +375,11 @@ class Store:
         return [name for name in names if name.startswith(kind)]
 
     def _document(self, path: str) -> dict[str, Any] | None:
+        """Return a document, or None if there is none.
+
+        Raises:
+            DamagedDocument: it is not as it was written.
+        """
         try:
             return unseal(self.storage.read(path))
         except FileNotFoundError:

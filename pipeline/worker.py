@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import FrameType
@@ -30,7 +30,8 @@ from typing import Any, NotRequired, TypedDict
 from pipeline.attempt import Attempt
 from pipeline.cost import CostMeter
 from pipeline.errors import Damaged, PipelineError, StorageUnavailable
-from pipeline.events import EventWriter, LineWriter
+from pipeline.events import Event, EventWriter, LineWriter
+from pipeline.secrets import redact
 from pipeline.stage import (
     Artifact,
     Context,
@@ -39,6 +40,7 @@ from pipeline.stage import (
     Preempted,
     Preemption,
     StageError,
+    only_targets,
 )
 from pipeline.store import Store
 from pipeline.system import SystemSampler
@@ -66,7 +68,8 @@ class Seat(TypedDict):
 class Task(TypedDict):
     """One attempt at one cell, as plain data.
 
-    `entry` and `params_model` are `module:attribute`; `token` tells the storage from others;
+    `entry` and `params_model` are `module:attribute`, and `targets` lists what else the stage may
+    import by a name that is kept in a stored file; `token` tells the storage from others;
     `directory` is the driver's working directory, where relative paths in parameters start. An
     executor adds a `seat` when it runs the task in several processes.
     """
@@ -79,6 +82,7 @@ class Task(TypedDict):
     entry: str
     params_model: str
     params: dict[str, Any]
+    targets: list[str]
     inputs: dict[str, list[TaskInput]]
     outputs: list[str]
     ingredients: dict[str, Any]
@@ -159,7 +163,7 @@ def _run_task(task: Task) -> Outcome:
     with (
         _heeding_preemption() as preemption,
         store.begin_attempt(task["key"]) as attempt,
-        EventWriter(attempt.append_events) as events,
+        EventWriter(_redacted(attempt)) as events,
     ):
         events.emit({"type": "start", "time": time.time(), **_who(task)})
         events.flush()
@@ -212,7 +216,8 @@ def _attempt(
             stage = _load(task["entry"])
             context = _make_context(task, store, attempt.folder, _with_cost(events, meter))
             context.preemption = preemption
-            stage(context)
+            with only_targets(task["targets"]):
+                stage(context)
         cost = meter.read()
         events.emit({"type": "metrics", "time": time.time(), "step": None, "values": cost})
         events.flush()
@@ -233,7 +238,8 @@ def _help(task: Task, store: Store) -> Outcome:
             stage = _load(task["entry"])
             context = _make_context(task, store, folder, lambda event: None)
             context.preemption = preemption
-            stage(context)
+            with only_targets(task["targets"]):
+                stage(context)
         return {"status": "ok"}
     except (Exception, SystemExit) as error:
         return _failed(error)
@@ -254,6 +260,15 @@ def _failed(error: BaseException) -> Outcome:
 
 def _seat(task: Task) -> Seat:
     return task.get("seat") or {"rank": 0, "world_size": 1, "rendezvous": ""}
+
+
+def _redacted(attempt: Attempt) -> Callable[[list[Event]], None]:
+    """Return what stores an attempt's events: a stage may have printed its environment."""
+
+    def append(events: list[Event]) -> None:
+        attempt.append_events(redact(events))
+
+    return append
 
 
 def _with_cost(events: EventWriter, meter: CostMeter) -> EventSink:
@@ -378,7 +393,11 @@ def _who(task: Task) -> dict[str, Any]:
 
 def _error(message: str, *, user: bool) -> Failure:
     """Describe the exception that is being handled."""
-    return {"message": message, "traceback": traceback.format_exc(), "user": user}
+    return {
+        "message": redact(message),
+        "traceback": redact(traceback.format_exc()),
+        "user": user,
+    }
 
 
 def _unshared(task: Task) -> Failure:
@@ -386,7 +405,7 @@ def _unshared(task: Task) -> Failure:
         f"{task['storage']} on {socket.gethostname()} is not the driver's storage: put `storage:` "
         "on a file system that all nodes share, or into an object store."
     )
-    return {"message": message, "traceback": "", "user": True}
+    return {"message": redact(message), "traceback": "", "user": True}
 
 
 def _load(target: str) -> Any:

@@ -1,8 +1,9 @@
 """YAML with positions: the scalars of YAML 1.2, no duplicate keys, plain data only.
 
 `1e-3` is a number, `on` and `2024-01-01` are strings, `010` is 10, `0o10` is 8. Anchors, aliases
-and merge keys work. Every value is JSON-able: dict with string keys, list, str, int, finite float,
-bool or None. A path is a tuple of keys and indices from the root, such as `("stages", "a", 0)`.
+and merge keys work. Every value is JSON-able: dict with string keys, list, str without control
+characters, int, finite float, bool or None. A path is a tuple of keys and indices from the root,
+such as `("stages", "a", 0)`. What is too large or too deep is refused before it is expanded.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import Any
 
 import yaml
 
+from pipeline import limits
 from pipeline.errors import Position, Problem, SpecError
+from pipeline.text import CONTROLS, cut
 
 Path = tuple[str | int, ...]
 
@@ -24,30 +27,95 @@ def _finite(text: str) -> float | str:
     return value if math.isfinite(value) else text
 
 
+def _whole(text: str, base: int = 10) -> int | str:
+    """Read an integer; one of more than 64 bits, which no parameter can be, stays text."""
+    if len(text) > 2 + 64:
+        return text
+    value = int(text, base)
+    return value if -(2**63) <= value < 2**64 else text
+
+
 # The core schema of YAML 1.2.2, section 10.3.2, in the order in which the types are tried;
-# without .inf and .nan, which JSON lacks: they are strings here.
+# without .inf and .nan, which JSON lacks: they are strings here, as are integers beyond 64 bits.
 _SCALARS = (
     (re.compile(r"(?:|~|null|Null|NULL)"), lambda text: None),
     (re.compile(r"true|True|TRUE"), lambda text: True),
     (re.compile(r"false|False|FALSE"), lambda text: False),
-    (re.compile(r"[-+]?[0-9]+"), int),
-    (re.compile(r"0o[0-7]+"), lambda text: int(text[2:], 8)),
-    (re.compile(r"0x[0-9a-fA-F]+"), lambda text: int(text[2:], 16)),
+    (re.compile(r"[-+]?[0-9]+"), _whole),
+    (re.compile(r"0o[0-7]+"), lambda text: _whole(text, 8)),
+    (re.compile(r"0x[0-9a-fA-F]+"), lambda text: _whole(text, 16)),
     (re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"), _finite),
 )
 _MERGE = "<<"
+_KINDS = "keys and values (aliases and '<<' replaced), got more"
 _PLAIN = "plain"  # our own tag of scalars without quotes and without a tag
 _TAGS = {_PLAIN, *(f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str"))}
 
 
+class Budget:
+    """Counts the keys and values of a file, so that it is refused as soon as there are too many."""
+
+    def __init__(self) -> None:
+        self.values = 0
+
+    def take(self, position: Position, depth: int) -> None:
+        """Count a key or value that stands in `depth` mappings and lists.
+
+        Raises:
+            SpecError: it is one too many.
+        """
+        self.values += 1
+        if self.values > limits.SPEC_VALUES:
+            raise SpecError(
+                [Problem(position, f"expected at most {limits.SPEC_VALUES:,} {_KINDS}")]
+            )
+        self.check_depth(position, depth)
+
+    def check_depth(self, position: Position, depth: int) -> None:
+        """Check how many mappings and lists something stands in.
+
+        Raises:
+            SpecError: too many.
+        """
+        if depth > limits.SPEC_DEPTH:
+            message = f"expected at most {limits.SPEC_DEPTH} mappings, lists and variables in each "
+            raise SpecError([Problem(position, f"{message}other, got more")])
+
+
 class _Loader(yaml.SafeLoader):
-    """Marks plain scalars instead of resolving them by the rules of YAML 1.1."""
+    """Marks plain scalars instead of resolving them by the rules of YAML 1.1.
+
+    The parser is asked for one event after the other, so nothing is read beyond the limits.
+    """
+
+    def __init__(self, text: str, file: str):
+        super().__init__(text)
+        self.file = file
+        self.budget = Budget()
+        self.depth = 0
 
     def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
         """Return the tag of a node that has none of its own."""
         if kind is yaml.ScalarNode and implicit[0]:
             return _PLAIN
         return super().resolve(kind, value, implicit)
+
+    def fetch_flow_collection_start(self, kind: type[yaml.Token]) -> None:
+        """Take a bracket or brace; many of them would slow the scanner down, so they count here."""
+        self.budget.check_depth(_place(self.file, self.get_mark()), self.flow_level)
+        super().fetch_flow_collection_start(kind)
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose the next node, which counts."""
+        self.budget.take(_place(self.file, self.peek_event().start_mark), self.depth)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def _place(file: str, mark: yaml.Mark) -> Position:
+    return Position(file, mark.line + 1, mark.column + 1)
 
 
 @dataclass
@@ -61,6 +129,7 @@ class Document:
         keys: path -> position of the key of the mapping entry there.
         problems: what is wrong, beyond the syntax.
         unknown: where values are that could not be read; nothing more can be said about them.
+        known: the problems, to tell quickly whether one is new.
     """
 
     value: Any
@@ -69,11 +138,24 @@ class Document:
     keys: dict[Path, Position] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     unknown: set[Position] = field(default_factory=set)
+    known: set[Problem] = field(default_factory=set)
+
+    def add(self, problem: Problem) -> None:
+        """Add a problem.
+
+        Raises:
+            SpecError: there are as many as people read at once.
+        """
+        if problem not in self.known:
+            self.known.add(problem)
+            self.problems.append(problem)
+        if len(self.problems) >= limits.PROBLEMS:
+            raise SpecError(self.problems, more=True)
 
     def note(self, position: Position, message: str) -> None:
         """Add a problem with the value at `position`; without a message, it is reported already."""
         if message:
-            self.problems.append(Problem(position, message))
+            self.add(Problem(position, message))
         self.unknown.add(position)
 
     def position(self, path: Path, *, key: bool = False) -> Position:
@@ -122,36 +204,57 @@ def load(text: str, file: str) -> Document:
         The document; what is wrong with it beyond its syntax is in `problems`.
 
     Raises:
-        SpecError: the text is no YAML.
+        SpecError: the text is no YAML, or exceeds a limit.
+
+    Cost: below a second, whatever the text.
     """
+    where, node = Position(file, 1, 1), None
+    if len(text) > limits.SPEC_BYTES:
+        message = f"expected at most {limits.SPEC_BYTES:,} characters, got {len(text):,}"
+        raise SpecError([Problem(where, message)])
     try:
-        node = yaml.compose(text, Loader=_Loader)
+        loader = _Loader(text, file)
+        where = _place(file, loader.get_mark())
+        try:
+            node = loader.get_single_node()
+        except (
+            ValueError,
+            OverflowError,
+        ) as error:  # a number in an escape or directive that Python cannot take
+            where = _place(file, loader.get_mark())
+            what = f"a number is out of range in an escape or directive ({error})"
+            raise SpecError([Problem(where, f"no valid YAML: {what}")]) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = Position(file, mark.line + 1, mark.column + 1) if mark else Position(file)
         what = ", ".join(part for part in (error.context, error.problem) if part)
+        raise SpecError(
+            [Problem(_place(file, mark) if mark else where, f"no valid YAML: {what}")]
+        ) from None
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position]
+        where = Position(file, before.count("\n") + 1, error.position - before.rfind("\n"))
+        what = f"the character U+{error.character:04X} is not allowed"
         raise SpecError([Problem(where, f"no valid YAML: {what}")]) from None
-    except yaml.YAMLError as error:
-        what = " ".join(str(error).split())
-        raise SpecError([Problem(Position(file, 1, 1), f"no valid YAML: {what}")]) from None
-    document = Document(None, Position(file, 1, 1))
+    document = Document(None, where)
     if node is not None:
-        document.value = _Reader(document).read(node, ())
+        document.value = _Reader(document, Budget()).read(node, ())
     return document
 
 
 class _Reader:
     """Turns nodes into data, noting positions and problems in a document."""
 
-    def __init__(self, document: Document):
+    def __init__(self, document: Document, budget: Budget):
         self.document = document
+        self.budget = budget
         self.open: list[yaml.Node] = []
 
     def read(self, node: yaml.Node, path: Path) -> Any:
         """Return the value of `node`, which stands at `path`."""
-        self.document.values[path] = self.place(node)
+        position = self.document.values[path] = self.place(node)
+        self.budget.take(position, len(self.open))
         if node.tag not in _TAGS:
-            self.problem(node, f"tag {node.tag!r} is not supported; write the value plainly")
+            self.problem(node, f"tag {_quoted(node.tag)} is not supported; write the value plainly")
             return None
         if any(node is parent for parent in self.open):
             self.problem(node, "an alias to a mapping or list that it is itself a part of")
@@ -169,6 +272,11 @@ class _Reader:
 
     def scalar(self, node: yaml.ScalarNode) -> Any:
         """Return the value of a scalar; quoted ones and blocks are strings."""
+        control = CONTROLS.search(node.value)
+        if control:
+            code = f"U+{ord(control[0]):04X}"
+            self.problem(node, f"the control character {code} is not allowed in a value")
+            return None
         return read_scalar(node.value) if node.tag == _PLAIN else node.value
 
     def mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
@@ -184,7 +292,7 @@ class _Reader:
                 continue
             if key in result:
                 first = self.document.keys[*path, key]
-                self.problem(key_node, f"duplicate key {key!r}, first given at {first}")
+                self.problem(key_node, f"duplicate key {_quoted(key)}, first given at {first}")
                 continue
             self.document.keys[*path, key] = self.place(key_node)
             result[key] = self.read(value_node, (*path, key))
@@ -196,42 +304,55 @@ class _Reader:
         """Add the entries that `<<: node` brings and `into` lacks."""
         if isinstance(node, yaml.SequenceNode):
             for child in node.value:
-                self.merge(child, path, into)
+                if isinstance(child, yaml.SequenceNode):  # or a list could hold itself
+                    self.problem(child, "expected a mapping in the list after '<<'")
+                else:
+                    self.merge(child, path, into)
             return
         if not isinstance(node, yaml.MappingNode):
             self.problem(node, "expected a mapping, or a list of them, after '<<'")
             return
         inner = Document(None, self.document.root)
-        reader = _Reader(inner)
+        reader = _Reader(inner, self.budget)
         reader.open = self.open
-        entries = reader.read(node, path)
-        self.document.problems += inner.problems
+        entries = reader.read(node, path) or {}
+        for problem in inner.problems:
+            self.document.add(problem)
         self.document.unknown |= inner.unknown
-        for key in [key for key in entries or () if key not in into]:
-            into[key] = entries[key]
-            stem = (*path, key)
-            for ours, theirs in (
-                (self.document.values, inner.values),
-                (self.document.keys, inner.keys),
-            ):
-                ours.update({at: p for at, p in theirs.items() if at[: len(stem)] == stem})
+        new = [key for key in entries if key not in into]
+        into.update({key: entries[key] for key in new})
+        brought = set(new)
+        for ours, theirs in (
+            (self.document.values, inner.values),
+            (self.document.keys, inner.keys),
+        ):
+            depth = len(path)
+            ours |= {at: p for at, p in theirs.items() if len(at) > depth and at[depth] in brought}
 
     def key(self, node: yaml.Node) -> str | None:
         """Return a mapping's key, which must be a string, or None after noting the problem."""
+        self.budget.take(self.place(node), len(self.open))
         if isinstance(node, yaml.ScalarNode):
+            known = len(self.document.problems)
             value = self.scalar(node)
             if isinstance(value, str):
                 return value
-            self.problem(node, f"expected a string as the key, got {node.value}; quote it")
+            if len(self.document.problems) == known:
+                self.problem(
+                    node, f"expected a string as the key, got {cut(node.value, 60)}; quote it"
+                )
         else:
             self.problem(node, "expected a string as the key")
         return None
 
     def place(self, node: yaml.Node) -> Position:
         """Return where `node` begins."""
-        mark = node.start_mark
-        return Position(self.document.root.file, mark.line + 1, mark.column + 1)
+        return _place(self.document.root.file, node.start_mark)
 
     def problem(self, node: yaml.Node, message: str) -> None:
         """Note a problem at `node`."""
         self.document.note(self.place(node), message)
+
+
+def _quoted(text: str) -> str:
+    return repr(cut(text, 60))

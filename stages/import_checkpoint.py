@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
 from torch import nn
 
 from pipeline.stage import Context, StageError
@@ -42,11 +41,6 @@ def load_weights(network: nn.Module, path: Path) -> None:
         tensors = load_tensors(path)
     except FileNotFoundError:
         raise StageError(f"{path.absolute()}: no such file; expected a checkpoint.") from None
-    except SafetensorError as error:
-        raise StageError(
-            f"{path.absolute()} is not a safetensors file: {error}. "
-            "Convert it with safetensors.torch.save_file(state_dict, path)."
-        ) from error
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:

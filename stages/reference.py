@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pipeline.stage import Params, Registry, StageError
+from pipeline.stage import Params, Registry, StageError, require_target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,10 @@ class Reference:
 
         Raises:
             StageError: the module or the attribute does not exist.
+
+        One that a stored file names, and no parameter does, is a StageError as well.
         """
+        require_target(self.target)
         module, _, attribute = self.target.partition(":")
         try:
             loaded = getattr(importlib.import_module(module), attribute)

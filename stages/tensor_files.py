@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from pipeline.stage import StageError
+
+_PICKLES = (b"\x80", b"PK\x03\x04")  # how pickles begin, and the archives of torch.save
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -23,8 +28,23 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """Return the tensors of a file that `save_tensors` wrote."""
-    return load_file(path, device=device)
+    """Return the tensors of a safetensors file, the only kind that is read.
+
+    Raises:
+        StageError: it is no such file, perhaps a pickle, which could run any code when read.
+
+    A file that is not there is a FileNotFoundError.
+    """
+    try:
+        return load_file(path, device=device)
+    except SafetensorError as error:
+        with path.open("rb") as file:
+            pickled = file.read(4).startswith(_PICKLES)
+        what = "a pickle, which can run any code when it is read; it was not" if pickled else error
+        raise StageError(
+            f"{path.absolute()}: expected a safetensors file, got {what}. If you trust the file, "
+            "convert it: safetensors.torch.save_file(torch.load(path, weights_only=True), path)."
+        ) from None
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

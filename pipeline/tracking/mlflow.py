@@ -40,13 +40,13 @@ from mlflow.tracking import MlflowClient  # noqa: E402
 
 from pipeline.errors import PipelineError  # noqa: E402
 from pipeline.events import Event  # noqa: E402
+from pipeline.secrets import redact  # noqa: E402
 from pipeline.tracking.base import (  # noqa: E402
     AbstractTracker,
     CellEnd,
     CellFacts,
     CellState,
     RunFacts,
-    shown_uri,
 )
 from pipeline.tracking.model import pack  # noqa: E402
 from pipeline.tracking.series import Point, Series  # noqa: E402
@@ -96,7 +96,7 @@ class MLflowTracker(AbstractTracker):
             self._experiment = _open_experiment(self._client, run)
             found = self._find_parent(run) if run.resumed else None
         except MlflowException as error:
-            raise PipelineError(shown_uri(f"MLflow at {run.uri}: {error}")) from error
+            raise PipelineError(redact(f"MLflow at {run.uri}: {error}")) from error
         self.ids = {"cells": {}, "records": {}, "series": self.ids.get("series", {})}
         self._sent = {}
         if found is None:
@@ -267,7 +267,7 @@ class MLflowTracker(AbstractTracker):
     def _create(self, name: str, tags: Mapping[str, str]) -> str:
         source = {"mlflow.source.name": self._run.spec_file}
         run = self._client.create_run(
-            self._experiment, run_name=name, tags={**source, **self._run.tags, **tags}
+            self._experiment, run_name=name, tags=redact({**source, **self._run.tags, **tags})
         )
         run_id: str = run.info.run_id
         self._sent[run_id] = _Sent()

@@ -6,6 +6,8 @@ import os
 import socket
 import sys
 
+from pipeline.secrets import presentable
+
 
 def serve_ui(uri: str, port: int) -> None:
     """Print the address of the MLflow pages and, unless a server has them already, serve them.
@@ -17,7 +19,7 @@ def serve_ui(uri: str, port: int) -> None:
         port: wanted on 127.0.0.1; another one is taken when it is busy, or 0.
     """
     if uri.startswith(("http://", "https://")):
-        sys.stdout.write(f"{uri}\n")
+        sys.stdout.write(f"{presentable(uri)}\n")
         return
     port = port if _free(port) else 0
     if port == 0:
@@ -28,7 +30,8 @@ def serve_ui(uri: str, port: int) -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # Eight more processes, for things that this project has no use for.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
+    os.environ["MLFLOW_BACKEND_STORE_URI"] = uri  # as an argument, all users here could read it
+    command = [sys.executable, "-m", "mlflow", "ui"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     os.execv(sys.executable, command)  # noqa: S606 - no shell, our own interpreter
 

@@ -20,6 +20,8 @@ from stages.data.dataset import DataSet, Split, hold_out_last
 from stages.data.missing import MissingData, find_or_fetch
 from stages.torchvision_import import import_torchvision
 
+# What unpickling raises when the bytes are not those of a batch.
+_BROKEN = (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError)
 _PIXELS = 3 * 32 * 32
 _VALIDATION = 5_000
 
@@ -127,10 +129,17 @@ def _read_binary(path: Path, label_bytes: int) -> tuple[Tensor, Tensor]:
 
 
 def _read_pickled(path: Path, label_key: str) -> tuple[Tensor, Tensor]:
-    """Read one batch of the python version."""
-    with open(path, "rb") as file:
-        batch = _ArraysOnly(file, encoding="latin1").load()
-    return torch.from_numpy(batch["data"]), torch.tensor(batch[label_key])
+    """Read one batch of the python version.
+
+    Raises:
+        StageError: the file is damaged, or holds more than arrays.
+    """
+    try:
+        with open(path, "rb") as file:
+            batch = _ArraysOnly(file, encoding="latin1").load()
+        return torch.from_numpy(batch["data"]), torch.tensor(batch[label_key])
+    except _BROKEN as error:
+        raise StageError(f"{path}: expected a CIFAR batch, got {error!r}.") from None
 
 
 class _ArraysOnly(pickle.Unpickler):  # noqa: S301 - it is what makes unpickling safe

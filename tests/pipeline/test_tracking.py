@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -337,6 +338,7 @@ def test_the_pages_are_served_to_this_machine_on_a_free_port(
     write_spec(SLOW)
     started: list[list[str]] = []
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///some.db")
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "sqlite:///other.db")
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     monkeypatch.setenv("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     monkeypatch.setattr("os.execv", lambda program, command: started.append(command))
@@ -345,7 +347,7 @@ def test_the_pages_are_served_to_this_machine_on_a_free_port(
         code, output, _ = fls("ui", "--port", str(taken))
     options = dict(itertools.pairwise(started[0]))
     assert code == 0
-    assert options["--backend-store-uri"] == "sqlite:///some.db"
+    assert os.environ["MLFLOW_BACKEND_STORE_URI"] == "sqlite:///some.db"
     assert options["--host"] == "127.0.0.1"
     assert int(options["--port"]) != taken
     assert output == f"http://127.0.0.1:{options['--port']}  (Ctrl-C closes it)\n"

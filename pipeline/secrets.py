@@ -1,0 +1,124 @@
+"""Secrets: kept out of specs, and out of all that is shown or recorded.
+
+A spec, its parameters, the events of its stages and what fails are written into the store and the
+tracking server, where many can read them. So a spec may not take a value from a variable whose name
+says that it is a secret, nor hold the value of one; and texts that are made elsewhere (a stage that
+prints its environment, a library that puts a URL into its error) are redacted on their way.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote, unquote
+
+from pipeline.text import printable
+
+_NAME = re.compile(
+    r"PASSW(OR)?D|PASSPHRASE|SECRET|CREDENTIAL|APIKEY|TOKENS?(_|$)|(^|_)(KEYS?|PASS)(_|$)|._PWD$",
+    re.IGNORECASE,
+)
+# User and password before a host, or a lone user that is long enough to be a token.
+_USERINFO = re.compile(
+    r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]*://)"
+    r"(?:(?P<user>[^\s/?#@:'\"<>]*):(?P<password>[^\s/?#'\"<>]+)|[^\s/?#@:'\"<>]{20,})@"
+)
+_QUERY = re.compile(
+    r"(?P<name>[?&;][\w.-]*(?:token|secret|passw|signature|credential|apikey|\bsig|[_-]?key)[\w.-]*=)"
+    r"[^\s&;#'\"]+",
+    re.IGNORECASE,
+)
+_SHORTEST = 8  # a shorter value would be found in text that has nothing to do with it
+HIDDEN = "***"
+
+
+def is_secret(name: str) -> bool:
+    """Tell whether an environment variable's name says that its value is a secret.
+
+    >>> is_secret("HF_TOKEN"), is_secret("AWS_SECRET_ACCESS_KEY"), is_secret("PGPASSWORD")
+    (True, True, True)
+    >>> is_secret("TOKENIZERS_PARALLELISM"), is_secret("PWD"), is_secret("KEYBOARD")
+    (False, False, False)
+    """
+    return _NAME.search(name) is not None
+
+
+def has_credentials(text: str) -> bool:
+    """Tell whether a text holds a URL with a password, a token or a signature."""
+    return _USERINFO.search(text) is not None or _QUERY.search(text) is not None
+
+
+def find_secret(text: str, environment: Mapping[str, str]) -> tuple[int, str] | None:
+    """Return where a text holds a secret, and what kind of one; None if it does not.
+
+    Args:
+        text: such as a spec.
+        environment: variables, whose secret values are looked for.
+    """
+    for pattern in (_USERINFO, _QUERY):
+        if found := pattern.search(text):
+            return found.start(), "a URL with credentials"
+    for name, value in environment.items():
+        if is_secret(name) and len(value) >= _SHORTEST and value in text:
+            return text.index(value), f"the value of the environment variable {name}"
+    return None
+
+
+def redact(value: Any, environment: Mapping[str, str] | None = None) -> Any:
+    """Return JSON-able data with the secrets in its texts replaced by `***`.
+
+    Args:
+        value: a text, or mappings and lists of texts and other values.
+        environment: whose secrets are looked for; None for this process's.
+    """
+    given = os.environ if environment is None else environment
+    return _redactor(frozenset(given.items())).data(value)
+
+
+def presentable(text: str) -> str:
+    """Return a text as it may be shown: without secrets and without terminal controls."""
+    return printable(redact(text))
+
+
+@functools.lru_cache(maxsize=4)
+def _redactor(environment: frozenset[tuple[str, str]]) -> _Redactor:
+    return _Redactor(dict(environment))
+
+
+def _forms(value: str) -> set[str]:
+    """Return the texts by which a secret may be found: itself, escaped, and its lines."""
+    escaped = {repr(value)[1:-1], json.dumps(value)[1:-1], quote(value), quote(value, safe="")}
+    lines = {line for line in value.splitlines() if len(line) >= 2 * _SHORTEST}
+    return {value, *escaped, *lines}
+
+
+class _Redactor:
+    def __init__(self, environment: Mapping[str, str]):
+        known = {
+            form for name, value in environment.items() if is_secret(name) for form in _forms(value)
+        }
+        for text in environment.values():
+            for match in _USERINFO.finditer(text) if "://" in text else ():
+                password = match["password"]
+                known |= {password, unquote(password)} if password else set()
+        longest_first = sorted((one for one in known if len(one) >= _SHORTEST), key=len)[::-1]
+        self.values = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    def data(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self.text(value)
+        if isinstance(value, Mapping):
+            return {key: self.data(one) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.data(one) for one in value]
+        return value
+
+    def text(self, text: str) -> str:
+        text = self.values.sub(HIDDEN, text)
+        if "://" in text:
+            text = _USERINFO.sub(lambda match: f"{match['scheme']}{HIDDEN}@", text)
+        return _QUERY.sub(lambda match: match["name"] + HIDDEN, text) if "=" in text else text

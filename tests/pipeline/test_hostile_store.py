@@ -1,0 +1,359 @@
+"""What somebody else wrote into a store: it leads nowhere, runs nothing, and drives no terminal."""
+
+import itertools
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from test_store import KEY, publish
+from test_worker import events_of, plugin
+from toy_runs import fls, last_run, ran, run_here, write_spec
+
+from pipeline.errors import BadInput, Damaged, SpecError, StoreError
+from pipeline.names import require_inside
+from pipeline.spec import load_spec
+from pipeline.storage import RemoteStorage, open_storage
+from pipeline.store import Store
+from pipeline.text import CONTROLS
+from pipeline.worker import run_task
+
+ONE = "start: {uses: start, params: {value: 10}}"
+SCREEN = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp.exe"
+
+
+# ------------------------------------------------------------------------ paths and links
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../x", "a/../../x", "/etc/passwd", "a//b", "a/./b", "", ".", "a/..", "a\\..\\b", "a\x00b",
+        "a\nb".replace("\n", "\r"), "a/\x1b[2J", "a\u202eb", "a" * 256, "\ud800",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("url", ["memory://hostile", "{tmp_path}/store"])
+def test_no_path_leads_out_of_a_storage(tmp_path: Path, url: str, path: str) -> None:
+    storage = open_storage(url.format(tmp_path=tmp_path))
+    for use in (
+        storage.read,
+        storage.names,
+        storage.remove,
+        storage.local,
+        storage.saved,
+        lambda path: storage.write(path, b""),
+        lambda path: storage.create(path, b""),
+        lambda path: storage.move(path, "a"),
+        lambda path: storage.move("a", path),
+        lambda path: storage.save(tmp_path, path) if url.startswith("memory") else None,
+    ):
+        try:
+            use(path)
+        except StoreError as error:
+            assert "is no path inside a storage" in str(error)
+        else:
+            assert use.__name__ == "<lambda>"
+            assert not url.startswith("memory")
+    assert sorted(os.listdir(tmp_path)) == []
+
+
+def test_what_stores_use_is_inside() -> None:
+    for path in ("storage.json", f"stages/{KEY}.damaged-1/attempts/0001/outputs/model/model.json"):
+        assert require_inside(path) == path
+
+
+def test_a_link_out_of_the_store_is_not_followed(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "state.json").write_text("{}")
+    store = Store(str(tmp_path / "results"))
+    store.prepare()
+    (tmp_path / "results" / "runs").mkdir()
+    (tmp_path / "results" / "runs" / "run-1").symlink_to(outside)
+    with pytest.raises(StoreError, match="leads out of the storage by a symbolic link"):
+        store.write_run("run-1", "run", {"a": 1})
+    with pytest.raises(StoreError, match="leads out of the storage by a symbolic link"):
+        store.read_run("run-1", "state")
+    assert os.listdir(outside) == ["state.json"]
+
+
+def test_a_store_may_itself_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "results").symlink_to(tmp_path / "disk")
+    publish(Store(str(tmp_path / "results")))
+    assert Store(str(tmp_path / "disk")).manifest(KEY) is not None
+
+
+def test_an_output_that_became_a_link_is_damaged(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "results"))
+    publish(store)
+    path = store.fetch(KEY, "number") / "inner" / "number.txt"
+    path.rename(tmp_path / "moved")  # the same bytes, but elsewhere
+    path.symlink_to(tmp_path / "moved")
+    with pytest.raises(Damaged, match=r"number/inner/number.txt is missing"):
+        store.fetch(KEY, "number")
+
+
+def test_a_checkpoint_that_became_a_link_is_passed_over(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "results"))
+    attempt = store.begin_attempt(KEY)
+    for number in (1, 2):
+        folder = attempt.folder / "checkpoints" / f"{number:06d}"
+        folder.mkdir(parents=True)
+        (folder / "x").write_text(str(number))
+    (folder / "y").symlink_to("/etc/passwd")
+    second = store.begin_attempt(KEY).folder / "checkpoints"
+    assert os.listdir(second) == ["000001"]
+
+
+def test_a_stage_may_not_publish_a_link(toy: Path) -> None:
+    outcome = run_task(plugin("(ctx.output('number') / 'x').symlink_to('/etc/passwd')"))
+    assert outcome["status"] == "failed"
+    assert "the stage wrote a symbolic link into its output 'number'" in outcome["error"]["message"]
+    assert events_of()
+
+
+def test_a_remote_name_leads_to_no_other_local_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Object stores take any name; memory does not, so only its listing is made up."""
+    storage = open_storage("memory://hostile-names")
+    assert isinstance(storage, RemoteStorage)
+    monkeypatch.setattr(storage.fs, "find", lambda root: [f"{root}/../../evil"])
+    monkeypatch.setattr(storage.fs, "get", lambda stored, copies: Path(copies[0]).touch())
+    with pytest.raises(StoreError, match="is no path inside a storage"):
+        storage.load("folder", tmp_path / "a" / "b" / "copy")
+    assert not (tmp_path / "a" / "evil").exists()
+
+
+def test_what_is_not_ours_in_a_store_is_passed_over(toy: Path) -> None:
+    write_spec(ONE)
+    run_here()
+    key = last_run().cells["start"].key
+    for junk in ("runs/..x", "runs/\x1b[2J", f"stages/{key}/attempts/notes", "generations/x"):
+        Path(f".fls/{junk}").mkdir(parents=True)
+    assert fls("status")[0] == 0
+    assert run_here()[0] == 0
+    assert Store(".fls").attempts(key) == [1]
+    assert last_run().cells
+
+
+# ------------------------------------------------------------------------------ names
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x", "/etc", "a/b", ".", "..", "ａｄｄ", "аdd", "e\u0301", "\u00e9", "a b", "a\tb",
+        "a\nb", "-x", "", "a[b]", "x" * 101, "a\u200bb", "C:", "a%2e%2e",
+    ],
+)  # fmt: skip
+def test_names_of_stages_are_plain(toy: Path, name: str) -> None:
+    spec = {"name": "x", "plugins": ["toy"], "stages": {name: {"uses": "total"}}}
+    for field, value in (("stages", spec["stages"]), ("name", name)):
+        text = json.dumps({**spec, "stages": {"a": {"uses": "start", "params": {"value": 1}}}})
+        Path("p.yaml").write_text(json.dumps({**json.loads(text), field: value}))
+        with pytest.raises(SpecError, match="expected a name of") as raised:
+            load_spec(Path("p.yaml"))
+        assert not CONTROLS.search(str(raised.value))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["ｐｌｕｓ"], r"'\uff50\uff4c\uff55\uff53' cannot name a cell: expected ASCII"),
+        (["plus", "рlus"], r"'\u0440lus' cannot name a cell: expected ASCII characters"),
+        (["\u00e9", "e\u0301"], r"'\xe9' cannot name a cell: expected ASCII characters"),
+        (["a\u200bb"], r"'a\u200bb' cannot name a cell: expected ASCII characters"),
+        (["x" * 101], "cannot name a cell: expected at most 100 characters, got 101"),
+        (["a,b"], "'a,b' cannot name a cell: no spaces, nor any of"),
+        ([SCREEN], "the control character U+001B is not allowed in a value"),
+        (["\u202eplus"], "the control character U+202E is not allowed in a value"),
+    ],
+)
+def test_axis_values_that_look_like_others_are_refused(
+    toy: Path, values: list[str], expected: str
+) -> None:
+    stages = {"a": {"uses": "apply", "matrix": {"operation": values}, "inputs": {"number": "s"}}}
+    stages["s"] = {"uses": "start", "params": {"value": 1}}  # type: ignore[dict-item]
+    Path("p.yaml").write_text(json.dumps({"name": "x", "plugins": ["toy"], "stages": stages}))
+    with pytest.raises(SpecError) as raised:
+        load_spec(Path("p.yaml"))
+    (problem,) = str(raised.value).splitlines()
+    assert expected in problem
+
+
+@pytest.mark.parametrize("plugin", ["../toy", "/tmp", "toy/catalogue", ".toy", "toy.", "tоy", ""])  # noqa: S108
+def test_plugins_are_names_of_modules(toy: Path, plugin: str) -> None:
+    Path("p.yaml").write_text(json.dumps({"name": "x", "plugins": [plugin], "stages": {"a": {}}}))
+    with pytest.raises(SpecError, match="expected the name of a Python module"):
+        load_spec(Path("p.yaml"))
+
+
+@pytest.mark.parametrize(
+    "target", ["../toy:x", "toy./etc/passwd:x", "toy..x:y", "/etc:passwd", "toy:x.y", "tоy:x"]
+)
+def test_registered_targets_are_names_of_modules(toy: Path, target: str) -> None:
+    write_spec(
+        f"{ONE}\na: {{uses: apply, inputs: {{number: start}}, params: {{operation: '{target}'}}}}"
+    )
+    with pytest.raises(SpecError, match="unknown operation"):
+        load_spec(Path("pipeline.yaml"))
+
+
+def test_long_names_of_cells_are_refused(toy: Path) -> None:
+    text = "x" * 99
+    write_spec(
+        f"{text}:\n  uses: fail\n  matrix: {{counter: [{text}], how: [nothing], "
+        f"until: [{10**17}, 1], }}"
+    )
+    load_spec(Path("pipeline.yaml"))
+    Path("pipeline.yaml").write_text(Path("pipeline.yaml").read_text().replace("nothing", text))
+    with pytest.raises(SpecError, match="names of cells of at most 250 characters, got 3"):
+        load_spec(Path("pipeline.yaml"))
+
+
+def test_names_given_to_commands_find_nothing_elsewhere(toy: Path) -> None:
+    write_spec(ONE)
+    run_here()
+    run_here(overrides=["start.value=11"])
+    file = "pipeline.yaml"
+    for name, command in (
+        (name, command)
+        for name in ("../../x", "/etc/passwd", SCREEN, "a" * 5000, "", "%2e%2e")
+        for command in COMMANDS
+    ):
+        given = [part.format(name=name, file=file) for part in command]
+        code, output, errors = fls(*given)
+        assert (code, output) == (2, ""), given
+        assert "Traceback" not in errors
+        assert not CONTROLS.search(errors)
+    assert not Path("out").exists()
+
+
+COMMANDS = [
+    ["status", "{name}"], ["resume", "{name}"], ["logs", "{name}"],
+    ["logs", "start", "--run", "{name}"], ["export", "{file}", "{name}", "out"],
+    ["run", "{file}", "--only", "{name}"],
+]  # fmt: skip
+
+
+def test_an_export_holds_the_result_alone(toy: Path) -> None:
+    write_spec(ONE)
+    run_here()
+    before = sorted(toy.rglob("*"))
+    assert fls("export", "pipeline.yaml", "start", "out")[0] == 0
+    assert sorted(set(toy.rglob("*")) - set(before)) == [toy / "out", toy / "out" / "number.json"]
+
+
+# ----------------------------------------------------------------- documents and terminals
+
+
+def test_what_a_stage_says_does_not_drive_the_terminal(toy: Path) -> None:
+    Path("toy/stages.py").write_text(
+        Path("toy/stages.py").read_text()
+        + f"\n_start = start\ndef start(ctx):\n    ctx.say({SCREEN!r})\n    print({SCREEN!r})\n"
+        f"    ctx.log({{{SCREEN!r}: 1}})\n    _start(ctx)\n    raise ValueError({SCREEN!r})\n"
+    )
+    write_spec(ONE.replace("}}", "}, retries: 0}"))
+    code, output = run_here()
+    assert code == 1
+    shown = [output]
+    for command in (["logs", "start"], ["status", "last"], ["status"], ["results", "--json"]):
+        code, said, errors = fls(*command)
+        shown += [said, errors]
+    assert r"\x1b]0;owned\x07\x1b[2J\u009b31m\u202egnp.exe" in shown[1]
+    assert r"failed: ValueError: \x1b]0;owned" in shown[0]
+    for text in shown:
+        assert not CONTROLS.search(text)
+
+
+def test_documents_of_a_run_do_not_drive_the_terminal(toy: Path) -> None:
+    write_spec(ONE)
+    run_here()
+    record = last_run()
+    folder = Path(f".fls/runs/{record.run_id}")
+    request = json.loads((folder / "run.json").read_text())
+    request["options"]["file"] = f"{SCREEN}/{SCREEN}"
+    (folder / "run.json").write_text(json.dumps(request))
+    state = json.loads((folder / "state.json").read_text())
+    state["state"] = "failed"
+    state["cells"][0] |= {"cell": SCREEN, "stage": SCREEN, "state": "failed"}
+    state["cells"][0]["error"] = {"message": SCREEN}
+    (folder / "state.json").write_text(json.dumps(state))
+    for command in (["status"], ["status", "last"], ["logs", SCREEN], ["logs", "x"]):
+        code, output, errors = fls(*command)
+        assert "Traceback" not in errors
+        assert not CONTROLS.search(output + errors), command
+    assert r"\x1b]0;owned" in fls("status", "last")[1]
+
+
+def test_damaged_documents_are_one_clear_error(toy: Path) -> None:
+    write_spec(ONE)
+    run_here()
+    record = last_run()
+    damages = ("", "[]", "null", "{", "[" * 100_000, '{"a": 1}', "\x00", "NaN")
+    for name, text in itertools.product(("run", "state"), damages):
+        path = Path(f".fls/runs/{record.run_id}/{name}.json")
+        before = path.read_text()
+        path.write_text(text)
+        code, output, errors = fls("status", "last")
+        assert (code, output) == (1, "")
+        assert "is damaged: " in errors
+        assert errors.count("\n") == 1
+        path.write_text(before)
+    segment = next(Path(f".fls/stages/{record.cells['start'].key}").rglob("000001.jsonl"))
+    for text in damages:
+        segment.write_text(text)
+        code, _, errors = fls("logs", "start")
+        assert code == (0 if text == "" else 1)
+        assert errors.count("\n") == code
+
+
+def test_a_key_in_a_document_leads_nowhere(toy: Path) -> None:
+    write_spec(ONE)
+    run_here()
+    path = Path(f".fls/runs/{last_run().run_id}/state.json")
+    state = json.loads(path.read_text())
+    state["cells"][0]["key"] = "../../../etc"
+    path.write_text(json.dumps(state))
+    code, output, errors = fls("logs", "start")
+    assert (code, output) == (1, "")
+    assert "'stages/../../../etc/attempts' is no path inside a storage" in errors
+
+
+# -------------------------------------------------------------------------------- code
+
+EVIL = "from pathlib import Path\nPath('executed').touch()\n"
+
+
+def test_a_stored_spec_cannot_run_code_from_the_store(toy: Path) -> None:
+    """The document of a run names a plugin that lies in the store: resuming must not import it."""
+    write_spec("start: {uses: fail, retries: 0}", storage="results")
+    run_here()
+    path = Path(f"results/runs/{last_run('results').run_id}/run.json")
+    Path("results/evil.py").write_text(EVIL + "CATALOGUE = None\n")
+    shutil.copy("results/evil.py", "importable.py")
+    request = json.loads(path.read_text())
+    request["spec_text"] = request["spec_text"].replace("plugins: [toy]", "plugins: [results.evil]")
+    path.write_text(json.dumps(request))
+    code, output, errors = fls("resume", "last")
+    assert code == 2
+    assert "cannot import plugin 'results.evil': ImportError: it lies in the store" in errors
+    assert not Path("executed").exists()
+
+
+def test_a_spec_cannot_name_code_in_a_store(toy: Path) -> None:
+    write_spec(ONE, storage="results")
+    run_here()
+    Path("results/evil.py").write_text(EVIL + "def operation(x, y): ...\n")
+    write_spec(
+        f"{ONE}\na: {{uses: apply, inputs: {{number: start}}, "
+        "params: {operation: 'results.evil:operation'}}",
+        storage="results",
+    )
+    with pytest.raises(BadInput, match=r"'results.evil:operation' lies in the store"):
+        load_spec(Path("pipeline.yaml"))
+    assert not Path("executed").exists()
+    assert ran()["start"] == 1

@@ -1,0 +1,224 @@
+"""Secrets in the environment: refused in specs, redacted in all that is shown or recorded."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from toy_runs import ROOT, fls, last_run
+
+from pipeline.errors import PipelineError
+from pipeline.secrets import find_secret, has_credentials, is_secret, redact
+from pipeline.tracking import RunFacts, TrackerName, make_tracker, tracking_uri
+
+SECRETS = {
+    "HF_TOKEN": "hf-5entinel-token",
+    "DB_PASSWORD": "5entinel\\pass'word\"",
+    "AWS_SECRET_ACCESS_KEY": "5entinel/secret+key",
+    "DATA_URL": "https://me:5entinel%2Furl@127.0.0.1/data?sig=5entinel-signature",
+}
+
+LEAKY = '''
+import os, subprocess, sys
+from pathlib import Path
+from pydantic import Field
+from pipeline.stage import Catalogue, Output, Params, Stage, StageError, write_json
+
+class LeakyParams(Params):
+    """Of `leaky`."""
+    how: str = Field("", description="how it ends")
+
+CATALOGUE = Catalogue(
+    stages=[Stage(name="leaky", entry="leaky:leaky", params=LeakyParams,
+                  outputs={"number": Output(kind="number", track=True)})],
+    packages=["leaky"],
+)
+
+def leaky(ctx):
+    """Tell all the environment, in every way that a stage has of telling."""
+    everything = str(dict(os.environ))
+    print(everything)
+    print(os.environ["DB_PASSWORD"], os.environ["DATA_URL"], file=sys.stderr)
+    ctx.say(everything)
+    ctx.record("r", {"environment": everything}, {"x": 1.0})
+    ctx.progress(1, 2, os.environ["HF_TOKEN"])
+    if ctx.params.how == "user":
+        raise StageError("cannot reach " + os.environ["DATA_URL"])
+    if ctx.params.how == "bug":
+        {}[os.environ["AWS_SECRET_ACCESS_KEY"]]
+    if ctx.params.how == "die":
+        os.write(2, everything.encode())
+        os._exit(3)
+    write_json(ctx.output("number") / "number.json", {"number": 1})
+'''
+
+STAGES = """name: leaky
+plugins: [leaky]
+stages:
+  fine: {uses: leaky}
+  user: {uses: leaky, params: {how: user}, retries: 0}
+  bug: {uses: leaky, params: {how: bug}, retries: 0}
+  die: {uses: leaky, params: {how: die}, retries: 0}
+"""
+
+
+@pytest.fixture
+def leaky(toy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The toy's folder with the plugin `leaky`, and secrets in the environment."""
+    Path("leaky.py").write_text(LEAKY)
+    Path("pipeline.yaml").write_text(STAGES)
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delitem(sys.modules, "leaky", raising=False)
+    return toy
+
+
+def leaks(folder: Path) -> list[str]:
+    """Return the files below `folder` that hold a secret."""
+    return [
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and b"5entinel" in path.read_bytes()
+    ]
+
+
+@pytest.mark.parametrize("tracking", ["jsonl", "mlflow"])
+def test_no_secret_reaches_store_tracking_or_screen(leaky: Path, tracking: str) -> None:
+    done = subprocess.run(  # without -W error: MLflow's import warns
+        [sys.executable, "-m", "pipeline", "run", "--executor", "local", "--tracking", tracking],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=120,
+    )
+    output, errors = done.stdout, done.stderr
+    assert done.returncode == 1, errors
+    states = {cell: status.state for cell, status in last_run().cells.items()}
+    assert states == {"fine": "done", "user": "failed", "bug": "failed", "die": "failed"}
+    for cell in states:
+        for command in (["logs", cell], ["status", "last"]):
+            code, said, wrong = fls(*command)
+            assert code == 0, wrong
+            output += said + wrong
+    assert "***" in output
+    assert "cannot reach https://***@127.0.0.1/data?sig=***" in output
+    assert "KeyError: '***'" in output
+    assert "5entinel" not in output + errors
+    assert last_run().tracked, output
+    assert leaks(leaky) == []
+
+
+def test_the_search_for_leaks_finds_them(leaky: Path) -> None:
+    Path("x").mkdir()
+    Path("x/y").write_text(f"a{SECRETS['HF_TOKEN']}b")
+    assert leaks(leaky) == ["x/y"]
+
+
+def test_a_storage_with_a_password_is_never_named_with_it(
+    leaky: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Memory is not shared with the worker, so it says that this is another storage: by its URL.
+    monkeypatch.setenv("SOMEWHERE", "memory://me:5entinel-storage@host/results")
+    text = STAGES.partition("  user:")[0].replace("stages:", 'storage: "${env.SOMEWHERE}"\nstages:')
+    Path("pipeline.yaml").write_text(text)
+    code, output, errors = fls("run", "--executor", "local", "--tracking", "jsonl")
+    assert code == 1
+    assert "memory://***@host/results" in output
+    code, more, absent = fls("status", "nothing")
+    assert code == 2
+    assert "memory://***@host/results has no run 'nothing'" in absent
+    assert "5entinel" not in output + errors + more + absent
+    assert leaks(leaky) == []
+
+
+def test_a_tracking_server_with_a_password_is_never_named_with_it(
+    leaky: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:5entinel-server@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    uri = tracking_uri(None)
+    facts = RunFacts(
+        run_id="r", name="n", experiment="e", uri=uri, spec_file="pipeline.yaml", spec_text=""
+    )
+    with pytest.raises(PipelineError, match=r"MLflow at http://\*\*\*@127.0.0.1:9: ") as raised:
+        make_tracker(TrackerName.MLFLOW).open_run(facts)
+    assert "5entinel" not in str(raised.value)
+    code, output, errors = fls("ui")
+    assert code == 0
+    assert output == "http://***@127.0.0.1:9\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('how: "${env.HF_TOKEN}"', "HF_TOKEN looks like a secret, and all values of this file are"),
+        ('how: "${env.MY_API_KEY:-none}"', "MY_API_KEY looks like a secret"),
+        ('how: "x${env.DB_PASSWORD}"', "DB_PASSWORD looks like a secret"),
+        ('how: "${env.DATA_URL}"', "the environment variable DATA_URL is a URL with credentials"),
+        ("how: hf-5entinel-token", "expected no secrets, because this is recorded; got the value "),
+        ("how: s3://key:whatever@bucket", "expected no secrets, because this is recorded; got a U"),
+        ("how: x  # https://a.b/?token=abc", "expected no secrets, because this is recorded; got"),
+    ],
+)
+def test_a_spec_with_a_secret_is_refused_with_its_place(
+    leaky: Path, line: str, expected: str
+) -> None:
+    Path("pipeline.yaml").write_text(STAGES.replace("how: user", line))
+    code, output, errors = fls("validate")
+    assert code == 2
+    assert output == ""
+    (problem,) = errors.splitlines()
+    place, _, message = problem.partition(": ")
+    assert place.startswith("pipeline.yaml:5:")
+    assert message.startswith(expected)
+    assert "5entinel" not in problem
+    assert "whatever" not in problem
+
+
+def test_an_option_with_a_secret_is_refused_without_naming_it(leaky: Path) -> None:
+    code, _, errors = fls("validate", "--set", f"user.how={SECRETS['HF_TOKEN']}")
+    assert code == 2
+    assert errors.startswith("--set: expected no secrets")
+    assert "5entinel" not in errors
+
+
+@pytest.mark.parametrize(
+    ("name", "secret"),
+    [
+        ("AWS_ACCESS_KEY_ID", True),
+        ("GITHUB_TOKEN", True),
+        ("MYTOKEN", True),
+        ("PGPASSWORD", True),
+        ("SMTP_PASS", True),
+        ("DB_PWD", True),
+        ("secret_thing", True),
+        ("PWD", False),
+        ("OLDPWD", False),
+        ("TOKENIZERS_PARALLELISM", False),
+        ("KEYBOARD", False),
+        ("MONKEY", False),
+        ("HOME", False),
+        ("PATH", False),
+    ],
+)
+def test_names_that_look_secret(name: str, secret: bool) -> None:
+    assert is_secret(name) is secret
+
+
+def test_redaction_keeps_what_is_no_secret() -> None:
+    environment = {"A_TOKEN": "long enough", "B_TOKEN": "short", "HOME": "/home/someone"}
+    data = {"a": ["long enough", 3, None, True], "b": {"c": "short /home/someone long enough!"}}
+    assert redact(data, environment) == {
+        "a": ["***", 3, None, True],
+        "b": {"c": "short /home/someone ***!"},
+    }
+    key = {"A_KEY": "-----BEGIN KEY-----\nabcdefghijklmnopqrst\n"}
+    assert redact("saw abcdefghijklmnopqrst", key) == "saw ***"
+    url = "postgresql://me:pw@host/db and https://host/a?x=1&access_token=abc&y=2 sftp://me@host"
+    assert redact(url, {}) == (
+        "postgresql://***@host/db and https://host/a?x=1&access_token=***&y=2 sftp://me@host"
+    )
+    assert find_secret("x https://host:80/a?b=c#d me@host", environment) is None
+    assert not has_credentials("s3://bucket/key=value/seed=1")
+    assert os.environ.get("HOME", "") in redact(os.environ.get("HOME", ""))
