@@ -12,7 +12,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -22,16 +22,14 @@ _NAME = re.compile(
     r"PASSW(OR)?D|PASSPHRASE|SECRET|CREDENTIAL|APIKEY|TOKENS?(_|$)|(^|_)(KEYS?|PASS)(_|$)|._PWD$",
     re.IGNORECASE,
 )
-# User and password before a host, or a lone user that is long enough to be a token.
-_USERINFO = re.compile(
-    r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]*://)"
-    r"(?:(?P<user>[^\s/?#@:'\"<>]*):(?P<password>[^\s/?#'\"<>]+)|[^\s/?#@:'\"<>]{20,})@"
+# Each of these is linear in the text; one pattern for a whole URL would not be.
+_WORD = re.compile(r"[^\s'\"<>]+")
+_AUTHORITY = re.compile(r"[^/?#]*")
+_OPTION = re.compile(r"[?&;]([^=?&;#]*)=([^&;#]+)")
+_OPTION_NAME = re.compile(
+    r"TOKEN|SECRET|PASSW|SIGNATURE|CREDENTIAL|APIKEY|\bSIG\b|(^|[_-])KEY", re.IGNORECASE
 )
-_QUERY = re.compile(
-    r"(?P<name>[?&;][\w.-]*(?:token|secret|passw|signature|credential|apikey|\bsig|[_-]?key)[\w.-]*=)"
-    r"[^\s&;#'\"]+",
-    re.IGNORECASE,
-)
+_LONE_TOKEN = 20  # a user without a password that is so long is a token
 _SHORTEST = 8  # a shorter value would be found in text that has nothing to do with it
 HIDDEN = "***"
 
@@ -48,8 +46,12 @@ def is_secret(name: str) -> bool:
 
 
 def has_credentials(text: str) -> bool:
-    """Tell whether a text holds a URL with a password, a token or a signature."""
-    return _USERINFO.search(text) is not None or _QUERY.search(text) is not None
+    """Tell whether a text holds a URL with a password, a token or a signature.
+
+    >>> has_credentials("s3://key:secret@bucket"), has_credentials("sftp://me@host/a?b=c")
+    (True, False)
+    """
+    return next(_credentials(text), None) is not None
 
 
 def find_secret(text: str, environment: Mapping[str, str]) -> tuple[int, str] | None:
@@ -59,13 +61,30 @@ def find_secret(text: str, environment: Mapping[str, str]) -> tuple[int, str] | 
         text: such as a spec.
         environment: variables, whose secret values are looked for.
     """
-    for pattern in (_USERINFO, _QUERY):
-        if found := pattern.search(text):
-            return found.start(), "a URL with credentials"
+    for start, _ in _credentials(text):
+        return start, "a URL with credentials"
     for name, value in environment.items():
         if is_secret(name) and len(value) >= _SHORTEST and value in text:
             return text.index(value), f"the value of the environment variable {name}"
     return None
+
+
+def _credentials(text: str) -> Iterator[tuple[int, int]]:
+    """Yield where the secret parts of the URLs in a text begin and end."""
+    if "://" not in text:
+        return
+    for word in _WORD.finditer(text):
+        scheme, *urls = word[0].split("://")
+        begin = word.start() + len(scheme)
+        for url in urls:
+            begin += len("://")
+            user = _AUTHORITY.match(url)[0].rpartition("@")[0]  # type: ignore[index]
+            if ":" in user or len(user) >= _LONE_TOKEN:
+                yield begin, begin + len(user)
+            for option in _OPTION.finditer(url):
+                if _OPTION_NAME.search(option[1]):
+                    yield begin + option.start(2), begin + option.end(2)
+            begin += len(url)
 
 
 def redact(value: Any, environment: Mapping[str, str] | None = None) -> Any:
@@ -102,9 +121,9 @@ class _Redactor:
             form for name, value in environment.items() if is_secret(name) for form in _forms(value)
         }
         for text in environment.values():
-            for match in _USERINFO.finditer(text) if "://" in text else ():
-                password = match["password"]
-                known |= {password, unquote(password)} if password else set()
+            for start, end in _credentials(text):
+                secret = text[start:end].rpartition(":")[2]
+                known |= {secret, unquote(secret)}
         longest_first = sorted((one for one in known if len(one) >= _SHORTEST), key=len)[::-1]
         self.values = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
@@ -119,6 +138,8 @@ class _Redactor:
 
     def text(self, text: str) -> str:
         text = self.values.sub(HIDDEN, text)
-        if "://" in text:
-            text = _USERINFO.sub(lambda match: f"{match['scheme']}{HIDDEN}@", text)
-        return _QUERY.sub(lambda match: match["name"] + HIDDEN, text) if "=" in text else text
+        parts, done = [], 0
+        for start, end in _credentials(text):
+            parts += [text[done:start], HIDDEN]
+            done = end
+        return "".join([*parts, text[done:]])

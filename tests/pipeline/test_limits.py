@@ -88,6 +88,8 @@ CASES = {
             "stage, which has 8,000,000"
         ],
     ),
+    "many schemes": (HEAD + "# " + "a://" * 60_000 + "\n" + TAIL, []),
+    "many queries": (HEAD + "# " + "://a?" + "key" * 80_000 + "\n" + TAIL, []),
     "not UTF-8": (b"name: toy\nplug\xc3\xa9: \xff\xfe", ["p.yaml:2:8: expected text in UTF-8, "]),
     "NUL": (b"name: toy\n\na\x00b", ["p.yaml:3:2: no valid YAML: the character U+0000 is not"]),
     "garbage": (bytes(range(256)) * 999, ["p.yaml:2:118: expected text in UTF-8, got the byte"]),

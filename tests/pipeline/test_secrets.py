@@ -220,5 +220,13 @@ def test_redaction_keeps_what_is_no_secret() -> None:
         "postgresql://***@host/db and https://host/a?x=1&access_token=***&y=2 sftp://me@host"
     )
     assert find_secret("x https://host:80/a?b=c#d me@host", environment) is None
-    assert not has_credentials("s3://bucket/key=value/seed=1")
+    for harmless in (
+        "s3://bucket/key=value/seed=1",
+        "a;key=1 b",
+        "x?token=y",
+        "https://a/?x=1#key=2",
+    ):
+        assert not has_credentials(harmless)
+    both = "https://a/?sig=one&x=1&api_key=two then https://b/?token=three"
+    assert redact(both, {}) == "https://a/?sig=***&x=1&api_key=*** then https://b/?token=***"
     assert os.environ.get("HOME", "") in redact(os.environ.get("HOME", ""))
