@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StoreError
-from pipeline.names import holds_link
 from pipeline.seal import seal, seal_lines, unseal
 from pipeline.stage import StageError
 from pipeline.storage import AbstractStorage, list_files
@@ -167,12 +166,6 @@ class Attempt:
         extra = [name for name in written if name not in declared]
         if extra:
             raise StageError(f"the stage wrote an output that it does not declare: {extra[0]!r}.")
-        linked = [name for name in written if holds_link(root / name)]
-        if linked:
-            raise StageError(
-                f"the stage wrote a symbolic link into its output {linked[0]!r}; copy the file, "
-                "because a result must not change with what lies elsewhere."
-            )
         found = {name: digest_files(root / name) for name in written}
         for name in declared:
             if not found.get(name):

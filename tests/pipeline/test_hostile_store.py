@@ -13,8 +13,9 @@ from toy_runs import fls, last_run, ran, run_here, write_spec
 
 from pipeline.errors import BadInput, Damaged, SpecError, StoreError
 from pipeline.names import require_inside
+from pipeline.remote_storage import RemoteStorage
 from pipeline.spec import load_spec
-from pipeline.storage import RemoteStorage, open_storage
+from pipeline.storage import open_storage
 from pipeline.store import Store
 from pipeline.text import CONTROLS
 from pipeline.worker import run_task
