@@ -111,7 +111,7 @@ def test_a_server_that_is_away_for_the_whole_run_gets_it_later(
         code, _, errors = fls(*RUN)
         assert code == 1
         assert "give --tracking-later" in errors
-        code, output, _ = fls(*RUN, "--tracking-later")
+        code, output, _ = fls(*RUN, "--tracking-later", "--force", "start")
         assert (code, last_run().observed_state()) == (0, RunState.DONE)
         assert f"`fls sync {last_run().run_id}` sends the rest" in output
     finally:
