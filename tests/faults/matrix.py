@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipeline.attempt import attempt_folder
 from pipeline.planner import make_plan
 from pipeline.spec import load_spec
 from pipeline.store import Store
@@ -145,13 +146,14 @@ class Bench:
 
     def _wait_for_start(self, stage: str, driver: subprocess.Popen[bytes]) -> int:
         """Return the process of the stage's worker, once it has begun."""
-        pattern = f".fls/stages/{self.keys[stage]}/attempts/*/events/000001.jsonl"
+        store, key = Store(str(self._case / ".fls")), self.keys[stage]
         end_s = time.monotonic() + _CASE_S
         while time.monotonic() < end_s:
             if driver.poll() is not None:
                 raise RuntimeError(f"the driver ended with {driver.returncode} before the fault")
-            for path in self._case.glob(pattern):
-                return json.loads(path.read_text().splitlines()[0])["pid"]
+            for number in store.attempts(key)[-1:]:
+                for event in store.read_events(key, number)[0][:1]:
+                    return event["pid"]
             time.sleep(0.02)
         raise TimeoutError(f"{stage} does not begin")
 
@@ -213,13 +215,12 @@ class Bench:
 
     def _digests(self, folder: Path | None = None) -> dict[str, Any]:
         """Return cell -> digest of its outputs, read anew from the disk."""
-        root = (folder or self._whole) / ".fls/stages"
-        found = {}
+        root = (folder or self._whole) / ".fls"
+        store, found = Store(str(root)), {}
         for name, key in self.keys.items():
-            manifest = root / key / "manifest.json"
-            if manifest.is_file():
-                number = json.loads(manifest.read_text())["attempt"]
-                outputs = root / key / f"attempts/{number:04d}/outputs"
+            manifest = store.manifest(key)
+            if manifest is not None:
+                outputs = root / attempt_folder(key, manifest.attempt) / "outputs"
                 found[name] = {
                     str(path.relative_to(outputs)): hashlib.sha256(path.read_bytes()).hexdigest()
                     for path in sorted(outputs.rglob("*"))
