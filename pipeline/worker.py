@@ -180,7 +180,8 @@ def _heeding_preemption() -> Iterator[Preemption]:
     """Take note of the signals that tell a worker to end, for as long as a stage runs.
 
     SIGTERM comes from our driver, or from whoever takes the machine away; SIGINT is what becomes of
-    Ray's gentle cancelling. Where the process ignores one, it still does.
+    Ray's gentle cancelling. Both are heeded also where the process ignores them, as one does that a
+    shell has started in the background.
     """
     preemption = Preemption()
 
@@ -192,9 +193,8 @@ def _heeding_preemption() -> Iterator[Preemption]:
         for number in (signal.SIGINT, signal.SIGTERM)
         if threading.current_thread() is threading.main_thread()
     }
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, note)
+    for number in before:
+        signal.signal(number, note)
     try:
         yield preemption
     finally:

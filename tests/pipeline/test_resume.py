@@ -120,7 +120,9 @@ def begun() -> bool:
 @pytest.mark.parametrize("executor", ["local", "ray"])
 def test_a_stopped_run_loses_no_step(toy: Path, executor: str) -> None:
     write_spec(UNHURRIED)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of what a shell runs with `&`
     process = start_fls("run", "--executor", executor, "--tracking", "jsonl")
+    signal.signal(signal.SIGINT, before)
     wait_for(begun, 60)
     assert kill(process, signal.SIGTERM) == 128 + signal.SIGTERM
     assert slow_events(1)[-1]["status"] == "preempted"
