@@ -10,6 +10,7 @@ again, no MLflow run left RUNNING. One JSON line a case; cases that have one are
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import hashlib
 import itertools
@@ -59,7 +60,7 @@ class Bench:
     """A cluster, an undisturbed run to compare with, and a folder for the case at hand."""
 
     def __init__(self, folder: Path, log: Path):
-        self.folder = folder
+        self.log = log
         self._log = log.open("ab")
         self._environment = {
             **os.environ,
@@ -81,11 +82,16 @@ class Bench:
         code = self._start(self._whole, "run").wait(timeout=600)
         if code:
             raise RuntimeError(f"the undisturbed run ended with {code}")
-        os.chdir(self._whole)
-        plan = make_plan(load_spec(Path("pipeline.yaml")), Store(".fls"))
+        with contextlib.chdir(self._whole):
+            plan = make_plan(load_spec(Path("pipeline.yaml")), Store(".fls"))
         self.keys = {one.cell.name: one.key for one in plan.cells}
         self._inputs = {one.cell.name: set(one.cell.sources) for one in plan.cells}
         self.digests = self._digests()
+
+    def close(self) -> None:
+        """Stop the cluster."""
+        self.cluster.stop()
+        self._log.close()
 
     def run(self, case: str) -> dict[str, Any]:
         """Run one case, and return what was found."""
@@ -265,7 +271,7 @@ def main() -> None:
                     file.write(json.dumps(found) + "\n")
                 print(f"{number}/{len(todo)} {json.dumps(found)}", flush=True)  # noqa: T201
         finally:
-            bench.cluster.stop()
+            bench.close()
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     lost = [one["case"] for one in lines if not one["ok"]]
     print(f"{len(lines)} cases, {len(lost)} lost: {lost}")  # noqa: T201
