@@ -36,13 +36,15 @@ class Cluster:
 
     def ensure(self) -> None:
         """Start what is not running: the nodes that died, or everything when the head did."""
-        if self._head is None or self._head.poll() is not None or not self._answers():
+        if self._head is None or not self._lives(self._head) or not self._answers():
             self.stop()
             port = _free_port()
             self.address = f"127.0.0.1:{port}"
             self._head = self._start("--head", f"--port={port}", "--num-cpus=0")
             _wait(self._answers)
-        self._nodes = [node for node in self._nodes if node.poll() is None]
+        for node in [one for one in self._nodes if not self._lives(one)]:
+            _end(node)  # what waits for a raylet that ended well, waits on
+            self._nodes.remove(node)
         missing = self._wanted - len(self._nodes)
         for _ in range(missing):
             self._nodes.append(self._start(f"--address={self.address}", "--num-cpus=1"))
@@ -60,12 +62,7 @@ class Cluster:
     def stop(self) -> None:
         """Kill every process of the cluster."""
         for starter in [*self._nodes, *([self._head] if self._head else [])]:
-            for process in _family(starter.pid):
-                try:
-                    process.kill()
-                except psutil.NoSuchProcess:
-                    continue  # it went with its parent
-            starter.wait()
+            _end(starter)
         self._head, self._nodes = None, []
 
     def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
@@ -89,6 +86,9 @@ class Cluster:
         family = [process for pid in starters for process in _family(pid)]
         return [process for process in family if _is(process, name)]
 
+    def _lives(self, node: subprocess.Popen[bytes]) -> bool:
+        return any(_is(process, "raylet") for process in _family(node.pid))
+
     def _cpus(self) -> int:
         """Return how many CPUs the cluster knows of."""
         program = "import ray; ray.init(log_to_driver=False); print(ray.cluster_resources()['CPU'])"
@@ -107,6 +107,15 @@ class Cluster:
         except OSError:
             return False
         return True
+
+
+def _end(starter: subprocess.Popen[bytes]) -> None:
+    for process in _family(starter.pid):
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue  # it went with its parent
+    starter.wait()
 
 
 def _family(pid: int) -> list[psutil.Process]:
