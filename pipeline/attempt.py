@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StoreError
+from pipeline.names import numbers
 from pipeline.seal import seal, seal_lines, unseal
 from pipeline.stage import StageError
 from pipeline.storage import AbstractStorage, list_files
@@ -35,6 +36,11 @@ def manifest_path(key: str) -> str:
 def attempt_folder(key: str, number: int) -> str:
     """Return where an attempt is stored."""
     return f"{stage_folder(key)}/attempts/{number:04d}"
+
+
+def checkpoint_folder(key: str, number: int, checkpoint: int) -> str:
+    """Return where an in-stage checkpoint of an attempt is stored."""
+    return f"{attempt_folder(key, number)}/checkpoints/{checkpoint:06d}"
 
 
 def event_segment(key: str, number: int, segment: int) -> str:
@@ -185,28 +191,28 @@ class Attempt:
         """Store the newest checkpoint, its digests last; delete all but the one before it."""
         root = self.folder / "checkpoints"
         found = root.iterdir() if root.is_dir() else ()  # a winner deletes it with all else
-        numbers = sorted(path.name for path in found if path.name.isdigit())
-        if not numbers:
+        newest = max(numbers(path.name for path in found), default=0)
+        if not newest:
             return
-        folder, path = root / numbers[-1], f"{self._path}/checkpoints"
+        folder = root / f"{newest:06d}"
+        path = checkpoint_folder(self.key, self.number, newest)
         digests = _digest_checkpoint(folder)
-        self._storage.save(folder, f"{path}/{numbers[-1]}")
-        self._storage.write(f"{path}/{numbers[-1]}/{DIGESTS}", seal(digests))
-        for old in [name for name in self._storage.names(path) if name.isdigit()]:
-            if int(old) <= int(numbers[-1]) - _CHECKPOINTS_KEPT:
-                self._storage.remove(f"{path}/{old}")
+        self._storage.save(folder, path)
+        self._storage.write(f"{path}/{DIGESTS}", seal(digests))
+        for old in _checkpoints(self._storage, self.key, self.number):
+            if old <= newest - _CHECKPOINTS_KEPT:
+                self._storage.remove(checkpoint_folder(self.key, self.number, old))
 
     def _take_over_checkpoint(self) -> None:
         """Put the newest whole checkpoint of earlier attempts into this one's folder."""
         found = [
-            (name, number)
+            (checkpoint, number)
             for number in earlier_attempts(self._storage, self.key, self.number)
-            for name in self._storage.names(f"{attempt_folder(self.key, number)}/checkpoints")
-            if name.isdigit()
+            for checkpoint in _checkpoints(self._storage, self.key, number)
         ]
-        for name, number in sorted(found, reverse=True):
-            part = self.folder / "checkpoints" / f"{name}.part"
-            path = f"{attempt_folder(self.key, number)}/checkpoints/{name}"
+        for checkpoint, number in sorted(found, reverse=True):
+            path = checkpoint_folder(self.key, number, checkpoint)
+            part = self.folder / "checkpoints" / f"{checkpoint:06d}.part"
             try:
                 wanted = unseal(self._storage.read(f"{path}/{DIGESTS}"))
                 self._storage.load(path, part)
@@ -226,7 +232,7 @@ class Attempt:
 
 def attempt_numbers(storage: AbstractStorage, folder: str) -> list[int]:
     """Return the numbers of the attempts in a stage's folder, ascending."""
-    return sorted(int(name) for name in storage.names(f"{folder}/attempts") if name.isdecimal())
+    return sorted(numbers(storage.names(f"{folder}/attempts")))
 
 
 def earlier_attempts(storage: AbstractStorage, key: str, before: int) -> list[int]:
@@ -236,9 +242,12 @@ def earlier_attempts(storage: AbstractStorage, key: str, before: int) -> list[in
 
 def whole_checkpoints(storage: AbstractStorage, key: str, number: int) -> list[str]:
     """Return where the checkpoints of an attempt are that were stored whole, oldest first."""
-    folder = f"{attempt_folder(key, number)}/checkpoints"
-    names = [name for name in storage.names(folder) if name.isdigit()]
-    return [f"{folder}/{n}" for n in names if storage.files(f"{folder}/{n}/{DIGESTS}")]
+    found = [checkpoint_folder(key, number, one) for one in _checkpoints(storage, key, number)]
+    return [folder for folder in found if storage.files(f"{folder}/{DIGESTS}")]
+
+
+def _checkpoints(storage: AbstractStorage, key: str, number: int) -> list[int]:
+    return sorted(numbers(storage.names(f"{attempt_folder(key, number)}/checkpoints")))
 
 
 def _digest_checkpoint(folder: Path) -> dict[str, dict[str, Any]]:

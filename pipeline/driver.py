@@ -25,8 +25,9 @@ from pipeline.live import LiveView
 from pipeline.planner import Plan
 from pipeline.runs import HEARTBEAT_S, RunRecord, RunState, State, recorded_ids
 from pipeline.schedule import Schedule
+from pipeline.secrets import redact
 from pipeline.store import Store
-from pipeline.tracking import CellFacts, CellState, TrackingThread, shown_uri
+from pipeline.tracking import CellFacts, CellState, TrackingThread
 from pipeline.worker import Outcome, died
 
 _WAIT_S = 0.2
@@ -422,7 +423,7 @@ class Driver:
         error = self._tracking.error
         if error is not None:
             raise PipelineError(
-                f"Tracking does not work ({type(error).__name__}: {shown_uri(str(error))}). "
+                f"Tracking does not work ({type(error).__name__}: {redact(str(error))}). "
                 "To run all the same, and have it sent once the server is there, give "
                 "--tracking-later."
             )

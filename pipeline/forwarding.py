@@ -1,4 +1,4 @@
-"""Which environment variables go along with a job, and which of them are secrets.
+"""Which environment variables go along with a job.
 
 A job's variables are stored by Ray as plain text and shown in its dashboard. So a secret goes
 along only when the user names it; otherwise the machines of the cluster are to have it already, by
@@ -10,17 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from pipeline.errors import BadInput
+from pipeline.secrets import has_credentials, is_secret
 
 PREFIXES = ("AWS_", "FISHLEG_", "FSSPEC_", "MLFLOW_")
-_SECRET = re.compile(
-    r"(^|_)(API|ACCESS|PRIVATE)?(KEY|SECRET|TOKEN|PASS|PASSWD|PASSWORD|CREDENTIAL|COOKIE)S?(_|$)"
-)
 # What these name lies on this machine: a file, a folder, a section of a file.
 _OF_THIS_MACHINE = re.compile(r"_(FILE|PATH|BUNDLE|PROFILE|DIR)$")
-_SHORTEST_SECRET = 8  # a shorter value is found by chance in any text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,29 +47,10 @@ def forwarding(environment: Mapping[str, str], wishes: Sequence[str]) -> Forward
         for name, value in sorted(environment.items())
         if name.startswith(PREFIXES) and name not in wanted
     }
-    secret = [name for name, value in candidates.items() if is_secret(name, value)]
+    secret = [n for n, value in candidates.items() if is_secret(n) or has_credentials(value)]
     local = [name for name in candidates if name not in secret and _OF_THIS_MACHINE.search(name)]
     plain = {name: value for name, value in candidates.items() if name not in {*secret, *local}}
     return Forwarding(given={**plain, **wanted}, secret=secret, local=local)
-
-
-def is_secret(name: str, value: str) -> bool:
-    """Tell whether a variable's name says that it is a secret, or its value is a URL with one."""
-    if _SECRET.search(name.upper()) and not _OF_THIS_MACHINE.search(name.upper()):
-        return True
-    try:
-        return urlsplit(value).password is not None
-    except ValueError:  # no URL
-        return False
-
-
-def secret_values(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return name -> value of the environment's secrets, whatever they are for."""
-    return {
-        name: value
-        for name, value in environment.items()
-        if len(value) >= _SHORTEST_SECRET and is_secret(name, value)
-    }
 
 
 def _wish(wish: str, environment: Mapping[str, str]) -> tuple[str, str]:

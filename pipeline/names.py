@@ -7,6 +7,7 @@ path is checked each time that it is used, wherever its parts come from.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -18,21 +19,21 @@ _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def require_inside(path: str) -> str:
-    """Return a path relative to a storage's root, after checking that it stays below it.
+    """Return a path relative to a storage's root, which stays below it however it is spelt.
 
     Raises:
-        StoreError: it does not, or has a part that no stored name has.
+        StoreError: it is absolute, or has a part that is `..`, looks like it or holds look-alikes
+            of slashes, is longer than file systems take, or drives a terminal.
+
+    >>> require_inside("stages/ab/manifest.json")
+    'stages/ab/manifest.json'
     """
-    for part in path.split("/"):
-        long = len(part.encode(errors="replace")) > _PART_BYTES
-        if part in {"", ".", ".."} or "\\" in part or long or CONTROLS.search(part):
-            raise StoreError(f"{path[:200]!r} is no path inside a storage")
+    parts = unicodedata.normalize("NFKC", path).replace("\\", "/").split("/")
+    leads_out = not {"", ".", ".."}.isdisjoint(parts) or len(parts) != path.count("/") + 1
+    too_long = any(len(part.encode(errors="replace")) > _PART_BYTES for part in path.split("/"))
+    if leads_out or too_long or CONTROLS.search(path):
+        raise StoreError(f"{path[:200]!r} is no path inside a storage; expected plain names.")
     return path
-
-
-def holds_link(folder: Path) -> bool:
-    """Tell whether a folder is, or holds at any depth, a symbolic link; stores have none."""
-    return folder.is_symlink() or any(path.is_symlink() for path in folder.rglob("*"))
 
 
 def store_around(path: Path) -> Path | None:
@@ -47,7 +48,11 @@ def store_around(path: Path) -> Path | None:
 
 
 def numbers(names: Iterable[str]) -> Iterator[int]:
-    """Yield the names that are numbers; others are not ours, such as a file manager's."""
+    """Yield the names that are numbers; others are not ours, such as a file manager's.
+
+    >>> list(numbers(["0012", "copy of 0001", "²", "9" * 5000]))
+    [12]
+    """
     return (int(name) for name in names if name.isascii() and name.isdecimal() and len(name) < 10)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,19 +73,19 @@ class Package:
             + f"\nLeave files behind by --exclude, or by patterns in {IGNORE_FILE}."
         )
 
-    def refuse_if_holding(self, secrets: Mapping[str, str]) -> None:
+    def refuse_if_holding(self, secrets: Iterable[tuple[str, str]]) -> None:
         """Check that no file holds the value of a secret.
 
         Args:
-            secrets: name of the environment variable -> its value.
+            secrets: names of environment variables, and their values.
 
         Raises:
             BadInput: one does; names file and variable.
         """
-        needles = {name: value.encode() for name, value in secrets.items()}
+        needles = [(name, os.fsencode(value)) for name, value in secrets]
         for path in self.files:
             content = (self.folder / path).read_bytes()
-            for name, needle in needles.items():
+            for name, needle in needles:
                 if needle in content:
                     raise BadInput(
                         f"{path} holds the value of the environment variable {name}, a secret, "

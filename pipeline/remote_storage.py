@@ -12,7 +12,6 @@ from __future__ import annotations
 import getpass
 import hashlib
 import random
-import re
 import shutil
 import tempfile
 import time
@@ -23,7 +22,9 @@ from typing import Any, BinaryIO, TypeVar
 
 from pipeline.cache import Cache
 from pipeline.errors import StorageUnavailable, StorageUnsupported, StoreError
-from pipeline.storage import AbstractStorage, StoredFile, inside, list_files
+from pipeline.names import require_inside
+from pipeline.secrets import redact
+from pipeline.storage import AbstractStorage, StoredFile, list_files
 
 PATIENCE_S = 120.0
 FIRST_PATIENCE_S = 10.0
@@ -146,8 +147,9 @@ class RemoteStorage(AbstractStorage):
 
     def save(self, folder: Path, path: str) -> None:
         """See `AbstractStorage.save`."""
-        files = list_files(folder)
-        stored = [self._full(f"{path}/{file.relative_to(folder).as_posix()}") for file in files]
+        target, files = self._full(path), list_files(folder)
+        names = [require_inside(file.relative_to(folder).as_posix()) for file in files]
+        stored = [f"{target}/{name}" for name in names]
         if files:
             self._write("write", path, stored, lambda: self.fs.put(list(map(str, files)), stored))
 
@@ -164,13 +166,13 @@ class RemoteStorage(AbstractStorage):
 
     def local(self, path: str, *, fresh: bool = False) -> Path:
         """See `AbstractStorage.local`; a copy in the cache, kept for the next time."""
-        return self._cache.get(path, lambda folder: self.load(path, folder), fresh=fresh)
+        return self._cache.get(require_inside(path), lambda folder: self.load(path, folder), fresh=fresh)
 
     def _find(self, path: str) -> list[str]:
         """Return the names of all files in a stored folder and below it, relative to it."""
         root = self._full(path)
         stored = self._patiently("list", path, lambda: self.fs.find(root))
-        return [inside(file[file.index(root) + len(root) + 1 :]) for file in stored]
+        return [require_inside(file[file.index(root) + len(root) + 1 :]) for file in stored]
 
     def _pipe(self, path: str, data: bytes, mode: str) -> None:
         full = self._full(path)
@@ -211,7 +213,7 @@ class RemoteStorage(AbstractStorage):
         )
 
     def _full(self, path: str) -> str:
-        return f"{self.root}/{inside(path)}"
+        return f"{self.root}/{require_inside(path)}"
 
     def _patiently(self, verb: str, path: str, request: Callable[[], Answer]) -> Answer:
         """Return the answer to a request, made again while it fails for reasons that may pass.
@@ -289,5 +291,6 @@ def _answer_of(error: Exception) -> tuple[str | None, int | None]:
 
 
 def _reason(error: Exception) -> str:
-    """Return an exception's text, without what may be a password in a URL."""
-    return re.sub(r"//[^/@\s]*@", "//", str(error).rstrip(".") or type(error).__name__)
+    """Return an exception's text, without the credentials of URLs in it."""
+    text: str = redact(str(error).rstrip(".") or type(error).__name__)
+    return text

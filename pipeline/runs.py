@@ -190,7 +190,7 @@ class RunRecord:
 
     def superseded(self, store: Store) -> bool:
         """Tell whether another driver has taken the run over, because this one was silent."""
-        return len(store.run_marks(self.run_id, "life")) > self.life
+        return len(store.run_marks(self.run_id, "life-")) > self.life
 
     def ask_to_stop(self, store: Store) -> None:
         """Ask the run's present driver to stop, wherever it is."""

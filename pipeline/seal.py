@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 _SEAL = "sha256"
+_DEPTH = 300  # twice or three times as many calls of Python still fit onto its stack
 
 
 def seal(document: Mapping[str, Any]) -> bytes:
@@ -30,7 +31,7 @@ def unseal(data: bytes) -> dict[str, Any]:
     Raises:
         ValueError: the data is not what `seal` gave back then.
     """
-    document = json.loads(data)
+    document = _parse(data)
     if not isinstance(document, dict):
         raise ValueError(f"expected a JSON object, got {type(document).__name__}")
     found = document.pop(_SEAL, None)
@@ -54,7 +55,32 @@ def unseal_lines(data: bytes) -> list[dict[str, Any]]:
     head, _, text = data.partition(b"\n")
     if head != json.dumps({_SEAL: _digest(text)}).encode():
         raise ValueError("it is not what its own sha256 says")
-    return [json.loads(line) for line in text.splitlines()]
+    return [_parse(line) for line in text.splitlines()]
+
+
+def _parse(data: bytes) -> Any:
+    """Return what JSON says.
+
+    Raises:
+        ValueError: it is none, or lies so deep in itself as nobody writes but to break its readers.
+    """
+    too_deep = "it is nested too deeply"
+    try:
+        document = json.loads(data)
+    except RecursionError as error:
+        raise ValueError(too_deep) from error
+    level = [document]
+    for _ in range(_DEPTH):
+        level = [inner for one in level for inner in _inside(one)]
+    if level:
+        raise ValueError(too_deep)
+    return document
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _text(value: object) -> bytes:

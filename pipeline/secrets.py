@@ -19,9 +19,11 @@ from urllib.parse import quote, unquote
 from pipeline.text import printable
 
 _NAME = re.compile(
-    r"PASSW(OR)?D|PASSPHRASE|SECRET|CREDENTIAL|APIKEY|TOKENS?(_|$)|(^|_)(KEYS?|PASS)(_|$)|._PWD$",
+    r"PASSW(OR)?D|PASSPHRASE|SECRET|CREDENTIAL|APIKEY|TOKENS?(_|$)|COOKIES?(_|$)"
+    r"|(^|_)((ACCESS|PRIVATE)?KEYS?|PASS)(_|$)|._PWD$",
     re.IGNORECASE,
 )
+_PLACE = re.compile(r"_(FILE|PATH|DIR)$", re.IGNORECASE)  # where a secret lies is none itself
 # Each of these is linear in the text; one pattern for a whole URL would not be.
 _WORD = re.compile(r"[^\s'\"<>]+")
 _AUTHORITY = re.compile(r"[^/?#]*")
@@ -41,8 +43,10 @@ def is_secret(name: str) -> bool:
     (True, True, True)
     >>> is_secret("TOKENIZERS_PARALLELISM"), is_secret("PWD"), is_secret("KEYBOARD")
     (False, False, False)
+    >>> is_secret("AWS_SHARED_CREDENTIALS_FILE")
+    False
     """
-    return _NAME.search(name) is not None
+    return _NAME.search(name) is not None and not _PLACE.search(name)
 
 
 def has_credentials(text: str) -> bool:
@@ -63,10 +67,26 @@ def find_secret(text: str, environment: Mapping[str, str]) -> tuple[int, str] | 
     """
     for start, _ in _credentials(text):
         return start, "a URL with credentials"
-    for name, value in environment.items():
-        if is_secret(name) and len(value) >= _SHORTEST and value in text:
+    for name, value in secret_values(environment):
+        if value in text:
             return text.index(value), f"the value of the environment variable {name}"
     return None
+
+
+def secret_values(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield name and value of the secrets in an environment that can be told from other text.
+
+    Of a URL with credentials these are the URL, and each of the secrets in it.
+
+    >>> list(secret_values({"A_TOKEN": "long enough", "B_TOKEN": "short", "HOME": "/home/me"}))
+    [('A_TOKEN', 'long enough')]
+    """
+    for name, value in environment.items():
+        parts = [value[start:end].rpartition(":")[2] for start, end in _credentials(value)]
+        whole = [value] if parts or is_secret(name) else []
+        for one in dict.fromkeys([*whole, *parts, *map(unquote, parts)]):
+            if len(one) >= _SHORTEST:
+                yield name, one
 
 
 def _credentials(text: str) -> Iterator[tuple[int, int]]:
@@ -118,12 +138,11 @@ def _forms(value: str) -> set[str]:
 class _Redactor:
     def __init__(self, environment: Mapping[str, str]):
         known = {
-            form for name, value in environment.items() if is_secret(name) for form in _forms(value)
+            form
+            for name, value in secret_values(environment)
+            if is_secret(name) or not has_credentials(value)  # or else just what is secret in it
+            for form in _forms(value)
         }
-        for text in environment.values():
-            for start, end in _credentials(text):
-                secret = text[start:end].rpartition(":")[2]
-                known |= {secret, unquote(secret)}
         longest_first = sorted((one for one in known if len(one) >= _SHORTEST), key=len)[::-1]
         self.values = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 

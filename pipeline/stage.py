@@ -23,6 +23,8 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.names import numbers
+
 # ------------------------------------------------------------------------------- declaration
 
 
@@ -423,14 +425,14 @@ class Context:
         """
         root = self.folder / "checkpoints"
         root.mkdir(parents=True, exist_ok=True)
-        numbers = self._checkpoint_numbers()
-        number = (numbers[-1] if numbers else 0) + 1
+        earlier = self._checkpoint_numbers()
+        number = (earlier[-1] if earlier else 0) + 1
         part = root / f"{number:06d}.part"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         yield part
         part.replace(root / f"{number:06d}")
-        for old in numbers[:-1]:
+        for old in earlier[:-1]:
             shutil.rmtree(root / f"{old:06d}", ignore_errors=True)
         self._last_checkpoint_time = time.monotonic()
         self._event("checkpoint", number=number)
@@ -439,14 +441,14 @@ class Context:
 
     def last_checkpoint(self) -> Path | None:
         """Return the folder of the newest whole checkpoint of this cell, or None."""
-        numbers = self._checkpoint_numbers()
-        return self.folder / "checkpoints" / f"{numbers[-1]:06d}" if numbers else None
+        found = self._checkpoint_numbers()
+        return self.folder / "checkpoints" / f"{found[-1]:06d}" if found else None
 
     def _checkpoint_numbers(self) -> list[int]:
         root = self.folder / "checkpoints"
         if not root.is_dir():
             return []
-        return sorted(int(entry.name) for entry in os.scandir(root) if entry.name.isdigit())
+        return sorted(numbers(os.listdir(root)))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import unicodedata
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -32,6 +31,8 @@ from typing import BinaryIO
 from urllib.parse import urlsplit
 
 from pipeline.errors import BadInput, StorageUnavailable, StorageUnsupported, StoreError
+from pipeline.names import require_inside
+from pipeline.secrets import redact
 
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
@@ -135,29 +136,13 @@ def open_storage(url: str) -> AbstractStorage:
         return LocalStorage(Path(path).absolute())
     if urlsplit(url).password is not None:
         raise BadInput(
-            f"storage: {scheme}://...@{url.rpartition('@')[2]} has a password in it, which would "
-            "be stored with every run; leave it out, and give it by the environment (for S3: "
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)."
+            f"storage: {redact(url)} has a password in it, which would be stored with every run; "
+            "leave it out, and give it by the environment (for S3: AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY)."
         )
     from pipeline.remote_storage import RemoteStorage  # a command on a folder should not wait
 
     return RemoteStorage(url)
-
-
-def inside(path: str) -> str:
-    """Return `path`, which leads nowhere but into the storage, however it is spelt.
-
-    Raises:
-        StoreError: it is absolute, has a part `..`, or has look-alikes of dots and slashes.
-
-    >>> inside("stages/ab/manifest.json")
-    'stages/ab/manifest.json'
-    """
-    plain = unicodedata.normalize("NFKC", path)
-    parts = plain.replace("\\", "/").split("/")
-    if not {"", ".", ".."}.isdisjoint(parts) or "\0" in path or len(parts) != path.count("/") + 1:
-        raise StoreError(f"{path!r} is no path inside a storage; expected names between slashes.")
-    return path
 
 
 def list_files(folder: Path) -> list[Path]:
@@ -200,7 +185,6 @@ class LocalStorage(AbstractStorage):
 
     def __init__(self, root: Path):
         self.root = root
-        self._real_root = os.path.realpath(root)
 
     def read(self, path: str) -> bytes:
         """See `AbstractStorage.read`."""
@@ -293,6 +277,7 @@ class LocalStorage(AbstractStorage):
 
     def save(self, folder: Path, path: str) -> None:
         """See `AbstractStorage.save`; workspaces are in place, but perhaps not on the disk yet."""
+        require_inside(path)
         with self._reporting(path):
             files = list_files(folder)
             for file in files:
@@ -319,7 +304,7 @@ class LocalStorage(AbstractStorage):
         Raises:
             StoreError: it is outside, perhaps by a symbolic link.
         """
-        target = self.root / inside(path)
+        target = self.root / require_inside(path)
         root = os.path.realpath(self.root)
         if not Path(os.path.realpath(target)).is_relative_to(root):
             raise StoreError(

@@ -358,8 +358,8 @@ class Store:
 
     def begin_life(self, run_id: str) -> int:
         """Return a number that no other driver of the run has, above all earlier ones'."""
-        lives = [int(mark.split("-")[1]) for mark in self.run_marks(run_id, "life")]
-        number = max(lives, default=0) + 1
+        marks = self.run_marks(run_id, "life-")
+        number = max(numbers(mark.removeprefix("life-") for mark in marks), default=0) + 1
         while not self.mark_run(run_id, f"life-{number}"):
             number += 1
         return number

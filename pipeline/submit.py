@@ -20,11 +20,12 @@ from urllib.parse import urlsplit
 from rich.console import Console
 
 from pipeline.errors import BadInput
-from pipeline.forwarding import Forwarding, forwarding, secret_values
+from pipeline.forwarding import Forwarding, forwarding
 from pipeline.packing import IGNORE_FILE, Package, collect
 from pipeline.params import marked
 from pipeline.provenance import SOURCE_FILE, Source, look_at, this_machine
 from pipeline.runs import new_run_id
+from pipeline.secrets import secret_values
 from pipeline.spec import STORAGE_VARIABLE, Spec
 from pipeline.stage import ExternalFile
 from pipeline.tracking import tracking_uri

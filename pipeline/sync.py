@@ -15,6 +15,7 @@ from rich.console import Console
 from pipeline.errors import Damaged, PipelineError
 from pipeline.facts import StoredFacts, load_facts
 from pipeline.runs import RunRecord, RunState, State, load_run, recorded_ids
+from pipeline.secrets import HIDDEN, redact
 from pipeline.store import Store
 from pipeline.tracking import (
     AbstractTracker,
@@ -22,7 +23,6 @@ from pipeline.tracking import (
     CellState,
     Recorder,
     make_tracker,
-    shown_uri,
 )
 
 _ENDS = {State.DONE: "done", State.CACHED: "done", State.FAILED: "failed"}
@@ -90,6 +90,9 @@ def _sync(store: Store, record: RunRecord, facts: StoredFacts) -> tuple[str, boo
     Raises:
         PipelineError: the server is away.
     """
+    if HIDDEN in facts.run.uri:
+        where = f"was tracked at {facts.run.uri}, and what is hidden there is not stored"
+        return f"{where}; set MLFLOW_TRACKING_URI.", False
     tracker = make_tracker(record.options.tracking)
     recorder = Recorder(tracker, store, facts.run, record.tracking)
     refused, count = [], 0
@@ -102,7 +105,7 @@ def _sync(store: Store, record: RunRecord, facts: StoredFacts) -> tuple[str, boo
             except Exception as error:
                 if tracker.is_outage(error):
                     raise
-                refused.append(f"{cell.cell} cannot be recorded: {error}")
+                refused.append(f"{cell.cell} cannot be recorded: {redact(str(error))}")
         for key, output in _promoted(record, facts):
             recorder.promote(output, store.fetch(key, output))
         recorder.close(_end(record.observed_state()))
@@ -110,8 +113,8 @@ def _sync(store: Store, record: RunRecord, facts: StoredFacts) -> tuple[str, boo
         raise
     except Exception as error:  # a server or a database may fail in any way
         raise PipelineError(
-            f"Run {record.run_id} could not be sent to {shown_uri(facts.run.uri)} "
-            f"({type(error).__name__}: {shown_uri(str(error))}). "
+            f"Run {record.run_id} could not be sent to {redact(facts.run.uri)} "
+            f"({type(error).__name__}: {redact(str(error))}). "
             "Nothing is lost: `fls sync` goes on from there."
         ) from error
     finally:

@@ -9,7 +9,6 @@ from pipeline.tracking.base import (
     TrackerName,
     TrackingProgress,
     make_tracker,
-    shown_uri,
     tracking_uri,
 )
 from pipeline.tracking.recorder import Recorder
@@ -26,6 +25,5 @@ __all__ = [
     "TrackingProgress",
     "TrackingThread",
     "make_tracker",
-    "shown_uri",
     "tracking_uri",
 ]

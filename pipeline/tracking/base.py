@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -192,15 +191,6 @@ def make_tracker(name: TrackerName) -> AbstractTracker:
 def tracking_uri(declared: str | None) -> str:
     """Return where MLflow data goes: `MLFLOW_TRACKING_URI`, else what the spec says, else here."""
     return os.environ.get("MLFLOW_TRACKING_URI") or declared or DEFAULT_URI
-
-
-def shown_uri(text: str) -> str:
-    """Return a text as it may be shown and stored: without the passwords of URIs in it.
-
-    >>> shown_uri("postgresql://fls:secret@db/mlflow"), shown_uri("sqlite:///mlflow.db")
-    ('postgresql://fls@db/mlflow', 'sqlite:///mlflow.db')
-    """
-    return re.sub(r"(?<=://)([^/@:\s]*):[^/\s]*@", r"\1@", text)
 
 
 @dataclass(kw_only=True)

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.secrets import redact
 from pipeline.store import Store
 from pipeline.tracking.base import (
     AbstractTracker,
@@ -21,7 +22,6 @@ from pipeline.tracking.base import (
     TrackerName,
     TrackingProgress,
     make_tracker,
-    shown_uri,
 )
 from pipeline.tracking.recorder import Recorder
 
@@ -176,7 +176,7 @@ class TrackingThread:
             if not self.behind:
                 self.behind = True
                 self._messages.append(
-                    f"Tracking is behind ({type(error).__name__}: {shown_uri(str(error))}); "
+                    f"Tracking is behind ({type(error).__name__}: {redact(str(error))}); "
                     "the run goes on, and what is to be recorded waits in the store."
                 )
 
@@ -189,7 +189,7 @@ class TrackingThread:
         """Go on without a cell that the server does not take, so that it keeps no other waiting."""
         with self._change:
             self._refused = True
-            self._messages.append(f"{cell} cannot be recorded: {shown_uri(str(error))}")
+            self._messages.append(f"{cell} cannot be recorded: {redact(str(error))}")
 
     def _stepped(self) -> None:
         with self._change:

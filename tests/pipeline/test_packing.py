@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import BadInput
-from pipeline.forwarding import forwarding, is_secret, secret_values
+from pipeline.forwarding import forwarding
 from pipeline.packing import collect
 from pipeline.provenance import SOURCE_FILE, look_at, other_versions, read_source
+from pipeline.secrets import secret_values
 
 
 def put(*paths: str, text: str = "x") -> None:
@@ -72,9 +73,9 @@ def test_what_is_too_large_is_refused_by_name(folder: Path) -> None:
 def test_a_secret_in_a_file_is_refused(folder: Path) -> None:
     put("notes/setup.md", text="export TOKEN=hunter2-hunter2\n")
     with pytest.raises(BadInput, match=r"notes/setup.md holds .* variable MY_TOKEN") as caught:
-        collect(folder).refuse_if_holding({"MY_TOKEN": "hunter2-hunter2"})
+        collect(folder).refuse_if_holding([("MY_TOKEN", "hunter2-hunter2")])
     assert "hunter2" not in str(caught.value)
-    collect(folder, ["notes/"]).refuse_if_holding({"MY_TOKEN": "hunter2-hunter2"})
+    collect(folder, ["notes/"]).refuse_if_holding([("MY_TOKEN", "hunter2-hunter2")])
 
 
 def test_equal_content_gives_equal_bytes_and_run_bits_stay(folder: Path) -> None:
@@ -160,10 +161,14 @@ def test_a_wish_that_cannot_be_met(wish: str) -> None:
 
 
 def test_what_is_a_secret() -> None:
-    assert is_secret("MLFLOW_TRACKING_URI", "postgresql://me:hunter2@host/db")
-    assert not is_secret("MLFLOW_TRACKING_URI", "http://me@host:5000/")
-    assert not is_secret("MONKEY", "x")
-    assert not is_secret("RAY_AUTH_TOKEN_PATH", "/home/me/.ray/auth_token")
-    assert secret_values({"A_TOKEN": "longenough", "B_TOKEN": "short", "C": "longenough"}) == {
-        "A_TOKEN": "longenough"
-    }
+    uri = "MLFLOW_TRACKING_URI"
+    assert forwarding({uri: "postgresql://me:hunter2@host/db"}, []).secret == [uri]
+    assert forwarding({uri: "http://me@host:5000/"}, []).secret == []
+    here = {"A_TOKEN": "longenough", "B_TOKEN": "short", "C": "longenough"}
+    assert list(secret_values(here)) == [("A_TOKEN", "longenough")]
+    url = "https://me:hunter2%2F-hunter2@host/"
+    assert list(secret_values({"URL": url})) == [
+        ("URL", url),
+        ("URL", "hunter2%2F-hunter2"),
+        ("URL", "hunter2/-hunter2"),
+    ]

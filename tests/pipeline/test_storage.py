@@ -36,6 +36,12 @@ from pipeline.store import Store
         "a/\u2024\u2024/x",  # one dot leader, twice: looks like ..
         "a\uff0f..\uff0fx",  # full-width slashes
         "a\0b",
+        "a/./b",
+        "a\rb",
+        "a/\x1b[2J",
+        "a\u202eb",
+        "\ud800",
+        "a" * 256,
     ],
 )
 @pytest.mark.parametrize("kind", ["folder", "memory"])
@@ -48,6 +54,8 @@ def test_a_path_that_leads_out_is_refused(tmp_path: Path, kind: str, path: str) 
         lambda: storage.names(path),
         lambda: storage.remove(path),
         lambda: storage.move("x", path),
+        lambda: storage.move(path, "x"),
+        lambda: storage.save(tmp_path, path),
         lambda: storage.load(path, tmp_path / "copy"),
         lambda: storage.local(path),
     ):

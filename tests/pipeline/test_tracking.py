@@ -307,6 +307,10 @@ def test_a_password_in_the_address_is_neither_shown_nor_stored(
     assert "hush" not in fls("sync")[2]
     stored = [path.read_bytes() for path in Path(".fls").rglob("*") if path.is_file()]
     assert not [text for text in stored if b"hush" in text]
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")  # with it, nobody knows the password
+    code, output, _ = fls("sync", last_run().run_id)
+    assert code == 1
+    assert "was tracked at http://***@127.0.0.1:9, and what is hidden there is not stored" in output
 
 
 def test_json_lines_tell_the_whole_run(toy: Path) -> None:
