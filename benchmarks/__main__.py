@@ -18,6 +18,7 @@ from benchmarks.harness.report import RESULTS, write_report
 from benchmarks.harness.scripts import run_script
 from benchmarks.harness.suite import Benchmark, find_benchmark, list_benchmarks
 from pipeline.cli import StopOption
+from pipeline.console import PlainConsole
 from pipeline.errors import PipelineError
 
 ALL: list[str] = []
@@ -43,7 +44,7 @@ def run(
     stop_after: StopOption = None,
 ) -> None:
     """Run the cells that are not finished, and keep each result as JSON."""
-    console = Console()
+    console = PlainConsole()
     stop_s = math.inf if stop_after is None else time.monotonic() + stop_after
     code = 0
     for benchmark in [find_benchmark(name) for name in names] or list_benchmarks():

@@ -17,6 +17,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
+from pipeline.console import PlainConsole
 from pipeline.driver import GRACE_S
 from pipeline.executors import ExecutorName
 from pipeline.launch import resume_run, start_run, stop_run
@@ -323,7 +324,7 @@ def status(
         records, problems = load_runs(store)
         print_runs(records, _console())
         for problem in problems:
-            typer.echo(problem, err=True)
+            typer.echo(presentable(problem), err=True)
     else:
         print_run(find_run(store, run), _console())
 
@@ -473,9 +474,9 @@ def ui(
 
 
 def _console() -> Console:
-    """Return a console that prints what it is told; cells' names have brackets, not markup."""
+    """Return the console on standard output."""
     width = None if sys.stdout.isatty() else 200
-    return Console(markup=False, highlight=False, width=width)
+    return PlainConsole(width=width)
 
 
 def _print_json(value: object) -> None:

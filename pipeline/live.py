@@ -43,7 +43,7 @@ class LiveView:
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
-        self._console.print(presentable(text), soft_wrap=True)
+        self._console.print(text, soft_wrap=True)
 
     def show(self, cells: Mapping[str, CellStatus], *, now: bool = False) -> None:
         """Show the cells as they stand, unless that was done a moment ago."""

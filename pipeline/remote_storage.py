@@ -166,7 +166,9 @@ class RemoteStorage(AbstractStorage):
 
     def local(self, path: str, *, fresh: bool = False) -> Path:
         """See `AbstractStorage.local`; a copy in the cache, kept for the next time."""
-        return self._cache.get(require_inside(path), lambda folder: self.load(path, folder), fresh=fresh)
+        return self._cache.get(
+            require_inside(path), lambda folder: self.load(path, folder), fresh=fresh
+        )
 
     def _find(self, path: str) -> list[str]:
         """Return the names of all files in a stored folder and below it, relative to it."""

@@ -16,7 +16,6 @@ from pipeline.events import EventTail
 from pipeline.live import clock
 from pipeline.planner import Plan, PlannedCell
 from pipeline.runs import CellStatus, RunRecord, RunState, State, load_run
-from pipeline.secrets import presentable
 from pipeline.spec import Spec
 from pipeline.store import Store
 from pipeline.tracking import TrackerName
@@ -37,7 +36,7 @@ def print_plan(plan: Plan, console: Console, *, why: bool) -> None:
         memory = max((one.memory_bytes for one in todo if one.memory_bytes), default=None)
         disk = sum(one.disk_bytes for one in todo if one.disk_bytes) or None
         numbers = [str(count or "·") for count in counts]
-        _add(table, stage, str(len(group)), *numbers, size(memory), size(disk))
+        table.add_row(stage, str(len(group)), *numbers, size(memory), size(disk))
     console.print(table)
     if why:
         for planned in plan.cells:
@@ -72,7 +71,7 @@ def print_rows(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], consol
     shown = [column for column in columns if column not in {"cell", "key", "run_id"}]
     table = _table(*shown)
     for row in rows:
-        _add(table, *("" if row[column] is None else _number(row[column]) for column in shown))
+        table.add_row(*("" if row[column] is None else _number(row[column]) for column in shown))
     console.print(table)
 
 
@@ -92,8 +91,7 @@ def print_runs(records: Iterable[RunRecord], console: Console) -> None:
     table = _table("run", "file", "began", "state", "done", "cached", "failed", "of")
     for record in records:
         states = [status.state for status in record.cells.values()]
-        _add(
-            table,
+        table.add_row(
             record.run_id,
             record.options.file,
             f"{datetime.fromtimestamp(record.began):%Y-%m-%d %H:%M}",
@@ -115,7 +113,7 @@ def print_run(record: RunRecord, console: Console) -> None:
     stages = dict.fromkeys(status.stage for status in record.cells.values())
     for stage in stages:
         states = [status.state for status in record.cells.values() if status.stage == stage]
-        _add(table, stage, *(str(states.count(column) or "·") for column in columns))
+        table.add_row(stage, *(str(states.count(column) or "·") for column in columns))
     console.print(table)
     for name, status in record.cells.items():
         if status.state is State.RUNNING and status.progress:
@@ -230,12 +228,8 @@ def _table(first: str, *others: str) -> Table:
     return table
 
 
-def _add(table: Table, *cells: str) -> None:
-    table.add_row(*map(presentable, cells))
-
-
 def _say(console: Console, text: str) -> None:
-    console.print(presentable(text), soft_wrap=True)
+    console.print(text, soft_wrap=True)
 
 
 def _shown(path: Path) -> str:

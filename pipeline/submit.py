@@ -25,7 +25,7 @@ from pipeline.packing import IGNORE_FILE, Package, collect
 from pipeline.params import marked
 from pipeline.provenance import SOURCE_FILE, Source, look_at, this_machine
 from pipeline.runs import new_run_id
-from pipeline.secrets import secret_values
+from pipeline.secrets import presentable, secret_values
 from pipeline.spec import STORAGE_VARIABLE, Spec
 from pipeline.stage import ExternalFile
 from pipeline.tracking import tracking_uri
@@ -241,5 +241,5 @@ def _tell(
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(presentable(text))
     sys.stdout.flush()

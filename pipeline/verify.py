@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from pipeline.attempt import attempt_folder, manifest_path
-from pipeline.errors import Damaged, StorageUnavailable
+from pipeline.errors import Damaged, StoreError
 from pipeline.seal import unseal, unseal_lines
 from pipeline.storage import StoredFile
 from pipeline.store import Manifest, Store
@@ -100,7 +100,7 @@ def _compare(store: Store, path: str, sha256: str, size: int) -> str | None:
                 found += len(piece)
     except FileNotFoundError:
         return "is missing"
-    except OSError as error:
+    except (OSError, StoreError) as error:
         return f"cannot be read ({error})"
     if found != size:
         return f"has {found} bytes instead of {size}"
@@ -131,6 +131,6 @@ def _check_document(store: Store, file: StoredFile) -> Damage | None:
         unseal_lines(data) if file.path.endswith(".jsonl") else unseal(data)
     except FileNotFoundError:
         return None
-    except (ValueError, OSError, StorageUnavailable) as error:
+    except (ValueError, OSError, StoreError) as error:
         return Damage(path=file.path, reason=f"cannot be read ({error})")
     return None

@@ -272,6 +272,29 @@ def test_documents_of_a_run_do_not_drive_the_terminal(toy: Path) -> None:
     assert r"\x1b]0;owned" in fls("status", "last")[1]
 
 
+@pytest.mark.parametrize("place", ["runs/20260101-000000-000-abcd", "stages/{key}/attempts/0001"])
+def test_names_in_a_store_do_not_drive_the_terminal(toy: Path, place: str) -> None:
+    write_spec(ONE)
+    run_here()
+    key = last_run().cells["start"].key
+    path = Path(".fls", place.format(key=key), f"{SCREEN}.json")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("x")
+    forge(
+        Path(f".fls/stages/{key}/manifest.json"),
+        lambda manifest: manifest["facts"].update(cell=SCREEN),
+    )
+    Path(f".fls/stages/{key}/attempts/0001/outputs/number/number.json").write_text("5")
+    code, output, errors = fls("verify", "--set-aside")
+    assert (code, errors) == (1, "")
+    assert output.count(r"\x1b]0;owned") == 4  # two of a path, two of a cell
+    for command in (["gc", "--grace", "1s"], ["status"], ["results"], ["plan", "--why"]):
+        code, said, errors = fls(*command)
+        assert code == 0, errors
+        output += said + errors
+    assert not CONTROLS.search(output)
+
+
 DAMAGES = ("", "[]", "null", "{", "[" * 100_000, '{"a": ' * 100_000, '{"a": 1}', "\x00", "NaN")
 
 

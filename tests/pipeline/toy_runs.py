@@ -16,6 +16,7 @@ from unittest.mock import patch
 from rich.console import Console
 
 from pipeline.__main__ import main
+from pipeline.console import PlainConsole
 from pipeline.executors import ExecutorName
 from pipeline.launch import resume_run, start_run
 from pipeline.planner import Selection
@@ -161,4 +162,4 @@ def kill(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> int:
 
 
 def _console(output: io.StringIO) -> Console:
-    return Console(file=output, markup=False, highlight=False, width=200)
+    return PlainConsole(file=output, width=200)
