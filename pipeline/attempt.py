@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StoreError
-from pipeline.names import numbers
+from pipeline.names import numbers, require_inside
 from pipeline.seal import seal, seal_lines, unseal
 from pipeline.stage import StageError
 from pipeline.storage import AbstractStorage, list_files
@@ -100,7 +100,7 @@ class Attempt:
 
         Raises:
             StageError: the stage left out a declared output, or wrote one that is not declared.
-            StoreError: an output holds a symbolic link or the like.
+            StoreError: an output holds a symbolic link or the like, or a file with a wild name.
             FileNotFoundError: a file vanished while it was read; or the whole attempt was set
                 aside with a damaged result, and what is left of its outputs is not all.
 
@@ -259,12 +259,13 @@ def _digest_checkpoint(folder: Path) -> dict[str, dict[str, Any]]:
 def digest_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Return file -> {"sha256": hex, "bytes": int} of all files in a folder.
 
-    Symbolic links and the like are refused, see `list_files`.
+    Symbolic links and the like are refused, see `list_files`, and so are names that no storage
+    takes, see `require_inside`.
     """
     found = {}
     for path in list_files(folder):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        name = path.relative_to(folder).as_posix()
+        name = require_inside(path.relative_to(folder).as_posix())
         found[name] = {"sha256": digest, "bytes": path.stat().st_size}
     return found

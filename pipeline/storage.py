@@ -127,14 +127,18 @@ def open_storage(url: str) -> AbstractStorage:
     that two processes may both believe to have been first.
 
     Raises:
-        BadInput: there is a password in the URL, which would be shown and stored with every run.
+        BadInput: it is none; or has a password, which would be shown and stored with every run.
     """
     scheme, colon, path = url.partition("://")
     if not colon:
         return LocalStorage(Path(url).absolute())
     if scheme in {"file", "local"}:
         return LocalStorage(Path(path).absolute())
-    if urlsplit(url).password is not None:
+    try:
+        password = urlsplit(url).password
+    except ValueError as error:
+        raise BadInput(f"storage: {redact(url)} is no URL ({error}).") from error
+    if password is not None:
         raise BadInput(
             f"storage: {redact(url)} has a password in it, which would be stored with every run; "
             "leave it out, and give it by the environment (for S3: AWS_ACCESS_KEY_ID and "

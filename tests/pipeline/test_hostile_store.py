@@ -97,6 +97,15 @@ def test_a_stage_may_not_publish_a_link(toy: Path) -> None:
     assert events_of()
 
 
+@pytest.mark.parametrize("name", ["a\\b", "\x1b[2J", "\u202egnp.exe", "\u2024\u2024"])
+def test_a_stage_may_not_publish_a_name_that_no_storage_takes(toy: Path, name: str) -> None:
+    outcome = run_task(plugin(f"(ctx.output('number') / {name!r}).touch()"))
+    assert outcome["status"] == "failed"
+    assert "is no path inside a storage" in outcome["error"]["message"]
+    assert outcome["error"]["user"]
+    assert not CONTROLS.search(outcome["error"]["message"])
+
+
 def test_a_remote_name_leads_to_no_other_local_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

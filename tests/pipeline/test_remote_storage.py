@@ -153,6 +153,11 @@ def test_a_password_in_the_url_is_refused() -> None:
     assert "word@" not in str(raised.value)
 
 
+def test_what_is_no_url_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"storage: s3://\[x is no URL \(Invalid IPv6 URL\)"):
+        open_storage("s3://[x")
+
+
 def test_a_name_that_leads_out_of_the_folder_is_not_downloaded(s3: str, tmp_path: Path) -> None:
     storage = RemoteStorage(f"s3://{BUCKET}/evil-{next(_counter)}")
     storage.fs.pipe_file(f"{storage.root}/outputs/x/../../../../evil", b"evil")
