@@ -62,13 +62,15 @@ class Bench:
     def __init__(self, folder: Path, log: Path):
         self.log = log
         self._log = log.open("ab")
+        mine = {name: v for name, v in os.environ.items() if not name.startswith("RAY_")}
         self._environment = {
-            **os.environ,
+            **mine,
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "FLS_LEASE_S": str(LEASE_S),
             "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db",
             "RAY_AUTH_MODE": "disabled",
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # Ray's switch for several nodes
         }
         self.cluster = Cluster(2, folder / "ray", self._environment)
         self._whole = folder / "whole"
