@@ -70,6 +70,7 @@ class Bench:
             "FLS_LEASE_S": str(LEASE_S),
             "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db",
             "RAY_AUTH_MODE": "disabled",
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # 60, of which each case waits all
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # Ray's switch for several nodes
         }
         self.cluster = Cluster(2, folder / "ray", self._environment)
