@@ -1,10 +1,13 @@
 """Five hundred cells: planned at once, run in flat memory, and all of them in MLflow."""
 
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import psutil
-from toy_runs import last_run, start_fls, states, write_spec
+from toy_runs import ROOT, last_run, states, write_spec
 
 from pipeline.planner import make_plan
 from pipeline.runs import State
@@ -35,7 +38,13 @@ def test_five_hundred_cells(toy: Path, monkeypatch, fresh_database: Path) -> Non
     assert len(plan.cells) == CELLS
     assert time.process_time() - began_s < PLANNING_S
 
-    process = start_fls("run", "--executor", "local")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "run", "--executor", "local"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     driver, memory = psutil.Process(process.pid), []
     while process.poll() is None:
         if done() >= CELLS // 5 and driver.status() != psutil.STATUS_ZOMBIE:
