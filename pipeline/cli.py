@@ -131,12 +131,12 @@ GraceOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def _command(*examples: str, name: str | None = None) -> Callable[[Command], Command]:
+def command(*examples: str, name: str | None = None) -> Callable[[Command], Command]:
     """Make a function a command whose help ends with examples."""
     return app.command(name, epilog="\n".join(["\b", "Examples:", *(f"  {e}" for e in examples)]))
 
 
-@_command(
+@command(
     "fls run",
     "fls run pipeline.yaml --executor local --tracking jsonl",
     "fls run pipeline.yaml --only 'oneshot[method=fishleg]' --set oneshot.distribution=uniform",
@@ -165,7 +165,7 @@ def run(
     spec = load_spec(file, set_)
     selection = Selection(from_=from_, only=only, until=until, force=force)
     if dry_run:
-        print_plan(make_plan(spec, Store(spec.storage), selection), _console(), why=False)
+        print_plan(make_plan(spec, Store(spec.storage), selection), console_here(), why=False)
         return
     options = RunOptions(
         file=str(file),
@@ -179,10 +179,10 @@ def run(
         max_parallel=max_parallel,
     )
     limits = (stop_after, grace or GRACE_S)
-    sys.exit(start_run(spec, options, selection, _console(), *limits, run_id))
+    sys.exit(start_run(spec, options, selection, console_here(), *limits, run_id))
 
 
-@_command(
+@command(
     "fls submit pipeline.yaml --address http://10.0.0.1:8265 --follow",
     "fls submit pipeline.yaml --env AWS_SECRET_ACCESS_KEY --exclude 'notebooks/'",
     "fls submit pipeline.yaml --set vars.seeds=[0,1,2] --until oneshot",
@@ -253,10 +253,10 @@ def submit(
         excludes=exclude,
         env=env,
     )
-    sys.exit(submit_pipeline(spec, asked, _console(), follow=follow))
+    sys.exit(submit_pipeline(spec, asked, console_here(), follow=follow))
 
 
-@_command(
+@command(
     "fls plan --why",
     "fls plan pipeline.yaml --set finetune.epochs=20 --json",
 )
@@ -282,10 +282,10 @@ def plan(
     if as_json:
         _print_json([planned.row() for planned in made.cells])
     else:
-        print_plan(made, _console(), why=why)
+        print_plan(made, console_here(), why=why)
 
 
-@_command(
+@command(
     "fls validate experiments/cifar10_resnet18.yaml",
 )
 def validate(file: File = DEFAULT_FILE, set_: SetOption = NONE_GIVEN) -> None:
@@ -294,7 +294,7 @@ def validate(file: File = DEFAULT_FILE, set_: SetOption = NONE_GIVEN) -> None:
     typer.echo(f"{file}: {len(spec.stages)} stages, {len(spec.cells)} cells, no mistakes.")
 
 
-@_command(
+@command(
     "fls graph pipeline.yaml",
     "fls graph pipeline.yaml --format dot --cells | dot -Tsvg > graph.svg",
 )
@@ -309,7 +309,7 @@ def graph(
     typer.echo(dot(drawing) if form == "dot" else mermaid(drawing), nl=False)
 
 
-@_command(
+@command(
     "fls status",
     "fls status last",
 )
@@ -319,17 +319,17 @@ def status(
     storage: StorageOption = None,
 ) -> None:
     """Show all runs, or one of them."""
-    store = _store(file, storage)
+    store = open_store(file, storage)
     if run is None:
         records, problems = load_runs(store)
-        print_runs(records, _console())
+        print_runs(records, console_here())
         for problem in problems:
             typer.echo(presentable(problem), err=True)
     else:
-        print_run(find_run(store, run), _console())
+        print_run(find_run(store, run), console_here())
 
 
-@_command(
+@command(
     "fls resume last",
     "fls resume 20260730-101500-042-1f2e --storage s3://bucket/results",
 )
@@ -348,12 +348,12 @@ def resume(
     The spec is the one that the run began with. If code has changed since, this says what and
     which cells that touches, and stops: then choose --replan, or see `fls accept`.
     """
-    store = _store(file, storage)
+    store = open_store(file, storage)
     record = find_run(store, run)
-    sys.exit(resume_run(store, record, _console(), stop_after, grace or GRACE_S, replan=replan))
+    sys.exit(resume_run(store, record, console_here(), stop_after, grace or GRACE_S, replan=replan))
 
 
-@_command(
+@command(
     "fls stop last",
     "fls stop 20260730-101500-042-1f2e --file experiments/mnist_mlp.yaml",
 )
@@ -363,11 +363,11 @@ def stop(
     storage: StorageOption = None,
 ) -> None:
     """Stop a run, wherever its driver is: its cells end behind a checkpoint; `resume` goes on."""
-    store = _store(file, storage)
-    sys.exit(stop_run(store, find_run(store, run), _console()))
+    store = open_store(file, storage)
+    sys.exit(stop_run(store, find_run(store, run), console_here()))
 
 
-@_command(
+@command(
     "fls sync",
     "fls sync last",
     "fls sync 20260730-101500-042-1f2e --storage s3://bucket/results",
@@ -378,13 +378,13 @@ def sync(
     storage: StorageOption = None,
 ) -> None:
     """Send to the tracking server what it missed of a run, and how the run ended."""
-    store = _store(file, storage)
+    store = open_store(file, storage)
     records = load_runs(store)[0] if run is None else [find_run(store, run)]
-    complete = sync_runs(store, records, _console())
+    complete = sync_runs(store, records, console_here())
     sys.exit(0 if complete else 1)
 
 
-@_command(
+@command(
     "fls logs 'pretrain[seed=0]'",
     "fls logs 'pretrain[seed=0]' --follow",
     "fls logs compare --run 20260730-101500-042-1f2e",
@@ -397,15 +397,15 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Until it has ended.")] = False,
 ) -> None:
     """Print what a cell had to say, and the traceback if it failed."""
-    store = _store(file, storage)
+    store = open_store(file, storage)
     record = find_run(store, run)
     if follow:
-        follow_log(store, record.run_id, cell, _console())
+        follow_log(store, record.run_id, cell, console_here())
     else:
-        print_log(store, record.status(cell), _console())
+        print_log(store, record.status(cell), console_here())
 
 
-@_command(
+@command(
     "fls results pipeline.yaml --json",
     "fls results experiments/mnist_mlp.yaml --csv > mnist.csv",
 )
@@ -420,7 +420,7 @@ def results(
     spec = load_spec(file, set_)
     columns, rows, absent = result_rows(spec, Store(spec.storage))
     if as_json is None:
-        print_rows(columns, rows, _console())
+        print_rows(columns, rows, console_here())
     elif as_json:
         _print_json(rows)
     else:
@@ -429,7 +429,7 @@ def results(
         typer.echo(f"No results yet of: {', '.join(absent)}; `fls run {file}`.", err=True)
 
 
-@_command(
+@command(
     "fls export pipeline.yaml 'oneshot[method=fishleg,seed=0,sparsity=0.9]' my_model",
 )
 def export(
@@ -444,7 +444,7 @@ def export(
     typer.echo(presentable(f"{folder}: {', '.join(sorted(os.listdir(folder)))}"))
 
 
-@_command(
+@command(
     "fls list",
     name="list",
 )
@@ -461,7 +461,7 @@ def list_names(file: File = DEFAULT_FILE) -> None:
                 typer.echo(f"  {name:<24}{entry.summary}")
 
 
-@_command(
+@command(
     "fls ui",
     "fls ui experiments/mnist_mlp.yaml --port 0",
 )
@@ -473,7 +473,7 @@ def ui(
     serve_ui(tracking_uri(load_spec(file).mlflow.tracking_uri), port)
 
 
-def _console() -> Console:
+def console_here() -> Console:
     """Return the console on standard output."""
     width = None if sys.stdout.isatty() else 200
     return PlainConsole(width=width)
@@ -483,6 +483,6 @@ def _print_json(value: object) -> None:
     typer.echo(presentable(json.dumps(value, indent=1, ensure_ascii=False)))
 
 
-def _store(file: Path, storage: str | None) -> Store:
+def open_store(file: Path, storage: str | None) -> Store:
     """Return the store at `storage`, or if that is None the one of a pipeline file."""
     return Store(load_spec(file).storage if storage is None else storage)

@@ -33,6 +33,7 @@ from pipeline.store import Manifest, Store
 _RESULT = re.compile(r"(?P<key>[^.]+)(?P<damaged>\.damaged-[0-9]+)?")
 _STRAY = re.compile(r"\.[0-9a-f]{32}")  # what a storage writes or deletes under another name
 _PROBE = re.compile(r"probe-[0-9a-f]{32}")
+GRACE_S = 3600.0
 _CHECKPOINTS = 2  # that a stage keeps, see `Context.checkpoint`
 
 
@@ -51,7 +52,7 @@ class Retention:
 
     keep_runs: int | None = None
     older_than_s: float | None = None
-    grace_s: float = 3600.0
+    grace_s: float = GRACE_S
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,13 +70,14 @@ def start_run(
             console.print(f"{error}", soft_wrap=True)
             store.set_aside(error.key)
             plan = make_plan(spec, store, selection)
+    source = read_source(Path.cwd())
     record = RunRecord(
         run_id=run_id or new_run_id(),
         options=options,
         spec_text=spec.text,
-        environment=read_source(Path.cwd()).environment(),
+        environment=source.environment(),
     )
-    return _execute(plan, store, record, console, stop_after_s, grace_s)
+    return _execute(plan, store, record, source, console, stop_after_s, grace_s)
 
 
 def resume_run(
@@ -109,9 +110,10 @@ def resume_run(
         raise BadInput(drift.refusal(record, store.url))
     _print_drift(drift, record, console)
     plan.require_runnable()
+    source = read_source(Path.cwd())
     if drift.touched:
-        record.environment = read_source(Path.cwd()).environment()
-    return _execute(plan, store, record, console, stop_after_s, grace_s)
+        record.environment = source.environment()
+    return _execute(plan, store, record, source, console, stop_after_s, grace_s)
 
 
 def stop_run(store: Store, record: RunRecord, console: Console) -> int:
@@ -159,12 +161,12 @@ def _execute(
     plan: Plan,
     store: Store,
     record: RunRecord,
+    source: Source,
     console: Console,
     stop_after_s: float | None,
     grace_s: float,
 ) -> int:
     options = record.options
-    source = read_source(Path.cwd())
     _mind_the_job(plan.spec, source, console)
     console.print(
         f"Run {record.run_id}: {_to_run(plan)} of {len(plan.cells)} cells to run, "

@@ -26,7 +26,7 @@ _NAME = re.compile(
 _PLACE = re.compile(r"_(FILE|PATH|DIR)$", re.IGNORECASE)  # where a secret lies is none itself
 # Each of these is linear in the text; one pattern for a whole URL would not be.
 _WORD = re.compile(r"[^\s'\"<>]+")
-_AUTHORITY = re.compile(r"[^/?#]*")
+_AFTER_AUTHORITY = re.compile(r"[/?#]")
 _OPTION = re.compile(r"[?&;]([^=?&;#]*)=([^&;#]+)")
 _OPTION_NAME = re.compile(
     r"TOKEN|SECRET|PASSW|SIGNATURE|CREDENTIAL|APIKEY|\bSIG\b|(^|[_-])KEY", re.IGNORECASE
@@ -98,7 +98,7 @@ def _credentials(text: str) -> Iterator[tuple[int, int]]:
         begin = word.start() + len(scheme)
         for url in urls:
             begin += len("://")
-            user = _AUTHORITY.match(url)[0].rpartition("@")[0]  # type: ignore[index]
+            user = _AFTER_AUTHORITY.split(url, maxsplit=1)[0].rpartition("@")[0]
             if ":" in user or len(user) >= _LONE_TOKEN:
                 yield begin, begin + len(user)
             for option in _OPTION.finditer(url):

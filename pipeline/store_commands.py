@@ -11,9 +11,16 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-from pipeline.cli import FileOption, StorageOption, _command, _console, _store, read_duration
+from pipeline.cli import (
+    FileOption,
+    StorageOption,
+    command,
+    console_here,
+    open_store,
+    read_duration,
+)
 from pipeline.errors import BadInput
-from pipeline.gc import Garbage, Retention, collect, find_garbage
+from pipeline.gc import GRACE_S, Garbage, Retention, collect, find_garbage
 from pipeline.planner import Plan, make_plan
 from pipeline.report import size
 from pipeline.rerun import Comparison, rerun
@@ -24,8 +31,6 @@ from pipeline.spec import Spec, load_spec
 from pipeline.store import Store
 from pipeline.verify import find_damage
 
-_HOUR = "1h"
-
 FileArgument = Annotated[
     Path | None,
     typer.Argument(help="The pipeline; pipeline.yaml unless --storage is given."),
@@ -33,7 +38,7 @@ FileArgument = Annotated[
 RunOption = Annotated[str, typer.Option("--run", help="A run, or 'last'.")]
 
 
-@_command(
+@command(
     "fls gc",
     "fls gc pipeline.yaml experiments/mnist_mlp.yaml --older-than 30d --apply",
     "fls gc --storage s3://bucket/results --keep-runs 20",
@@ -59,11 +64,14 @@ def gc(
         ),
     ] = None,
     grace: Annotated[
-        float,
+        float | None,
         typer.Option(
-            metavar="TIME", parser=read_duration, help="Leave alone what is younger than this."
+            metavar="TIME",
+            parser=read_duration,
+            help="Leave alone what is younger than this.",
+            show_default="1h",
         ),
-    ] = _HOUR,  # type: ignore[assignment] # its parser reads it
+    ] = None,
 ) -> None:
     """Show what the store holds that nothing needs, and with --apply delete it.
 
@@ -72,9 +80,9 @@ def gc(
     specs = [load_spec(file) for file in files or ([] if storage else [DEFAULT_FILE])]
     store = Store(storage or _storage_of(specs))
     plans = [make_plan(spec, store) for spec in specs]
-    retention = Retention(keep_runs=keep_runs, older_than_s=older_than, grace_s=grace)
+    retention = Retention(keep_runs=keep_runs, older_than_s=older_than, grace_s=grace or GRACE_S)
     found = find_garbage(store, plans, retention)
-    console = _console()
+    console = console_here()
     if not apply:
         total = _print_garbage(found, console)
         hint = "; --apply deletes it" if found else ""
@@ -84,7 +92,7 @@ def gc(
     console.print(f"{store.url}: deleted what was not needed, {size(total)}.")
 
 
-@_command(
+@command(
     "fls verify",
     "fls verify --storage s3://bucket/results --set-aside",
     "fls verify pipeline.yaml --rerun 'curvature[method=kfac,seed=0]'",
@@ -108,15 +116,15 @@ def verify(
     With --rerun, compute one cell again in a temporary folder instead; nothing is published. The
     cell is looked for in the pipeline or, with --storage alone, in --run.
     """
-    store = _store(file or DEFAULT_FILE, storage)
+    store = open_store(file or DEFAULT_FILE, storage)
     if rerun_cell is not None:
         by_run = file is None and storage is not None
         plan = plan_of(find_run(store, run), store) if by_run else _plan(file, store)
-        sys.exit(_print_comparison(rerun(plan, store, rerun_cell), _console()))
-    sys.exit(_verify(store, _console(), set_aside=set_aside))
+        sys.exit(_print_comparison(rerun(plan, store, rerun_cell), console_here()))
+    sys.exit(_verify(store, console_here(), set_aside=set_aside))
 
 
-@_command(
+@command(
     "fls accept pretrain --why 'only a message was reworded'",
     "fls accept pretrain finetune --run 20260730-101500-042-1f2e --why 'same arithmetic, faster'",
 )
@@ -132,9 +140,9 @@ def accept(
     What is in the store stays valid, for all stages of the same type. Who accepted it, when and why
     is recorded, and shown by `fls plan --why` and in tracking.
     """
-    store = _store(file, storage)
+    store = open_store(file, storage)
     cells = accept_code(store, find_run(store, run), stages, why)
-    console = _console()
+    console = console_here()
     if cells:
         console.print(f"Accepted for {len(cells)} cells of {', '.join(stages)}.", soft_wrap=True)
     else:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from pipeline.errors import Damaged, PipelineError
+from pipeline.errors import BadInput, Damaged, DamagedDocument, PipelineError
 from pipeline.facts import StoredFacts, load_facts
 from pipeline.runs import RunRecord, RunState, State, load_run, recorded_ids
 from pipeline.secrets import HIDDEN, redact
@@ -40,12 +40,13 @@ def close_orphans(store: Store, mine: RunRecord, tracker: AbstractTracker) -> li
     """
     closed = []
     for run_id in store.list_runs():
-        if (
-            run_id == mine.run_id
-            or (store.read_run(run_id, "tracking") or {"ended": True})["ended"]
-        ):
+        tracking = store.peek_run(run_id, "tracking")
+        if run_id == mine.run_id or tracking is None or tracking["ended"]:
             continue
-        facts, record = load_facts(store, run_id), load_run(store, run_id)
+        try:
+            facts, record = load_facts(store, run_id), load_run(store, run_id)
+        except (BadInput, DamagedDocument):  # `fls status` tells of it; this run is none of its
+            continue
         state = record.observed_state()
         if (
             facts is None

@@ -1,7 +1,6 @@
 """Several workers on Ray, through Ray Train: they meet, and they end together, however they end."""
 
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +12,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline"))
 from test_local_executor import collect
 from test_worker import events_of
 from test_workers import NUMBER, pid_of_rank, ranks_task
-from toy_runs import ROOT, TOY, alive, wait_for
+from toy_runs import alive, ray_executor, wait_for
 
 from pipeline.errors import BadInput
-from pipeline.executors import ExecutorName, make_executor
 from pipeline.executors.base import AbstractExecutor
 from pipeline.stage import Resources
 from pipeline.store import Store
@@ -26,14 +24,8 @@ TWO_HALVES = Resources(num_cpus=0.5, workers=2)
 
 @pytest.fixture(scope="module")
 def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AbstractExecutor]:
-    folder = tmp_path_factory.mktemp("plugin")
-    shutil.copytree(TOY, folder / "toy")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{folder}")
-        executor = make_executor(ExecutorName.RAY)
+    with ray_executor(tmp_path_factory.mktemp("plugin")) as executor:
         yield executor
-        executor.stop()
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from pipeline.executors import ExecutorName
 from pipeline.gc import Garbage, Retention, collect, find_garbage
 from pipeline.launch import _execute
 from pipeline.planner import Plan, Selection, make_plan
+from pipeline.provenance import Source
 from pipeline.runs import RunOptions, RunRecord, new_run_id
 from pipeline.seal import seal, unseal
 from pipeline.spec import load_spec
@@ -351,7 +352,7 @@ def test_a_run_that_finds_results_gone_makes_them_anew(toy: Path) -> None:
         options=RunOptions(file=str(path), executor=ExecutorName.LOCAL, tracking=TrackerName.JSONL),
         spec_text=path.read_text(),
     )
-    assert _execute(planned, store, record, Console(file=io.StringIO()), None, 10.0) == 0
+    assert _execute(planned, store, record, Source(), Console(file=io.StringIO()), None, 10.0) == 0
     assert set(gone) <= manifests()
 
 

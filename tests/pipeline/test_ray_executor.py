@@ -1,8 +1,6 @@
 """Ray as executor: the same outcomes, the same numbers. All tests share one Ray instance."""
 
 import logging
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +8,11 @@ from pathlib import Path
 import pytest
 from test_local_executor import named, pid_of, slow_task
 from test_worker import fail_task, start_task
-from toy_runs import DIAMOND, ROOT, TOY, alive, last_run, numbers, run_here, write_spec
+from toy_runs import DIAMOND, alive, last_run, numbers, ray_executor, run_here, write_spec
 
 from pipeline import launch
 from pipeline.errors import BadInput
-from pipeline.executors import ExecutorName, make_executor
+from pipeline.executors import ExecutorName
 from pipeline.executors.base import AbstractExecutor
 from pipeline.stage import Resources
 from pipeline.worker import Outcome
@@ -25,16 +23,8 @@ HALF_CPU = Resources(num_cpus=0.5)
 
 @pytest.fixture(scope="module")
 def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AbstractExecutor]:
-    """A Ray executor, whose workers find the plugin; they get this process's environment."""
-    folder = tmp_path_factory.mktemp("plugin")
-    shutil.copytree(TOY, folder / "toy")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{folder}")
-        executor = make_executor(ExecutorName.RAY)
+    with ray_executor(tmp_path_factory.mktemp("plugin")) as executor:
         yield executor
-        executor.stop()
-        executor.stop()  # twice does no harm
 
 
 @pytest.fixture

@@ -253,6 +253,21 @@ def test_nothing_is_left_running_in_a_run_that_is_over(client: Any) -> None:
     assert again["stage", "slow"].info.end_time == runs["stage", "slow"].info.end_time
 
 
+@pytest.mark.parametrize("document", ["run", "facts", "tracking"])
+def test_a_run_that_is_damaged_does_not_keep_another_one_from_its_tracking(
+    client: Any, document: str
+) -> None:
+    write_spec(SLOW)
+    run_mlflow()
+    record = last_run()
+    record.tracked = record.tracking.ended = False  # an orphan, as far as can be told
+    record.save_progress(Store(".fls"))
+    Path(f".fls/runs/{record.run_id}/{document}.json").write_text("{")
+    run_mlflow(selection=Selection(force=["report"]))
+    assert recorded(client, last_run().run_id)["pipeline", "toy"].info.status == "FINISHED"
+    assert last_run().tracked
+
+
 def test_a_record_that_is_contradicted_is_replaced(client: Any) -> None:
     """As by an attempt that was killed before its result was published, and the one after it."""
     from pipeline.tracking.mlflow import MLflowTracker

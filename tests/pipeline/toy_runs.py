@@ -2,22 +2,26 @@
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from collections import Counter
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 from rich.console import Console
 
 from pipeline.__main__ import main
 from pipeline.console import PlainConsole
-from pipeline.executors import ExecutorName
+from pipeline.executors import ExecutorName, make_executor
+from pipeline.executors.base import AbstractExecutor
 from pipeline.launch import resume_run, start_run
 from pipeline.planner import Selection
 from pipeline.runs import RunOptions, RunRecord, State, load_run
@@ -163,3 +167,18 @@ def kill(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> int:
 
 def _console(output: io.StringIO) -> Console:
     return PlainConsole(file=output, width=200)
+
+
+@contextmanager
+def ray_executor(folder: Path) -> Iterator[AbstractExecutor]:
+    """Yield a Ray executor whose workers find the plugin, copied into a folder."""
+    shutil.copytree(TOY, folder / "toy")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("RAY_ADDRESS", raising=False)
+        environment.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{folder}")
+        executor = make_executor(ExecutorName.RAY)
+        try:
+            yield executor
+        finally:
+            executor.stop()
+            executor.stop()  # twice does no harm
