@@ -47,8 +47,17 @@ class Walk:
         return command
 
     def run(self, expected: str) -> str:
+        return self._execute(self.next(expected))
+
+    def run_until(self, expected: str, shown: str) -> None:
+        """Run the next command until it shows what the guide says, as its reader would."""
+        command, end = self.next(expected), time.monotonic() + 60
+        while shown not in (output := self._execute(command)):
+            assert time.monotonic() < end, output
+
+    def _execute(self, command: str) -> str:
         done = subprocess.run(
-            ["/bin/sh", "-f", "-c", self.next(expected)],
+            ["/bin/sh", "-f", "-c", command],
             cwd=ROOT, env=self.variables, capture_output=True, text=True, timeout=600,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
@@ -106,7 +115,7 @@ def test_the_guide_leads_from_three_machines_to_the_table(walk: Walk) -> None:
     walk.start_head()
     walk.start_node()
     walk.start_node()
-    assert "/3.0 CPU" in walk.run("ray status")
+    walk.run_until("ray status", "/3.0 CPU")
     walk.export("FISHLEG_STORAGE")
     walk.export("MLFLOW_TRACKING_URI")
     output = walk.run("fls submit")
