@@ -110,13 +110,13 @@ def _optional_name(value: str | None) -> str | None:
     return value if value is None else _name(value)
 
 
-def _whole_above_one(value: float | None) -> float | None:
+def _whole_above_one(value: float) -> float:
     """Check a number of GPUs: a share of one, or some whole ones.
 
     Raises:
         ValueError: neither.
     """
-    if value is not None and value > 1 and not value.is_integer():
+    if value > 1 and not value.is_integer():
         raise ValueError(f"expected a share of one GPU, or a whole number, got {value:g}")
     return value
 
@@ -133,7 +133,7 @@ class ResourcesShape(_Shape):
     """`resources:` of a stage; what is left out is as the stage type declares it."""
 
     num_cpus: float | None = Field(default=None, ge=0)
-    num_gpus: Annotated[float | None, AfterValidator(_whole_above_one), Field(ge=0)] = None
+    num_gpus: Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)] | None = None
     memory: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_size)] = None
     accelerator_type: str | None = None
 

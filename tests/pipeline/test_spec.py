@@ -23,6 +23,12 @@ def problems(folder: Path, stages: str, *overrides: str, head: str = "") -> list
 START = "start: {uses: start, params: {value: 5}}\n"
 
 
+def test_resources_that_are_null_are_as_the_stage_declares_them(toy: Path) -> None:
+    text = "num_cpus: null, num_gpus: null, memory: null, accelerator_type: null"
+    spec = load(toy, f"start: {{uses: start, params: {{value: 5}}, resources: {{{text}}}}}\n")
+    assert spec.stages["start"].resources == load(toy, START).stages["start"].resources
+
+
 def test_a_spec_with_all_its_parts(toy: Path) -> None:
     spec = load(
         toy,
