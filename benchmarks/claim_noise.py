@@ -26,12 +26,10 @@ from fishleg import (
     BlockWoodbury,
     DiagonalFisher,
     FishLeg,
-    GradientSource,
     Partition,
     prune_once,
 )
 from fishleg.blocks import AbstractBlock
-from fishleg.moments import Progress, layer_moments
 from fishleg.warmstart import factored_start
 from stages.model_folder import Model
 
@@ -57,14 +55,9 @@ class _FactoredKFAC(KFAC):
     free eigenvalues and belongs beside the structure eigen. See `warmstart.factored_start`.
     """
 
-    def _estimate(
-        self, source: GradientSource, masks: Mapping[str, Tensor] | None, progress: Progress
-    ) -> dict[str, AbstractBlock]:
-        blocks = super()._estimate(source, masks, progress)
-        for name, (gamma, a) in layer_moments(source, self.partition.names).items():
-            block = factored_start(torch.block_diag(*gamma), a.mean(0), self.damping)
-            blocks[name] = self._cast(source, name, block)
-        return blocks
+    def _invert_factors(self, name: str, sums: list[Tensor]) -> AbstractBlock:
+        gamma, a = sums
+        return factored_start(torch.block_diag(*gamma), a.mean(0), self.damping)
 
 
 # Where the minimiser of J is the inverse itself, it is learned by the steps of Adam.

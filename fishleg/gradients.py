@@ -118,6 +118,7 @@ class GradientSource:
         self.batch_size = batch_size
         self.team = team
         self._among = slice(None)
+        self._skipped = 0
 
     def batches(self, batch_size: int | None = None) -> Iterator[Batch]:
         """Yield the samples on the model's device, in batches (default: `self.batch_size`)."""
@@ -227,7 +228,7 @@ class GradientSource:
         general = any(tensor not in self._paths for tensor in self._tensors())
         each = sum(saved.values()) * (1 + general)
         each += size * (inputs + 2 * gradients + 2 * max(unfolded, default=0))
-        return max(1, self.batch_size // self.rows_per_sample) * each
+        return self._samples_at_once * each
 
     def fits(self, name: str, budget_bytes: int) -> bool:
         """Tell whether the held gradients of group `name` fit the budget."""
@@ -345,10 +346,39 @@ class GradientSource:
         other.team = ALONE
         return other
 
+    def after(self, rounds: int) -> GradientSource:
+        """Return a source whose passes leave out the first `rounds` batches, and give the others.
+
+        Args:
+            rounds: 0 ... the batches of a pass, as `stream` yields them.
+        """
+        _ = self._paths  # found out on the same samples
+        other = copy(self)
+        samples, other._skipped = divmod(rounds, self._rounds_a_batch)
+        first, end, _ = self._among.indices(len(self.calibration))
+        other._among = slice(min(first + samples * self._samples_at_once, end), end)
+        return other
+
+    @property
+    def longest_part(self) -> int:
+        """The most batches that a process of the team has in a shared pass."""
+        samples = -(-len(self.calibration) // self.team.size)
+        return -(-samples // self._samples_at_once) * self._rounds_a_batch
+
     @property
     def first_row(self) -> int:
         """The number of the first gradient row of a pass among those of all processes."""
-        return (self._among.start or 0) * self.rows_per_sample
+        first = (self._among.start or 0) * self.rows_per_sample
+        return first + self._skipped * self.batch_size
+
+    @property
+    def _samples_at_once(self) -> int:
+        return max(1, self.batch_size // self.rows_per_sample)
+
+    @property
+    def _rounds_a_batch(self) -> int:
+        """How many parts the labels of a batch of samples are cut into: 1, unless one has many."""
+        return -(-self._samples_at_once * self.rows_per_sample // self.batch_size)
 
     def report(self) -> list[tuple[str, str]]:
         """Return (parameter, what of it) for all that is off the fast path or without curvature."""
@@ -392,8 +422,12 @@ class GradientSource:
         Raises:
             FishLegError: a module is not called as it was on the first samples.
         """
-        for batch in self.batches(max(1, self.batch_size // self.rows_per_sample)):
+        skipped = self._skipped
+        for batch in self.batches(self._samples_at_once):
             for one in self._run(batch, hooked):
+                if skipped:
+                    skipped -= 1
+                    continue
                 if missing := hooked - one.inputs.keys():
                     raise FishLegError(
                         f"Modules {sorted(missing)} were not called exactly once with the samples "

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fishleg.blocks.dense import cut_chunks
 from fishleg.gradients import GradientSource, LayerSignals
+from fishleg.tally import Progress, Sums, Tally, add_parts
 
-Progress = Callable[[int], None]
 Moments = Callable[[Tensor], tuple[Tensor, ...]]
 
 
@@ -24,8 +24,9 @@ def accumulate(
     *,
     groups: Sequence[str] | None = None,
     masks: Mapping[str, Tensor] | None = None,
+    tally: Tally | None = None,
     progress: Progress | None = None,
-) -> dict[str, list[Tensor]]:
+) -> Sums:
     """Return group name -> float64 sums of the moments over all gradients, in one pass.
 
     A team shares the pass, and each of its processes gets the sums over all.
@@ -36,25 +37,22 @@ def accumulate(
             such a map.
         groups: names; default all.
         masks: group name -> bool (rows, columns); gradients of removed weights count as zero.
+        tally: of an interrupted pass, to go on with; it holds the sums.
         progress: told the gradient rows done so far.
     """
-    totals: dict[str, list[Tensor]] = {}
-    done = 0
-    for batch in source.shared().stream(groups):
+
+    def add(sums: Sums, batch: Mapping[str, Tensor], first_row: int) -> int:
+        rows = 0
         for name, gradients in batch.items():
+            rows = len(gradients)
             if masks is not None and name in masks:
                 gradients = gradients * masks[name]
-            parts = (moments if callable(moments) else moments[name])(gradients)
-            if name not in totals:
-                totals[name] = [torch.zeros_like(part, dtype=torch.float64) for part in parts]
-            for total, part in zip(totals[name], parts, strict=True):
-                total += part
-            rows = len(gradients)
-        done += rows
-        if progress is not None:
-            progress(min(done * source.team.size, source.rows))
-    source.team.sum(tensor for sums in totals.values() for tensor in sums)
-    return totals
+            add_parts(sums, name, (moments if callable(moments) else moments[name])(gradients))
+        return rows
+
+    tally = tally or Tally()
+    tally.run(source, lambda part: part.stream(groups), add, progress)
+    return tally.sums
 
 
 def squares(gradients: Tensor) -> tuple[Tensor]:
@@ -94,9 +92,13 @@ def as_factors(row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def layer_moments(
-    source: GradientSource, groups: Sequence[str], progress: Progress | None = None
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return group name -> K-FAC factors (Gamma, A) of linear and convolution layers, float64.
+    source: GradientSource,
+    groups: Sequence[str],
+    *,
+    tally: Tally | None = None,
+    progress: Progress | None = None,
+) -> Sums:
+    """Return group name -> K-FAC factors [Gamma, A] of linear and convolution layers, float64.
 
     F ~ Gamma (x) A with, over T positions, Gamma = (1/T) E[sum_t g_t g_t^T] and
     A = E[sum_t a_t a_t^T] (Martens and Grosse 2015; Grosse and Martens 2016), one pair for each of
@@ -105,6 +107,7 @@ def layer_moments(
     Args:
         source: of layer signals.
         groups: names; those without signals are missing in the result.
+        tally: of an interrupted pass, to go on with; it holds the sums.
         progress: told the gradient rows done so far.
 
     Returns:
@@ -117,51 +120,48 @@ def layer_moments(
         g = signals.output_gradients
         return _second_moments(g.flatten(0, 1)) / g.shape[3], _inputs(signals, source.rows)
 
-    sums = _accumulate_signals(source, moments, groups, progress)
-    return {name: (gamma, a) for name, (gamma, a) in sums.items()}
+    return _accumulate_signals(source, moments, groups, tally, progress)
 
 
 def input_moments(
-    source: GradientSource, groups: Sequence[str], progress: Progress | None = None
-) -> dict[str, Tensor]:
-    """Return group name -> A = E[sum_t a_t a_t^T], (h, columns, columns), of `layer_moments`.
+    source: GradientSource,
+    groups: Sequence[str],
+    *,
+    tally: Tally | None = None,
+    progress: Progress | None = None,
+) -> Sums:
+    """Return group name -> [A] with A = E[sum_t a_t a_t^T], (h, columns, columns).
 
-    Cost: a pass of `source.layers`, whose backward half is not needed here, and
-    2 T h columns^2 FLOPs a sample and group.
+    As in `layer_moments`. Cost: a pass of `source.layers`, whose backward half is not needed here,
+    and 2 T h columns^2 FLOPs a sample and group.
     """
 
     def moments(signals: LayerSignals) -> tuple[Tensor, ...]:
         return (_inputs(signals, source.rows),)
 
-    sums = _accumulate_signals(source, moments, groups, progress)
-    return {name: a for name, (a,) in sums.items()}
+    return _accumulate_signals(source, moments, groups, tally, progress)
 
 
 def _accumulate_signals(
     source: GradientSource,
     moments: Callable[[LayerSignals], tuple[Tensor, ...]],
     groups: Sequence[str],
+    tally: Tally | None,
     progress: Progress | None,
-) -> dict[str, list[Tensor]]:
+) -> Sums:
     """Return group name -> float64 sums of the moments of layer signals; shared as above."""
-    totals: dict[str, list[Tensor]] = {}
-    done = 0
-    for batch in source.shared().layers(groups):
+
+    def add(sums: Sums, batch: Mapping[str, LayerSignals | None], first_row: int) -> int:
         rows = 0
         for name, signals in batch.items():
-            if signals is None:
-                continue
-            rows = signals.output_gradients.shape[0] * signals.output_gradients.shape[1]
-            parts = moments(signals)
-            if name not in totals:
-                totals[name] = [torch.zeros_like(part, dtype=torch.float64) for part in parts]
-            for total, part in zip(totals[name], parts, strict=True):
-                total += part
-        done += rows
-        if progress is not None:
-            progress(min(done * source.team.size, source.rows))
-    source.team.sum(tensor for sums in totals.values() for tensor in sums)
-    return totals
+            if signals is not None:
+                rows = signals.output_gradients.shape[0] * signals.output_gradients.shape[1]
+                add_parts(sums, name, moments(signals))
+        return rows
+
+    tally = tally or Tally()
+    tally.run(source, lambda part: part.layers(groups), add, progress)
+    return tally.sums
 
 
 def _inputs(signals: LayerSignals, rows: int) -> Tensor:

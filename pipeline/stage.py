@@ -337,7 +337,9 @@ class Context:
         world_size: number of processes that share the stage.
         rendezvous: where they meet, an `init_method` of torch.distributed; "" if they have met.
         emit: where events go.
-        checkpoint_every_s: seconds between in-stage checkpoints, for `checkpoint_due`.
+        checkpoint_every_s: seconds between in-stage checkpoints, for `checkpoint_due`; more when
+            one takes long to write, so that checkpoints take at most a tenth of the time. With 0
+            one is due always.
         preemption: whether the attempt is to end at its next checkpoint, which is due at once.
         cell: the cell's full name.
         key: the cell's key.
@@ -357,6 +359,7 @@ class Context:
     cell: str = "stage"
     key: str = ""
     _last_checkpoint_time: float = field(default_factory=time.monotonic, repr=False)
+    _writing_s: float = field(default=0.0, repr=False)
 
     # -- data in and out
 
@@ -411,7 +414,8 @@ class Context:
         A stage asks as often as it could write one: also when it is told to end, one is due.
         """
         waited_s = time.monotonic() - self._last_checkpoint_time
-        return self.preemption.asked or waited_s >= self.checkpoint_every_s
+        wait_s = self.checkpoint_every_s and max(self.checkpoint_every_s, 9 * self._writing_s)
+        return self.preemption.asked or waited_s >= wait_s
 
     @contextmanager
     def checkpoint(self) -> Iterator[Path]:
@@ -430,12 +434,14 @@ class Context:
         part = root / f"{number:06d}.part"
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
+        began = time.monotonic()
         yield part
         part.replace(root / f"{number:06d}")
         for old in earlier[:-1]:
             shutil.rmtree(root / f"{old:06d}", ignore_errors=True)
-        self._last_checkpoint_time = time.monotonic()
         self._event("checkpoint", number=number)
+        self._last_checkpoint_time = time.monotonic()
+        self._writing_s = self._last_checkpoint_time - began
         if self.preemption.asked:
             raise Preempted
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,8 @@ def prune_gradual(ctx: Context) -> None:
     """Prune input `model` along the schedule, and write output `model`.
 
     Each step brings the curvature up to date, removes weights, and trains what is left. A
-    checkpoint stands within the training of a step, whose weights are removed already.
+    checkpoint stands within the fit of a step, or within its training, whose weights are removed
+    already.
     """
     params: GradualParams = ctx.params
     compute_deterministically(ctx.device)
@@ -28,15 +30,20 @@ def prune_gradual(ctx: Context) -> None:
     unfinished = ctx.last_checkpoint()
     first = 0 if unfinished is None else run.load(unfinished)
     for step in range(first, len(run.sparsities)):
-        resumed = unfinished if step == first else None
+        resumed = unfinished if step == first and not run.fitting else None
         if resumed is None:
-            run.update_curvature(step)
+            run.update_curvature(step, partial(_checkpoint_fit, ctx, run, step))
             run.prune(step)
         _train(ctx, run, step, resumed)
     mode = "gradual" if params.epochs else "multistep"
     facts = run.recipe.facts(mode=mode, sparsity=params.sparsity)
     save_model(ctx.output("model"), run.model.with_facts(**facts))
     log_validation(ctx, run.model.network, run.dataset)
+
+
+def _checkpoint_fit(ctx: Context, run: StepwisePruning, step: int) -> None:
+    with ctx.checkpoint() as folder:
+        run.save(folder, step, fitting=True)
 
 
 def _train(ctx: Context, run: StepwisePruning, step: int, resumed: Path | None) -> None:

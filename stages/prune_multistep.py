@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,7 @@ def prune_multistep(ctx: Context) -> None:
 
     Each step brings the curvature up to date, removes weights, moves the others and, unless
     `refine` is none, refines them towards the dense model's outputs. A checkpoint stands within the
-    refinement of a step, whose weights are removed already, or between two steps.
+    fit of a step; within its refinement, its weights being removed already; or between two steps.
     """
     compute_deterministically(ctx.device)
     run = MultistepPruning(ctx)
@@ -57,7 +57,7 @@ def prune_multistep(ctx: Context) -> None:
     first = 0 if unfinished is None else run.load(unfinished)
     for step in range(first, len(run.sparsities)):
         if not run.refining:
-            run.update_curvature(step)
+            run.update_curvature(step, partial(run.checkpoint, step, fitting=True))
             run.prune(step)
         run.refine(step)
         run.keep(step)
@@ -158,8 +158,10 @@ class MultistepPruning(StepwisePruning):
             **self.recipe.facts(mode=mode, sparsity=self.sparsities[step]), seed=self.params.seed
         )
 
-    def checkpoint(self, step: int, refinement: Refinement | None = None) -> None:
-        """Write a checkpoint: before `step`, or within its refinement."""
+    def checkpoint(
+        self, step: int, refinement: Refinement | None = None, *, fitting: bool = False
+    ) -> None:
+        """Write a checkpoint: before `step`, within its fit, or within its refinement."""
         tensors = with_prefix("network", self.model.network.state_dict())
         facts: dict[str, Any] = {"seconds": self._seconds(), "steps": self.steps, "refining": None}
         if refinement is not None:
@@ -168,7 +170,7 @@ class MultistepPruning(StepwisePruning):
             tensors |= with_prefix("unrefined", self.unrefined)
             facts["refining"] = state["meta"]
         with self.ctx.checkpoint() as folder:
-            self.save(folder, step)
+            self.save(folder, step, fitting=fitting)
             shutil.copytree(self.kept, folder / "kept")
             save_tensors(folder / "multistep.safetensors", tensors)
             write_json(folder / "multistep.json", facts)

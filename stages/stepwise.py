@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +35,7 @@ class StepwisePruning:
         source: gradients on the calibration samples, at the model's present weights.
         estimator: the present estimate.
         sparsities: after each step.
+        fitting: whether the checkpoint that was loaded stands in a fit, until that goes on.
     """
 
     def __init__(self, ctx: Context):
@@ -47,15 +48,26 @@ class StepwisePruning:
         self.source = self.recipe.calibration.gradients(self.model, self.partition, self.dataset)
         self.estimator = self.recipe.build(self.partition)
         self.sparsities = _schedule(self.params, self.model.facts.sparsity)
+        self.fitting = False
 
-    def update_curvature(self, step: int) -> None:
-        """Fit the estimate in the first step; then refine it, or fit a new one."""
+    def update_curvature(self, step: int, checkpoint: Callable[[], None] | None = None) -> None:
+        """Fit the estimate in the first step; then refine it, or fit a new one.
+
+        Args:
+            step: of the schedule, from 0.
+            checkpoint: called within the fit when a checkpoint is due, to write one with `save`.
+        """
 
         def report(progress: FitProgress) -> None:
             self.ctx.progress(progress.done, progress.total, f"fit step, pruning step {step + 1}")
+            if checkpoint is not None and self.ctx.checkpoint_due():
+                checkpoint()
 
         with user_errors():
-            if step == 0 or self.params.carry == "reestimate":
+            if self.fitting:
+                self.fitting = False
+                self.estimator.fit(self.source, report, resume=True)
+            elif step == 0 or self.params.carry == "reestimate":
                 self.estimator = self.recipe.build(self.partition)
                 self.estimator.fit(self.source, report)
             else:
@@ -76,20 +88,34 @@ class StepwisePruning:
         found = measure(self.model.network, self.dataset, self.dataset.validation)
         self.ctx.log({"pruned/validation_accuracy": found["accuracy"]}, step=step + 1)
 
-    def save(self, folder: Path, step: int) -> None:
-        """Add to a checkpoint: the step, whose weights are removed already, masks, the estimate."""
-        write_json(folder / "step.json", {"step": step})
+    def save(self, folder: Path, step: int, *, fitting: bool = False) -> None:
+        """Add to a checkpoint: the step, masks, the estimate.
+
+        Args:
+            folder: of the checkpoint.
+            step: whose weights are removed already, unless
+            fitting: the step's estimate is being fitted; then the network is added, too.
+        """
+        write_json(folder / "step.json", {"step": step, "fitting": fitting})
         save_tensors(folder / "masks.safetensors", self.model.masks)
-        if self.params.carry == "refine":
+        if fitting:
+            save_tensors(folder / "network.safetensors", self.model.network.state_dict())
+        if fitting or self.params.carry == "refine":
             save_state(folder, self.estimator)
 
     def load(self, folder: Path) -> int:
         """Restore what `save` wrote, and return the number of its step."""
-        masks = load_tensors(folder / "masks.safetensors", self.ctx.device)
+        facts = json.loads((folder / "step.json").read_text("utf-8"))
+        device = self.ctx.device
+        masks = load_tensors(folder / "masks.safetensors", device)
         self.model = replace(self.model, masks=masks)
-        if self.params.carry == "refine":
-            load_state(folder, self.estimator, self.ctx.device)
-        return json.loads((folder / "step.json").read_text("utf-8"))["step"]
+        self.fitting = facts["fitting"]
+        if self.fitting:
+            network = load_tensors(folder / "network.safetensors", device)
+            self.model.network.load_state_dict(network)
+        if self.fitting or self.params.carry == "refine":
+            load_state(folder, self.estimator, device)
+        return facts["step"]
 
 
 def _schedule(params: StepwiseParams, sparsity: float) -> Sequence[float]:

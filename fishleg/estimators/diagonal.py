@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 from torch import Tensor
 
-from fishleg.blocks.base import AbstractBlock
 from fishleg.blocks.diagonal import DiagonalBlock
-from fishleg.estimators.onepass import AbstractOnePassEstimator
+from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
 from fishleg.gradients import GradientSource
 from fishleg.memory import Footprint
-from fishleg.moments import Progress, accumulate, squares
+from fishleg.moments import accumulate, squares
 
 
 class DiagonalFisher(AbstractOnePassEstimator):
@@ -29,14 +29,13 @@ class DiagonalFisher(AbstractOnePassEstimator):
     name = "diagonal"
     remedy = "the method magnitude"
 
-    def _estimate(
-        self, source: GradientSource, masks: Mapping[str, Tensor] | None, progress: Progress
-    ) -> dict[str, AbstractBlock]:
-        sums = accumulate(source, squares, masks=masks, progress=progress)
-        return {
-            name: self._cast(source, name, DiagonalBlock(1 / (fisher + self.damping)))
-            for name, (fisher,) in sums.items()
-        }
+    def _passes(
+        self, source: GradientSource, masks: Mapping[str, Tensor] | None
+    ) -> Sequence[DataPass]:
+        def invert(name: str, sums: list[Tensor]) -> DiagonalBlock:
+            return DiagonalBlock(1 / (sums[0] + self.damping))
+
+        return [DataPass(partial(accumulate, source, squares, masks=masks), invert)]
 
     def footprint(self, source: GradientSource, name: str) -> Footprint:
         """Return what fitting group `name` needs; see the class."""

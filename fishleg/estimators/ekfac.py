@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
-from fishleg.blocks.base import AbstractBlock
 from fishleg.blocks.eigen import EigenBlock
 from fishleg.estimators.kfac import KFAC
-from fishleg.estimators.onepass import AbstractOnePassEstimator
+from fishleg.estimators.onepass import DataPass
 from fishleg.gradients import GradientSource
 from fishleg.memory import Footprint
-from fishleg.moments import Progress, accumulate
-from fishleg.parameters import Partition
+from fishleg.moments import accumulate
+from fishleg.tally import Progress, Tally
 
 
-class EKFAC(AbstractOnePassEstimator):
+class EKFAC(KFAC):
     """Q = B diag( 1 / (lambda + damping) ) B^T, B = U (x) W the eigenbasis of `KFAC`'s factors.
 
     lambda = E[(U^T G W)^o2], the second moments of the per-sample gradients G in that basis, take
@@ -39,49 +37,27 @@ class EKFAC(AbstractOnePassEstimator):
     """
 
     name = "ekfac"
-    remedy = KFAC.remedy
-    restricts = False
-    passes = 1 + KFAC.passes
-    options = ("dense_size",)
 
-    def __init__(
-        self,
-        partition: Partition,
-        *,
-        damping: float,
-        dense_size: int = 1024,
-        memory_limit: int | None = None,
-    ):
-        super().__init__(partition, damping=damping, memory_limit=memory_limit)
-        self.dense_size = dense_size
+    def _passes(
+        self, source: GradientSource, masks: Mapping[str, Tensor] | None
+    ) -> Sequence[DataPass]:
+        bases: dict[str, EigenBlock] = {}
 
-    def _estimate(
-        self, source: GradientSource, masks: Mapping[str, Tensor] | None, progress: Progress
-    ) -> dict[str, AbstractBlock]:
-        kfac = self._kfac()
-        kfac.fit(source, lambda fit: progress(fit.done))
-        blocks = kfac.blocks()
-        bases = {name: one for name, one in blocks.items() if isinstance(one, EigenBlock)}
-        sums = accumulate(
-            source,
-            {name: partial(_energies, basis) for name, basis in bases.items()},
-            groups=list(bases),
-            progress=lambda done: progress(KFAC.passes * source.rows + done),
-        )
-        for name, (curvature,) in sums.items():
-            left, right = bases[name].left, bases[name].right
-            values = (1 / (curvature + self.damping)).to(left.dtype)
-            blocks[name] = EigenBlock(left, right, values)
-        return blocks
+        def measure(*, tally: Tally, progress: Progress) -> None:
+            bases.update((n, b) for n, b in self._blocks.items() if isinstance(b, EigenBlock))
+            moments = {name: partial(_energies, basis) for name, basis in bases.items()}
+            accumulate(source, moments, groups=list(bases), tally=tally, progress=progress)
 
-    def _kfac(self) -> KFAC:
-        options: dict[str, Any] = {name: getattr(self, name) for name in self.options}
-        return KFAC(self.partition, damping=self.damping, memory_limit=self.memory_limit, **options)
+        def rescale(name: str, sums: list[Tensor]) -> EigenBlock:
+            basis = bases[name]
+            return EigenBlock(basis.left, basis.right, 1 / (sums[0] + self.damping))
+
+        return [*super()._passes(source, masks), DataPass(measure, rescale)]
 
     def footprint(self, source: GradientSource, name: str) -> Footprint:
         """Return what fitting group `name` needs; see the class."""
         size, bytes_each = self.partition[name].size, source.element_size(name)
-        basis = self._kfac().footprint(source, name)
+        basis = super().footprint(source, name)
         return Footprint(
             held=basis.held,
             sums=max(basis.sums, basis.held + 8 * size),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -23,6 +23,7 @@ from fishleg.solvers.adam import AdamOptions, AdamSolver
 from fishleg.solvers.alternating import AlternatingSolver
 from fishleg.solvers.base import AbstractSolver, SolverState, total
 from fishleg.solvers.closed import ClosedFormSolver
+from fishleg.tally import Progress, Sums
 from fishleg.warmstart import (
     Structure,
     count_numbers,
@@ -90,7 +91,9 @@ class FishLeg(AbstractEstimator):
         """Estimate Q from `source`; see `AbstractEstimator.fit`.
 
         The callback is told of every half-step (or few steps of Adam); `objective` is the sum of J
-        over the groups so far. With `resume` an interrupted `refine` is gone on with, too.
+        over the groups so far. It is called, without news, while gradients are gathered, too. With
+        `resume` an interrupted `refine` is gone on with, too. A pack's gradients are gathered anew:
+        to store them takes longer.
         """
         self.check_memory(source)
         if not (resume and (self._pending or self._blocks)):
@@ -132,8 +135,14 @@ class FishLeg(AbstractEstimator):
             due = [[name for name in pack if name in self._pending] for pack in packs]
             pack, names = packs[source.team.rank], due[source.team.rank]
             if names:
-                pieces = _pieces(mine, pack, solvers, names, source.fits(pack[0], budget))
-                starts = self._starts(mine, names, pieces)
+
+                def gathering(rows: int) -> None:
+                    if callback is not None:
+                        callback(replace(self._progress(solvers), metrics={}))
+
+                held = source.fits(pack[0], budget)
+                pieces = _pieces(mine, pack, solvers, names, held, gathering)
+                starts = self._starts(mine, names, pieces, gathering)
                 for name in names:
                     self._solve(name, solvers, pieces.pop(name), starts[name], callback)
             if source.team.size > 1 and any(due):
@@ -236,7 +245,11 @@ class FishLeg(AbstractEstimator):
         return AdamSolver(self.damping, adam, source.rows, mask, restrict=restrict)
 
     def _starts(
-        self, source: GradientSource, names: Sequence[str], pieces: Mapping[str, Iterable[Tensor]]
+        self,
+        source: GradientSource,
+        names: Sequence[str],
+        pieces: Mapping[str, Iterable[Tensor]],
+        progress: Progress,
     ) -> dict[str, SolverState]:
         """Return where each group's solver begins, or goes on."""
         starts = {
@@ -247,11 +260,11 @@ class FishLeg(AbstractEstimator):
         if self._partial is not None:
             starts[self._partial[0]] = self._partial[1]
         fresh = [name for name in names if name not in starts]
-        factors = {}
+        factors: Sums = {}
         if self.options.warm_start == "kfac" and self.masks is None:
             structures = {name: self._structure(self.partition[name]) for name in fresh}
             wanted = [name for name in fresh if structures[name] not in CLOSED_FORM]
-            factors = layer_moments(source, wanted) if wanted else {}
+            factors = layer_moments(source, wanted, progress=progress) if wanted else {}
         for name in fresh:
             weight = source.model.get_parameter(self.partition[name].weight)
             block = self._warm_start(self.partition[name], pieces[name], factors.get(name), weight)
@@ -262,7 +275,7 @@ class FishLeg(AbstractEstimator):
         self,
         group: ParameterGroup,
         pieces: Iterable[Tensor],
-        factors: tuple[Tensor, Tensor] | None,
+        factors: Sequence[Tensor] | None,
         like: Tensor,
     ) -> AbstractBlock:
         """Return the first block of a group, in the dtype and on the device of `like`."""
@@ -388,14 +401,22 @@ def _pieces(
     solvers: Mapping[str, AbstractSolver],
     names: Sequence[str],
     held: bool,
+    progress: Progress,
 ) -> dict[str, Iterable[Tensor]]:
-    """Return the pieces of the groups `names` of a pack, held or streamed."""
+    """Return the pieces of the groups `names` of a pack, held or streamed.
+
+    `progress` is told the gradient rows that are held.
+    """
     if not held:
         return {name: _Streamed(source, name, solvers[name]) for name in names}
     pieces: dict[str, list[Tensor]] = {name: [] for name in names}
+    rows = 0
     for batch in source.stream(pack):
         for name in names:
-            pieces[name].append(solvers[name].prepare(batch[name]))
+            gradients = batch[name]
+            pieces[name].append(solvers[name].prepare(gradients))
+        rows += len(gradients)
+        progress(rows)
     return dict(pieces)
 
 

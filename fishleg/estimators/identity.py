@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fishleg.blocks.base import AbstractBlock
 from fishleg.blocks.diagonal import DiagonalBlock
-from fishleg.estimators.onepass import AbstractOnePassEstimator
+from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
 from fishleg.gradients import GradientSource
 from fishleg.memory import Footprint
-from fishleg.moments import Progress
 
 
 class Identity(AbstractOnePassEstimator):
@@ -29,15 +28,17 @@ class Identity(AbstractOnePassEstimator):
     name = "magnitude"
     remedy = "a smaller model"
 
-    def _estimate(
-        self, source: GradientSource, masks: Mapping[str, Tensor] | None, progress: Progress
-    ) -> dict[str, AbstractBlock]:
+    def _passes(
+        self, source: GradientSource, masks: Mapping[str, Tensor] | None
+    ) -> Sequence[DataPass]:
+        return []
+
+    def _without_data(self, source: GradientSource) -> dict[str, AbstractBlock]:
         blocks: dict[str, AbstractBlock] = {}
         for group in self.partition.groups:
             weight = source.model.get_parameter(group.weight)
             ones = torch.ones(group.shape, dtype=weight.dtype, device=weight.device)
             blocks[group.name] = DiagonalBlock(ones)
-        progress(source.rows)
         return blocks
 
     def footprint(self, source: GradientSource, name: str) -> Footprint:

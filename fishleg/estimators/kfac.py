@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from torch import Tensor
 
 from fishleg.blocks.base import AbstractBlock
 from fishleg.blocks.dense import DenseBlock, invert_damped
 from fishleg.blocks.eigen import invert_factors
-from fishleg.estimators.onepass import AbstractOnePassEstimator
+from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
 from fishleg.gradients import GradientSource
 from fishleg.memory import Footprint
 from fishleg.moments import (
-    Progress,
     accumulate,
     as_factors,
     chunk_products,
@@ -51,7 +51,6 @@ class KFAC(AbstractOnePassEstimator):
     name = "kfac"
     remedy = "the method diagonal or obs, or a smaller dense_size"
     restricts = False
-    passes = 2
     options = ("dense_size",)
 
     def __init__(
@@ -65,39 +64,32 @@ class KFAC(AbstractOnePassEstimator):
         super().__init__(partition, damping=damping, memory_limit=memory_limit)
         self.dense_size = dense_size
 
-    def _estimate(
-        self, source: GradientSource, masks: Mapping[str, Tensor] | None, progress: Progress
-    ) -> dict[str, AbstractBlock]:
-        factors = layer_moments(source, self.partition.names, progress)
-        blocks = self._divide(
-            source, factors, lambda name, pair: invert_factors(*pair, self.damping)
-        )
-        others = [name for name in self.partition.names if name not in blocks]
-        if others:
-            blocks |= self._substitutes(source, others, progress)
-        progress(self.passes * source.rows)
-        return {name: blocks[name] for name in self.partition.names}
+    def _passes(
+        self, source: GradientSource, masks: Mapping[str, Tensor] | None
+    ) -> Sequence[DataPass]:
+        layers = [name for name in self.partition.names if source.heads(name) is not None]
+        others = [name for name in self.partition.names if name not in layers]
+        passes = [
+            DataPass(partial(layer_moments, source, layers), self._invert_factors),
+            DataPass(partial(accumulate, source, self._products, groups=others), self._substitute),
+        ]
+        return [one for one, names in zip(passes, (layers, others), strict=True) if names]
 
-    def _substitutes(
-        self, source: GradientSource, names: Sequence[str], progress: Progress
-    ) -> dict[str, AbstractBlock]:
-        """Return the blocks of groups without a layer, from per-sample gradients."""
+    def _invert_factors(self, name: str, sums: list[Tensor]) -> AbstractBlock:
+        gamma, a = sums
+        return invert_factors(gamma, a, self.damping)
 
-        def moments(gradients: Tensor) -> tuple[Tensor, ...]:
-            if gradients[0].numel() <= self.dense_size:
-                return chunk_products(gradients, self.dense_size)
-            return kronecker_products(gradients)
+    def _products(self, gradients: Tensor) -> tuple[Tensor, ...]:
+        """Return what is summed for a group without a layer."""
+        if gradients[0].numel() <= self.dense_size:
+            return chunk_products(gradients, self.dense_size)
+        return kronecker_products(gradients)
 
-        def report(done: int) -> None:
-            progress(source.rows + done)
-
-        def invert(name: str, sums: list[Tensor]) -> AbstractBlock:
-            if len(sums) == 1:
-                return DenseBlock(invert_damped(sums[0], self.damping), self.partition[name].shape)
-            return invert_factors(*as_factors(*sums), self.damping)
-
-        totals = accumulate(source, moments, groups=names, progress=report)
-        return self._divide(source, totals, invert)
+    def _substitute(self, name: str, sums: list[Tensor]) -> AbstractBlock:
+        """Return the block of a group without a layer."""
+        if len(sums) == 1:
+            return DenseBlock(invert_damped(sums[0], self.damping), self.partition[name].shape)
+        return invert_factors(*as_factors(*sums), self.damping)
 
     def footprint(self, source: GradientSource, name: str) -> Footprint:
         """Return what fitting group `name` needs; see the class."""

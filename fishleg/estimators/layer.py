@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,10 +13,10 @@ from fishleg.blocks.dense import invert_damped
 from fishleg.blocks.diagonal import DiagonalBlock
 from fishleg.blocks.shared import SharedBlock
 from fishleg.errors import FishLegError
-from fishleg.estimators.onepass import AbstractOnePassEstimator
+from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
 from fishleg.gradients import GradientSource
 from fishleg.memory import Footprint
-from fishleg.moments import Progress, input_moments
+from fishleg.moments import input_moments
 from fishleg.parameters import Partition
 
 
@@ -67,9 +68,9 @@ class LayerHessian(AbstractOnePassEstimator):
             raise ValueError(f"relative_damping: expected at least 0, got {relative_damping}.")
         self.relative_damping = relative_damping
 
-    def _estimate(
-        self, source: GradientSource, masks: Mapping[str, Tensor] | None, progress: Progress
-    ) -> dict[str, AbstractBlock]:
+    def _passes(
+        self, source: GradientSource, masks: Mapping[str, Tensor] | None
+    ) -> Sequence[DataPass]:
         for group in self.partition.prunable:
             if source.heads(group.name) is None:
                 raise FishLegError(
@@ -78,20 +79,22 @@ class LayerHessian(AbstractOnePassEstimator):
                     "partition_parameters, or choose another method."
                 )
 
-        def invert(name: str, hessian: Tensor) -> AbstractBlock:
+        def invert(name: str, sums: list[Tensor]) -> SharedBlock:
+            (hessian,) = sums
             mean = float(hessian.diagonal(dim1=1, dim2=2).mean())
             mu = self.damping + self.relative_damping * mean
             return SharedBlock(invert_damped(hessian, mu), self.partition[name].shape)
 
-        moments = input_moments(source, self.partition.names, progress)
-        blocks = self._divide(source, moments, invert)
+        return [DataPass(partial(input_moments, source, self.partition.names), invert)]
+
+    def _without_data(self, source: GradientSource) -> dict[str, AbstractBlock]:
+        blocks: dict[str, AbstractBlock] = {}
         for group in self.partition.groups:
-            if group.name not in blocks:
+            if source.heads(group.name) is None:
                 weight = source.model.get_parameter(group.weight)
                 ones = torch.ones(group.shape, dtype=weight.dtype, device=weight.device)
-                block = DiagonalBlock(ones / self.damping)
-                blocks[group.name] = self._cast(source, group.name, block)
-        return {name: blocks[name] for name in self.partition.names}
+                blocks[group.name] = DiagonalBlock(ones / self.damping)
+        return blocks
 
     def footprint(self, source: GradientSource, name: str) -> Footprint:
         """Return what fitting group `name` needs; see the class."""

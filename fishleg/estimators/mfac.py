@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fishleg.blocks.base import AbstractBlock
 from fishleg.blocks.woodbury import invert_low_rank
-from fishleg.estimators.onepass import AbstractOnePassEstimator
+from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
 from fishleg.gradients import GradientSource
 from fishleg.memory import Footprint
-from fishleg.moments import Progress
 from fishleg.parameters import Partition
 from fishleg.rng import SampleGenerator
+from fishleg.tally import Progress, Sums, Tally
 
 
 class MFAC(AbstractOnePassEstimator):
@@ -64,49 +65,52 @@ class MFAC(AbstractOnePassEstimator):
         self.gradients = gradients
         self.seed = seed
 
-    def _estimate(
-        self, source: GradientSource, masks: Mapping[str, Tensor] | None, progress: Progress
-    ) -> dict[str, AbstractBlock]:
-        vectors = self.vectors(source, self.partition.names, masks, progress)
-        return self._divide(source, vectors, lambda name, v: invert_low_rank(v, self.damping))
+    def _passes(
+        self, source: GradientSource, masks: Mapping[str, Tensor] | None
+    ) -> Sequence[DataPass]:
+        def invert(name: str, sums: list[Tensor]) -> AbstractBlock:
+            return invert_low_rank(sums[0], self.damping)
+
+        vectors = partial(self.vectors, source, self.partition.names, masks)
+        return [DataPass(vectors, invert)]
 
     def vectors(
         self,
         source: GradientSource,
         groups: Sequence[str],
         masks: Mapping[str, Tensor] | None = None,
+        *,
+        tally: Tally | None = None,
         progress: Progress | None = None,
-    ) -> dict[str, Tensor]:
-        """Return group name -> v, (m, rows, columns), of the groups asked for.
+    ) -> Sums:
+        """Return group name -> [v], v (m, rows, columns), of the groups asked for.
 
         Args:
             source: of scaled gradients.
             groups: names.
             masks: group name -> bool (rows, columns); gradients of removed weights count as zero.
+            tally: of an interrupted pass, to go on with; it holds the vectors.
             progress: told the gradient rows done so far.
         """
         count = min(self.gradients, source.rows)
-        vectors: dict[str, Tensor] = {}
-        shared = source.shared()
-        done = 0
-        for batch in shared.stream(groups):
+
+        def add(sums: Sums, batch: Mapping[str, Tensor], first_row: int) -> int:
             rows = 0
             for name, gradients in batch.items():
                 rows = len(gradients)
-                if name not in vectors:
-                    vectors[name] = gradients.new_zeros(count, *gradients.shape[1:])
-                first = shared.first_row + done
-                numbers = torch.arange(first, first + rows, device=gradients.device)
+                if name not in sums:
+                    sums[name] = [gradients.new_zeros(count, *gradients.shape[1:])]
+                numbers = torch.arange(first_row, first_row + rows, device=gradients.device)
                 signs = self._signs(numbers, count, source.rows).to(gradients.dtype)
                 signed = gradients * signs[:, None, None]
                 if masks is not None and name in masks:
                     signed *= masks[name]
-                vectors[name].index_add_(0, numbers * count // source.rows, signed)
-            done += rows
-            if progress is not None:
-                progress(min(done * source.team.size, source.rows))
-        source.team.sum(vectors.values())
-        return vectors
+                sums[name][0].index_add_(0, numbers * count // source.rows, signed)
+            return rows
+
+        tally = tally or Tally()
+        tally.run(source, lambda part: part.stream(groups), add, progress)
+        return tally.sums
 
     def _signs(self, numbers: Tensor, count: int, rows: int) -> Tensor:
         """Return the sign of each gradient row; without company it needs none."""

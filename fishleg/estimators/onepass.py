@@ -3,48 +3,81 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
 from fishleg.blocks.base import AbstractBlock
-from fishleg.estimators.base import AbstractEstimator, Callback, FitProgress
+from fishleg.estimators.base import AbstractEstimator, Callback, FitProgress, tensors_below
 from fishleg.estimators.exchange import block_cost, exchange_blocks
 from fishleg.gradients import GradientSource
-from fishleg.moments import Progress
+from fishleg.parameters import Partition
+from fishleg.tally import Progress, Tally
 
-_Sums = TypeVar("_Sums")
+
+class Sum(Protocol):
+    """Goes on with a tally to the end of its pass; the sums are found in the tally."""
+
+    def __call__(self, *, tally: Tally, progress: Progress) -> object:
+        """Sum up, and tell `progress` the gradient rows done so far."""
+
+
+@dataclass(frozen=True)
+class DataPass:
+    """One pass over the data: what is summed, and the block made of (group name, its sums)."""
+
+    sum: Sum
+    make: Callable[[str, list[Tensor]], AbstractBlock]
 
 
 class AbstractOnePassEstimator(AbstractEstimator):
     """An estimator without state to assimilate: `refine` estimates afresh.
 
+    An interrupted fit goes on within its pass over the data, or its inversions: the state of a fit
+    that is under way has the blocks so far and the sums of the pass. Memory: a team has the sums
+    twice.
+
     Attributes:
         restricts: `refine` estimates on the Fisher restricted to the survivors, and sets `masks`.
             Removed weights then have zero gradients: they are decoupled from the survivors, and
             each has the entry 1 / damping. Otherwise `refine` estimates on the full Fisher.
-        passes: passes over the data, for progress.
         options: names of the attributes that hold the estimator's own options.
     """
 
     restricts: ClassVar[bool] = True
-    passes: ClassVar[int] = 1
     options: ClassVar[tuple[str, ...]] = ()
 
+    def __init__(self, partition: Partition, *, damping: float, memory_limit: int | None = None):
+        super().__init__(partition, damping=damping, memory_limit=memory_limit)
+        self._passes_done: int | None = None  # None: no fit is under way
+        self._tally = Tally()  # of the pass at hand
+
     @abstractmethod
-    def _estimate(
-        self, source: GradientSource, masks: Mapping[str, Tensor] | None, progress: Progress
-    ) -> dict[str, AbstractBlock]:
-        """Return the blocks of all groups, on the survivors `masks` if given."""
+    def _passes(
+        self, source: GradientSource, masks: Mapping[str, Tensor] | None
+    ) -> Sequence[DataPass]:
+        """Return the passes in order, on the survivors `masks` if given.
+
+        A later one may use, once it runs, the blocks of those before.
+        """
+
+    def _without_data(self, source: GradientSource) -> dict[str, AbstractBlock]:
+        """Return the blocks of groups that no pass gives one."""
+        return {}
 
     def fit(
         self, source: GradientSource, callback: Callback | None = None, *, resume: bool = False
     ) -> None:
-        """Estimate Q on the full Fisher; see `AbstractEstimator.fit`. Starts afresh always."""
+        """Estimate Q on the full Fisher; see `AbstractEstimator.fit`.
+
+        With `resume` an interrupted `refine` is gone on with, too.
+        """
         self.check_memory(source)
-        self._blocks = self._estimate(source, None, self._reporter(source, callback))
-        self.masks = None
+        if not resume or self._passes_done is None:
+            self._begin(None)
+        self._run(source, callback)
 
     def refine(
         self,
@@ -53,39 +86,50 @@ class AbstractOnePassEstimator(AbstractEstimator):
         callback: Callback | None = None,
     ) -> None:
         """Estimate Q afresh, on the survivors if the estimator `restricts`."""
-        if not self.restricts:
-            return self.fit(source, callback)
-        self._blocks = self._estimate(source, masks, self._reporter(source, callback))
-        self.masks = dict(masks)
+        self.check_memory(source)
+        self._begin(dict(masks) if self.restricts else None)
+        self._run(source, callback)
 
-    def _reporter(self, source: GradientSource, callback: Callback | None) -> Progress:
-        total = self.passes * source.rows
+    def _begin(self, masks: dict[str, Tensor] | None) -> None:
+        self.masks = masks
+        self._blocks = {}
+        self._passes_done, self._tally = 0, Tally()
 
-        def report(done: int) -> None:
+    def _run(self, source: GradientSource, callback: Callback | None) -> None:
+        """Go on to the end of the fit."""
+        passes = self._passes(source, self.masks)
+        total = max(1, len(passes)) * source.rows
+
+        def report(rows: int) -> None:
             if callback is not None:
+                done = (self._passes_done or 0) * source.rows + rows
                 callback(FitProgress(done=done, total=total, metrics={}))
 
-        return report
+        for number, one in enumerate(passes[self._passes_done :], start=self._passes_done or 0):
+            one.sum(tally=self._tally, progress=report)
+            self._make(source, one, report)
+            self._passes_done, self._tally = number + 1, Tally()
+        blocks = self._blocks | self._without_data(source)
+        self._blocks = {name: blocks[name] for name in self.partition.names}
+        report(total - len(passes) * source.rows)
+        self._passes_done = None
 
-    def _divide(
-        self,
-        source: GradientSource,
-        sums: dict[str, _Sums],
-        make: Callable[[str, _Sums], AbstractBlock],
-    ) -> dict[str, AbstractBlock]:
-        """Return the blocks that `make` makes of (group name, its sums), in the weights' dtype.
+    def _make(self, source: GradientSource, one: DataPass, report: Progress) -> None:
+        """Make the blocks of a pass; each process of a team makes some of them, and all get all.
 
-        Each process of a team makes some of them, and all get all. The sums are taken out of
-        `sums`, so that each is freed once its block is made.
+        The sums of each group are freed once its block is made.
         """
-        names, team = list(sums), source.team
-        owners = team.deal({name: block_cost(self.partition[name]) for name in names})
-        blocks: dict[str, AbstractBlock] = {}
-        for name in names:
-            found = sums.pop(name)
+        sums, team = self._tally.sums, source.team
+        owners = team.deal({name: block_cost(self.partition[name]) for name in sums})
+        mine: dict[str, AbstractBlock] = {}
+        for name in list(sums):
             if owners[name] == team.rank:
-                blocks[name] = self._cast(source, name, make(name, found))
-        return exchange_blocks(source, blocks, owners)
+                mine[name] = self._cast(source, name, one.make(name, sums[name]))
+            del sums[name]
+            if team.size == 1:  # in a team the state is as it was until all have made theirs
+                self._blocks[name] = mine[name]
+                report(source.rows)
+        self._blocks |= exchange_blocks(source, mine, owners)
 
     def _cast(self, source: GradientSource, name: str, block: AbstractBlock) -> AbstractBlock:
         """Return the block of group `name` in the dtype of the group's weight, contiguous."""
@@ -94,10 +138,29 @@ class AbstractOnePassEstimator(AbstractEstimator):
         tensors = {key: tensor.to(dtype).contiguous() for key, tensor in block.tensors().items()}
         return type(block).restore(tensors, group.shape)
 
+    def peak_bytes(self, source: GradientSource) -> int:
+        """Return about how much a fit needs at its peak; see `AbstractEstimator.peak_bytes`."""
+        alone = super().peak_bytes(source)
+        if source.team.size == 1:
+            return alone
+        return alone + sum(self.footprint(source, name).sums for name in self.partition.names)
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the blocks' tensors and the masks, and their description."""
+        """Return the blocks and the masks, what is summed of a fit under way, and the options."""
         state = self._common_state()
         state["meta"]["options"] = {option: getattr(self, option) for option in self.options}
+        if self._passes_done is not None:
+            sums = self._tally.sums
+            state["meta"]["under_way"] = {
+                "passes_done": self._passes_done,
+                "rounds": self._tally.rounds,
+                "sums": {name: len(parts) for name, parts in sums.items()},
+            }
+            state["tensors"] |= {
+                f"sums/{name}/{index}": part
+                for name, parts in sums.items()
+                for index, part in enumerate(parts)
+            }
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -105,3 +168,12 @@ class AbstractOnePassEstimator(AbstractEstimator):
         self._load_common_state(state)
         for option in self.options:
             setattr(self, option, state["meta"]["options"][option])
+        self._passes_done, self._tally = None, Tally()
+        if under_way := state["meta"].get("under_way"):
+            tensors = tensors_below("sums/", state["tensors"])
+            sums = {
+                name: [tensors[f"{name}/{index}"].clone() for index in range(count)]
+                for name, count in under_way["sums"].items()
+            }
+            self._passes_done = under_way["passes_done"]
+            self._tally = Tally(under_way["rounds"], sums)

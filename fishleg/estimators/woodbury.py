@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from torch import Tensor
 
-from fishleg.blocks.base import AbstractBlock
 from fishleg.blocks.dense import DenseBlock, chunk_count, invert_damped
-from fishleg.estimators.onepass import AbstractOnePassEstimator
+from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
 from fishleg.gradients import GradientSource
 from fishleg.memory import Footprint
-from fishleg.moments import Progress, accumulate, chunk_products
+from fishleg.moments import accumulate, chunk_products
 from fishleg.parameters import Partition
 
 
@@ -58,18 +57,15 @@ class BlockWoodbury(AbstractOnePassEstimator):
             raise ValueError(f"block_size: expected at least 1, got {block_size}.")
         self.block_size = block_size
 
-    def _estimate(
-        self, source: GradientSource, masks: Mapping[str, Tensor] | None, progress: Progress
-    ) -> dict[str, AbstractBlock]:
+    def _passes(
+        self, source: GradientSource, masks: Mapping[str, Tensor] | None
+    ) -> Sequence[DataPass]:
         products = partial(chunk_products, block_size=self.block_size)
-        sums = accumulate(source, products, masks=masks, progress=progress)
-        return self._divide(
-            source,
-            sums,
-            lambda name, found: DenseBlock(
-                invert_damped(found[0], self.damping), self.partition[name].shape
-            ),
-        )
+
+        def invert(name: str, sums: list[Tensor]) -> DenseBlock:
+            return DenseBlock(invert_damped(sums[0], self.damping), self.partition[name].shape)
+
+        return [DataPass(partial(accumulate, source, products, masks=masks), invert)]
 
     def footprint(self, source: GradientSource, name: str) -> Footprint:
         """Return what fitting group `name` needs; see the class."""

@@ -219,6 +219,36 @@ def test_state_goes_through_json_and_goes_on_to_the_same_bits(make, fitted64):
         assert torch.equal(second.block(name).dense(), block.dense())
 
 
+@pytest.mark.parametrize("begun", ["fit", "refine"])
+def test_what_was_interrupted_goes_on_anywhere_to_the_same_bits(make, fitted64, begun):
+    """A state is taken at every word of progress; from some of them, what is left is done."""
+    data = source()
+    whole, states, seen = make(data.partition), [], []
+    masks = random_masks(data.partition)
+    if begun == "refine":
+        whole.load_state_dict(copy.deepcopy(fitted64.state_dict()))
+
+    def note(progress: FitProgress) -> None:
+        seen.append(progress.done)
+        states.append(copy.deepcopy(whole.state_dict()))
+
+    if begun == "refine":
+        whole.refine(data, masks, note)
+    else:
+        whole.fit(data, note)
+    for number in range(0, len(states), 1 + len(states) // 25):
+        again, later = make(data.partition), []
+        json.dumps(states[number]["meta"])
+        again.load_state_dict(states[number])
+        again.fit(source(), lambda progress, later=later: later.append(progress.done), resume=True)
+        assert all(one >= seen[number] for one in later)
+        assert isinstance(whole, FishLeg) or len(later) <= len(seen) - number  # no batch twice
+        assert (again.masks is None) == (whole.masks is None)
+        for name, block in whole.blocks().items():
+            for key, tensor in block.tensors().items():
+                assert torch.equal(again.block(name).tensors()[key], tensor)
+
+
 def test_refine_stays_positive_definite_on_the_survivors(make, fitted64):
     estimator = make(fitted64.partition)
     estimator.load_state_dict(fitted64.state_dict())

@@ -33,6 +33,9 @@ class Ran:
     def texts(self) -> str:
         return "\n".join(event["text"] for event in self.events if event["type"] == "text")
 
+    def progress(self) -> list[float]:
+        return [event["done"] for event in self.events if event["type"] == "progress"]
+
     def records(self) -> list[dict[str, Any]]:
         return [event for event in self.events if event["type"] == "record"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from running_stages import STAGES, Ran, artifact, run_stage
-from test_training import Stopped, assert_same_model, stop_after
+from test_training import Stopped, assert_same_model, stop_after, stop_in
 
 from fishleg.estimators import MFAC, BlockWoodbury, LayerHessian
 from fishleg.estimators.fishleg_options import FishLegOptions
@@ -158,21 +158,27 @@ def test_parameters_without_curvature_are_named(dense: Ran, tmp_path: Path) -> N
     assert "no curvature" not in ran.texts()
 
 
-def test_a_fit_that_was_killed_reaches_the_same_bits(dense: Ran, tmp_path: Path) -> None:
-    params = {**QUICK, "method": "fishleg", "certificate_samples": 0}
+@pytest.mark.parametrize("method", ["fishleg", "obs", "kfac", "ekfac", "mfac", "layer", "diagonal"])
+@pytest.mark.parametrize("checkpoints", [2, 4])
+def test_a_fit_that_was_killed_reaches_the_same_bits(
+    method: str, checkpoints: int, dense: Ran, tmp_path: Path
+) -> None:
+    params = {**QUICK, "method": method, "certificate_samples": 0}
     inputs = {"model": dense.output()}
     whole = run_stage("curvature", tmp_path / "whole", params, inputs)
     ctx = Context(
         params=CurvatureParams.model_validate(params),
         folder=tmp_path / "killed",
         inputs={"model": [artifact(dense.output())]},
-        emit=stop_after(7),
+        emit=stop_after(checkpoints),
         checkpoint_every_s=0,
     )
     with pytest.raises(Stopped):
         curvature(ctx)
     again = run_stage("curvature", tmp_path / "killed", params, inputs)
     assert "going on from an unfinished fit" in again.texts()
+    if method != "fishleg":  # whose gradients are gathered anew
+        assert again.progress()[0] >= whole.progress()[checkpoints - 1]
     for name in ("curvature.safetensors", "curvature.json"):
         paths = [ran.output("curvature") / name for ran in (whole, again)]
         assert paths[0].read_bytes() == paths[1].read_bytes()
@@ -230,26 +236,28 @@ def test_gradual_pruning_reaches_the_exact_count(
 
 
 @pytest.mark.parametrize("carry", ["refine", "reestimate"])
-@pytest.mark.parametrize("checkpoints", [5, 20], ids=["in the first step", "in the second"])
+@pytest.mark.parametrize("fitting", [True, False], ids=["in its fit", "in its training"])
+@pytest.mark.parametrize("step", [0, 1])
 def test_a_gradual_pruning_that_was_killed_reaches_the_same_bits(
-    carry: str, checkpoints: int, dense: Ran, tmp_path: Path
+    carry: str, step: int, fitting: bool, dense: Ran, tmp_path: Path
 ) -> None:
-    """A checkpoint before each step's training and after each of its 16 batches."""
-    params = {**GRADUAL, "method": "fishleg", "carry": carry, "steps": 2}
+    method = "fishleg" if carry == "refine" else "obs"
+    params = {**GRADUAL, "method": method, "carry": carry, "steps": 2}
     inputs = {"model": dense.output()}
     whole = run_stage("prune_gradual", tmp_path / "whole", params, inputs)
     ctx = Context(
         params=STAGES["prune_gradual"].params.model_validate(params),
         folder=tmp_path / "killed",
         inputs={"model": [artifact(dense.output())]},
-        emit=stop_after(checkpoints),
+        emit=stop_in(tmp_path / "killed", step, fitting=fitting),
         checkpoint_every_s=0,
     )
     with pytest.raises(Stopped):
         prune_gradual(ctx)
     again = run_stage("prune_gradual", tmp_path / "killed", params, inputs)
     assert_same_model(whole.output(), again.output())
-    assert len([e for e in again.events if "pruned/sparsity" in e.get("values", {})]) < 2
+    prunings = [e for e in again.events if "pruned/sparsity" in e.get("values", {})]
+    assert len(prunings) == 2 - step - (not fitting)
 
 
 def test_several_steps_without_training_are_multistep(dense: Ran, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 from running_stages import STAGES, Ran, artifact, run_stage
 from test_curvature_and_pruning import assert_sparsity
-from test_training import Stopped, assert_same_model, stop_after
+from test_training import Stopped, assert_same_model, stop_in
 
 from pipeline.stage import Context, StageError
 from stages.model_folder import load_model
@@ -88,18 +88,20 @@ def test_every_refinement_runs(refine: str, dense: Ran, tmp_path: Path) -> None:
     assert_sparsity(load_model(ran.output(), "cpu"), 0.9)
 
 
-@pytest.mark.parametrize("checkpoints", [1, 4, 9])
+@pytest.mark.parametrize(
+    ("step", "fitting", "times"), [(0, True, 2), (0, False, 1), (1, False, 2), (2, True, 3)]
+)
 def test_a_run_that_was_killed_reaches_the_same_bits(
-    checkpoints: int, dense: Ran, tmp_path: Path
+    step: int, fitting: bool, times: int, dense: Ran, tmp_path: Path
 ) -> None:
-    """Checkpoints: three in each refinement (of 25 steps, looked at every 20), and one after."""
+    """Not fitting, three checkpoints stand in a step's refinement, and one before the next fit."""
     inputs = {"model": dense.output()}
     whole = multistep(tmp_path / "whole", dense)
     ctx = Context(
         params=STAGES["prune_multistep"].params.model_validate(STEPWISE),
         folder=tmp_path / "killed",
         inputs={"model": [artifact(dense.output())]},
-        emit=stop_after(checkpoints),
+        emit=stop_in(tmp_path / "killed", step, fitting=fitting, times=times),
         checkpoint_every_s=0,
     )
     with pytest.raises(Stopped):

@@ -41,6 +41,21 @@ def stop_after(checkpoints: int) -> Any:
     return sink
 
 
+def stop_in(folder: Path, step: int, *, fitting: bool, times: int = 2) -> Any:
+    """Return an event sink that stops a stepwise pruning at the n-th checkpoint of a phase."""
+    seen: list[None] = []
+
+    def sink(event: dict[str, Any]) -> None:
+        if event["type"] == "checkpoint":
+            path = folder / f"checkpoints/{event['number']:06d}/step.json"
+            if json.loads(path.read_text()) == {"step": step, "fitting": fitting}:
+                seen.append(None)
+                if len(seen) == times:
+                    raise Stopped
+
+    return sink
+
+
 def assert_same_model(left: Path, right: Path) -> None:
     expected, found = (
         load_tensors(left / "model.safetensors"),

@@ -1,0 +1,95 @@
+"""The sums of one pass over the data, which can be left and gone on with, to the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fishleg.gradients import GradientSource
+from fishleg.team import Team
+
+MEETINGS = 8  # of a team in a pass, about: what it may lose is the share between two of them
+Progress = Callable[[int], None]
+Sums = dict[str, list[Tensor]]
+
+
+class Add(Protocol):
+    """Adds to the sums what a batch gives, and returns how many gradient rows it has."""
+
+    def __call__(self, sums: Sums, batch: Mapping[str, Any], first_row: int) -> int:
+        """Add a batch, whose first row has the number `first_row` in the whole pass."""
+
+
+@dataclass
+class Tally:
+    """How far a pass over the data is, and its sums.
+
+    The members of a team add up their parts of the data, and meet a few times in a pass, always
+    after the same batches, to put their sums together: the bits depend on the size of the team, but
+    not on where a pass was interrupted. A tally is as of the last meeting, the same on all.
+
+    Attributes:
+        rounds: batches that each process has done.
+        sums: group name -> sums over them, of all processes.
+    """
+
+    rounds: int = 0
+    sums: Sums = field(default_factory=dict)
+
+    def run(
+        self,
+        source: GradientSource,
+        stream: Callable[[GradientSource], Iterator[Mapping[str, Any]]],
+        add: Add,
+        progress: Progress | None = None,
+    ) -> None:
+        """Go on to the end of the pass.
+
+        Memory: in a team the sums are there twice.
+
+        Args:
+            source: of the data; a team shares the pass.
+            stream: yields the batches of a source.
+            add: adds one of them.
+            progress: told the gradient rows done so far; may take a copy of the tally.
+        """
+        team, part = source.team, source.shared()
+        rest = part.after(self.rounds)
+        batches, row = stream(rest), rest.first_row
+        own = self.sums
+        if team.size > 1:  # alone, what is added is at once what all have
+            own = {n: [torch.zeros_like(one) for one in sums] for n, sums in self.sums.items()}
+        last = source.longest_part
+        every = 1 if team.size == 1 else -(-last // MEETINGS)
+        for rounds in range(self.rounds + 1, last + 1):
+            batch = next(batches, None)  # the parts differ by a sample, and so perhaps by a batch
+            if batch is not None:
+                row += add(own, batch, row)
+            if rounds % every == 0 or rounds == last:
+                if team.size > 1:
+                    _meet(team, own, self.sums)
+                self.rounds = rounds
+            if progress is not None:
+                progress(min((row - part.first_row) * team.size, source.rows))
+
+
+def _meet(team: Team, own: Sums, common: Sums) -> None:
+    """Move what each process has summed into the sums of all."""
+    team.sum(tensor for sums in own.values() for tensor in sums)
+    for name, sums in own.items():
+        totals = common.setdefault(name, [torch.zeros_like(one) for one in sums])
+        for total, one in zip(totals, sums, strict=True):
+            total += one
+            one.zero_()
+
+
+def add_parts(sums: Sums, name: str, parts: tuple[Tensor, ...]) -> None:
+    """Add a group's parts to its sums, which are float64."""
+    if name not in sums:
+        sums[name] = [torch.zeros_like(part, dtype=torch.float64) for part in parts]
+    for total, part in zip(sums[name], parts, strict=True):
+        total += part
