@@ -25,8 +25,7 @@ test: $(READY)  ## Run the tests
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-faults: $(READY)  ## Shoot at everything on a cluster of three nodes (an hour; goes on where it was)
-	@$(BIN)/python -m pytest tests/faults
-	@$(BIN)/python -m tests.faults.matrix --out build/faults.jsonl
+	@$(BIN)/python -m tests.faults --out build/faults.jsonl
 
 benchmarks: $(READY)  ## Run what is not finished of the benchmarks (hours)
 	@$(BIN)/python -m benchmarks run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -14,6 +15,8 @@ from pathlib import Path
 import psutil
 
 _READY_S = 60.0
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
 
 
 class Cluster:
@@ -79,6 +82,7 @@ class Cluster:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
+            preexec_fn=_die_with_parent,
         )
 
     def _named(self, name: str) -> list[psutil.Process]:
@@ -107,6 +111,11 @@ class Cluster:
         except OSError:
             return False
         return True
+
+
+def _die_with_parent() -> None:
+    """Have this process killed with its parent, even by SIGKILL; Ray's own follow their starter."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _end(starter: subprocess.Popen[bytes]) -> None:

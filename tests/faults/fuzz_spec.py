@@ -2,15 +2,17 @@
 
     python tests/faults/fuzz_spec.py --inputs 100000 --state fuzz-spec
 
-Uses atheris where it is installed (coverage leads it to new inputs), else hypothesis. The folder
-`--state` holds how far it is, what atheris found worth keeping, and the input that failed, if one
-did; started again, it goes on from there, so it may be stopped at any time. Prints one JSON line:
-the inputs done, by outcome, and the slowest. The exit code is 1 if an input failed.
+Uses atheris where it is installed (coverage leads it to new inputs), else hypothesis, or what
+`--engine` says. The folder `--state` holds how far it is, what atheris found worth keeping, and the
+input that failed, if one did; started again, it goes on from there, so it may be stopped at any
+time. Prints one JSON line: the inputs done, by outcome, and the slowest. The exit code is 1 if an
+input failed.
 """
 
 import argparse
 import importlib.util
 import json
+import math
 import os
 import random
 import shutil
@@ -32,18 +34,18 @@ BATCH = 5_000
 SAVE_EVERY = 100
 
 
-class Ledger:
+class State:
     """What has been tried so far, kept in a file."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.path = folder / "state.json"
-        state = json.loads(self.path.read_text()) if self.path.exists() else {}
-        self.done: int = state.get("done", 0)
-        self.seconds: float = state.get("seconds", 0.0)
-        self.kinds = Counter(state.get("kinds", {}))
-        self.slowest_s: float = state.get("slowest_s", 0.0)
-        self.failures: list[str] = state.get("failures", [])
+        kept = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.done: int = kept.get("done", 0)
+        self.seconds: float = kept.get("seconds", 0.0)
+        self.kinds = Counter(kept.get("kinds", {}))
+        self.slowest_s: float = kept.get("slowest_s", 0.0)
+        self.failures: list[str] = kept.get("failures", [])
         self.began = time.monotonic()
 
     def save(self) -> None:
@@ -86,13 +88,13 @@ def time_alone(path: Path) -> float:
     return float(done.stdout)
 
 
-def run_batch(ledger: Ledger, count: int) -> None:
+def run_batch(state: State, count: int) -> None:
     """Try `count` inputs with hypothesis."""
     from hypothesis import HealthCheck, Phase, given, seed, settings
     from hypothesis import strategies as st
     from spec_inputs import draw_input
 
-    @seed(ledger.done)
+    @seed(state.done)
     @settings(
         max_examples=count,
         database=None,
@@ -102,19 +104,19 @@ def run_batch(ledger: Ledger, count: int) -> None:
     )
     @given(st.one_of(st.binary(max_size=300), st.randoms(use_true_random=False).map(draw_input)))
     def spoilt(data: bytes) -> None:
-        ledger.try_input(data)
+        state.try_input(data)
 
     spoilt()
 
 
-def run_atheris_batch(ledger: Ledger, count: int) -> None:
+def run_atheris_batch(state: State, count: int) -> None:
     """Try `count` inputs with atheris, which ends the process."""
     import atheris
 
     with atheris.instrument_imports(include=["yaml", "pipeline"]):
         from spec_inputs import draw_input
 
-    corpus = ledger.folder / "corpus"
+    corpus = state.folder / "corpus"
     if not corpus.exists():
         corpus.mkdir()
         for number in range(50):
@@ -124,23 +126,55 @@ def run_atheris_batch(ledger: Ledger, count: int) -> None:
     def one_input(data: bytes) -> None:
         # Either the bytes themselves, which grow by what atheris learns; or a spec spoilt by them.
         raw = data[:1] < b"\x80"
-        ledger.try_input(data[1:] if raw else draw_input(random.Random(data)))  # noqa: S311
-        if ledger.done >= end:
-            ledger.save()
+        state.try_input(data[1:] if raw else draw_input(random.Random(data)))  # noqa: S311
+        if state.done >= end:
+            state.save()
             os._exit(0)
 
-    end = ledger.done + count
-    options = [f"-seed={ledger.done + 1}", "-max_len=4096", "-rss_limit_mb=4000", "-verbosity=0"]
+    end = state.done + count
+    options = [f"-seed={state.done + 1}", "-max_len=4096", "-rss_limit_mb=4000", "-verbosity=0"]
     atheris.Setup([sys.argv[0], *options, str(corpus)], one_input)
     atheris.Fuzz()
+
+
+def fuzz(folder: Path, engine: str, inputs: int, seconds: float = math.inf) -> dict[str, Any]:
+    """Try inputs until there are so many in all, or time is up; return what was found."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, __file__, "--state", str(folder), "--engine", engine, "--batch"]
+    began = time.monotonic()
+    while (left := inputs - State(folder).done) > 0 and time.monotonic() - began < seconds:
+        before = State(folder)
+        ended = subprocess.run([*command, str(min(BATCH, left))], stdout=sys.stderr)
+        state = State(folder)
+        crashed = ended.returncode and state.failures == before.failures
+        if crashed or state.done == before.done:
+            state.failures.append(f"a batch ended with exit code {ended.returncode}")
+            state.save()
+            break
+    state = State(folder)
+    slowest = folder / "slowest.yaml"
+    return {
+        "engine": engine,
+        "inputs": state.done,
+        "outcomes": dict(state.kinds),
+        "failures": state.failures,
+        "slowest_cpu_s": time_alone(slowest) if slowest.exists() else None,
+        "seconds": round(state.seconds, 1),
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--inputs", type=int, default=100_000, help="how many in all")
-    parser.add_argument("--seconds", type=float, default=None, help="stop after so long")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long")
     parser.add_argument(
         "--state", type=Path, default=Path("fuzz-spec"), help="folder to go on from"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=["atheris", "hypothesis"],
+        default="atheris" if importlib.util.find_spec("atheris") else "hypothesis",
+        help="what draws the inputs",
     )
     parser.add_argument("--time", type=Path, default=None, help="only time this file, once")
     parser.add_argument("--batch", type=int, default=None, help=argparse.SUPPRESS)
@@ -148,32 +182,11 @@ def main() -> int:
     if arguments.time is not None:
         return do_time(arguments.time.resolve())
     folder: Path = arguments.state.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    engine = "atheris" if importlib.util.find_spec("atheris") else "hypothesis"
     if arguments.batch is not None:
-        return do_batch(folder, engine, arguments.batch)
-    began = time.monotonic()
-    while (left := arguments.inputs - Ledger(folder).done) > 0:
-        if arguments.seconds is not None and time.monotonic() - began > arguments.seconds:
-            break
-        before = Ledger(folder).done
-        batch = str(min(BATCH, left))
-        options = [*sys.argv[1:], "--state", str(folder), "--batch", batch]
-        done = subprocess.run([sys.executable, __file__, *options], stdout=sys.stderr)
-        if Ledger(folder).done == before:  # it did not even begin
-            return done.returncode or 1
-    ledger = Ledger(folder)
-    report: dict[str, Any] = {
-        "case": "fuzz_spec",
-        "engine": engine,
-        "inputs": ledger.done,
-        "outcomes": dict(ledger.kinds),
-        "failures": ledger.failures,
-        "slowest_cpu_s": time_alone(folder / "slowest.yaml"),
-        "seconds": round(ledger.seconds, 1),
-    }
-    sys.stdout.write(json.dumps(report) + "\n")
-    return 1 if ledger.failures else 0
+        return do_batch(folder, arguments.engine, arguments.batch)
+    found = fuzz(folder, arguments.engine, arguments.inputs, arguments.seconds)
+    sys.stdout.write(json.dumps(found) + "\n")
+    return 1 if found["failures"] else 0
 
 
 @contextmanager
@@ -200,13 +213,13 @@ def do_time(path: Path) -> int:
 
 def do_batch(folder: Path, engine: str, count: int) -> int:
     """Try a batch in a working directory of its own, in this process."""
-    ledger = Ledger(folder)
+    state = State(folder)
     with working_directory():
         try:
-            (run_atheris_batch if engine == "atheris" else run_batch)(ledger, count)
+            (run_atheris_batch if engine == "atheris" else run_batch)(state, count)
         except Exception as error:
             sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        ledger.save()
+        state.save()
     return 0
 
 

@@ -1,7 +1,5 @@
 """Faults on a real cluster: who is hit, how, and in the middle of which stage.
 
-    python -m tests.faults.matrix --out build/faults.jsonl [--only 'driver,kill,*']
-
 Each case starts from the results that the stage needs, hits once the stage has begun, lets the run
 end or resumes it, and then looks: the same bytes as undisturbed, nothing that was complete ran
 again, no MLflow run left RUNNING. One JSON line a case; cases that have one are not run again.
@@ -9,12 +7,9 @@ again, no MLflow run left RUNNING. One JSON line a case; cases that have one are
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import fnmatch
 import hashlib
 import itertools
-import json
 import os
 import random
 import shutil
@@ -32,8 +27,8 @@ from pipeline.planner import make_plan
 from pipeline.spec import load_spec
 from pipeline.store import Store
 from tests.faults.cluster import Cluster, pause
+from tests.faults.ledger import ROOT, Ledger
 
-ROOT = Path(__file__).parents[2]
 SPEC = Path(__file__).with_name("pipeline.yaml")
 VICTIMS = ("driver", "worker", "raylet", "head")
 HOWS = ("kill", "term", "pause")
@@ -117,11 +112,8 @@ class Bench:
             self.cluster.ensure()
             again = self._start(self._case, "resume", "last")
             codes.append(self._end_of(again))
-        problems = self._problems(codes, complete)
         return {
-            "case": case,
-            "ok": not problems,
-            "problems": problems,
+            "problems": self._problems(codes, complete),
             "exit_codes": codes,
             "hit": hit,
             "attempts": self._attempts(stage),
@@ -197,10 +189,11 @@ class Bench:
 
     def _end_of(self, process: subprocess.Popen[bytes]) -> int:
         try:
-            return process.wait(timeout=_CASE_S)
-        except subprocess.TimeoutExpired:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=_CASE_S)
+        finally:
             process.kill()
-            return process.wait()
+        return process.wait()
 
     # -- what is looked at
 
@@ -247,39 +240,21 @@ class Bench:
         return len(list((self._case / ".fls/stages" / self.keys[name]).glob("attempts/*")))
 
 
-def main() -> None:
-    """Run the cases that have no line in the output yet."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("build/faults.jsonl"))
-    parser.add_argument("--only", default="*", help="victim,how,stage; * stands for any text")
-    arguments = parser.parse_args()
-    out = arguments.out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    done = (
-        {json.loads(line)["case"] for line in out.read_text().splitlines()}
-        if out.exists()
-        else set()
-    )
-    todo = [one for one in cases() if one not in done and fnmatch.fnmatch(one, arguments.only)]
+def run(ledger: Ledger) -> None:
+    """Run the cases that are still to do; what the drivers say is kept beside the ledger."""
+    todo = ledger.plan(cases())
+    if not todo:
+        return
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        bench = Bench(Path(folder), out.with_suffix(".log"))
+        bench = Bench(Path(folder), ledger.path.with_suffix(".log"))
         try:
             bench.prepare()
-            for number, case in enumerate(todo, 1):
+            for case in todo:
+                began_s = time.monotonic()
                 try:
                     found = bench.run(case)
-                except (RuntimeError, TimeoutError) as error:
-                    found = {"case": case, "ok": False, "problems": [f"not hit: {error}"]}
-                with out.open("a") as file:
-                    file.write(json.dumps(found) + "\n")
-                print(f"{number}/{len(todo)} {json.dumps(found)}", flush=True)  # noqa: T201
+                except Exception as error:
+                    found = {"problems": [f"{type(error).__name__}: {error}"]}
+                ledger.write(case, **{"seconds": time.monotonic() - began_s, **found})
         finally:
             bench.close()
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    lost = [one["case"] for one in lines if not one["ok"]]
-    print(f"{len(lines)} cases, {len(lost)} lost: {lost}")  # noqa: T201
-    sys.exit(bool(lost))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,19 +1,22 @@
-"""The fault matrix as a table: `python -m tests.faults.report build/faults.jsonl`."""
+"""The fault cases as two tables: `python -m tests.faults.report build/faults.jsonl`.
+
+They show the code that was tested last: its cases of the matrix, and the others file by file.
+"""
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
 
-from tests.faults.matrix import HOWS, STAGES, VICTIMS
+from tests.faults.ledger import newest, read_lines
+from tests.faults.matrix import HOWS, STAGES, VICTIMS, cases
 
 _NAMES = {"kill": "kill -9", "term": "SIGTERM", "pause": "SIGSTOP, 3 leases"}
 
 
-def table(lines: list[dict]) -> str:
+def matrix_table(lines: list[dict]) -> str:
     """Return Markdown: a row for each victim and way, from the cases of the matrix."""
     groups = defaultdict(list)
     for line in lines:
@@ -27,7 +30,7 @@ def table(lines: list[dict]) -> str:
             if not group:
                 continue
             alone = sum(line.get("exit_codes") == [0] for line in group)
-            seconds = statistics.median(line.get("seconds", 0) for line in group)
+            seconds = statistics.median(line["seconds"] for line in group)
             lost = sum(not line["ok"] for line in group)
             rows.append(
                 f"| {victim} | {_NAMES[how]} | {len(group)} of {len(STAGES)} | {lost} | {alone} | "
@@ -36,6 +39,26 @@ def table(lines: list[dict]) -> str:
     return "\n".join(rows)
 
 
+def files_table(lines: list[dict]) -> str:
+    """Return Markdown: a row for each file, from the cases that are not of the matrix."""
+    groups = defaultdict(list)
+    for line in lines:
+        groups[line["case"].partition("::")[0]].append(line)
+    rows = ["| file | cases | lost | s |", "|---|---:|---:|---:|"]
+    for file, group in sorted(groups.items()):
+        lost = sum(not line["ok"] for line in group)
+        seconds = sum(line["seconds"] for line in group)
+        rows.append(f"| `{file}` | {len(group)} | {lost} | {seconds:.0f} |")
+    return "\n".join(rows)
+
+
+def main(path: Path) -> None:
+    """Print both tables."""
+    lines = read_lines(path)
+    known = newest(lines, lines[-1]["code"])
+    matrix = [known.pop(case) for case in cases() if case in known]
+    print(f"{matrix_table(matrix)}\n\n{files_table(list(known.values()))}")
+
+
 if __name__ == "__main__":
-    found = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
-    print(table(found))  # noqa: T201
+    main(Path(sys.argv[1]))

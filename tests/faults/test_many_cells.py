@@ -67,4 +67,4 @@ def test_five_hundred_cells(toy: Path, monkeypatch, fresh_database: Path) -> Non
     assert {run.info.status for run in found} == {"FINISHED"}
     numbers = [run.data.metrics["number"] for run in found if "number" in run.data.metrics]
     assert len(numbers) == CELLS
-    print(f"driver: {memory[0] / 1e6:.0f} MB, then {memory[-1] / 1e6:.0f} MB")  # noqa: T201
+    print(f"driver: {memory[0] / 1e6:.0f} MB, then {memory[-1] / 1e6:.0f} MB")

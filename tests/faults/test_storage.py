@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_log import record
 from flaky_proxy import FlakyProxy, flaky
 from lossy_disk import LossyDisk
 from results_at_risk import KEY, check_left, publish
@@ -22,6 +21,7 @@ from toy_runs import ROOT, fls, last_run, numbers, ran, run_here, write_spec
 from pipeline.stage import Context
 from pipeline.store import Store
 
+Record = Callable[[str, object], None]
 HERE = Path(__file__).parent
 RUN = ("run", "--executor", "local", "--tracking", "jsonl")
 STAGES = """
@@ -152,7 +152,6 @@ def test_damage_is_noticed(finished: Path, toy: Path, artefact: str, how: str) -
     if artefact not in {"run", "storage.json"}:
         code, output, errors = fls("resume", kept.run_id)
         assert code == 1, errors
-    record(case=f"damage-{artefact}-{how}", ok=True)
 
 
 @pytest.mark.parametrize("how", ["truncated", "flipped", "flipped again", "empty", "zeros"])
@@ -170,7 +169,6 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, file: str, how: str
     last = Context(params=None, folder=store.begin_attempt(KEY).folder).last_checkpoint()
     assert last is not None
     assert (last / "state.txt").read_text() == "one"
-    record(case=f"damage-checkpoint-{file}-{how}", ok=True)
 
 
 # ---------------------------------------------------------------------- full and broken disks
@@ -207,7 +205,6 @@ def test_a_full_disk_is_named_and_forgiven(toy: Path) -> None:
     assert found["manifests"] < 5
     assert (found["again"]["code"], found["again"]["errors"]) == (0, "")
     assert set(ran().values()) == {1}
-    record(case="disk-full", ok=True)
 
 
 @pytest.mark.parametrize("artefact", ["output", "manifest", "storage.json", "state"])
@@ -225,7 +222,6 @@ def test_a_read_error(finished: Path, toy: Path, artefact: str) -> None:
     else:
         assert f"{path}: Input/output error" in text
         assert found["code"] == 1
-    record(case=f"read-error-{artefact}", ok=True)
 
 
 # ------------------------------------------------------------------------------------- S3
@@ -241,7 +237,7 @@ def proxy(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyPr
 
 @pytest.mark.parametrize("fault", ["500", "drop", "lost", "mixed"])
 def test_a_run_on_an_s3_that_fails_every_fifth_time(
-    toy: Path, proxy: FlakyProxy, fault: str
+    toy: Path, proxy: FlakyProxy, record_property: Record, fault: str
 ) -> None:
     chance = random.Random(fault)  # noqa: S311
     storage = f"s3://{BUCKET}/flaky-{next(_counter)}"
@@ -268,7 +264,7 @@ def test_a_run_on_an_s3_that_fails_every_fifth_time(
     store = Store(storage)
     for status in last_run(storage).cells.values():
         assert store.attempts(status.key) == [1]
-    record(case=f"s3-{fault}", ok=True, failed=failed)
+    record_property("failed", failed)
 
 
 def test_an_s3_that_is_away_for_a_while_only_delays_a_run(toy: Path, proxy: FlakyProxy) -> None:
@@ -279,7 +275,6 @@ def test_an_s3_that_is_away_for_a_while_only_delays_a_run(toy: Path, proxy: Flak
     code, output = run_here()
     assert code == 0, output
     assert ran() == {"slow": 1}
-    record(case="s3-away", ok=True)
 
 
 def test_an_s3_that_never_comes_back_ends_a_run_with_one_message(
@@ -295,7 +290,6 @@ def test_an_s3_that_never_comes_back_ends_a_run_with_one_message(
     assert errors.startswith(f"{storage}: cannot ")
     assert "tried for" in errors
     assert errors.count("\n") == 1
-    record(case="s3-ended", ok=True)
 
 
 # ----------------------------------------------------------------- back from the dead, and cuts
@@ -334,11 +328,10 @@ def test_an_attempt_that_comes_back_from_the_dead(
     assert manifest is not None
     assert manifest.attempt == winner
     assert (store.fetch(KEY, "number") / "number.txt").read_text() == "5" * 100
-    record(case=f"undead-{storage}-{when}", ok=True)
 
 
 @pytest.mark.parametrize("seed", range(2, 8))
-def test_power_cuts_with_some_luck(tmp_path: Path, seed: int) -> None:
+def test_power_cuts_with_some_luck(tmp_path: Path, record_property: Record, seed: int) -> None:
     (tmp_path / "disk").mkdir()
     disk = LossyDisk(tmp_path / "disk")
     left: list[Path] = []
@@ -348,11 +341,11 @@ def test_power_cuts_with_some_luck(tmp_path: Path, seed: int) -> None:
     found = [check_left(Store(str(folder / "store"))) for folder in left]
     disk.close()
     assert found[-1][0]
-    record(case=f"power-cut-{seed}", ok=True, cuts=len(found))
+    record_property("cuts", len(found))
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_thousand_kill_points(tmp_path: Path, seed: int) -> None:
+def test_a_thousand_kill_points(tmp_path: Path, record_property: Record, seed: int) -> None:
     """A hundred for each seed."""
     done = subprocess.run(
         [
@@ -368,7 +361,6 @@ def test_a_thousand_kill_points(tmp_path: Path, seed: int) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
     )
     cases = [json.loads(line) for line in done.stdout.splitlines()]
-    for case in cases:
-        record(**case)
+    record_property("points", cases)
     assert [case for case in cases if not case["ok"]] == []
     assert (done.returncode, len(cases)) == (0, 100)
