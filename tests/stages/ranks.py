@@ -5,6 +5,7 @@ As a program it is one of the ranks: it reads jobs as JSON from its standard inp
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,8 +19,8 @@ from pipeline.stage import Context
 from stages.distributed import joined, require_equal
 
 Job = Mapping[str, Any]
-"""`name` of the stage, `folder`, `params`, and perhaps `inputs` and `checkpoint_every_s`; or the
-name "compare bits"."""
+"""`name` of the stage, `folder`, `params`, and perhaps `inputs` and `checkpoint_every_s`, and
+`first_checkpoint`, a folder that gets a copy of it; or the name "compare bits"."""
 
 
 def run_jobs(jobs: Sequence[Job], size: int) -> None:
@@ -73,6 +74,11 @@ def main(rank: int, size: int) -> None:
         if job["name"] == "compare bits":
             compare_bits(folder, rank, size)
             continue
+
+        def keep_first(event: dict[str, Any], job: Job = job, folder: Path = folder) -> None:
+            if event["type"] == "checkpoint" and event["number"] == 1 and "first_checkpoint" in job:
+                shutil.copytree(folder / "checkpoints/000001", job["first_checkpoint"])
+
         ran = run_stage(
             job["name"],
             folder if rank == 0 else folder.with_name(f"{folder.name}-{rank}"),
@@ -82,6 +88,7 @@ def main(rank: int, size: int) -> None:
             world_size=size,
             rendezvous=folder.with_name(f"{folder.name}-ranks").as_uri(),
             checkpoint_every_s=job.get("checkpoint_every_s", 30.0),
+            watch=keep_first,
         )
         if rank == 0:
             (folder / "events.json").write_text(json.dumps(ran.events))

@@ -1,7 +1,7 @@
 """Runs a stage in this process, as a worker would, and keeps what it reported."""
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,14 @@ def run_stage(
     folder: Path,
     params: Mapping[str, Any],
     inputs: Mapping[str, Path | Sequence[Artifact]] | None = None,
+    *,
+    watch: Callable[[dict[str, Any]], None] = lambda event: None,
     **context: Any,
 ) -> Ran:
-    """Run stage `name` in `folder`; an input is a folder, or a list of artifacts."""
+    """Run stage `name` in `folder`; an input is a folder, or a list of artifacts.
+
+    `watch` sees every event.
+    """
     stage = STAGES[name]
     module, _, attribute = stage.entry.partition(":")
     ran = Ran(folder=folder, params=stage.params.model_validate(dict(params)))
@@ -59,9 +64,12 @@ def run_stage(
         key: [artifact(value)] if isinstance(value, Path) else value
         for key, value in (inputs or {}).items()
     }
-    ctx = Context(
-        params=ran.params, folder=folder, inputs=connected, emit=ran.events.append, **context
-    )
+
+    def emit(event: dict[str, Any]) -> None:
+        ran.events.append(event)
+        watch(event)
+
+    ctx = Context(params=ran.params, folder=folder, inputs=connected, emit=emit, **context)
     getattr(importlib.import_module(module), attribute)(ctx)
     return ran
 

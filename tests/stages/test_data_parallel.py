@@ -46,6 +46,9 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+INTERRUPTED = ("kfac", "obs", "mfac")
+
+
 def distances(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:
     """Return how far tensors are apart, relative to their norms; integers must be equal."""
     assert expected.keys() == found.keys()
@@ -103,6 +106,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     oldest = min((root / "pretrain" / "checkpoints").iterdir())
     shutil.copytree(oldest, root / "two-resumed" / "checkpoints" / oldest.name)
     jobs.append({"name": "pretrain", "folder": "resumed", "params": PRETRAIN})
+    for job in [job for job in jobs if job["folder"] in INTERRUPTED]:
+        again = f"again-{job['folder']}"
+        jobs.append({**job, "folder": again, "checkpoint_every_s": 30})
+        job["first_checkpoint"] = root / f"two-{again}" / "checkpoints" / "000001"
     jobs.append({"name": "compare bits", "folder": "bits"})
     run_jobs([{**job, "folder": root / f"two-{job['folder']}"} for job in jobs], size=2)
     return root
@@ -167,6 +174,17 @@ def test_two_workers_estimate_as_one(root: Path, name: str) -> None:
         diagonals.append(estimator.diagonal())
     assert_near(*images, rtol=RTOL_CURVATURE)
     assert_near(*diagonals, rtol=RTOL_CURVATURE)
+
+
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_two_workers_go_on_within_a_pass_to_the_same_bits(root: Path, name: str) -> None:
+    whole, again = root / f"two-{name}", root / f"two-again-{name}"
+    begun = json.loads((again / "checkpoints/000001/curvature.json").read_text())["meta"]
+    assert begun["under_way"] | {"sums": None} == {"passes_done": 0, "rounds": 1, "sums": None}
+    events = json.loads((again / "events.json").read_text())
+    assert "going on from an unfinished fit" in [event.get("text") for event in events]
+    paths = [folder / "outputs/curvature/curvature.safetensors" for folder in (whole, again)]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
 def test_two_workers_curvature_prunes_to_the_same_masks(root: Path) -> None:
