@@ -132,15 +132,19 @@ def threads_of(task: Task) -> int:
     return max(1, int(task["num_cpus"]))
 
 
-def run_task(task: Task) -> Outcome:
+def run_task(task: Task, preemption: Preemption | None = None) -> Outcome:
     """Run one attempt at a cell and publish what it made.
 
     Returns at once when the cell's result is there already. Of several processes that run the task
     rank 0 makes the attempt; the others help it, and leave nothing. A storage that fails even when
     it is to take down the failure is an outcome as well.
+
+    Args:
+        task: as plain data.
+        preemption: how the caller tells the stage to end; signals do, too, on the main thread.
     """
     try:
-        return _run_task(task)
+        return _run_task(task, preemption or Preemption())
     except (PipelineError, OSError) as error:
         return {"status": "failed", "error": _error(str(error), user=_is_lasting(error))}
 
@@ -150,7 +154,7 @@ def _is_lasting(error: Exception) -> bool:
     return isinstance(error, PipelineError) and not isinstance(error, StorageUnavailable)
 
 
-def _run_task(task: Task) -> Outcome:
+def _run_task(task: Task, preemption: Preemption) -> Outcome:
     _prepare_process(task)
     store = Store(task["storage"])
     if store.prepare() != task["token"]:
@@ -158,10 +162,10 @@ def _run_task(task: Task) -> Outcome:
     if _published(store, task["key"]):
         return {"status": "ok", "seconds": 0.0}
     if _seat(task)["rank"] > 0:
-        return _help(task, store)
+        return _help(task, store, preemption)
     began = time.monotonic()
     with (
-        _heeding_preemption() as preemption,
+        _heeding_signals(preemption),
         store.begin_attempt(task["key"]) as attempt,
         EventWriter(_redacted(attempt)) as events,
     ):
@@ -176,14 +180,13 @@ def _run_task(task: Task) -> Outcome:
 
 
 @contextmanager
-def _heeding_preemption() -> Iterator[Preemption]:
+def _heeding_signals(preemption: Preemption) -> Iterator[None]:
     """Take note of the signals that tell a worker to end, for as long as a stage runs.
 
     SIGTERM comes from our driver, or from whoever takes the machine away; SIGINT is what becomes of
     Ray's gentle cancelling. Both are heeded also where the process ignores them, as one does that a
     shell has started in the background.
     """
-    preemption = Preemption()
 
     def note(number: int, frame: FrameType | None) -> None:
         preemption.asked = True
@@ -196,7 +199,7 @@ def _heeding_preemption() -> Iterator[Preemption]:
     for number in before:
         signal.signal(number, note)
     try:
-        yield preemption
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -230,11 +233,11 @@ def _attempt(
         return _failed(error)
 
 
-def _help(task: Task, store: Store) -> Outcome:
+def _help(task: Task, store: Store, preemption: Preemption) -> Outcome:
     """Run the stage as one of the ranks after the first, in a folder that is deleted."""
     folder = Path(tempfile.gettempdir(), f"fls-{uuid.uuid4().hex}")  # is there once it is used
     try:
-        with _heeding_preemption() as preemption:
+        with _heeding_signals(preemption):
             stage = _load(task["entry"])
             context = _make_context(task, store, folder, lambda event: None)
             context.preemption = preemption

@@ -35,11 +35,10 @@ class RankOutcomes:
     def verdict(self) -> Outcome | None:
         """Return how the task ended, once that is known; ranks without an outcome are to be killed.
 
-        Rank 0 publishes, so when it has ended well, so has the task; and it alone writes the
-        checkpoint behind which a task ends that is told to. A failure is one of all; until
+        Rank 0 publishes, so when it has ended well, so has the task. A failure is one of all; until
         every rank has told, or had the time to, the cause may be another one's.
         """
-        if self.ended_well(0) or self._found.get(0, {}).get("status") == "preempted":
+        if self.ended_well(0) or _preempted(self._found):
             return self._found[0]
         if self._failed_s is None:
             return None
@@ -53,10 +52,14 @@ class RankOutcomes:
 def cause(outcomes: Mapping[int, Outcome], size: int) -> Outcome:
     """Return the outcome that explains why a task failed in `size` processes.
 
+    Rank 0 alone writes the checkpoint behind which a task ends that is told to.
+
     Args:
         outcomes: rank -> outcome, at least one of them a failure.
         size: number of ranks.
     """
+    if _preempted(outcomes):
+        return outcomes[0]
     rank = min(
         (rank for rank, outcome in outcomes.items() if outcome["status"] not in {"ok", "lost"}),
         key=lambda rank: (_importance(outcomes[rank]), rank),
@@ -73,3 +76,7 @@ def _importance(outcome: Outcome) -> int:
     if outcome["status"] == "failed":
         return 1 if outcome["error"]["user"] else 3
     return 0 if outcome["status"] == "died" else 2
+
+
+def _preempted(outcomes: Mapping[int, Outcome]) -> bool:
+    return outcomes.get(0, {}).get("status") == "preempted"

@@ -1,21 +1,19 @@
 """Runs tasks on Ray: on a cluster that is there, else on one of our own on this machine.
 
-With `ray_jobs.py`, the only file that imports Ray. A task's outcome comes back as plain data, never
-as a pickled exception, and Ray retries nothing: the driver does, because it knows about
+With `ray_ranks.py` and `ray_jobs.py`, all that imports Ray. A task's outcome comes back as plain
+data, never as a pickled exception, and Ray retries nothing: the driver does, because it knows about
 checkpoints. CPU workers stay warm; a task with a GPU gets a fresh process (`max_calls=1`), because
-that is the only way to be sure that all GPU memory comes back. A task for several workers goes to
-Ray Train, which places all of them or none, connects them, and ends them together.
+that is the only way to be sure that all GPU memory comes back.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import pipeline.executors.ray_settings  # noqa: F401 - before Ray, which reads them
@@ -28,9 +26,9 @@ from pipeline.executors.base import (
     available_cpus,
     refuse_unsatisfiable,
 )
-from pipeline.executors.ranks import WAIT_FOR_THE_CAUSE_S, cause
+from pipeline.executors.ray_ranks import Notice, run_ranks
 from pipeline.stage import Resources
-from pipeline.worker import Outcome, Seat, Task, died, preempted, run_task
+from pipeline.worker import Outcome, Task, died, preempted, run_task
 
 # No data goes through Ray's object store, only tasks and outcomes; this is about its minimum.
 _OBJECT_STORE_BYTES = 100 << 20
@@ -56,8 +54,9 @@ class RayExecutor(AbstractExecutor):
         ray._private.worker._worker_logs_enabled = False
         self._warm = ray.remote(max_retries=0)(run_task)
         self._fresh = ray.remote(max_retries=0, max_calls=1)(run_task)
-        self._ranks = ray.remote(max_retries=0, num_cpus=0)(_run_ranks)
+        self._ranks = ray.remote(max_retries=0, num_cpus=0)(run_ranks)
         self._cells: dict[Any, str] = {}  # object reference -> cell
+        self._shared: set[str] = set()  # cells that several workers run
 
     def check(
         self, demands: Iterable[tuple[str, Resources]], *, may_grow: bool = False
@@ -86,8 +85,10 @@ class RayExecutor(AbstractExecutor):
     def submit(self, task: Task, resources: Resources) -> None:
         """Hand the task to Ray."""
         if resources.workers > 1:
+            self._notice.forget.remote(task["cell"])
             ranks = self._ranks.options(name=task["cell"])
-            self._cells[ranks.remote(task, resources)] = task["cell"]
+            self._cells[ranks.remote(task, resources, self._notice)] = task["cell"]
+            self._shared.add(task["cell"])
             return
         function = self._fresh if resources.num_gpus else self._warm
         reference = function.options(
@@ -115,9 +116,21 @@ class RayExecutor(AbstractExecutor):
             ray.cancel(reference, force=True)
 
     def preempt(self) -> None:
-        """Cancel gently: Ray drops what waits, and interrupts what runs (SIGINT in its worker)."""
-        for reference in self._cells:
-            ray.cancel(reference, force=False)
+        """Cancel gently: Ray drops what waits, and interrupts what runs (SIGINT in its worker).
+
+        Several workers at one cell hear of it by a notice, if they have begun.
+        """
+        told = set()
+        if self._shared:
+            cells = [cell for cell in self._cells.values() if cell in self._shared]
+            told = set(ray.get(self._notice.give.remote(cells)))
+        for reference, cell in self._cells.items():
+            if cell not in told:
+                ray.cancel(reference, force=False)
+
+    @cached_property
+    def _notice(self) -> Any:
+        return ray.remote(num_cpus=0)(Notice).remote()
 
     def stop(self) -> None:
         """Cancel what is in flight; a cluster of our own stops with us."""
@@ -132,6 +145,8 @@ def _outcome(reference: Any) -> Outcome:
         outcome: Outcome = ray.get(reference)
         return outcome
     except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ray.exceptions.TaskCancelledError):
+            return preempted()  # between our lines, while no stage ran yet
         # `run_task` returns errors as data, so this came before it, or is a defect of ours.
         message = (
             f"the node could not run the task; is this project installed there?\n{error.cause}"
@@ -145,82 +160,6 @@ def _outcome(reference: Any) -> Outcome:
     except ray.exceptions.RayError as error:
         # A crashed or preempted worker, a lost node, no memory: nobody's fault, worth a retry.
         return died(f"{type(error).__name__}: {error}")
-
-
-def _run_ranks(task: Task, resources: Resources) -> Outcome:
-    """Run a task in several workers, and return how it ended: what `run_task` is for one.
-
-    Ray Train keeps nothing for us: checkpoints go through the stage's context, results into the
-    store, and its own folder is a temporary one. A gentle cancelling ends the workers where they
-    are: the task goes on from the checkpoint that was written last.
-    """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
-
-    each = {"CPU": resources.num_cpus, "GPU": resources.num_gpus}
-    if resources.memory_bytes:
-        each["memory"] = resources.memory_bytes
-    with tempfile.TemporaryDirectory(prefix="fls-") as folder:
-        trainer = TorchTrainer(
-            _run_rank,
-            train_loop_config=dict(task),
-            torch_config=TorchConfig(
-                backend="cpu:gloo,cuda:nccl" if resources.num_gpus else "gloo"
-            ),
-            scaling_config=ScalingConfig(
-                num_workers=resources.workers,
-                use_gpu=resources.num_gpus > 0,
-                resources_per_worker=each,
-                accelerator_type=resources.accelerator_type,
-            ),
-            run_config=RunConfig(
-                name="ranks", storage_path=folder, failure_config=FailureConfig(max_failures=0)
-            ),
-        )
-        try:
-            outcome: Outcome = getattr(trainer.fit(), "return_value")  # noqa: B009 - since 2.5x
-            return outcome
-        except WorkerGroupError as error:
-            ranks = error.worker_failures.items()
-            outcomes = {rank: _failure(one) for rank, one in ranks}
-            return cause(outcomes, resources.workers) if outcomes else died(str(error))
-        except (TrainingFailedError, ray.exceptions.RayError) as error:
-            return died(f"{type(error).__name__}: {error}")
-
-
-class _RankFailed(Exception):
-    """Carries a rank's outcome, as JSON, to where Ray Train was started."""
-
-
-def _run_rank(task: Any) -> Any:
-    """Run a task as one of the ranks that Ray Train has connected.
-
-    Raises:
-        _RankFailed: the rank did not end well, so the others must end, too.
-    """
-    context = ray.train.get_context()
-    seat: Seat = {
-        "rank": context.get_world_rank(),
-        "world_size": context.get_world_size(),
-        "rendezvous": "",
-    }
-    given: Task = task
-    outcome = run_task({**given, "seat": seat})
-    if outcome["status"] in {"ok", "lost"}:
-        return outcome
-    if not outcome["error"]["user"]:
-        time.sleep(WAIT_FOR_THE_CAUSE_S)  # another's death, perhaps, which Ray notices meanwhile
-    raise _RankFailed(json.dumps(outcome))
-
-
-def _failure(error: Exception) -> Outcome:
-    """Return the outcome behind what Ray Train says of a rank that failed."""
-    inner = getattr(error, "_base_exc", error)
-    if isinstance(inner, _RankFailed):
-        outcome: Outcome = json.loads(str(inner))
-        return outcome
-    return died(f"{type(error).__name__}: {error}")
 
 
 def _room(resources: Resources, node: dict[str, float]) -> int:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline"))
 
 from test_local_executor import collect
 from test_worker import events_of
-from test_workers import NUMBER, pid_of_rank, ranks_task
+from test_workers import NUMBER, checkpoints, pid_of_rank, ranks_task
 from toy_runs import alive, ray_executor, wait_for
 
 from pipeline.errors import BadInput
@@ -79,14 +80,24 @@ def test_cancelled_workers_are_killed(executor: AbstractExecutor) -> None:
     assert executor.wait(0) == []
 
 
-def test_workers_that_are_told_to_end_do(executor: AbstractExecutor) -> None:
-    """They go on from the last checkpoint that was due; see `_run_ranks`."""
-    executor.submit(ranks_task(steps=10_000, delay_s=0.02), TWO_HALVES)
+def test_told_to_end_the_first_rank_writes_a_checkpoint(executor: AbstractExecutor) -> None:
+    executor.submit(ranks_task(steps=10_000, delay_s=0.02, checkpoint_every=10_000), TWO_HALVES)
     wait_for(lambda: Path("rank-1-of-2").exists(), 120)
     pids = [pid_of_rank(rank) for rank in (0, 1)]
     executor.preempt()
-    assert collect(executor, 1, 60)["cell"]["status"] in {"preempted", "died"}
+    assert collect(executor, 1, 60)["cell"]["status"] == "preempted"
+    assert checkpoints()
     wait_for(lambda: not any(map(alive, pids)))
+
+
+def test_workers_that_wait_for_room_are_dropped_when_told_to_end(
+    executor: AbstractExecutor,
+) -> None:
+    executor.submit(ranks_task(steps=10_000, delay_s=0.02), Resources(num_cpus=50, workers=2))
+    time.sleep(5)
+    executor.preempt()
+    outcome = collect(executor, 1, 60)["cell"]
+    assert outcome["status"] == "preempted", outcome
 
 
 def test_workers_that_no_cluster_has_room_for_are_refused(executor: AbstractExecutor) -> None:
