@@ -31,8 +31,11 @@ _OPTION = re.compile(r"[?&;]([^=?&;#]*)=([^&;#]+)")
 _OPTION_NAME = re.compile(
     r"TOKEN|SECRET|PASSW|SIGNATURE|CREDENTIAL|APIKEY|\bSIG\b|(^|[_-])KEY", re.IGNORECASE
 )
-_LONE_TOKEN = 20  # a user without a password that is so long is a token
+_LONE_TOKEN = 20  # a user without a password that is so long is a token, unless it is words
+_CONTAINER = ("abfs", "abfss", "wasb", "wasbs")  # where a user would stand, these have a container
 _SHORTEST = 8  # a shorter value would be found in text that has nothing to do with it
+_GUESSABLE = 12  # and so would a password of words that is shorter than this
+_WORDS = re.compile(r"[A-Z]?[a-z]*[0-9]{0,8}([-_.][A-Z]?[a-z]*[0-9]{0,8})*")
 HIDDEN = "***"
 
 
@@ -54,6 +57,10 @@ def has_credentials(text: str) -> bool:
 
     >>> has_credentials("s3://key:secret@bucket"), has_credentials("sftp://me@host/a?b=c")
     (True, False)
+    >>> has_credentials("https://ghp_16C7e42F292c6912E7710c83@host")
+    True
+    >>> has_credentials("sftp://pruning-results-2026-prod@host")
+    False
     """
     return next(_credentials(text), None) is not None
 
@@ -76,14 +83,19 @@ def find_secret(text: str, environment: Mapping[str, str]) -> tuple[int, str] | 
 def secret_values(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """Yield name and value of the secrets in an environment that can be told from other text.
 
-    Of a URL with credentials these are the URL, and each of the secrets in it.
+    Of a URL with credentials these are the URL, and each of the secrets in it; but not a password
+    such as `postgres`, a short one that is made of words, which any text may hold by chance. It is
+    hidden where it stands in a URL. What a variable's name declares a secret is one, however weak.
 
     >>> list(secret_values({"A_TOKEN": "long enough", "B_TOKEN": "short", "HOME": "/home/me"}))
     [('A_TOKEN', 'long enough')]
+    >>> dict(secret_values({"DB": "postgresql://me:postgres@host"}))
+    {'DB': 'postgresql://me:postgres@host'}
     """
     for name, value in environment.items():
-        parts = [value[start:end].rpartition(":")[2] for start, end in _credentials(value)]
-        whole = [value] if parts or is_secret(name) else []
+        found = [value[start:end].rpartition(":")[2] for start, end in _credentials(value)]
+        whole = [value] if found or is_secret(name) else []
+        parts = [one for one in found if len(one) >= _GUESSABLE or not _WORDS.fullmatch(one)]
         for one in dict.fromkeys([*whole, *parts, *map(unquote, parts)]):
             if len(one) >= _SHORTEST:
                 yield name, one
@@ -99,12 +111,14 @@ def _credentials(text: str) -> Iterator[tuple[int, int]]:
         for url in urls:
             begin += len("://")
             user = _AFTER_AUTHORITY.split(url, maxsplit=1)[0].rpartition("@")[0]
-            if ":" in user or len(user) >= _LONE_TOKEN:
+            name = scheme.endswith(_CONTAINER) or _WORDS.fullmatch(user)
+            if ":" in user or (len(user) >= _LONE_TOKEN and not name):
                 yield begin, begin + len(user)
             for option in _OPTION.finditer(url):
                 if _OPTION_NAME.search(option[1]):
                     yield begin + option.start(2), begin + option.end(2)
             begin += len(url)
+            scheme = url
 
 
 def redact(value: Any, environment: Mapping[str, str] | None = None) -> Any:

@@ -173,6 +173,19 @@ def test_a_spec_with_a_secret_is_refused_with_its_place(
     assert "whatever" not in problem
 
 
+@pytest.mark.parametrize("word", ["postgres", "password", "Airflow2024"])
+def test_a_password_of_words_is_hidden_in_its_url_and_no_text_is_refused_for_it(
+    leaky: Path, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"postgresql://me:{word}@host/db")
+    Path("pipeline.yaml").write_text(STAGES.replace("how: user", f"how: a {word} that is none"))
+    assert fls("validate")[0] == 0
+    told = f"{word} at postgresql://me:{word}@host/db"
+    assert redact(told) == f"{word} at postgresql://***@host/db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:correct-horse-battery@host/db")
+    assert redact("correct-horse-battery") == "***"
+
+
 def test_an_option_with_a_secret_is_refused_without_naming_it(leaky: Path) -> None:
     code, _, errors = fls("validate", "--set", f"user.how={SECRETS['HF_TOKEN']}")
     assert code == 2
@@ -206,6 +219,25 @@ def test_an_option_with_a_secret_is_refused_without_naming_it(leaky: Path) -> No
 )
 def test_names_that_look_secret(name: str, secret: bool) -> None:
     assert is_secret(name) is secret
+
+
+@pytest.mark.parametrize(
+    ("url", "secret"),
+    [
+        ("abfs://fishleg-results-2026-production@account.dfs.core.windows.net/runs", False),
+        ("az://models@account/x abfss://resultsofourpruningruns20260101@account/x", False),
+        ("abfs://azureml-blobstore-550e8400-e29b-41d4-a716-446655440000@account/runs", False),
+        ("sftp://someone.with-a_long-name42@host/results", False),
+        ("abfs://container:key@account", True),
+        ("https://ghp_16C7e42F292c6912E7710c838347Ae178B4a@host/x", True),
+        ("https://glpat-xY12abCDefGH34ijKLmn@host/x", True),
+        ("https://dapi0123456789abcdef0123456789abcdef@host/x", True),
+        ("https://550e8400-e29b-41d4-a716-446655440000@host/x", True),
+    ],
+)
+def test_a_long_name_is_no_token(url: str, secret: bool) -> None:
+    assert has_credentials(url) is secret
+    assert (redact(url, {}) == url) is not secret
 
 
 def test_redaction_keeps_what_is_no_secret() -> None:
