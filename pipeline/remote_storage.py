@@ -21,7 +21,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from pipeline.cache import Cache
-from pipeline.errors import StorageUnavailable, StorageUnsupported, StoreError
+from pipeline.errors import (
+    BadInput,
+    StorageUnavailable,
+    StorageUnsupported,
+    StoreError,
+    nearest,
+)
 from pipeline.names import require_inside
 from pipeline.secrets import redact
 from pipeline.storage import AbstractStorage, StoredFile, list_files
@@ -49,12 +55,10 @@ class RemoteStorage(AbstractStorage):
     """Anything that fsspec reaches, with scratch space in the local temporary folder."""
 
     def __init__(self, url: str):
-        import fsspec.core  # here, because fsspec and what it needs take a while
-
         self.url = url
         self._is_s3 = url.partition("://")[0] in _S3_SCHEMES
         options: dict[str, Any] = {"config_kwargs": _S3_REQUESTS} if self._is_s3 else {}
-        self.fs, self.root = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
+        self.fs, self.root = _file_system(url, options)
         if self._is_s3:
             self.fs.retries = 1  # those of botocore and of this class are enough
         self.root = self.root.rstrip("/")
@@ -278,6 +282,45 @@ class RemoteStorage(AbstractStorage):
             ) from error
         if status is not None and 400 <= status < 500 and status not in _BUSY:
             raise StoreError(f"{what}: {_reason(error)}.") from error
+
+
+def _file_system(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """Return the file system that fsspec has for a URL, and the URL's path in it.
+
+    Raises:
+        BadInput: there is none, or its package is missing, or the URL is not as it should be.
+        StorageUnavailable: it connects at once, and cannot.
+    """
+    import fsspec.core  # here, because fsspec and what it needs take a while
+    from fsspec.registry import known_implementations
+
+    scheme = url.partition("://")[0].rpartition("::")[2]
+    if scheme not in {*known_implementations, *fsspec.available_protocols()}:
+        raise BadInput(
+            f"storage: {redact(url)}: nothing is known of {scheme!r}"
+            f"{nearest(scheme, known_implementations)}; expected a folder, or a URL that fsspec "
+            "knows, such as s3://bucket/folder."
+        )
+    try:
+        file_system, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
+        return file_system, path
+    except ImportError as error:
+        cause = error.__cause__ if isinstance(error.__cause__, ImportError) else error
+        missing = f": no module named {cause.name!r}" if cause.name else ""
+        raise BadInput(
+            f"storage: {redact(url)} needs a package that is not installed{missing} "
+            f"({_reason(error)}). Install it wherever this runs, on all nodes of a cluster too."
+        ) from error
+    except OSError as error:
+        raise StorageUnavailable(f"{redact(url)}: cannot connect: {_first_line(error)}.") from error
+    except Exception as error:  # each of fsspec's storages asks for something else
+        raise BadInput(
+            f"storage: {redact(url)} cannot be used as it is: {_first_line(error)}."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return _reason(error).partition("\n")[0]
 
 
 def _answer_of(error: Exception) -> tuple[str | None, int | None]:

@@ -1,12 +1,14 @@
 """S3 over HTTP: exclusive creation, patience, and errors that say what is wrong."""
 
 import itertools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from flaky_proxy import FlakyProxy, flaky
 from s3_server import BUCKET, SECRET, s3_environment
+from toy_runs import fls
 
 from pipeline import remote_storage
 from pipeline.errors import BadInput, StorageUnavailable, StorageUnsupported, StoreError
@@ -164,3 +166,36 @@ def test_a_name_that_leads_out_of_the_folder_is_not_downloaded(s3: str, tmp_path
     with pytest.raises(StoreError, match="is no path inside a storage"):
         storage.load("outputs/x", tmp_path / "deep/copy")
     assert not list(tmp_path.rglob("evil"))
+
+
+# ----------------------------------------------------------------- file systems of fsspec
+
+
+@pytest.mark.parametrize(
+    ("url", "module"),
+    [("gs://b/x", "gcsfs"), ("abfs://c@a/x", "adlfs"), ("simplecache::sftp://h/x", "paramiko")],
+)
+def test_a_package_that_is_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, url: str, module: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # whether it is installed or not
+    code, output, errors = fls("status", "--storage", url)
+    assert (code, output) == (2, "")
+    assert errors.startswith(f"storage: {url} needs a package that is not installed")
+    assert f"no module named {module!r}" in errors
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "code", "expected"),
+    [
+        ("gss://b/x", 2, "storage: gss://b/x: nothing is known of 'gss' (did you mean 'gs'?); exp"),
+        ("github://b/x", 2, "storage: github://b/x cannot be used as it is: GithubFileSystem"),
+        ("ftp://127.0.0.1:9/x", 1, "ftp://127.0.0.1:9/x: cannot connect: "),
+    ],
+)
+def test_a_url_that_is_no_storage_is_one_clear_error(url: str, code: int, expected: str) -> None:
+    found, output, errors = fls("status", "--storage", url)
+    assert (found, output) == (code, "")
+    assert errors.startswith(expected)
+    assert errors.count("\n") == 1
