@@ -17,20 +17,21 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.attempt import DIGESTS, attempt_folder, whole_checkpoints
-from pipeline.errors import BadInput, Damaged, DamagedDocument, StoreError
+from pipeline.errors import BadInput, DamagedDocument, StorageUnavailable, StoreError
 from pipeline.keys import base_of
+from pipeline.names import numbers, require_inside, run_ids
 from pipeline.planner import Plan
 from pipeline.runs import DOCUMENTS, RunRecord, RunState, load_run
 from pipeline.storage import StoredFile
 from pipeline.store import Manifest, Store
 
 _RESULT = re.compile(r"(?P<key>[^.]+)(?P<damaged>\.damaged-[0-9]+)?")
+_GENERATION = re.compile(r"[^.]+\.[0-9]{1,9}")
 _STRAY = re.compile(r"\.[0-9a-f]{32}")  # what a storage writes or deletes under another name
 _PROBE = re.compile(r"probe-[0-9a-f]{32}")
 GRACE_S = 3600.0
@@ -76,13 +77,19 @@ class Garbage:
     manifest: Manifest | None = None
 
 
-def find_garbage(store: Store, plans: Sequence[Plan], retention: Retention) -> list[Garbage]:
+def find_garbage(
+    store: Store,
+    plans: Sequence[Plan],
+    retention: Retention,
+    pass_over: Callable[[str], object] = lambda path: None,
+) -> list[Garbage]:
     """Return what is not needed; nothing is written.
 
     Args:
         store: the store.
         plans: present plans of pipelines, whose results are kept.
         retention: which runs are kept.
+        pass_over: told of each file whose name a store does not give; such files are left alone.
 
     Where the documents of a run cannot be read, what it needs is not known: a `StoreError`.
 
@@ -90,6 +97,8 @@ def find_garbage(store: Store, plans: Sequence[Plan], retention: Retention) -> l
     results that nothing reaches or that more than one attempt was made at.
     """
     survey = _Survey(store, retention)
+    for path in survey.strange:
+        pass_over(f"{path}: no name that a store gives")
     pipelines = {plan.spec.name for plan in plans}
     survey.judge_runs(pipelines)
     for plan in plans:
@@ -98,25 +107,41 @@ def find_garbage(store: Store, plans: Sequence[Plan], retention: Retention) -> l
 
 
 def collect(
-    store: Store, plans: Sequence[Plan], retention: Retention, garbage: Iterable[Garbage]
+    store: Store,
+    plans: Sequence[Plan],
+    retention: Retention,
+    garbage: Iterable[Garbage],
+    pass_over: Callable[[str], object] = lambda path: None,
 ) -> Iterator[Garbage]:
     """Delete garbage, and yield each thing that was; what is in use by now is spared.
+
+    `pass_over` is told of what cannot be deleted, such as a link that leads out of the store.
+
+    Raises:
+        StorageUnavailable: the storage is away, or what is to be deleted is another user's.
 
     Cost: a listing of each thing; and a survey at the beginning, and whenever something changed.
     """
     runs = set(store.list_runs())
     wanted = {item.paths for item in find_garbage(store, plans, retention)}
     for item in garbage:
-        files = [file for path in item.paths for file in store.storage.files(path)]
         now = set(store.list_runs())
-        if now - runs or _newest(files) != item.written:
-            runs |= now
-            wanted = {other.paths for other in find_garbage(store, plans, retention)}
-        if item.paths in wanted:
+        try:
+            files = [file for path in item.paths for file in store.storage.files(path)]
+            if now - runs or _newest(files) != item.written:
+                runs |= now
+                wanted = {other.paths for other in find_garbage(store, plans, retention)}
+            if item.paths not in wanted:
+                continue
             if item.manifest is not None:
                 store.collect(item.manifest)
             for path in item.paths:
                 store.storage.remove(path)
+        except StorageUnavailable:
+            raise
+        except StoreError as error:
+            pass_over(str(error))
+        else:
             yield item
 
 
@@ -151,10 +176,15 @@ class _Survey:
         self.dropped: dict[str, str] = {}  # run -> reason
         self.groups: dict[tuple[str, str], list[StoredFile]] = defaultdict(list)
         self.strays: dict[str, list[StoredFile]] = defaultdict(list)
+        self.strange: list[str] = []
         for file in store.storage.files(""):
             stray = _stray(file.path)
-            if stray:
+            if not _is_inside(file.path):
+                self.strange.append(file.path)
+            elif stray:
                 self.strays[stray].append(file)
+            elif not _is_ours(file.path):
+                self.strange.append(file.path)
             else:
                 top, _, rest = file.path.partition("/")
                 self.groups[top, rest.partition("/")[0]].append(file)
@@ -312,10 +342,22 @@ class _Survey:
     def learn_name(self, key: str) -> None:
         """Look into the manifest of a result whose name no run tells."""
         if key not in self.names:
-            with suppress(Damaged):
-                manifest = self.store.manifest(key)
-                if manifest is not None:
-                    self.names[key] = str(manifest.facts.get("cell", ""))
+            manifest = self.manifest(key)
+            if isinstance(manifest, Manifest):
+                self.names[key] = str(manifest.facts.get("cell", ""))
+
+    def manifest(self, key: str) -> Manifest | StoreError | None:
+        """Return the manifest of a result, None if there is none, or what is wrong with it.
+
+        Raises:
+            StorageUnavailable: that is not known.
+        """
+        try:
+            return self.store.manifest(key)
+        except StorageUnavailable:
+            raise
+        except StoreError as error:  # damaged, or a link that leads out of the store
+            return error
 
     def damaged(self, key: str, folder: str, files: Sequence[StoredFile]) -> Iterator[Garbage]:
         """Yield a result set aside; the records of its attempts stay until later ones have come.
@@ -336,9 +378,8 @@ class _Survey:
         numbers = _parts(files, folder)
         if not any(numbers.values()):
             return
-        try:
-            manifest = self.store.manifest(key)
-        except Damaged:
+        manifest = self.manifest(key)
+        if isinstance(manifest, StoreError):
             return
         if manifest is None:
             yield from self.unfinished(key, numbers)
@@ -395,6 +436,28 @@ def _served(plan: Plan) -> dict[str, Manifest]:
         else:
             kept.add(one.key)
     return {key: manifest for key, manifest in found.items() if key not in kept}
+
+
+def _is_inside(path: str) -> bool:
+    try:
+        require_inside(path)
+    except StoreError:
+        return False
+    return True
+
+
+def _is_ours(path: str) -> bool:
+    """Tell whether a store gives such names; top-level ones that it does not give are not met."""
+    match path.split("/"):
+        case ["runs", name, *rest]:
+            return bool(rest and run_ids([name]))
+        case ["generations", name, *_]:
+            return _GENERATION.fullmatch(name) is not None
+        case ["stages", name, "attempts", number, *_]:
+            return bool(_RESULT.fullmatch(name) and list(numbers([number])))
+        case ["stages", name, *_]:
+            return _RESULT.fullmatch(name) is not None
+    return True
 
 
 def _stray(path: str) -> str | None:

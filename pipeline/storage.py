@@ -255,13 +255,14 @@ class LocalStorage(AbstractStorage):
         Files that vanish meanwhile are as good as removed.
         """
         target = self._at(path)
-        if not target.is_dir() or target.is_symlink():
-            target.unlink(missing_ok=True)
-            return
-        gone = target.with_name(f".{uuid.uuid4().hex}")
-        with suppress(FileNotFoundError):
-            target.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+        with self._reporting(path):
+            if not target.is_dir() or target.is_symlink():
+                target.unlink(missing_ok=True)
+                return
+            gone = target.with_name(f".{uuid.uuid4().hex}")
+            with suppress(FileNotFoundError):
+                target.rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
 
     def move(self, source: str, target: str) -> None:
         """See `AbstractStorage.move`."""

@@ -81,14 +81,18 @@ def gc(
     store = Store(storage or _storage_of(specs))
     plans = [make_plan(spec, store) for spec in specs]
     retention = Retention(keep_runs=keep_runs, older_than_s=older_than, grace_s=grace or GRACE_S)
-    found = find_garbage(store, plans, retention)
     console = console_here()
+
+    def pass_over(what: str) -> None:
+        console.print(f"passed over: {what}", soft_wrap=True)
+
+    found = find_garbage(store, plans, retention, pass_over)
     if not apply:
         total = _print_garbage(found, console)
         hint = "; --apply deletes it" if found else ""
         console.print(f"{store.url}: {len(found)} things, {size(total)}, not needed{hint}.")
         return
-    total = _print_garbage(collect(store, plans, retention, found), console)
+    total = _print_garbage(collect(store, plans, retention, found, pass_over), console)
     console.print(f"{store.url}: deleted what was not needed, {size(total)}.")
 
 

@@ -33,6 +33,7 @@ from pipeline.planner import Plan, Selection, make_plan
 from pipeline.provenance import Source
 from pipeline.runs import RunOptions, RunRecord, new_run_id
 from pipeline.seal import seal, unseal
+from pipeline.secrets import presentable
 from pipeline.spec import load_spec
 from pipeline.stage import Context, write_json
 from pipeline.store import Store
@@ -45,7 +46,7 @@ def age(folder: str | Path = ".fls", seconds: float = 7200.0) -> None:
     """Let all files in a folder have been written that long ago."""
     then = time.time() - seconds
     for path in Path(folder).rglob("*"):
-        os.utime(path, (then, then))
+        os.utime(path, (then, then), follow_symlinks=False)
 
 
 def find(**limits: float | None) -> dict[str, str]:
@@ -354,6 +355,47 @@ def test_a_run_that_finds_results_gone_makes_them_anew(toy: Path) -> None:
     )
     assert _execute(planned, store, record, Source(), Console(file=io.StringIO()), None, 10.0) == 0
     assert set(gone) <= manifests()
+
+
+# ---------------------------------------------------------------------------- what is not ours
+
+
+def test_planted_names_are_passed_over_and_the_rest_goes(toy: Path) -> None:
+    write_spec("start: {uses: start, params: {value: 1}}")
+    run_here()
+    run_here(overrides=["start.value=2"], selection=Selection(force=["start"]))
+    kept, gone, run = plan().cells[0], key_of("start"), last_run().run_id
+    base = Path(next(Path(".fls/generations").iterdir())).name.partition(".")[0]
+    planted = [
+        "runs/..x/run.json",
+        "runs/\x1b[2J/run.json",
+        "runs/notes",
+        "generations/x",
+        f"generations/{base}.",
+        f"generations/{base}.\u00b2",
+        "stages/a.b/manifest.json",
+        "stages/\u202egnp/manifest.json",
+        f"stages/{kept.key}/attempts/notes/outputs/x",
+        f"stages/{kept.key}/attempts/\u00b2/checkpoints/x/y",
+        f"stages/{kept.key}/attempts/0001/checkpoints/\x1b/y",
+    ]
+    for name in planted:
+        path = Path(".fls", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    link = Path(f".fls/stages/{gone}/manifest.json")
+    link.unlink()
+    Path("outside").write_text("{}")
+    link.symlink_to(Path("outside").absolute())
+    age(".fls")
+    code, output, errors = fls("gc", "--keep-runs", "0", "--apply")
+    assert (code, errors) == (0, "")
+    assert output.count(": no name that a store gives\n") == len(planted)
+    assert all(f"passed over: {presentable(name)}: no name" in output for name in planted)
+    assert all(Path(".fls", name).exists() for name in planted)
+    assert "manifest.json leads out of the storage by a symbolic link" in output
+    assert not Path(f".fls/runs/{run}").exists(), "what is ours goes"
+    assert plan().cells[0].state == "cached"
 
 
 # ------------------------------------------------------------------------------- where
