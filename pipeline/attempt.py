@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import StoreError
+from pipeline.errors import StorageUnavailable, StoreError
 from pipeline.names import numbers, require_inside
 from pipeline.seal import seal, seal_lines, unseal
 from pipeline.stage import StageError
@@ -66,7 +66,11 @@ class Attempt:
         self._path = attempt_folder(key, number)
         self._segments = 0
         self.folder = storage.workspace(self._path)
-        self._take_over_checkpoint()
+        try:
+            self._take_over_checkpoint()
+        except BaseException:  # then nobody will leave this attempt as a context
+            storage.release(self.folder)
+            raise
 
     def __enter__(self) -> Attempt:
         return self
@@ -204,7 +208,11 @@ class Attempt:
                 self._storage.remove(checkpoint_folder(self.key, self.number, old))
 
     def _take_over_checkpoint(self) -> None:
-        """Put the newest whole checkpoint of earlier attempts into this one's folder."""
+        """Put the newest whole checkpoint of earlier attempts into this one's folder.
+
+        Raises:
+            StorageUnavailable: perhaps there is one, but it cannot be had now.
+        """
         found = [
             (checkpoint, number)
             for number in earlier_attempts(self._storage, self.key, self.number)
@@ -217,6 +225,8 @@ class Attempt:
                 wanted = unseal(self._storage.read(f"{path}/{DIGESTS}"))
                 self._storage.load(path, part)
                 whole = _digest_checkpoint(part) == wanted
+            except StorageUnavailable:  # the next attempt may find it
+                raise
             except (
                 FileNotFoundError,  # it is in the making; or its attempt lives, and is further on
                 shutil.Error,

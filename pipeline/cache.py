@@ -3,6 +3,7 @@
     <folder>/lock                   held for a moment by whoever marks or deletes
     <folder>/users/<user>           locked as long as this user of the cache lives
     <folder>/copies/<id>/copy/      a copy; comes into being by rename: it is whole or not there
+    <folder>/copies/<id>/part-*     one in the making; `old-*` is one that a fresh one replaced
     <folder>/copies/<id>/<user>     says who uses it; the folder's time is that of the last use
 
 A lock ends with its process, however that ends. So a copy in use is never deleted, and what a
@@ -105,12 +106,16 @@ class Cache:
     def _shrink(self) -> None:
         """Delete what was used longest ago, and is not in use, until the rest is small enough."""
         with self._locked():
-            living = {user.name for user in self._users.iterdir() if _is_locked(user)}
+            living = {user.name for user in self._users.iterdir() if is_locked(user)}
             for user in self._users.iterdir():
                 if user.name not in living:
                     user.unlink()
             places = sorted(self._copies.iterdir(), key=lambda place: place.stat().st_mtime)
-            sizes = {place: _size(place) for place in places}
+            for place in places:
+                if living.isdisjoint(os.listdir(place)):
+                    for half in (*place.glob("part-*"), *place.glob("old-*")):
+                        shutil.rmtree(half, ignore_errors=True)
+            sizes = {place: folder_bytes(place) for place in places}
             excess = sum(sizes.values()) - limit_bytes()
             for place in places:
                 if excess > 0 and living.isdisjoint(os.listdir(place)):
@@ -125,12 +130,15 @@ class Cache:
             yield
 
 
-def _is_locked(path: Path) -> bool:
-    with open(path, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+def is_locked(path: Path) -> bool:
+    """Tell whether a living process holds the lock on a file or folder."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(opened)
     return False
 
 
@@ -144,7 +152,7 @@ def _discard(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _size(folder: Path) -> int:
+def folder_bytes(folder: Path) -> int:
     """Return the bytes of all files in a folder; what vanishes meanwhile counts nothing."""
     total = 0
     for parent, _, names in os.walk(folder):

@@ -3,8 +3,8 @@
 Needed is what a kept run or the present plan of a pipeline reaches, and everything of cells that
 are being worked on: those of a live run, and those that were written to of late. The rest goes:
 results that nothing reaches, files that only served what is there by now (`keep: results`), what
-ended attempts left behind, results set aside as damaged, files of writes that were killed, and
-generations that no cell has.
+ended attempts left behind, results set aside as damaged, files of writes and uploads that were
+killed, workspaces of killed workers on this machine, and generations that no cell has.
 
 A run may start while this works. So whatever was written to within the grace period stays; and
 before each thing is deleted it is looked at again, and so are the runs. What is left is a run that
@@ -67,6 +67,7 @@ class Garbage:
         reason: why it is not needed.
         cell: name of the cell that it is of, or "".
         manifest: of the result that it is the files of; what that says is kept. None otherwise.
+        discard: how it is deleted, if it lies where no listing shows it. None otherwise.
     """
 
     paths: Sequence[str]
@@ -75,6 +76,7 @@ class Garbage:
     reason: str
     cell: str = ""
     manifest: Manifest | None = None
+    discard: Callable[[], object] | None = None
 
 
 def find_garbage(
@@ -125,6 +127,10 @@ def collect(
     runs = set(store.list_runs())
     wanted = {item.paths for item in find_garbage(store, plans, retention)}
     for item in garbage:
+        if item.discard is not None:  # its process is dead, so it is in nobody's use
+            item.discard()
+            yield item
+            continue
         now = set(store.list_runs())
         try:
             files = [file for path in item.paths for file in store.storage.files(path)]
@@ -294,6 +300,14 @@ class _Survey:
         for path, files in self.strays.items():
             if self.is_old(files):
                 yield self.item([path], files, "left by a write or a deletion that was killed")
+        for left in self.store.storage.leftovers():
+            top, _, rest = left.path.partition("/")
+            of = top, rest.partition("/")[0]
+            quiet = self.is_old(self.groups.get(of, ())) and of[1] not in self.needs.busy
+            if quiet and self.now - left.time >= self.retention.grace_s:
+                why = "left by a worker that was killed"
+                found = self.item([left.path], [], why)
+                yield replace(found, bytes=left.bytes, written=left.time, discard=left.discard)
         for (top, name), files in self.groups.items():
             if not self.is_old(files):
                 continue

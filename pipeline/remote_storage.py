@@ -9,18 +9,21 @@ this module does. So nothing waits for longer than about `PATIENCE_S` and a minu
 
 from __future__ import annotations
 
+import fcntl
 import getpass
 import hashlib
+import os
 import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from pipeline.cache import Cache
+from pipeline.cache import Cache, folder_bytes, is_locked
 from pipeline.errors import (
     BadInput,
     StorageUnavailable,
@@ -30,7 +33,7 @@ from pipeline.errors import (
 )
 from pipeline.names import require_inside
 from pipeline.secrets import redact
-from pipeline.storage import AbstractStorage, StoredFile, list_files
+from pipeline.storage import AbstractStorage, Leftover, StoredFile, list_files
 
 PATIENCE_S = 120.0
 FIRST_PATIENCE_S = 10.0
@@ -47,6 +50,10 @@ _S3_REQUESTS = {
 _TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
 _BUSY = {408, 409, 425, 429}  # the client errors (HTTP 4xx) that pass by themselves
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError"}
+
+_WORK = "work-"
+_UNHELD_S = 60.0  # a workspace is held, by a lock, right after it was made
+_locks: dict[Path, int] = {}  # workspace -> open folder, locked as long as this process lives
 
 Answer = TypeVar("Answer")
 
@@ -143,11 +150,53 @@ class RemoteStorage(AbstractStorage):
     def workspace(self, path: str) -> Path:
         """See `AbstractStorage.workspace`."""
         self.scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return Path(tempfile.mkdtemp(dir=self.scratch, prefix="work-"))
+        for left in self._left_here():
+            left.discard()
+        folder = Path(tempfile.mkdtemp(dir=self.scratch, prefix=_WORK))
+        _locks[folder] = os.open(folder, os.O_RDONLY)
+        fcntl.flock(_locks[folder], fcntl.LOCK_EX)
+        return folder
 
     def release(self, workspace: Path) -> None:
         """See `AbstractStorage.release`."""
         shutil.rmtree(workspace, ignore_errors=True)
+        if workspace in _locks:
+            os.close(_locks.pop(workspace))
+
+    def leftovers(self) -> list[Leftover]:
+        """See `AbstractStorage.leftovers`: workspaces on this machine, and halves of uploads."""
+        return [*self._left_here(), *self._left_there()]
+
+    def _left_here(self) -> Iterator[Leftover]:
+        """Yield the workspaces that no living process holds; a new one may not be held yet."""
+        for folder in self.scratch.glob(f"{_WORK}*"):
+            try:
+                written = folder.stat().st_mtime
+                held = time.time() - written < _UNHELD_S or is_locked(folder)
+            except FileNotFoundError:  # released, or another process was quicker
+                continue
+            if not held:
+                discard = partial(shutil.rmtree, folder, ignore_errors=True)
+                yield Leftover(str(folder), folder_bytes(folder), written, discard)
+
+    def _left_there(self) -> Iterator[Leftover]:
+        """Yield the large files on S3 of which some parts were uploaded, up to a thousand.
+
+        Of a server that does not tell, or does not let us know, there is nothing to be deleted.
+        """
+        if not self._is_s3:
+            return
+        bucket, _, folder = self.root.partition("/")
+        here = f"{folder}/".lstrip("/")
+        try:
+            found = self.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=here)
+        except Exception:  # `files` asks the same server, and says what is wrong with it
+            return
+        for upload in found.get("Uploads", []):
+            request = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+            discard = partial(self.fs.call_s3, "abort_multipart_upload", **request)
+            began = upload["Initiated"].timestamp()
+            yield Leftover(upload["Key"].removeprefix(here), 0, began, discard)
 
     def save(self, folder: Path, path: str) -> None:
         """See `AbstractStorage.save`."""

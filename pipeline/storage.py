@@ -21,7 +21,7 @@ import os
 import shutil
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from operator import attrgetter
@@ -44,6 +44,23 @@ class StoredFile:
     path: str
     bytes: int
     time: float
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """What a killed process left where no listing shows it.
+
+    Attributes:
+        path: where: in the storage, or an absolute one on this machine.
+        bytes: its size as far as it is known.
+        time: Unix time of the last write that is known.
+        discard: deletes it.
+    """
+
+    path: str
+    bytes: int
+    time: float
+    discard: Callable[[], object]
 
 
 class AbstractStorage(ABC):
@@ -99,6 +116,10 @@ class AbstractStorage(ABC):
     @abstractmethod
     def release(self, workspace: Path) -> None:
         """Say that a workspace is needed no more."""
+
+    def leftovers(self) -> list[Leftover]:
+        """Return what killed processes left here, beside what `files` shows; mostly nothing."""
+        return []
 
     @abstractmethod
     def save(self, folder: Path, path: str) -> None:

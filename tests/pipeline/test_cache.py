@@ -118,6 +118,16 @@ def test_a_killed_process_holds_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     assert copies(tmp_path) == {"c"}
 
 
+def test_what_a_killed_process_was_about_to_make_goes_though_there_is_room(tmp_path: Path) -> None:
+    copy = Cache(tmp_path).get("a", fill("a"))
+    for name in ("part-1", "old-1"):
+        (copy.parent / name).mkdir()
+        (copy.parent / name / "file").touch()
+    Cache(tmp_path).get("b", fill("b"))
+    assert copies(tmp_path) == {"a", "b"}
+    assert not {"part-1", "old-1"} & set(os.listdir(copy.parent))
+
+
 def test_two_processes_fill_it_at_once(tmp_path: Path) -> None:
     program = (
         "import sys, time; from pathlib import Path; from pipeline.cache import Cache\n"

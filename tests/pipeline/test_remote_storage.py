@@ -1,6 +1,8 @@
 """S3 over HTTP: exclusive creation, patience, and errors that say what is wrong."""
 
 import itertools
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,11 +10,14 @@ from pathlib import Path
 import pytest
 from flaky_proxy import FlakyProxy, flaky
 from s3_server import BUCKET, SECRET, s3_environment
-from toy_runs import fls
+from test_store import KEY
+from toy_runs import ROOT, fls
 
 from pipeline import remote_storage
 from pipeline.errors import BadInput, StorageUnavailable, StorageUnsupported, StoreError
+from pipeline.gc import Retention, collect, find_garbage
 from pipeline.remote_storage import RemoteStorage
+from pipeline.stage import Context
 from pipeline.storage import open_storage
 from pipeline.store import Store
 
@@ -166,6 +171,88 @@ def test_a_name_that_leads_out_of_the_folder_is_not_downloaded(s3: str, tmp_path
     with pytest.raises(StoreError, match="is no path inside a storage"):
         storage.load("outputs/x", tmp_path / "deep/copy")
     assert not list(tmp_path.rglob("evil"))
+
+
+# ------------------------------------------------------------------ what killed workers left
+
+WORKER = """
+import sys, time
+from pipeline.storage import open_storage
+print(open_storage("memory://left").workspace("x"), flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_workspace_of_a_killed_worker_is_deleted_by_the_next_one_on_its_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    storage = open_storage("memory://left")
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", WORKER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as worker:
+        assert worker.stdout is not None
+        theirs = Path(worker.stdout.readline().strip())
+        (theirs / "part").write_bytes(b"123")
+        os.utime(theirs, (0, 0))  # it works for so long that it seems to be silent
+        mine = storage.workspace("x")
+        assert storage.leftovers() == []
+        worker.kill()
+    (left,) = storage.leftovers()
+    assert (left.path, left.bytes, left.time) == (str(theirs), 3, 0)
+    again = storage.workspace("x")
+    assert not theirs.exists()
+    assert mine.is_dir()
+    for folder in (mine, again):
+        storage.release(folder)
+    assert storage.leftovers() == []
+
+
+def test_an_attempt_that_cannot_reach_its_checkpoint_does_not_begin_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    store = Store(f"memory://left-{next(_counter)}")
+    first = store.begin_attempt(KEY)
+    with Context(params=None, folder=first.folder).checkpoint() as folder:
+        (folder / "x").touch()
+    first.append_events([{"type": "checkpoint"}])
+    before = sorted(tmp_path.rglob("work-*"))
+
+    def fail(path: str, folder: Path) -> None:
+        raise StorageUnavailable("away")
+
+    monkeypatch.setattr(store.storage, "load", fail)
+    with pytest.raises(StorageUnavailable):
+        store.begin_attempt(KEY)
+    assert sorted(tmp_path.rglob("work-*")) == before
+    first.__exit__()
+
+
+def test_the_parts_of_a_killed_upload_are_collected(s3: str, tmp_path: Path) -> None:
+    store = Store(f"s3://{BUCKET}/parts-{next(_counter)}")
+    with store.begin_attempt(KEY) as attempt:
+        store.storage.write(f"stages/{KEY}/attempts/0001/outputs/a/b", b"whole")
+        path = f"stages/{KEY}/attempts/{attempt.number:04d}/outputs/a/large"
+    fs = store.storage.fs
+    bucket, _, folder = store.storage.root.partition("/")
+    for key in (f"{folder}/{path}", "another/large"):
+        upload = fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)["UploadId"]
+        part = {"Bucket": bucket, "Key": key, "UploadId": upload, "PartNumber": 1}
+        fs.call_s3("upload_part", Body=b"x" * (5 << 20), **part)
+    assert path not in {item.paths[-1] for item in find_garbage(store, [], Retention())}
+    now = Retention(grace_s=0)
+    found = find_garbage(store, [], now)
+    assert {item.paths[-1]: item.reason for item in found}[path] == (
+        "left by a worker that was killed"
+    )
+    list(collect(store, [], now, found))
+    left = fs.call_s3("list_multipart_uploads", Bucket=bucket)["Uploads"]
+    assert [one["Key"] for one in left] == ["another/large"]
+    for one in left:
+        fs.call_s3(
+            "abort_multipart_upload", Bucket=bucket, Key=one["Key"], UploadId=one["UploadId"]
+        )
 
 
 # ----------------------------------------------------------------- file systems of fsspec
