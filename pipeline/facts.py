@@ -49,7 +49,8 @@ def save_facts(store: Store, run: RunFacts, plan: Plan) -> None:
     if uri.startswith(_SQLITE):
         uri = _SQLITE + os.path.abspath(uri.removeprefix(_SQLITE))
     cells = [asdict(cell_facts(planned)) for planned in plan.cells]
-    document = {"run": asdict(replace(run, uri=uri)), "cells": cells}
+    stored = replace(run, uri=uri, folder=os.path.abspath(run.folder))
+    document = {"run": asdict(stored), "cells": cells}
     store.write_run(run.run_id, _DOCUMENT, document)
 
 

@@ -28,9 +28,10 @@ from pipeline.report import print_failures, print_reports, print_tracking
 from pipeline.resumption import Drift, find_drift, is_complete, plan_of
 from pipeline.runs import RunOptions, RunRecord, RunState, State, load_run, new_run_id
 from pipeline.spec import STORAGE_VARIABLE, Spec
+from pipeline.storage import LocalStorage
 from pipeline.store import Store
 from pipeline.sync import close_orphans
-from pipeline.tracking import RunFacts, TrackingThread, tracking_uri
+from pipeline.tracking import RunFacts, TrackerName, TrackingThread, tracking_uri
 
 _STOP_WAIT_S = 60.0
 _RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the command of a job
@@ -184,7 +185,8 @@ def _execute(
         plan.commit(store, record.run_id)
         record.save_request(store)
         store.write_run(record.run_id, "source", asdict(source))
-        facts = _facts(plan.spec, record, source)
+        lines_folder = _lines_folder(store, options, console)
+        facts = _facts(plan.spec, record, source, lines_folder)
         save_facts(store, facts, plan)
         tracking.open(facts, partial(close_orphans, store, record))
         view = LiveView(console)
@@ -206,7 +208,7 @@ def _execute(
         console.print(f"{error}. The next `fls run` makes it again.", soft_wrap=True)
         code = 1
     print_failures(record, console)
-    print_tracking(record, console)
+    print_tracking(record, facts.folder, console)
     return code
 
 
@@ -234,7 +236,20 @@ def _mind_the_job(spec: Spec, source: Source, console: Console) -> None:
         )
 
 
-def _facts(spec: Spec, record: RunRecord, source: Source) -> RunFacts:
+def _lines_folder(store: Store, options: RunOptions, console: Console) -> str:
+    """Return where JSON lines go: those of a cluster's job into the storage, if it is a folder."""
+    if _RAY_JOB in os.environ and isinstance(store.storage, LocalStorage):
+        return str(store.storage.root / "tracking")
+    if _RAY_JOB in os.environ and options.tracking is TrackerName.JSONL:
+        console.print(
+            "The JSON lines go into a folder of this job, which Ray deletes some time after it; "
+            f"what they say is also in {store.url}, see `fls logs` and `fls results`.",
+            soft_wrap=True,
+        )
+    return "tracking"
+
+
+def _facts(spec: Spec, record: RunRecord, source: Source, lines_folder: str) -> RunFacts:
     return RunFacts(
         run_id=record.run_id,
         name=spec.name,
@@ -243,5 +258,6 @@ def _facts(spec: Spec, record: RunRecord, source: Source) -> RunFacts:
         spec_file=record.options.file,
         spec_text=record.spec_text,
         tags=source.tags(),
+        folder=lines_folder,
         resumed=bool(record.cells),
     )

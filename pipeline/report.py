@@ -190,14 +190,14 @@ def _event_words(event: Mapping[str, Any]) -> str:
     return ""
 
 
-def print_tracking(record: RunRecord, console: Console) -> None:
-    """Print where to look at the run as a whole."""
+def print_tracking(record: RunRecord, folder: str, console: Console) -> None:
+    """Print where to look at the run as a whole; `folder` is that of JSON lines."""
     if record.options.tracking is TrackerName.MLFLOW:
         file = record.options.file
         command = "fls ui" if file == "pipeline.yaml" else f"fls ui {shlex.quote(file)}"
         _say(console, f"\nAll runs side by side: {command}")
     else:
-        _say(console, f"\nAll events: tracking/{record.run_id}.jsonl")
+        _say(console, f"\nAll events: {folder}/{record.run_id}.jsonl")
 
 
 def size(number: int | None) -> str:

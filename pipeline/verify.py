@@ -118,6 +118,8 @@ def _unchanged(store: Store, manifest: Manifest) -> bool:
 def _is_document(path: str) -> bool:
     """Tell whether a file is one of the runner's own JSON documents, manifests apart."""
     parts = path.split("/")
+    if parts[0] == "tracking":  # JSON lines, which a job has put there
+        return False
     if parts[0] == "stages" and (".damaged-" in parts[1] or parts[-1] == "manifest.json"):
         return False
     private = {"outputs", "checkpoints"}.isdisjoint(parts) and parts[-1][0] != "."

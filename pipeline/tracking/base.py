@@ -47,6 +47,7 @@ class RunFacts:
         spec_file: the spec's path as given.
         spec_text: the spec as it was read.
         tags: further facts, such as the commit.
+        folder: where JSON lines are written.
         resumed: whether an earlier life of this run may have recorded something.
     """
 
@@ -57,6 +58,7 @@ class RunFacts:
     spec_file: str
     spec_text: str
     tags: Mapping[str, str] = field(default_factory=dict)
+    folder: str = "tracking"
     resumed: bool = False
 
 

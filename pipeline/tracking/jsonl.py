@@ -11,20 +11,18 @@ from typing import Any
 from pipeline.events import Event
 from pipeline.tracking.base import AbstractTracker, CellEnd, CellFacts, RunFacts
 
-FOLDER = Path("tracking")
-
 
 class JsonLinesTracker(AbstractTracker):
     """Appends to a file of the run's own; a resumed run goes on with it."""
 
     def __init__(self) -> None:
         self.ids: dict[str, Any] = {}
-        self._path = FOLDER
+        self._path = Path()
 
     def open_run(self, run: RunFacts) -> None:
         """Open the file, and write the run's facts."""
-        FOLDER.mkdir(exist_ok=True)
-        self._path = FOLDER / f"{run.run_id}.jsonl"
+        self._path = _path(run)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         self._write(
             "run", state="running", run=run.run_id, name=run.name, file=run.spec_file, **run.tags
         )
@@ -65,7 +63,7 @@ class JsonLinesTracker(AbstractTracker):
 
     def close_orphan(self, run: RunFacts, state: str, cells: Mapping[str, str]) -> bool:
         """Write the end into the other run's file, if it has one."""
-        path = FOLDER / f"{run.run_id}.jsonl"
+        path = _path(run)
         if path.is_file():
             line = {"type": "run", "time": time.time(), "state": state}
             with path.open("a", encoding="utf-8") as file:
@@ -91,3 +89,7 @@ class JsonLinesTracker(AbstractTracker):
         line = json.dumps({"type": kind, "time": time.time(), **fields}) + "\n"
         with self._path.open("a", encoding="utf-8") as file:
             file.write(line)
+
+
+def _path(run: RunFacts) -> Path:
+    return Path(run.folder) / f"{run.run_id}.jsonl"

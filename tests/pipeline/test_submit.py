@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from ray_heads import TOKEN, Head, start_head
+from s3_server import BUCKET
 from test_packing import git
 from toy_runs import DIAMOND, TOY, fls, last_run, numbers, ran, wait_for, write_spec
 
@@ -218,6 +219,24 @@ def test_a_folder_of_the_job_is_no_place_for_results(
     code, output, _ = fls("run", *local)
     assert (code, "Ray deletes" in output) == (0, False)
     assert len(list((work / "elsewhere" / "stages").iterdir())) == 1
+
+
+def test_the_json_lines_of_a_job_outlive_its_folder_or_it_says_that_they_do_not(
+    work: Path, monkeypatch: pytest.MonkeyPatch, s3: str
+) -> None:
+    write_spec("a: {uses: start, params: {value: 1}}")
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    local = ("--executor", "local", "--tracking", "jsonl")
+    monkeypatch.setenv("FISHLEG_STORAGE", f"file://{work / 'results'}")
+    code, output, _ = fls("run", *local, "--run-id", "first")
+    lines = work / "results" / "tracking" / "first.jsonl"
+    assert (code, f"All events: {lines}" in output) == (0, True)
+    assert '"state": "done"' in lines.read_text().splitlines()[-1]
+    assert not Path("tracking").exists()
+    assert "no damage" in fls("verify")[1]
+    monkeypatch.setenv("FISHLEG_STORAGE", f"s3://{BUCKET}/lines")
+    code, output, _ = fls("run", *local, "--run-id", "second")
+    assert (code, output.count("The JSON lines go into a folder of this job, which Ra")) == (0, 1)
 
 
 def test_an_id_is_taken_once(work: Path) -> None:
