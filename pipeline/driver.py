@@ -169,7 +169,8 @@ class Driver:
         self._executor.stop()
         self._view.close(self._statuses)
         limit_s = _TRACKING_TIMEOUT_S[state]
-        tracked = self._tracking.finish(min(limit_s, _AWAY_S) if self._tracking.behind else limit_s)
+        limit_s = min(limit_s, _AWAY_S) if self._tracking.behind else limit_s
+        tracked = self._tracking.finish(limit_s, self._save)  # alive, so nobody else records it
         for message in self._tracking.messages():
             self._view.say(message)
         if not tracked and self._tracking.error is None:
@@ -177,7 +178,7 @@ class Driver:
                 f"Tracking is not complete; `{self._record.sync_command}` sends the rest."
             )
         self._record.tracked = tracked
-        self._save(now=True)
+        self._save(now=True, leaving=True)
 
     def _wind_down(self, state: RunState) -> None:
         """Let the workers write a checkpoint, for as long as the grace lasts.
@@ -430,7 +431,7 @@ class Driver:
         for message in self._tracking.messages():
             self._view.say(message)
 
-    def _save(self, *, now: bool = False) -> None:
+    def _save(self, *, now: bool = False, leaving: bool = False) -> None:
         """Write how far the run is every few seconds, and see what was asked of it.
 
         Raises:
@@ -447,4 +448,4 @@ class Driver:
             if self.signal is None and self._record.asked_to_stop(self._store):
                 self.signal = signal.SIGTERM
             self._record.tracking = self._tracking.progress()
-            self._record.save_progress(self._store)
+            self._record.save_progress(self._store, leaving=leaving)

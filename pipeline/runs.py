@@ -118,7 +118,7 @@ class RunRecord:
         host: the driver's machine.
         pid: the driver's process.
         life: which of the run's drivers that is, from 1.
-        heartbeat: Unix time of the driver's last sign of life.
+        heartbeat: Unix time of the driver's last sign of life; 0 once it has left the run.
         cells: cell -> status.
         tracking: how far the run is recorded.
         tracked: whether all of it is.
@@ -169,9 +169,21 @@ class RunRecord:
         }
         store.write_run(self.run_id, "run", document)
 
-    def save_progress(self, store: Store) -> None:
-        """Write how far the run is, and that its driver is alive."""
-        self.heartbeat = time.time()
+    def take_over(self, store: Store) -> bool:
+        """Make this process the one that records a run that is over, unless another is quicker."""
+        life, time_s = store.newest_life(self.run_id)
+        if life > self.life and time.time() - time_s < 2 * lease_s():  # its owner has yet to say so
+            return False
+        if not store.mark_run(self.run_id, f"life-{life + 1}"):
+            return False
+        self.state, self.life = self.observed_state(), life + 1
+        self.host, self.pid = socket.gethostname(), os.getpid()
+        self.save_progress(store)
+        return True
+
+    def save_progress(self, store: Store, *, leaving: bool = False) -> None:
+        """Write how far the run is, and that its driver is alive, or that it is `leaving`."""
+        self.heartbeat = 0.0 if leaving else time.time()
         state = {
             "state": self.state,
             "host": self.host,
@@ -212,10 +224,16 @@ class RunRecord:
 
     def observed_state(self) -> RunState:
         """Return the state as it is: a run whose driver is dead or silent is interrupted."""
-        silent = time.time() - self.heartbeat > 2 * lease_s()
-        dead = has_died(self.host, self.pid)
-        lost = self.state is RunState.RUNNING and (silent or dead)
+        lost = self.state is RunState.RUNNING and not self.is_attended()
         return RunState.INTERRUPTED if lost else self.state
+
+    def is_attended(self) -> bool:
+        """Tell whether a process is at work for the run: its driver, or a `fls sync`.
+
+        A driver is so for some time after the run's end: until all is recorded.
+        """
+        silent = time.time() - self.heartbeat > 2 * lease_s()
+        return not (silent or has_died(self.host, self.pid))
 
 
 def new_run_id() -> str:

@@ -358,11 +358,20 @@ class Store:
 
     def begin_life(self, run_id: str) -> int:
         """Return a number that no other driver of the run has, above all earlier ones'."""
-        marks = self.run_marks(run_id, "life-")
-        number = max(numbers(mark.removeprefix("life-") for mark in marks), default=0) + 1
+        number = self.newest_life(run_id)[0] + 1
         while not self.mark_run(run_id, f"life-{number}"):
             number += 1
         return number
+
+    def newest_life(self, run_id: str) -> tuple[int, float]:
+        """Return the number of the run's newest driver, and when it began; zeros without any."""
+        marks = self.storage.files(f"runs/{run_id}/marks")
+        begun = [
+            (number, mark.time)
+            for mark in marks
+            for number in numbers([mark.path.rpartition("/life-")[2]])
+        ]
+        return max(begun, default=(0, 0.0))
 
     def mark_run(self, run_id: str, mark: str) -> bool:
         """Leave a mark on a run, for its driver to see; tell whether it is new."""

@@ -7,14 +7,16 @@ or `fls sync` to send.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from rich.console import Console
 
 from pipeline.errors import BadInput, Damaged, DamagedDocument, PipelineError
 from pipeline.facts import StoredFacts, load_facts
-from pipeline.runs import RunRecord, RunState, State, load_run, recorded_ids
+from pipeline.runs import HEARTBEAT_S, RunRecord, RunState, State, load_run, recorded_ids
 from pipeline.secrets import HIDDEN, redact
 from pipeline.store import Store
 from pipeline.tracking import (
@@ -52,6 +54,7 @@ def close_orphans(store: Store, mine: RunRecord, tracker: AbstractTracker) -> li
             facts is None
             or record.options.tracking is not mine.options.tracking
             or state is RunState.RUNNING
+            or record.is_attended()
         ):
             continue
         cells = {cell: _ENDS.get(status.state, "stopped") for cell, status in record.cells.items()}
@@ -78,6 +81,9 @@ def sync_runs(store: Store, records: Sequence[RunRecord], console: Console) -> b
             said = "is complete."
         elif facts is None:
             said = "was never begun."
+        elif record.is_attended() or not record.take_over(store):
+            said = f"is being recorded by process {record.pid} on {record.host}; see again later."
+            complete = False
         else:
             said, whole = _sync(store, record, facts)
             complete = complete and whole
@@ -95,7 +101,7 @@ def _sync(store: Store, record: RunRecord, facts: StoredFacts) -> tuple[str, boo
         where = f"was tracked at {facts.run.uri}, and what is hidden there is not stored"
         return f"{where}; set MLFLOW_TRACKING_URI.", False
     tracker = make_tracker(record.options.tracking)
-    recorder = Recorder(tracker, store, facts.run, record.tracking)
+    recorder = Recorder(tracker, store, facts.run, record.tracking, partial(_step, store, record))
     refused, count = [], 0
     try:
         recorder.open()
@@ -120,8 +126,21 @@ def _sync(store: Store, record: RunRecord, facts: StoredFacts) -> tuple[str, boo
         ) from error
     finally:
         record.tracked = record.tracking.ended and not refused
-        record.save_tracking(store)
+        if not record.superseded(store):
+            record.save_progress(store, leaving=True)
     return "\n".join([f"is complete: {count} cells sent.", *refused]), not refused
+
+
+def _step(store: Store, record: RunRecord) -> None:
+    """Show every few seconds that the run is being recorded here.
+
+    Raises:
+        PipelineError: by now it is another process's.
+    """
+    if time.time() - record.heartbeat >= HEARTBEAT_S:
+        if record.superseded(store):
+            raise PipelineError(f"Run {record.run_id} was taken over by another process.")
+        record.save_progress(store)
 
 
 def _missing(

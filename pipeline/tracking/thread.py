@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from pipeline.tracking.recorder import Recorder
 
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 15.0
+_TURN_S = 1.0
 
 News = tuple[CellFacts, CellState, str | None]
 Chores = Callable[[AbstractTracker], object]
@@ -99,18 +101,26 @@ class TrackingThread:
             told, self._messages = self._messages, []
             return told
 
-    def finish(self, timeout_s: float) -> bool:
-        """Wait until all is recorded; False when it is not, for lack of time or for an error."""
+    def finish(self, timeout_s: float, meanwhile: Callable[[], object] = lambda: None) -> bool:
+        """Wait until all is recorded; False when it is not, for lack of time or for an error.
+
+        `meanwhile` is called every second or so.
+        """
         if self._thread is None:
             return False
         with self._change:
             self._finishing = True
             self._change.notify()
-        self._thread.join(timeout_s)
-        with self._change:
-            self._given_up = True
-            self._change.notify()
-            return self._recorded.ended and not self._refused
+        end_s = time.monotonic() + timeout_s
+        try:
+            while self._thread.is_alive() and (left_s := end_s - time.monotonic()) > 0:
+                self._thread.join(min(left_s, _TURN_S))
+                meanwhile()
+        finally:
+            with self._change:
+                self._given_up = True
+                self._change.notify()
+        return self._recorded.ended and not self._refused
 
     # -- in the thread
 

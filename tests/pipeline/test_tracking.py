@@ -193,7 +193,7 @@ def test_what_a_kill_kept_from_being_recorded_is_recorded_later(client: Any) -> 
     record.tracking = TrackingProgress(cursors={"slow": Cursor(1, 1)}, closed=["report"])
     record.tracked, record.state = False, RunState.RUNNING
     record.pid = 2**22 + 1  # no process has such a number
-    record.save_progress(store)
+    record.save_progress(store, leaving=True)
     assert last_run().observed_state() is RunState.INTERRUPTED
 
     assert resume_here(last_run())[0] == 0
@@ -237,7 +237,7 @@ def test_nothing_is_left_running_in_a_run_that_is_over(client: Any) -> None:
     for run in (runs["pipeline", "toy"], runs["stage", "total"], runs["evaluation", "slow"]):
         client.update_run(run.info.run_id, status="RUNNING")
     record.tracked = record.tracking.ended = False  # as after a kill just before the last call
-    record.save_progress(store)
+    record.save_progress(store, leaving=True)
     write_spec(SLOW, name="toy")
     run_mlflow(selection=Selection(force=["report"]))
     after = {key: run.info.status for key, run in recorded(client, record.run_id).items()}
@@ -261,7 +261,7 @@ def test_a_run_that_is_damaged_does_not_keep_another_one_from_its_tracking(
     run_mlflow()
     record = last_run()
     record.tracked = record.tracking.ended = False  # an orphan, as far as can be told
-    record.save_progress(Store(".fls"))
+    record.save_progress(Store(".fls"), leaving=True)
     Path(f".fls/runs/{record.run_id}/{document}.json").write_text("{")
     run_mlflow(selection=Selection(force=["report"]))
     assert recorded(client, last_run().run_id)["pipeline", "toy"].info.status == "FINISHED"
@@ -485,6 +485,50 @@ def test_a_server_that_stays_away_gets_it_all_later(
     assert tracker.steps == list(range(1, 21))
     assert last_run().tracked
     assert fls("sync")[1] == f"{record.run_id} is complete.\n"
+
+
+def test_one_process_at_a_time_records_a_run(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that is about to end, one that was killed then, and two that send what it missed."""
+    said: list[str] = []
+    away = False
+
+    def trouble(what: str, whom: str) -> None:
+        if what == "close_run":
+            said.append(fls("sync", "last")[1])
+            if away:
+                raise ConnectionError("nobody there")
+
+    write_spec(SLOW)
+    tracker = Recording(trouble)
+    use(tracker, monkeypatch)
+    assert run_here()[0] == 0
+    run_id, me = last_run().run_id, f"process {os.getpid()} on {socket.gethostname()}"
+    assert said == [f"{run_id} is being recorded by {me}; see again later.\n"]
+    assert Counter(what for what, _ in tracker.told)["open_run"] == 1
+    assert fls("sync", "last")[:2] == (0, f"{run_id} is complete.\n")
+
+    said.clear()
+    away = True
+    assert "Tracking is not complete" in run_here(selection=Selection(force=["slow"]))[1]
+    away, run_id = False, last_run().run_id
+    assert all(f"{run_id} is being recorded by {me}" in one for one in said)
+    monkeypatch.setenv("FLS_LEASE_S", "30")
+    store, record = Store(".fls"), last_run()
+    record.save_progress(store)  # as if its driver had yet to give up
+    assert fls("sync", "last")[:2] == (1, f"{run_id} is being recorded by {me}; see again later.\n")
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    record.pid = dead.pid  # as if it had been killed then
+    record.save_progress(store)
+    rival, late = last_run(), last_run()
+    said.clear()
+    assert fls("sync", "last")[:2] == (0, f"{run_id} is complete: 0 cells sent.\n")
+    assert said == [f"{run_id} is being recorded by {me}; see again later.\n"]
+    assert not rival.take_over(store)
+    monkeypatch.setattr("pipeline.runs.lease_s", lambda: 0.0)
+    assert late.take_over(store), "as if who took it over had died before saying so"
+    assert late.superseded(store) is False
+    assert rival.superseded(store)
 
 
 def test_what_a_server_does_not_take_keeps_nothing_else_waiting(
