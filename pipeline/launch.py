@@ -66,6 +66,7 @@ def start_run(
             selected = sum(one.selected for one in plan.cells)
             console.print(f"Nothing to do: all {selected} cells are in the store.")
             print_reports(spec, store, keys, console)
+            close_orphans(store, options.tracking)
             return 0
         except Damaged as error:
             console.print(f"{error}", soft_wrap=True)
@@ -104,6 +105,7 @@ def resume_run(
         )
     if is_complete(record, store):
         console.print(f"Nothing to do: run {record.run_id} is complete.")
+        close_orphans(store, record.options.tracking)
         return 0
     plan = plan_of(record, store)
     drift = find_drift(plan, record, store)
@@ -188,7 +190,7 @@ def _execute(
         lines_folder = _lines_folder(store, options, console)
         facts = _facts(plan.spec, record, source, lines_folder)
         save_facts(store, facts, plan)
-        tracking.open(facts, partial(close_orphans, store, record))
+        tracking.open(facts, partial(close_orphans, store, options.tracking, mine=record.run_id))
         view = LiveView(console)
         driver = Driver(plan, store, record, executor, tracking, view, stop_after_s, grace_s)
         state = driver.run()

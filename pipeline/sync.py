@@ -24,26 +24,30 @@ from pipeline.tracking import (
     CellFacts,
     CellState,
     Recorder,
+    TrackerName,
     make_tracker,
 )
 
 _ENDS = {State.DONE: "done", State.CACHED: "done", State.FAILED: "failed"}
 
 
-def close_orphans(store: Store, mine: RunRecord, tracker: AbstractTracker) -> list[str]:
+def close_orphans(
+    store: Store, kind: TrackerName, tracker: AbstractTracker | None = None, *, mine: str = ""
+) -> list[str]:
     """End, in tracking, the runs of a store whose driver is dead; return their ids.
 
     Args:
         store: the store.
-        mine: the run that is starting, which is none of them.
-        tracker: the one that records `mine`.
+        kind: the tracker that recorded them.
+        tracker: one of that kind; None to make one if there is such a run.
+        mine: the run that is starting, if one is, which is none of them.
 
     Cost: one small document for each run that is over, three for one that may not be.
     """
     closed = []
     for run_id in store.list_runs():
         tracking = store.peek_run(run_id, "tracking")
-        if run_id == mine.run_id or tracking is None or tracking["ended"]:
+        if run_id == mine or tracking is None or tracking["ended"]:
             continue
         try:
             facts, record = load_facts(store, run_id), load_run(store, run_id)
@@ -52,13 +56,14 @@ def close_orphans(store: Store, mine: RunRecord, tracker: AbstractTracker) -> li
         state = record.observed_state()
         if (
             facts is None
-            or record.options.tracking is not mine.options.tracking
+            or record.options.tracking is not kind
             or state is RunState.RUNNING
             or record.is_attended()
         ):
             continue
         cells = {cell: _ENDS.get(status.state, "stopped") for cell, status in record.cells.items()}
         try:
+            tracker = tracker or make_tracker(kind)
             found = tracker.close_orphan(facts.run, _end(state), cells)
         except Exception:  # noqa: S112 - its server is away; it stays for the next start
             continue

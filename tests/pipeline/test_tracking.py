@@ -19,7 +19,7 @@ from pipeline import driver, sync
 from pipeline.errors import PipelineError
 from pipeline.events import Cursor
 from pipeline.planner import Selection
-from pipeline.runs import RunState
+from pipeline.runs import RunState, State
 from pipeline.store import Store
 from pipeline.tracking import (
     AbstractTracker,
@@ -251,6 +251,22 @@ def test_nothing_is_left_running_in_a_run_that_is_over(client: Any) -> None:
     assert fls("sync", record.run_id)[0] == 0
     again = recorded(client, record.run_id)
     assert again["stage", "slow"].info.end_time == runs["stage", "slow"].info.end_time
+
+
+def test_a_start_with_nothing_to_do_ends_what_a_dead_driver_left_running(client: Any) -> None:
+    write_spec(SLOW)
+    run_mlflow()
+    first, store = last_run(), Store(".fls")
+    for command in (lambda: fls("run", "--executor", "local"), lambda: fls("resume", "last")):
+        run_mlflow(selection=Selection(force=["report"]))
+        for run in recorded(client, first.run_id).values():
+            client.update_run(run.info.run_id, status="RUNNING")
+        first.state, first.cells["report"].state = RunState.RUNNING, State.RUNNING
+        first.tracked = first.tracking.ended = False
+        first.save_progress(store, leaving=True)
+        assert command()[1].startswith("Nothing to do")
+        after = {name: run.info.status for (_, name), run in recorded(client, first.run_id).items()}
+        assert (after["toy"], after["total"], after["report"]) == ("KILLED", "FINISHED", "KILLED")
 
 
 @pytest.mark.parametrize("document", ["run", "facts", "tracking"])
