@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ _CLASSES = {
 }
 
 DEFAULT_URI = "sqlite:///mlflow.db"
+_OTHERS = r"(?!(__main__|pipeline|stages|fishleg)\b)"  # modules that are none of this project
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +186,12 @@ class AbstractTracker(ABC):
 
 
 def make_tracker(name: TrackerName) -> AbstractTracker:
-    """Return the tracker called `name`."""
+    """Return the tracker called `name`.
+
+    From then on, what other projects' modules warn of is ignored in this process: under `-W error`
+    a deprecation inside of a tracker's library would end the tracking.
+    """
+    warnings.filterwarnings("ignore", module=_OTHERS)
     module, _, attribute = _CLASSES[name].partition(":")
     tracker: AbstractTracker = getattr(importlib.import_module(module), attribute)()
     return tracker

@@ -32,7 +32,8 @@ def pack(loader: str, source: Path, destination: Path) -> None:
     command = [sys.executable, "-m", __name__, loader, str(source), str(destination)]
     # The stage's modules are found where this process would find them.
     paths = os.pathsep.join([path or os.getcwd() for path in sys.path])
-    environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    given = {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, **given}
     try:
         subprocess.run(  # noqa: S603 - our own interpreter and module
             command, env=environment, check=True, capture_output=True, text=True, timeout=_LIMIT_S

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -267,6 +268,24 @@ def test_a_start_with_nothing_to_do_ends_what_a_dead_driver_left_running(client:
         assert command()[1].startswith("Nothing to do")
         after = {name: run.info.status for (_, name), run in recorded(client, first.run_id).items()}
         assert (after["toy"], after["total"], after["report"]) == ("KILLED", "FINISHED", "KILLED")
+
+
+def test_what_a_library_warns_of_is_no_error(
+    client: Any, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under `python -W error`, which is how this test runs."""
+    log_batch = type(client).log_batch
+
+    def deprecated(*arguments: Any) -> None:
+        warnings.warn_explicit("noload", DeprecationWarning, "loading.py", 1, "sqlalchemy.orm")
+        log_batch(*arguments)
+
+    monkeypatch.setattr("mlflow.tracking.MlflowClient.log_batch", deprecated)
+    write_spec(SLOW)
+    code, output = run_mlflow()
+    assert (code, "cannot be recorded" in output, last_run().tracked) == (0, False, True)
+    with pytest.raises(UserWarning, match="ours"):
+        warnings.warn_explicit("ours", UserWarning, "x.py", 1, "pipeline.tracking.mlflow")
 
 
 @pytest.mark.parametrize("document", ["run", "facts", "tracking"])
