@@ -32,6 +32,7 @@ from pipeline.worker import Outcome, died
 
 _WAIT_S = 0.2
 _LISTEN_EVERY_S = 1.0
+_LOOK_EVERY_S = 30.0  # whether there still is a node for what waits
 # Leases that a worker may be silent; it gives signs of life far more often, but for a long call.
 _SILENT_LEASES = 6
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
@@ -100,6 +101,8 @@ class Driver:
         self._repairs: Counter[str] = Counter()
         self._retry_s: dict[str, float] = {}
         self._listened_s = 0.0
+        self._looked_s = time.monotonic()
+        self._lacking: set[str] = set()
         self._saved_s = 0.0
         self._superseded = False
         self.signal: int | None = None
@@ -252,6 +255,9 @@ class Driver:
             for name in self._flights:
                 self._listen(name)
             self._check_deadlines()
+        if now - self._looked_s >= _LOOK_EVERY_S:
+            self._looked_s = now
+            self._check_room()
         self._check_tracking()
         self._save()
         self._view.show(self._statuses)
@@ -402,6 +408,19 @@ class Driver:
                 continue
             self._executor.cancel(name)
             self._settle(name, outcome)
+
+    def _check_room(self) -> None:
+        """Say, once of each stage, that what waits fits on no node: one may have been lost."""
+        waiting = [
+            (name, self._schedule.cell(name).resources)
+            for name, flight in self._flights.items()
+            if flight.started_s is None
+        ]
+        if waiting and not self._plan.spec.autoscaling:  # where it has been said at the start
+            lacking = set(self._executor.check(waiting, may_grow=True))
+            for lack in sorted(lacking - self._lacking):
+                self._view.say(lack)
+            self._lacking = lacking
 
     # -- keeping account
 

@@ -2,7 +2,9 @@
 
 import itertools
 import threading
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from toy_runs import (
@@ -17,11 +19,15 @@ from toy_runs import (
     write_spec,
 )
 
+from pipeline import driver, launch
 from pipeline.errors import BadInput
+from pipeline.executors.local import LocalExecutor
 from pipeline.planner import Selection, make_plan
 from pipeline.runs import RunState, State
 from pipeline.schedule import Schedule
+from pipeline.stage import Resources
 from pipeline.store import Store
+from pipeline.worker import Task
 
 FAILING = """
     good: {uses: start, params: {value: 1}}
@@ -46,6 +52,37 @@ def test_each_cell_runs_once_and_never_again(toy: Path) -> None:
     assert output.startswith("Nothing to do: all 8 cells are in the store.")
     assert "| add[amount=2,seed=1] | 13.0 |" in output
     assert len(Store(".fls").list_runs()) == 1
+
+
+class Shrinking(LocalExecutor):
+    """Loses the only machine that a cell could run on, and finds another one after a while."""
+
+    looks = 0
+    held: list[Any]
+
+    def check(
+        self, demands: Iterable[tuple[str, Resources]], *, may_grow: bool = False
+    ) -> list[str]:
+        if not may_grow:
+            return super().check(demands)
+        assert [cell for cell, _ in demands] == ["start"]
+        self.looks += 1
+        if self.looks == 3:
+            super().submit(*self.held)
+        return ["start asks for much; it waits for a node that has it."]
+
+    def submit(self, task: Task, resources: Resources) -> None:
+        self.held = [task, resources]
+
+
+def test_a_cell_that_no_node_has_room_for_any_more_is_told_once(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "make_executor", lambda name: Shrinking())
+    monkeypatch.setattr(driver, "_LOOK_EVERY_S", 0.1)
+    write_spec("start: {uses: start, params: {value: 1}}")
+    code, output = run_here()
+    assert (code, output.count("start asks for much; it waits for a node that has it.")) == (0, 1)
 
 
 def test_only_what_changed_runs_again(toy: Path) -> None:
