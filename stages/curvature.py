@@ -38,7 +38,8 @@ def curvature(ctx: Context) -> None:
 
     def report(progress: FitProgress) -> None:
         ctx.progress(progress.done, progress.total, "fit step")
-        ctx.log({f"fit/{k}": value for k, value in progress.metrics.items()}, step=progress.done)
+        if progress.metrics:
+            ctx.log({f"fit/{k}": v for k, v in progress.metrics.items()}, step=progress.done)
         if ctx.rank == 0 and ctx.checkpoint_due():
             with ctx.checkpoint() as folder:
                 save_state(folder, estimator)
