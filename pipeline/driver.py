@@ -7,6 +7,7 @@ Workers know nothing of each other.
 
 from __future__ import annotations
 
+import shlex
 import signal
 import time
 from collections import Counter
@@ -16,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from pipeline.errors import Damaged, PipelineError
+from pipeline.errors import Damaged, PipelineError, StorageUnavailable
 from pipeline.events import Event, EventTail
 from pipeline.executors import AbstractExecutor
 from pipeline.facts import cell_facts
@@ -111,18 +112,44 @@ class Driver:
         """Run until all cells have settled, or a signal says stop; return how it ended.
 
         Whatever happens, workers are stopped and the run gets its final state, here and in
-        tracking; only a kill -9 leaves it to be found interrupted.
+        tracking; only a kill -9, or a storage that is away, leaves it to be found interrupted.
+
+        Raises:
+            StorageUnavailable: the storage is away, for longer than it was waited for.
         """
-        state = RunState.FAILED
         with self._heeding_signals():
             try:
-                self._open()
-                while not self._schedule.settled and self.signal is None:
-                    self._step()
-                state = self._final_state()
-            finally:
+                return self._run()
+            except StorageUnavailable as error:
+                self._executor.stop()
+                self._view.close(self._statuses)
+                self._tracking.abandon("stopped")
+                self._tracking.finish(_TRACKING_TIMEOUT_S[RunState.STOPPED])
+                where = f"--storage {shlex.quote(self._store.url)}"
+                raise StorageUnavailable(
+                    f"{error} The run has ended, and what was stored is kept: once the storage is "
+                    f"back, `fls resume {self._record.run_id} {where}` goes on from there."
+                ) from error
+
+    def _run(self) -> RunState:
+        """Run until all is over, and say so; but not to a storage that is away.
+
+        Raises:
+            StorageUnavailable: it is.
+        """
+        state: RunState | None = RunState.FAILED
+        try:
+            self._open()
+            while not self._schedule.settled and self.signal is None:
+                self._step()
+            state = self._final_state()
+            return state
+        except StorageUnavailable:
+            state = None
+            raise
+        finally:
+            if state is not None:
                 self._close(state)
-        return state
 
     # -- beginning and end
 

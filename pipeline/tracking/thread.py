@@ -60,7 +60,7 @@ class TrackingThread:
         self._news: dict[str, News] = {}
         self._promoted: list[Path] = []
         self._end: str | None = None
-        self._refused = False
+        self._refused = self._abandoned = False
         self._finishing = self._given_up = False
         self._messages: list[str] = []
         self._thread: threading.Thread | None = None
@@ -89,6 +89,13 @@ class TrackingThread:
         """Note how the run ended; recorded once all that was noted before is."""
         with self._change:
             self._end = state
+
+    def abandon(self, state: str) -> None:
+        """Note how the run ended, and record nothing else: what there was to say cannot be read."""
+        with self._change:
+            self._abandoned, self._end = True, state
+            self._news.clear()
+            self._promoted.clear()
 
     def progress(self) -> TrackingProgress:
         """Return what is recorded by now."""
@@ -176,7 +183,8 @@ class TrackingThread:
         except Exception as error:
             if tracker.is_outage(error):
                 with self._change:  # in front, unless there is newer news of the cell
-                    self._news = {news[0].cell: news, **self._news}
+                    if not self._abandoned:
+                        self._news = {news[0].cell: news, **self._news}
                 raise
             self._refuse(news[0].cell, error)
         return True

@@ -17,10 +17,11 @@ import pytest
 from toy_runs import DIAMOND, fls, last_run, resume_here, run_here, write_spec
 
 from pipeline import driver, sync
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, StorageUnavailable
 from pipeline.events import Cursor
 from pipeline.planner import Selection
 from pipeline.runs import RunState, State
+from pipeline.storage import LocalStorage
 from pipeline.store import Store
 from pipeline.tracking import (
     AbstractTracker,
@@ -286,6 +287,43 @@ def test_what_a_library_warns_of_is_no_error(
     assert (code, "cannot be recorded" in output, last_run().tracked) == (0, False, True)
     with pytest.raises(UserWarning, match="ours"):
         warnings.warn_explicit("ours", UserWarning, "x.py", 1, "pipeline.tracking.mlflow")
+
+
+def test_a_storage_that_stays_away_ends_a_run_which_resume_takes_up(
+    client: Any, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_spec("slow: {uses: slow, params: {steps: 40, delay_s: 0.05}}")
+    away = False
+
+    def lose(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Any, path: str, *rest: Any, **options: Any) -> Any:
+            nonlocal away
+            away = away or bool(list(Path(".fls").rglob("000002.jsonl")))  # amid the second segment
+            if away:
+                raise StorageUnavailable(f"{self.root}: cannot {name} {path}: nobody there.")
+            return method(self, path, *rest, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("read", "write", "create", "names", "files"):
+            patch.setattr(LocalStorage, name, lose(name, getattr(LocalStorage, name)))
+        with pytest.raises(StorageUnavailable, match="nobody there. The run has ended") as raised:
+            run_mlflow()
+    run_id = last_run().run_id
+    assert raised.value.exit_code == 1
+    assert f"`fls resume {run_id} --storage {toy}/.fls` goes on" in str(raised.value)
+    assert {run.info.status for run in recorded(client, run_id).values()} == {"KILLED"}
+    assert not [path for path in Path(".fls").rglob("manifest.json")]
+    record = last_run()
+    record.pid = 0x7FFFFFFF  # this process lives, unlike a driver that has ended
+    record.save_progress(Store(".fls"))
+    code, output, errors = fls("resume", run_id, "--storage", f"{toy}/.fls")
+    assert (code, errors) == (0, ""), output
+    runs = recorded(client, run_id)
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    history = client.get_metric_history(runs["stage", "slow"].info.run_id, "train/number")
+    assert [metric.step for metric in history] == list(range(1, 41))
 
 
 @pytest.mark.parametrize("document", ["run", "facts", "tracking"])
