@@ -28,7 +28,7 @@ from pipeline.runs import HEARTBEAT_S, RunRecord, RunState, State, recorded_ids
 from pipeline.schedule import Schedule
 from pipeline.secrets import redact
 from pipeline.store import Store
-from pipeline.tracking import CellFacts, CellState, TrackingThread
+from pipeline.tracking import CellFacts, CellState, TrackerName, TrackingThread
 from pipeline.worker import Outcome, died
 
 _WAIT_S = 0.2
@@ -198,6 +198,7 @@ class Driver:
         self._save(now=True)  # who stops us may not wait for what comes next
         self._executor.stop()
         self._view.close(self._statuses)
+        self._announce_registration()
         limit_s = _TRACKING_TIMEOUT_S[state]
         limit_s = min(limit_s, _AWAY_S) if self._tracking.behind else limit_s
         tracked = self._tracking.finish(limit_s, self._save)  # alive, so nobody else records it
@@ -209,6 +210,17 @@ class Driver:
             )
         self._record.tracked = tracked
         self._save(now=True, leaving=True)
+
+    def _announce_registration(self) -> None:
+        """Say that models are yet to be registered, each of which may take seconds."""
+        done = self._tracking.progress().registered
+        count = sum(
+            name not in done and self._schedule.cell(name).registration is not None
+            for name, status in self._statuses.items()
+            if status.state in {State.DONE, State.CACHED}
+        )
+        if count and self._record.options.tracking is TrackerName.MLFLOW:
+            self._view.say(f"Registering {count} model{'s' if count > 1 else ''} ...")
 
     def _wind_down(self, state: RunState) -> None:
         """Let the workers write a checkpoint, for as long as the grace lasts.

@@ -6,13 +6,13 @@ With it, `fls sync` needs neither the spec's file nor its plugins, only the stor
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 
 from pipeline.acceptance import describe
 from pipeline.planner import Plan, PlannedCell
 from pipeline.store import Store
-from pipeline.tracking import CellFacts, RunFacts
+from pipeline.tracking import CellFacts, RunFacts, TrackerName
 
 _DOCUMENT = "facts"
 _SQLITE = "sqlite:///"
@@ -52,6 +52,42 @@ def save_facts(store: Store, run: RunFacts, plan: Plan) -> None:
     stored = replace(run, uri=uri, folder=os.path.abspath(run.folder))
     document = {"run": asdict(stored), "cells": cells}
     store.write_run(run.run_id, _DOCUMENT, document)
+
+
+def unregistered(store: Store, plan: Plan, tracker: TrackerName) -> list[str]:
+    """Return the selected cells in the store whose model is to be registered, and is not.
+
+    Args:
+        store: holds their results, and what earlier runs have registered.
+        plan: the plan.
+        tracker: in whose registry.
+
+    Cost: two or three small documents for each run, newest first, until all cells are found.
+    """
+    wanted = {
+        (one.key, one.cell.registration.name): one.cell.name
+        for one in plan.cells
+        if one.cell.registration and one.selected and one.state == "cached" and not one.collected
+    }
+    for run_id in reversed(store.list_runs()):
+        if not wanted:
+            break
+        for found in _registered(store, run_id, tracker):
+            wanted.pop(found, None)
+    return list(wanted.values())
+
+
+def _registered(store: Store, run_id: str, tracker: TrackerName) -> Iterator[tuple[str, str]]:
+    """Yield the key of each model that a run has registered, and the name it is registered by."""
+    tracking = store.peek_run(run_id, "tracking")
+    if not tracking or not tracking["registered"]:
+        return
+    request, facts = store.peek_run(run_id, "run"), store.peek_run(run_id, _DOCUMENT)
+    if request and facts and request["options"]["tracking"] == tracker:
+        names = {one["cell"]: one["registration"] for one in facts["cells"]}
+        for cell in tracking["registered"]:
+            if names.get(cell):
+                yield tracking["keys"][cell], names[cell]["name"]
 
 
 def load_facts(store: Store, run_id: str) -> StoredFacts | None:

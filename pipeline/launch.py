@@ -12,8 +12,8 @@ from rich.console import Console
 
 from pipeline.driver import GRACE_S, Driver
 from pipeline.errors import BadInput, Damaged
-from pipeline.executors import make_executor
-from pipeline.facts import save_facts
+from pipeline.executors import ExecutorName, make_executor
+from pipeline.facts import save_facts, unregistered
 from pipeline.graph import shorten
 from pipeline.live import LiveView
 from pipeline.planner import Plan, Selection, make_plan
@@ -49,6 +49,8 @@ def start_run(
 ) -> int:
     """Run what is selected of a spec, if anything is to be run; return the exit code.
 
+    A model that is in the store, and is to be registered for the first time, is reason enough.
+
     After `stop_after_s` the run is stopped as by SIGTERM: what is finished is kept, what runs has
     `grace_s` for a checkpoint, from which a later run goes on.
 
@@ -60,7 +62,7 @@ def start_run(
         raise BadInput(f"{store.url} has a run {run_id} already; `fls resume {run_id}`.")
     plan = make_plan(spec, store, selection)
     plan.require_runnable()
-    while not _to_run(plan):
+    while not (_to_run(plan) or unregistered(store, plan, options.tracking)):
         keys = {one.cell.name: one.key for one in plan.cells if one.state == "cached"}
         try:
             selected = sum(one.selected for one in plan.cells)
@@ -179,7 +181,7 @@ def _execute(
     tracking = TrackingThread(
         options.tracking, store, record.tracking, patient=options.tracking_later
     )
-    executor = make_executor(options.executor)
+    executor = make_executor(options.executor if _to_run(plan) else ExecutorName.LOCAL)
     try:
         demands = [(one.cell.name, one.cell.resources) for one in plan.cells if one.state == "run"]
         for wait in executor.check(demands, may_grow=plan.spec.autoscaling):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_runs import fls, last_run, resume_here, run_here, write_spec
+from toy_runs import fls, last_run, ran, resume_here, run_here, write_spec
 
 from pipeline.errors import SpecError
 from pipeline.planner import Selection
@@ -53,6 +53,7 @@ def test_a_model_is_registered_once_and_loads_elsewhere(
     code, output = run_here(tracking=TrackerName.MLFLOW, selection=Selection(force=["end"]))
     client = MlflowClient(uri)
     (version,) = client.search_model_versions("name = 'doubler'")
+    assert "Registering 1 model ..." in output
     assert version.tags["fls.cell"] == "start"
     assert version.tags["fls.key"] == last_run().cells["start"].key
     assert client.get_run(version.run_id).info.status == "FINISHED"
@@ -99,3 +100,23 @@ def test_a_name_in_the_registry_is_no_part_of_a_result(toy: Path) -> None:
     run_here()
     write_spec("a: {uses: start, params: {value: 1}, register: one}")
     assert "0 of 1 cells to run" in fls("plan")[1]
+
+
+def test_what_is_in_the_store_is_registered_when_that_is_asked_for(toy: Path) -> None:
+    stages = """
+        a: {uses: start, params: {value: 1}}
+        b: {uses: add, inputs: {number: a}}
+        """
+    write_spec(stages)
+    run_here()
+    write_spec(stages.replace("1}", "1}, register: one"))
+    assert "Nothing to do" in run_here(selection=Selection(only=["b"]))[1]
+    code, output = run_here()
+    assert code == 0 and "0 of 2 cells to run" in output and "Nothing to do" not in output
+    assert last_run().tracking.registered == ["a"]
+    assert "Nothing to do" in run_here()[1]
+    write_spec(stages.replace("1}", "1}, register: another"))
+    run_here()
+    assert last_run().tracking.registered == ["a"]
+    assert "Nothing to do" in run_here()[1]
+    assert ran() == {"a": 1, "b": 1}
