@@ -185,7 +185,7 @@ class _Survey:
         self.strange: list[str] = []
         for file in store.storage.files(""):
             stray = _stray(file.path)
-            if not _is_inside(file.path):
+            if file.leads_on or not _is_inside(file.path):
                 self.strange.append(file.path)
             elif stray:
                 self.strays[stray].append(file)

@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from stat import S_ISDIR
+from stat import S_ISDIR, S_ISLNK
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
@@ -39,11 +39,15 @@ _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, er
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file as a listing shows it: its path, its size, and the Unix time of its last write."""
+    """A file as a listing shows it: its path, its size, and the Unix time of its last write.
+
+    A link to a folder is listed as a file, too, and what lies behind it is not.
+    """
 
     path: str
     bytes: int
     time: float
+    leads_on: bool = False  # whether it is such a link
 
 
 @dataclass(frozen=True)
@@ -255,14 +259,19 @@ class LocalStorage(AbstractStorage):
     def files(self, path: str) -> list[StoredFile]:
         """See `AbstractStorage.files`; what vanishes meanwhile is left out."""
         start = self._at(path) if path else self.root
-        below = [Path(folder, name) for folder, _, names in os.walk(start) for name in names]
+        below = [
+            Path(above, name)
+            for above, folders, names in os.walk(start)
+            for name in [*names, *(one for one in folders if Path(above, one).is_symlink())]
+        ]
         found = []
         for file in below or [start]:
             with suppress(FileNotFoundError):
                 stat = file.lstat()
                 if not S_ISDIR(stat.st_mode):
                     name = file.relative_to(self.root).as_posix()
-                    found.append(StoredFile(name, stat.st_size, stat.st_mtime))
+                    leads_on = S_ISLNK(stat.st_mode) and file.is_dir()
+                    found.append(StoredFile(name, stat.st_size, stat.st_mtime, leads_on))
         return sorted(found, key=attrgetter("path"))
 
     def open(self, path: str) -> BinaryIO:

@@ -48,6 +48,10 @@ def find_damage(store: Store, advance: Callable[[int, int], None]) -> Iterator[D
         if path.startswith("stages/") and path.endswith("/manifest.json") and path.count("/") == 2
     ]
     documents = [file for path, file in files.items() if _is_document(path)]
+    for file in files.values():
+        if file.leads_on:
+            reason = "is a link to a folder; put what it leads to into its place"
+            yield Damage(path=file.path, reason=reason)
     manifests: list[Manifest] = []
     for key in keys:
         if ".damaged-" in key:

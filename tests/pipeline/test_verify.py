@@ -91,6 +91,23 @@ def test_damage_in_remote_storage_is_read_from_there(toy: Path) -> None:
     assert store.damaged(key)
 
 
+def test_a_result_that_became_a_link_is_damage(toy: Path) -> None:
+    write_spec("start: {uses: start, params: {value: 1}}")
+    run_here()
+    folder, aside = Path(f".fls/stages/{key_of('start')}"), toy / "outside"
+    folder.rename(aside)
+    folder.symlink_to(aside)
+    code, output, _ = fls("verify")
+    assert code == 1
+    assert f"stages/{folder.name}: is a link to a folder; put what it leads to into" in output
+    code, output, _ = fls("gc", "--storage", ".fls", "--grace", "1s", "--apply")
+    assert (code, aside.is_dir()) == (0, True)
+    assert f"passed over: stages/{folder.name}: no name that a store gives" in output
+    folder.unlink()
+    aside.rename(folder)
+    assert fls("verify")[0] == 0
+
+
 # ---------------------------------------------------------------------------------- again
 
 
