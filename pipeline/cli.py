@@ -319,6 +319,11 @@ def status(
     storage: StorageOption = None,
 ) -> None:
     """Show all runs, or one of them."""
+    if run is None and storage is None:
+        store = Store(load_spec(file).storage)
+        if not store.exists():
+            console_here().print(f"{store.url}: no runs yet; see `fls run`.", soft_wrap=True)
+            return
     store = open_store(file, storage)
     if run is None:
         records, problems = load_runs(store)
@@ -484,5 +489,5 @@ def _print_json(value: object) -> None:
 
 
 def open_store(file: Path, storage: str | None) -> Store:
-    """Return the store at `storage`, or if that is None the one of a pipeline file."""
-    return Store(load_spec(file).storage if storage is None else storage)
+    """Return the store at `storage`, or if that is None the one of a pipeline file; it is there."""
+    return Store(load_spec(file).storage if storage is None else storage).require()

@@ -39,6 +39,7 @@ from pipeline.attempt import (
     stage_folder,
 )
 from pipeline.errors import (
+    BadInput,
     Damaged,
     DamagedDocument,
     StorageUnavailable,
@@ -105,6 +106,23 @@ class Store:
                 f"{_FORMAT}. Use another storage."
             )
         return str(found["token"])
+
+    def exists(self) -> bool:
+        """Tell whether the storage has been made ready, now or by another version."""
+        return bool(self.storage.files("storage.json"))
+
+    def require(self) -> Store:
+        """Return the store, which is there.
+
+        Raises:
+            BadInput: it is not, so what is asked of it would seem to be in order, or empty.
+        """
+        if self.exists():
+            return self
+        raise BadInput(
+            f"{self.url} is no store: it has no storage.json. Check the address; the first "
+            "`fls run` makes one."
+        )
 
     def _about(self) -> dict[str, Any] | None:
         """Return what `storage.json` says, or None if there is none.

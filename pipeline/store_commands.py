@@ -78,7 +78,7 @@ def gc(
     All runs are kept, unless --keep-runs or --older-than (or both) drop some.
     """
     specs = [load_spec(file) for file in files or ([] if storage else [DEFAULT_FILE])]
-    store = Store(storage or _storage_of(specs))
+    store = Store(storage or _storage_of(specs)).require()
     plans = [make_plan(spec, store) for spec in specs]
     retention = Retention(keep_runs=keep_runs, older_than_s=older_than, grace_s=grace or GRACE_S)
     console = console_here()

@@ -233,3 +233,32 @@ def test_a_file_can_be_run_by_its_first_line(toy: Path) -> None:
     }
     done = subprocess.run(["./pipeline.yaml", *LOCAL], env=environment, capture_output=True)
     assert (done.returncode, ran()) == (0, {"start": 1})
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["status"],
+        ["status", "last"],
+        ["sync"],
+        ["verify"],
+        ["gc"],
+        ["logs", "start"],
+        ["resume", "last"],
+        ["stop", "last"],
+        ["accept", "start", "--why", "so"],
+    ],
+)
+def test_a_storage_that_is_no_store_is_told(toy: Path, command: list[str]) -> None:
+    write_spec("start: {uses: start, params: {value: 1}}")
+    (toy / "other").mkdir()
+    for place in ("nowhere", "other", "memory://nowhere"):
+        code, output, errors = fls(*command, "--storage", place)
+        assert (code, output) == (2, "")
+        assert f"{place} is no store: it has no storage.json. Check the address" in errors
+    assert not (toy / "nowhere").exists()
+
+
+def test_a_fresh_project_has_no_runs_yet(toy: Path) -> None:
+    write_spec("start: {uses: start, params: {value: 1}}")
+    assert fls("status") == (0, f"{toy}/.fls: no runs yet; see `fls run`.\n", "")
