@@ -6,12 +6,14 @@ import dataclasses
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from shlex import quote
 from typing import Any
 
 from pipeline.attempt import attempt_folder, manifest_path
 from pipeline.errors import BadInput, PipelineError
 from pipeline.executors import ExecutorName, make_executor
 from pipeline.graph import resolve, shorten
+from pipeline.keys import explain
 from pipeline.planner import Plan, PlannedCell
 from pipeline.schedule import Schedule
 from pipeline.seal import seal
@@ -30,16 +32,21 @@ class Comparison:
         files: how many files there are in the stored result.
         differences: one phrase a file that is not the same.
         circumstances: one phrase for each thing that was different in the making.
+        earlier: of a result that earlier code made, how to accept the code; else "".
     """
 
     cell: str
     files: int
     differences: Sequence[str]
     circumstances: Sequence[str]
+    earlier: str = ""
 
 
 def rerun(plan: Plan, store: Store, address: str) -> Comparison:
     """Compute a stored cell again in a temporary folder, with as many threads as the first time.
+
+    Where nothing but its code has changed since, the result of the earlier code is compared: to see
+    whether the code may be accepted as equivalent.
 
     Args:
         plan: a plan with the cell.
@@ -47,20 +54,21 @@ def rerun(plan: Plan, store: Store, address: str) -> Comparison:
         address: the cell's.
 
     Raises:
-        BadInput: the address is not one cell's, or the cell or an input is not in the store.
         PipelineError: the computation failed.
+
+    `BadInput` if the address is not one cell's, or the cell or an input is not in the store.
     """
     planned = _find(plan, address)
-    stored = planned.manifest
+    stored, earlier = planned.manifest or _complete(store, planned.key), ""
     if stored is None:
-        raise BadInput(f"{planned.cell.name} is not in the store, so there is nothing to compare.")
+        stored, run = _find_earlier(plan, store, planned)
+        earlier = f"fls accept {planned.cell.stage} --run {run} --why '...'"
     schedule, name = Schedule(plan), planned.cell.name
     with tempfile.TemporaryDirectory(prefix="fls-rerun-") as folder:
         copy = Store(folder)
         task = schedule.task(name, run="rerun", storage=copy.url, token=copy.prepare())
         for source in [one for found in task["inputs"].values() for one in found]:
-            if not source["available"]:
-                raise BadInput(f"{name} needs {source['cell']}, which is not in the store.")
+            _require_files(store, name, source["cell"], source["key"])
             _copy_result(store, copy, source["key"], source["output"])
         facts = stored.facts
         outcome = _run(task, planned, threads=facts["threads"], workers=facts["workers"])
@@ -73,6 +81,7 @@ def rerun(plan: Plan, store: Store, address: str) -> Comparison:
         files=sum(map(len, stored.outputs.values())),
         differences=_differences(stored, made),
         circumstances=_circumstances(stored.facts, made.facts),
+        earlier=earlier,
     )
 
 
@@ -86,6 +95,47 @@ def _find(plan: Plan, address: str) -> PlannedCell:
     if len(names) != 1:
         raise BadInput(f"{address!r} stands for {len(names)} cells; choose one: {shorten(names)}")
     return next(one for one in plan.cells if one.cell.name == names[0])
+
+
+def _complete(store: Store, key: str) -> Manifest | None:
+    """Return what a result's manifest says, or said before its files were collected; or None."""
+    return store.manifest(key) or store.collected(key)
+
+
+def _find_earlier(plan: Plan, store: Store, planned: PlannedCell) -> tuple[Manifest, str]:
+    """Return the newest result of a cell that differs in its code alone, and a run that has it.
+
+    Raises:
+        BadInput: there is none.
+    """
+    name, now = planned.cell.name, planned.ingredients
+    changes: list[str] = []
+    for run in reversed(store.list_runs()):
+        document = store.peek_run(run, "plan") or {"pipeline": "", "cells": {}}
+        before = document["cells"].get(name)
+        if document["pipeline"] != plan.spec.name or before is None:
+            continue
+        stored = _complete(store, before["key"])
+        if stored is not None:
+            same = {part: now[part] for part in ("code", "generation")}
+            others = explain({**before["ingredients"], **same}, now)
+            if not others:
+                return stored, run
+            changes = changes or others
+    why = f" as it is now ({'; '.join(changes)})" if changes else ""
+    raise BadInput(f"{name} is not in the store{why}, so there is nothing to compare.")
+
+
+def _require_files(store: Store, name: str, source: str, key: str) -> None:
+    """Check that the files of an input are there.
+
+    Raises:
+        BadInput: they are not; says why, and what brings them back.
+    """
+    if store.manifest(key) is None:
+        collected = store.collected(key) is not None
+        why = "whose files fls gc collected (keep: results)" if collected else "which is not there"
+        raise BadInput(f"{name} needs {source}, {why}; `fls run --until {quote(source)}` makes it.")
 
 
 def _copy_result(store: Store, copy: Store, key: str, output: str) -> None:

@@ -117,7 +117,8 @@ def verify(
 ) -> None:
     """Check each file of the store against its hash; exit code 1 if one is damaged.
 
-    With --rerun, compute one cell again in a temporary folder instead; nothing is published. The
+    With --rerun, compute one cell again in a temporary folder instead; nothing is published. If its
+    code has changed, it is compared with what the earlier code made, as a test of `fls accept`. The
     cell is looked for in the pipeline or, with --storage alone, in --run.
     """
     store = open_store(file or DEFAULT_FILE, storage)
@@ -219,6 +220,11 @@ def _print_comparison(found: Comparison, console: Console) -> int:
         console.print(f"{found.cell}: {phrase}", soft_wrap=True)
     if found.circumstances:
         console.print(f"Made otherwise: {', '.join(found.circumstances)}.", soft_wrap=True)
+    if found.earlier:
+        console.print(
+            f"Compared with what earlier code made; to let that stand: {found.earlier}",
+            soft_wrap=True,
+        )
     if found.differences:
         return 1
     console.print(f"{found.cell}: all {found.files} files are the same, byte by byte.")

@@ -48,6 +48,20 @@ def plan(*overrides: str, **selection: str) -> dict[str, tuple[str, str]]:
     return {one.cell.name: (one.state, one.why) for one in planned.cells}
 
 
+def test_a_cell_whose_input_was_collected_is_computed_again_once_that_is_back(toy: Path) -> None:
+    write_spec(STAGES)
+    run_here()
+    collect()
+    code, _, errors = fls("verify", "--rerun", "twice[seed=0]")
+    assert code == 2
+    assert (
+        "twice[seed=0] needs add[seed=0], whose files fls gc collected (keep: results); " in errors
+    )
+    assert "`fls run --until 'add[seed=0]'` makes it." in errors
+    run_here(selection=Selection(until=["add[seed=0]"]))
+    assert fls("verify", "--rerun", "twice[seed=0]")[0] == 0
+
+
 def test_files_that_have_served_go_and_their_cells_stay_complete(toy: Path) -> None:
     write_spec(STAGES)
     run_here()

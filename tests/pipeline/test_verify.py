@@ -159,7 +159,30 @@ def test_what_cannot_be_computed_again_is_told(toy: Path) -> None:
         ("add", "stands for 4 cells"),
         ("ad", "did you mean 'add'?"),
         ("add[amount=1,seed=0]", "is not in the store, so there is nothing to compare"),
-        ("add[amount=2,seed=0]", "needs start[seed=0], which is not in the store"),
+        ("add[amount=2,seed=0]", "needs start[seed=0], which is not there; `fls run --until"),
     ):
         code, _, errors = fls("verify", "--rerun", cell)
         assert (code, message in errors) == (2, True), errors
+
+
+def test_the_present_code_is_compared_with_what_earlier_code_made(toy: Path) -> None:
+    write_spec(
+        """
+        a: {uses: start, params: {value: 1}}
+        b: {uses: apply, inputs: {number: a}, params: {operation: plus}}
+        """
+    )
+    run_here()
+    code = Path("toy/operations/plus.py")
+    code.write_text("def plus(value: int, operand: int) -> int:\n    return operand + value\n")
+    status, output, _ = fls("verify", "--rerun", "b")
+    assert status == 0
+    assert f"to let that stand: fls accept b --run {last_run().run_id} --why '...'\n" in output
+    assert "b: all 1 files are the same, byte by byte." in output
+    code.write_text("def plus(value: int, operand: int) -> int:\n    return operand - value\n")
+    status, output, _ = fls("verify", "--rerun", "b")
+    assert (status, "b: number/number.json differs" in output) == (1, True)
+    Path("pipeline.yaml").write_text(Path("pipeline.yaml").read_text().replace("1}", "2}"))
+    status, _, errors = fls("verify", "--rerun", "a")
+    assert status == 2
+    assert "a is not in the store as it is now (params.value: 1 -> 2), so there is" in errors
