@@ -2,12 +2,14 @@
 
 What stays behind is said by patterns in the language of `.gitignore`; the last one that matches a
 file decides. In order: the patterns below, each folder's `.gitignore`, `.flsignore` in the
-directory itself, and the user's `--exclude`. Links are never packed.
+directory itself, and the user's `--exclude`. Links are never packed, and what begins like a private
+key only if a pattern of `.flsignore` or `--exclude` says so, such as `!/tests/key.txt`.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,13 +29,26 @@ LEFT_BEHIND = (
     ".fls*/", "mlruns/", "mlartifacts/", "/tracking/", "*.db", "*.db-journal", "*.sqlite",
     "/data/", "/checkpoints/", "*.pt", "*.pth", "*.pt2", "*.ckpt", "*.safetensors", "*.onnx",
     "*.npy", "*.npz", "*.parquet", "*.h5", "*.tar", "*.tar.gz", "*.tgz", "*.zip", "*.whl",
-    # keys and passwords
-    ".env", ".env.*", ".netrc", ".pypirc", ".aws/", ".ssh/", ".kube/", "*.pem", "*.key", "id_rsa*",
-    "id_ed25519*",
+)  # fmt: skip
+SECRETS = (
+    # passwords and tokens
+    ".env", ".env.*", ".netrc", ".pypirc", ".pgpass", ".htpasswd", ".git-credentials",
+    ".vault-token", ".aws/", ".azure/", ".boto", ".s3cfg", ".docker/", ".dockercfg", ".kube/",
+    "kubeconfig", "kubeconfig.y*ml", "*.kubeconfig", "*credentials*.json", "credentials.y*ml",
+    "credentials.toml", "credentials.ini", "credentials.csv", "client_secret*.json",
+    "service[-_]account*.json", "secret.y*ml", "secrets.y*ml", "secrets.json", "secrets.toml",
+    "secrets.ini", "*.secret",
+    # keys
+    ".ssh/", ".gnupg/", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.ppk",
+    "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*",
 )  # fmt: skip
 # Ray's dashboard takes packages of up to 100 MiB; code is far smaller than this.
 LIMIT_BYTES = 50 << 20
 _LARGEST = 5
+_PRIVATE_KEY = re.compile(
+    rb"\s*(-----BEGIN ([A-Z0-9]+ )*PRIVATE KEY( BLOCK)?-----|PuTTY-User-Key-File-)"
+)
+_BEGINNING_BYTES = 200
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the time of every packed file: the same content, the same bytes
 
 
@@ -45,11 +60,14 @@ class Package:
         folder: the folder.
         files: relative path, with slashes -> size in bytes.
         links: relative paths of links, which are not packed.
+        secrets: relative paths of what is not packed because of a name in `SECRETS`, or because it
+            begins like a private key; those of folders end with a slash.
     """
 
     folder: Path
     files: Mapping[str, int]
     links: Sequence[str]
+    secrets: Sequence[str]
 
     @property
     def size_bytes(self) -> int:
@@ -111,9 +129,10 @@ class Package:
 def collect(folder: Path, excludes: Sequence[str] = ()) -> Package:
     """Find what is to be packed of a folder."""
     last = [*_lines(folder / IGNORE_FILE), *excludes]
-    walk = _Walk(folder, GitIgnoreSpec.from_lines(LEFT_BEHIND), GitIgnoreSpec.from_lines(last))
+    first = [*LEFT_BEHIND, *SECRETS]
+    walk = _Walk(folder, GitIgnoreSpec.from_lines(first), GitIgnoreSpec.from_lines(last))
     files = dict(walk.files("", []))
-    return Package(folder, files, walk.links)
+    return Package(folder, files, walk.links, walk.secrets)
 
 
 class _Walk:
@@ -121,7 +140,9 @@ class _Walk:
         self.folder = folder
         self.first = first
         self.last = last
+        self.named = GitIgnoreSpec.from_lines(SECRETS)
         self.links: list[str] = []
+        self.secrets: list[str] = []
 
     def files(
         self, prefix: str, outer: Sequence[tuple[str, GitIgnoreSpec]]
@@ -137,14 +158,25 @@ class _Walk:
         for entry in sorted(os.scandir(here), key=lambda entry: entry.name):
             path = prefix + entry.name
             is_folder = entry.is_dir(follow_symlinks=False)
-            if self.ignored(path + "/" if is_folder else path, specs):
+            full = path + "/" if is_folder else path
+            if self.ignored(full, specs):
+                if self.named.match_file(full):
+                    self.secrets.append(full)
                 continue
             if entry.is_symlink():
                 self.links.append(path)
             elif is_folder:
-                yield from self.files(path + "/", specs)
+                yield from self.files(full, specs)
+            elif entry.is_file() and self.is_key(path):
+                self.secrets.append(path)
             elif entry.is_file():
                 yield path, entry.stat().st_size
+
+    def is_key(self, path: str) -> bool:
+        """Tell whether a file begins like a private key, and no pattern takes it along."""
+        with open(self.folder / path, "rb") as file:
+            found = _PRIVATE_KEY.match(file.read(_BEGINNING_BYTES))
+        return found is not None and self.last.check_file(path).include is not False
 
     def ignored(self, path: str, specs: Sequence[tuple[str, GitIgnoreSpec]]) -> bool:
         """Tell whether the last pattern that matches `path` says to leave it behind."""

@@ -228,6 +228,8 @@ def _tell(
     say(f"  {commit}{changed}; Python {source.python}")
     if package.links:
         say(f"  links are not packed: {', '.join(package.links)}")
+    if package.secrets:
+        say(f"  not packed, as keys or passwords: {', '.join(package.secrets)}")
     say(f"  environment given: {', '.join(environment)}")
     if moving.secret:
         say(f"  secrets not given, the nodes must have them: {', '.join(moving.secret)}")

@@ -61,6 +61,24 @@ def test_links_are_named_and_not_followed(folder: Path) -> None:
     assert (list(package.files), package.links) == (["real.txt"], ["file", "link"])
 
 
+def test_keys_and_passwords_stay_behind_and_are_named(folder: Path) -> None:
+    key = "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaA==\n"
+    put("notes/deploykey", "sub/other.txt", "tests/key.txt", text=key)
+    put("a.txt", text="A file of -----BEGIN RSA PRIVATE KEY----- is one.")
+    put("secrets.py", "credentials/__init__.py", "keys.json")
+    named = [".aws/config", ".env", ".kube/config", "gcp-credentials.json", "kubeconfig"]
+    named += ["notes/credentials.json", "secrets.yaml", "secrets.yml", "sub/server.key"]
+    put(*named)
+    put(".flsignore", text="!/tests/key.txt\n")
+    package = collect(folder)
+    assert list(package.files) == [
+        ".flsignore", "a.txt", "credentials/__init__.py", "keys.json", "secrets.py",
+        "tests/key.txt",
+    ]  # fmt: skip
+    files = {*named, "notes/deploykey", "sub/other.txt"} - {".aws/config", ".kube/config"}
+    assert set(package.secrets) == files | {".aws/", ".kube/"}
+
+
 def test_what_is_too_large_is_refused_by_name(folder: Path) -> None:
     put("small.py")
     put("large.bin", text="x" * (3 << 20))
