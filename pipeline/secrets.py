@@ -37,6 +37,7 @@ _SHORTEST = 8  # a shorter value would be found in text that has nothing to do w
 _GUESSABLE = 12  # and so would a password of words that is shorter than this
 _WORDS = re.compile(r"[A-Z]?[a-z]*[0-9]{0,8}([-_.][A-Z]?[a-z]*[0-9]{0,8})*")
 HIDDEN = "***"
+HIDDEN_IN_NAME = "hidden"  # tracking servers take no asterisks in the name of a metric
 
 
 def is_secret(name: str) -> bool:
@@ -122,7 +123,7 @@ def _credentials(text: str) -> Iterator[tuple[int, int]]:
 
 
 def redact(value: Any, environment: Mapping[str, str] | None = None) -> Any:
-    """Return JSON-able data with the secrets in its texts replaced by `***`.
+    """Return JSON-able data with the secrets in its texts replaced by `***`, in names by `hidden`.
 
     Args:
         value: a text, or mappings and lists of texts and other values.
@@ -164,10 +165,14 @@ class _Redactor:
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, Mapping):
-            return {key: self.data(one) for key, one in value.items()}
+            return {self.name(key): self.data(one) for key, one in value.items()}
         if isinstance(value, list | tuple):
             return [self.data(one) for one in value]
         return value
+
+    def name(self, name: Any) -> Any:
+        shown = self.text(name) if isinstance(name, str) else name
+        return name if shown == name else shown.replace(HIDDEN, HIDDEN_IN_NAME)
 
     def text(self, text: str) -> str:
         text = self.values.sub(HIDDEN, text)

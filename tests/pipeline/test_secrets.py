@@ -42,6 +42,9 @@ def leaky(ctx):
     print(os.environ["DB_PASSWORD"], os.environ["DATA_URL"], file=sys.stderr)
     ctx.say(everything)
     ctx.record("r", {"environment": everything}, {"x": 1.0})
+    ctx.record(os.environ["HF_TOKEN"], {}, {os.environ["HF_TOKEN"]: 1.0})
+    ctx.log({"loss of " + os.environ["HF_TOKEN"]: 1.0})
+    ctx.log({"loss of " + os.environ["HF_TOKEN"]: 1.0}, step=1)
     ctx.progress(1, 2, os.environ["HF_TOKEN"])
     if ctx.params.how == "user":
         raise StageError("cannot reach " + os.environ["DATA_URL"])
@@ -247,6 +250,7 @@ def test_redaction_keeps_what_is_no_secret() -> None:
         "a": ["***", 3, None, True],
         "b": {"c": "short /home/someone ***!"},
     }
+    assert redact({"of long enough": 1, 2: 3}, environment) == {"of hidden": 1, 2: 3}
     key = {"A_KEY": "-----BEGIN KEY-----\nabcdefghijklmnopqrst\n"}
     assert redact("saw abcdefghijklmnopqrst", key) == "saw ***"
     url = "postgresql://me:pw@host/db and https://host/a?x=1&access_token=abc&y=2 sftp://me@host"
