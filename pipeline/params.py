@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import UnionType
+from types import MappingProxyType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -60,15 +60,21 @@ class Marked:
     value: str
 
 
-def issues_of(error: ValidationError, model: type[BaseModel], values: Any) -> list[Issue]:
+def issues_of(
+    error: ValidationError,
+    model: type[BaseModel],
+    values: Any,
+    elsewhere: Mapping[str, type[BaseModel]] = MappingProxyType({}),
+) -> list[Issue]:
     """Say in words, with the nearest names, what pydantic found wrong.
 
     Args:
         error: what `model.model_validate(values)` raised.
         model: the model.
         values: the values given.
+        elsewhere: place, in words -> model of what stands there, for keys that are misplaced.
     """
-    return [_issue(detail, model, values) for detail in error.errors(include_url=False)]
+    return [_issue(detail, model, values, elsewhere) for detail in error.errors(include_url=False)]
 
 
 def marked(params: BaseModel, path: Path = ()) -> Iterator[Marked]:
@@ -99,11 +105,21 @@ def _walk(annotation: Any, metadata: Sequence[Any], value: Any, path: Path) -> I
                 yield Marked(path, marker, value)
 
 
-def _issue(detail: ErrorDetails, model: type[BaseModel], values: Any) -> Issue:
+def _issue(
+    detail: ErrorDetails,
+    model: type[BaseModel],
+    values: Any,
+    elsewhere: Mapping[str, type[BaseModel]],
+) -> Issue:
     kind, path, last = detail["type"], detail["loc"], detail["loc"][-1:]
     if kind == "extra_forbidden":
         known = _fields_at(model, path[:-1])
-        hint = nearest(str(path[-1]), known) or f"; known: {', '.join(known) or 'none'}"
+        places = [place for place, other in elsewhere.items() if path[-1] in _fields_at(other, ())]
+        hint = (
+            f"; it is a key of {places[0]}"
+            if places
+            else nearest(str(path[-1]), known) or f"; known: {', '.join(known) or 'none'}"
+        )
         return Issue(path, f"unknown key {path[-1]!r}{hint}", key=True)
     if kind == "missing":
         return Issue(path[:-1], f"missing key {path[-1]!r}", key=True)

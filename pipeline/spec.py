@@ -22,11 +22,18 @@ from pipeline.interpolate import override
 from pipeline.names import store_around
 from pipeline.params import Issue, Marked, issues_of, marked
 from pipeline.secrets import find_secret
-from pipeline.spec_shape import FileShape, StageShape
+from pipeline.spec_shape import ClusterShape, FileShape, MlflowShape, ResourcesShape, StageShape
 from pipeline.stage import Catalogue, Params, Registry, Resources, Stage
 from pipeline.yaml_loader import Document, Path
 
 STORAGE_VARIABLE = "FISHLEG_STORAGE"  # takes the place of `storage:`
+_PLACES: Mapping[str, type[BaseModel]] = {
+    "a stage": StageShape,
+    "a stage's `resources:`": ResourcesShape,
+    "the whole file": FileShape,
+    "`mlflow:`": MlflowShape,
+    "`cluster:`": ClusterShape,
+}
 
 # -------------------------------------------------------------------- what load_spec returns
 
@@ -487,7 +494,7 @@ class _Builder:
         self, error: ValidationError, model: type[BaseModel], values: Any, path: Path
     ) -> set[str | int]:
         """Note what is wrong with the `values` at `path`; return their keys that are."""
-        issues = issues_of(error, model, values)
+        issues = issues_of(error, model, values, _PLACES)
         for issue in issues:
             self.note((*path, *issue.path), issue.message, key=issue.key)
             self.wrong.add(self.document.position((*path, *issue.path)))

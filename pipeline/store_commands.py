@@ -75,7 +75,9 @@ def gc(
 ) -> None:
     """Show what the store holds that nothing needs, and with --apply delete it.
 
-    All runs are kept, unless --keep-runs or --older-than (or both) drop some.
+    All runs are kept, unless --keep-runs or --older-than (or both) drop some. Of a stage with
+    `keep: results` in the pipeline, files go once all that was to be made of them is there; its
+    cells stay complete, and run again when their files are needed.
     """
     specs = [load_spec(file) for file in files or ([] if storage else [DEFAULT_FILE])]
     store = Store(storage or _storage_of(specs)).require()
