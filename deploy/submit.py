@@ -1,6 +1,6 @@
 """What `ray submit` runs on the head: hands a pipeline of the project's folder over as a job.
 
-    ray submit deploy/cluster.yaml deploy/submit.py -- pipeline.yaml --set vars.seeds=[0,1]
+    ray submit deploy/cluster.yaml deploy/submit.py -- pipeline.yaml --set 'vars.seeds=[0,1]'
 
 The arguments are those of `fls submit`. Ray copies this file alone, and joins the arguments
 without quoting them for the remote shell. A job outlives the connection: when it breaks, the run

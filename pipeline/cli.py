@@ -185,7 +185,7 @@ def run(
 @command(
     "fls submit pipeline.yaml --address http://10.0.0.1:8265 --follow",
     "fls submit pipeline.yaml --env AWS_SECRET_ACCESS_KEY --exclude 'notebooks/'",
-    "fls submit pipeline.yaml --set vars.seeds=[0,1,2] --until oneshot",
+    "fls submit pipeline.yaml --set 'vars.seeds=[0,1,2]' --until oneshot",
     "fls submit pipeline.yaml --resume 20260730-101500-042-1f2e",
 )
 def submit(

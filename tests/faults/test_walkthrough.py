@@ -121,7 +121,7 @@ def test_the_guide_leads_from_three_machines_to_the_table(walk: Walk) -> None:
     output = walk.run("fls submit")
     assert re.search(r"^\| fishleg \| \**[0-9]{2}\.", output, re.MULTILINE), output
     assert ": done" in walk.run("fls status last")
-    assert "step" in walk.run("fls logs pretrain[seed=0]")
+    assert "step" in walk.run("fls logs 'pretrain[seed=0]'")
     submission = walk.run("fls submit").split()[1]
     walk.names |= {"SUBMISSION": submission, "RUN": submission.removeprefix("fls-")}
     _await(walk, walk.names["RUN"])
