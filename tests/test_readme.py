@@ -1,9 +1,11 @@
 """What the README says is true: its commands exist, its example runs, its tree is the tree."""
 
+import importlib
 import re
 import shlex
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,6 +47,41 @@ def test_the_library_example_runs():
     exec(compile(example, "README.md", "exec"), names)  # noqa: S102 - our own README
     assert names["report"].removed == 43  # floor(0.9 * 48 + 1/2)
     assert int((model[1].weight == 0).sum()) == 43
+
+
+def test_the_stage_of_ones_own_is_declared_and_runs(tmp_path, monkeypatch):
+    modules = re.findall(r"```python\n# (mypackage/\w+\.py)\n(.*?)```", README, re.DOTALL)
+    assert len(modules) == 2
+    for file, code in modules:
+        path = tmp_path / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    catalogue = importlib.import_module("mypackage.catalogue").CATALOGUE
+    (stage,) = catalogue.stages
+    module, _, function = stage.entry.partition(":")
+    logged = []
+    context = SimpleNamespace(
+        input=lambda name: SimpleNamespace(path=tmp_path),
+        params=stage.params(),
+        log=logged.append,
+    )
+    getattr(importlib.import_module(module), function)(context)
+    assert logged == [{"scale": 0.1}]
+
+
+SHELL_LINES = re.compile(r"^(?: {4}|#   )((?:\w+=\S+ )*(?:fls|ray) .*)$", re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["README.md", "docs/cluster.md", "docs/reliability.md", "pipeline.yaml", "deploy/submit.py"],
+)
+def test_commands_hold_nothing_that_a_shell_would_take_for_a_pattern(file):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    for command in SHELL_LINES.findall(text):
+        bare = re.sub(r"'[^']*'|\"[^\"]*\"|\s#.*", "", command)
+        assert not set("[]*?") & set(bare), command
 
 
 def test_the_tree_names_every_module():
