@@ -28,12 +28,13 @@ from pipeline.results import export as export_cell
 from pipeline.results import result_rows, to_csv
 from pipeline.runs import DEFAULT_FILE, RunOptions, find_run, load_runs
 from pipeline.secrets import presentable
-from pipeline.spec import load_spec
+from pipeline.spec import import_catalogue, load_spec
 from pipeline.store import Store
 from pipeline.sync import sync_runs
 from pipeline.tracking import TrackerName, tracking_uri
 from pipeline.tracking.ui import serve_ui
 
+BUILT_IN = "stages"  # the plugin that comes along, for who has no pipeline yet
 NONE_GIVEN: list[str] = []
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -458,8 +459,13 @@ def export(
     name="list",
 )
 def list_names(file: File = DEFAULT_FILE) -> None:
-    """List what a pipeline file may name: stage types, and what their parameters know by name."""
-    for plugin in load_spec(file).plugins:
+    """List what a pipeline file may name: stage types, and what their parameters know by name.
+
+    Where there is no pipeline.yaml, that is what comes with this program.
+    """
+    fresh = file == DEFAULT_FILE and not file.exists()
+    built_in = import_catalogue(BUILT_IN) if fresh else None
+    for plugin in [built_in] if built_in else load_spec(file).plugins:
         typer.echo(f"stage types of {plugin.module}:")
         for stage in plugin.catalogue.stages:
             typer.echo(f"  {stage.name:<24}{stage.summary}")

@@ -250,7 +250,7 @@ class _Builder:
     def add_plugin(self, name: str, path: Path) -> None:
         """Import a plugin's catalogue."""
         try:
-            plugin = _import_catalogue(name)
+            plugin = import_catalogue(name)
         except (Exception, SystemExit) as error:  # any: it is the plugin author's code that runs
             self.note(path, f"cannot import plugin {name!r}: {type(error).__name__}: {error}")
             return
@@ -501,8 +501,8 @@ class _Builder:
         return {issue.path[0] for issue in issues if issue.path}
 
 
-def _import_catalogue(name: str) -> Plugin | None:
-    """Import the CATALOGUE of the module `name.catalogue`, or of `name` if there is none.
+def import_catalogue(name: str) -> Plugin | None:
+    """Return the CATALOGUE of the module `name.catalogue`, or of `name` if that is not there.
 
     Raises:
         ImportError: the module lies in a store.

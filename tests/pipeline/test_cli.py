@@ -262,3 +262,10 @@ def test_a_storage_that_is_no_store_is_told(toy: Path, command: list[str]) -> No
 def test_a_fresh_project_has_no_runs_yet(toy: Path) -> None:
     write_spec("start: {uses: start, params: {value: 1}}")
     assert fls("status") == (0, f"{toy}/.fls: no runs yet; see `fls run`.\n", "")
+
+
+def test_without_a_pipeline_the_built_in_stages_are_listed(toy: Path) -> None:
+    code, output, errors = fls("list")
+    assert (code, errors) == (0, "")
+    assert "prune_oneshot" in output and "digits_resnet" in output
+    assert fls("list", "nowhere.yaml")[0] == 2
