@@ -173,11 +173,6 @@ def _execute(
 ) -> int:
     options = record.options
     _mind_the_job(plan.spec, source, console)
-    console.print(
-        f"Run {record.run_id}: {_to_run(plan)} of {len(plan.cells)} cells to run, "
-        f"on {options.executor}, into {options.tracking}",
-        soft_wrap=True,
-    )
     tracking = TrackingThread(
         options.tracking, store, record.tracking, patient=options.tracking_later
     )
@@ -186,6 +181,11 @@ def _execute(
         demands = [(one.cell.name, one.cell.resources) for one in plan.cells if one.state == "run"]
         for wait in executor.check(demands, may_grow=plan.spec.autoscaling):
             console.print(wait, soft_wrap=True)
+        console.print(
+            f"Run {record.run_id}: {_to_run(plan)} of {len(plan.cells)} cells to run, "
+            f"on {options.executor}, into {options.tracking}",
+            soft_wrap=True,
+        )
         plan.commit(store, record.run_id)
         record.save_request(store)
         store.write_run(record.run_id, "source", asdict(source))

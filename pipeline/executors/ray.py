@@ -1,9 +1,9 @@
 """Runs tasks on Ray: on a cluster that is there, else on one of our own on this machine.
 
-With `ray_ranks.py` and `ray_jobs.py`, all that imports Ray. A task's outcome comes back as plain
-data, never as a pickled exception, and Ray retries nothing: the driver does, because it knows about
-checkpoints. CPU workers stay warm; a task with a GPU gets a fresh process (`max_calls=1`), because
-that is the only way to be sure that all GPU memory comes back.
+With `ray_connection.py`, `ray_ranks.py` and `ray_jobs.py`, all that imports Ray. A task's outcome
+comes back as plain data, never as a pickled exception, and Ray retries nothing: the driver does,
+because it knows about checkpoints. CPU workers stay warm; a task with a GPU gets a fresh process
+(`max_calls=1`), because that is the only way to be sure that all GPU memory comes back.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pipeline.executors.base import (
     available_cpus,
     refuse_unsatisfiable,
 )
+from pipeline.executors.ray_connection import connect
 from pipeline.executors.ray_ranks import Notice, run_ranks
 from pipeline.stage import Resources
 from pipeline.worker import Outcome, Task, died, preempted, run_task
@@ -40,7 +41,7 @@ class RayExecutor(AbstractExecutor):
 
     def __init__(self) -> None:
         if "RAY_ADDRESS" in os.environ:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+            connect(os.environ["RAY_ADDRESS"])
         else:
             ray.init(
                 num_cpus=available_cpus(),

@@ -1,7 +1,7 @@
 """The Jobs API of a Ray cluster: hands a packed folder and a command over, and follows the log.
 
-With `ray.py`, the only file that imports Ray. What a request can run into (nobody there, a wrong
-token, a refusal) becomes one sentence that says what to do.
+What a request can run into (nobody there, a wrong token, a refusal) becomes one sentence that says
+what to do.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from pipeline.errors import PipelineError
+from pipeline.executors.ray_settings import TOKENS
 
 # Which package is uploaded and which socket is closed is nothing for the user.
 for _name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
@@ -105,9 +106,8 @@ class RayJobs:
             yield
         except AuthenticationError as error:
             raise PipelineError(
-                f"Ray at {self._address} lets nobody in without its token: {_first(error)}. Set "
-                "RAY_AUTH_MODE=token, and put the cluster's token into RAY_AUTH_TOKEN, into the "
-                "file that RAY_AUTH_TOKEN_PATH names, or into ~/.ray/auth_token."
+                f"Ray at {self._address} lets nobody in without its token: {_first(error)}. "
+                f"{TOKENS}"
             ) from error
         except (ConnectionError, requests.RequestException, aiohttp.ClientError) as error:
             raise PipelineError(

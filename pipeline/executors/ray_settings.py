@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import os
 
+TOKENS = (  # what to tell somebody whom a cluster does not let in
+    "Set RAY_AUTH_MODE=token, and put the cluster's token into RAY_AUTH_TOKEN, into the file that "
+    "RAY_AUTH_TOKEN_PATH names, or into ~/.ray/auth_token."
+)
+
 # Ray's switch for "no cluster beyond this machine": without it, a local instance listens on all
 # network interfaces, and whoever reaches it may run code.
 if "RAY_ADDRESS" not in os.environ:

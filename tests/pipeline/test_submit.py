@@ -132,7 +132,38 @@ def test_a_wrong_token_is_refused_in_one_sentence(head: Head, work: Path) -> Non
     assert "Missing authentication token" in missing.stderr
 
 
+def test_a_run_that_a_cluster_refuses_is_one_paragraph_and_no_run(head: Head, work: Path) -> None:
+    write_spec(DIAMOND)
+    for wrong in ({"RAY_AUTH_TOKEN": "f" * 32}, {"RAY_AUTH_MODE": "disabled"}):
+        found = subprocess.run(
+            [sys.executable, "-m", "pipeline", "run", "--tracking", "jsonl"],
+            env={**head.environment, "RAY_ADDRESS": head.gcs, **wrong},
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert (found.returncode, found.stdout) == (2, "")
+        assert found.stderr.startswith(f"Ray at {head.gcs} (RAY_ADDRESS) lets nobody in without")
+        assert len(found.stderr.splitlines()) == 1
+        assert "put the cluster's token into RAY_AUTH_TOKEN" in found.stderr
+    assert Store(".fls").list_runs() == []
+
+
 # ------------------------------------------------------------- what needs no head to be refused
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:9", "ray://127.0.0.1:9", "nonsense", "http://x.invalid:8265"]
+)
+def test_a_run_for_which_no_head_answers_is_one_paragraph_and_no_run(
+    work: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    write_spec(DIAMOND)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    code, output, errors = fls("run", "--tracking", "jsonl")
+    assert (code, output) == (2, "")
+    assert errors.startswith(f"No Ray cluster answers at {address} (RAY_ADDRESS): ")
+    assert "RAY_AUTH_TOKEN" in errors
+    assert len(errors.splitlines()) == 1
+    assert Store(".fls").list_runs() == []
 
 
 @pytest.mark.parametrize(
