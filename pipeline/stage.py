@@ -258,6 +258,10 @@ class Preemption:
 
     asked: bool = False
 
+    def ask(self) -> None:
+        """Tell it to."""
+        self.asked = True
+
 
 _TARGETS: ContextVar[frozenset[str] | None] = ContextVar("targets", default=None)
 

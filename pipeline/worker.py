@@ -2,7 +2,8 @@
 
 `run_task` is the only thing that executors call. It takes plain data and returns plain data, so
 that nothing depends on how a task travelled; whatever a stage raises becomes part of the outcome.
-`main` is the loop of a local worker process: JSON tasks in, JSON outcomes out, a line each.
+`main` is the loop of a local worker process: JSON tasks in, JSON outcomes out, a line each, and in
+between END and TOLD.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ from pipeline.stage import (
 )
 from pipeline.store import Store
 from pipeline.system import SystemSampler
+
+END = "end"  # to a local worker: its task is to end behind a checkpoint
+TOLD = "told"  # from one that only helps: it was told to end, and the first rank should
 
 
 class TaskInput(TypedDict):
@@ -132,7 +136,11 @@ def threads_of(task: Task) -> int:
     return max(1, int(task["num_cpus"]))
 
 
-def run_task(task: Task, preemption: Preemption | None = None) -> Outcome:
+def run_task(
+    task: Task,
+    preemption: Preemption | None = None,
+    pass_on: Callable[[], None] = lambda: None,
+) -> Outcome:
     """Run one attempt at a cell and publish what it made.
 
     Returns at once when the cell's result is there already. Of several processes that run the task
@@ -142,9 +150,11 @@ def run_task(task: Task, preemption: Preemption | None = None) -> Outcome:
     Args:
         task: as plain data.
         preemption: how the caller tells the stage to end; signals do, too, on the main thread.
+        pass_on: called, by a signal, when a rank after the first is told to end: the first one is
+            to write a checkpoint, behind which all end.
     """
     try:
-        return _run_task(task, preemption or Preemption())
+        return _run_task(task, preemption or Preemption(), pass_on)
     except (PipelineError, OSError) as error:
         return {"status": "failed", "error": _error(str(error), user=_is_lasting(error))}
 
@@ -154,7 +164,7 @@ def _is_lasting(error: Exception) -> bool:
     return isinstance(error, PipelineError) and not isinstance(error, StorageUnavailable)
 
 
-def _run_task(task: Task, preemption: Preemption) -> Outcome:
+def _run_task(task: Task, preemption: Preemption, pass_on: Callable[[], None]) -> Outcome:
     _prepare_process(task)
     store = Store(task["storage"])
     if store.prepare() != task["token"]:
@@ -162,10 +172,10 @@ def _run_task(task: Task, preemption: Preemption) -> Outcome:
     if _published(store, task["key"]):
         return {"status": "ok", "seconds": 0.0}
     if _seat(task)["rank"] > 0:
-        return _help(task, store, preemption)
+        return _help(task, store, pass_on)
     began = time.monotonic()
     with (
-        _heeding_signals(preemption),
+        _heeding_signals(preemption.ask),
         store.begin_attempt(task["key"]) as attempt,
         EventWriter(_redacted(attempt)) as events,
     ):
@@ -180,8 +190,8 @@ def _run_task(task: Task, preemption: Preemption) -> Outcome:
 
 
 @contextmanager
-def _heeding_signals(preemption: Preemption) -> Iterator[None]:
-    """Take note of the signals that tell a worker to end, for as long as a stage runs.
+def _heeding_signals(heed: Callable[[], None]) -> Iterator[None]:
+    """Heed the signals that tell a worker to end, for as long as a stage runs.
 
     SIGTERM comes from our driver, or from whoever takes the machine away; SIGINT is what becomes of
     Ray's gentle cancelling. Both are heeded also where the process ignores them, as one does that a
@@ -189,7 +199,7 @@ def _heeding_signals(preemption: Preemption) -> Iterator[None]:
     """
 
     def note(number: int, frame: FrameType | None) -> None:
-        preemption.asked = True
+        heed()
 
     before = {
         number: signal.getsignal(number) or signal.SIG_DFL
@@ -233,14 +243,16 @@ def _attempt(
         return _failed(error)
 
 
-def _help(task: Task, store: Store, preemption: Preemption) -> Outcome:
-    """Run the stage as one of the ranks after the first, in a folder that is deleted."""
+def _help(task: Task, store: Store, pass_on: Callable[[], None]) -> Outcome:
+    """Run the stage as one of the ranks after the first, in a folder that is deleted.
+
+    Told to end it goes on: rank 0 cannot write its checkpoint without it.
+    """
     folder = Path(tempfile.gettempdir(), f"fls-{uuid.uuid4().hex}")  # is there once it is used
     try:
-        with _heeding_signals(preemption):
+        with _heeding_signals(pass_on):
             stage = _load(task["entry"])
             context = _make_context(task, store, folder, lambda event: None)
-            context.preemption = preemption
             with only_targets(task["targets"]):
                 stage(context)
         return {"status": "ok"}
@@ -425,16 +437,26 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
+    tasks: queue.SimpleQueue[tuple[Task, Preemption]] = queue.SimpleQueue()
 
     def receive() -> None:
+        preemption = Preemption()
         for line in sys.stdin.buffer:
-            tasks.put(json.loads(line))
+            message = json.loads(line)
+            if message == END:
+                preemption.ask()  # if the task has ended meanwhile, nobody looks at it
+            else:
+                preemption = Preemption()
+                tasks.put((message, preemption))
         os.killpg(0, signal.SIGKILL)  # this process and whatever its stage has started
 
     threading.Thread(target=receive, name="tasks", daemon=True).start()
+
+    def pass_on() -> None:  # while a stage runs, when nothing else is written there
+        os.write(replies.fileno(), json.dumps(TOLD).encode() + b"\n")
+
     while True:
-        outcome = run_task(tasks.get())
+        outcome = run_task(*tasks.get(), pass_on)
         replies.write(json.dumps(outcome).encode() + b"\n")
         replies.flush()
 

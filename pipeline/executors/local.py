@@ -31,7 +31,7 @@ from pipeline.executors.base import (
 )
 from pipeline.executors.ranks import RankOutcomes
 from pipeline.stage import Resources
-from pipeline.worker import Outcome, Seat, Task, died, threads_of
+from pipeline.worker import END, TOLD, Outcome, Seat, Task, died, threads_of
 
 _LOG_TAIL_BYTES = 2000
 
@@ -160,6 +160,7 @@ class _Worker:
     def __init__(self, threads: int, devices: list[str]):
         self.threads = threads
         self.alive = True
+        self.told = False  # to end, by others than us, as one that only helps with its task
         self._buffer = b""
         self._log: IO[bytes] = tempfile.TemporaryFile()
         environment = {
@@ -182,10 +183,10 @@ class _Worker:
         self._requests: IO[bytes] = self._process.stdin
         self.replies: IO[bytes] = self._process.stdout
 
-    def send(self, task: Task) -> None:
-        """Hand over a task. A worker that is already gone shows it at the next `read`."""
+    def send(self, message: Task | str) -> None:
+        """Hand over a task, or END. A worker that is already gone shows it at the next `read`."""
         try:
-            self._requests.write(json.dumps(task).encode() + b"\n")
+            self._requests.write(json.dumps(message).encode() + b"\n")
             self._requests.flush()
         except BrokenPipeError:
             self.alive = False
@@ -196,13 +197,10 @@ class _Worker:
         if not chunk:
             self._end()
             return died(self._obituary())
-        self._buffer += chunk
-        line, newline, rest = self._buffer.partition(b"\n")
-        if not newline:
-            return None
-        self._buffer = rest
-        outcome: Outcome = json.loads(line)
-        return outcome
+        *lines, self._buffer = (self._buffer + chunk).split(b"\n")
+        replies = [json.loads(line) for line in lines]
+        self.told = TOLD in replies
+        return next((reply for reply in replies if reply != TOLD), None)
 
     def preempt(self) -> None:
         """Tell the worker to end its task; its children, if any, are the stage's to tell."""
@@ -265,8 +263,13 @@ class _Gang:
             worker.send({**task, "seat": seat})
 
     def read(self, rank: int) -> bool:
-        """Read what has come from a worker; tell whether that was its outcome, or its end."""
+        """Read what has come from a worker; tell whether that was its outcome, or its end.
+
+        If one that only helps was told to end, the first one is, who writes the checkpoint.
+        """
         outcome = self.workers[rank].read()
+        if self.workers[rank].told:
+            self.workers[0].send(END)
         if outcome is not None:
             self.outcomes.add(rank, outcome)
         return outcome is not None

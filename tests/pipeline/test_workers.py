@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -144,3 +145,16 @@ def test_told_to_end_the_first_rank_writes_a_checkpoint(executor: LocalExecutor)
     assert collect(executor, 1)["cell"]["status"] == "preempted"
     assert checkpoints()
     assert not any(map(alive, pids))
+
+
+def test_whichever_rank_is_told_to_end_the_first_one_writes_the_checkpoint(
+    executor: LocalExecutor,
+) -> None:
+    executor.submit(ranks_task(steps=1000, delay_s=0.02, checkpoint_every=1000), TWO)
+    pids = [pid_of_rank(rank) for rank in (0, 1)]
+    os.kill(pids[1], signal.SIGTERM)
+    assert collect(executor, 1)["cell"]["status"] == "preempted"
+    assert len(checkpoints()) == 1
+    assert not any(map(alive, pids))
+    executor.submit(ranks_task(), TWO)  # another attempt knows nothing of that
+    assert collect(executor, 1)["cell"]["status"] == "ok"
