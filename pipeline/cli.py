@@ -26,7 +26,7 @@ from pipeline.render import cell_drawing, dot, mermaid, stage_drawing
 from pipeline.report import follow_log, print_log, print_plan, print_rows, print_run, print_runs
 from pipeline.results import export as export_cell
 from pipeline.results import result_rows, to_csv
-from pipeline.runs import DEFAULT_FILE, RunOptions, find_run, load_runs
+from pipeline.runs import DEFAULT_FILE, RunOptions, RunRecord, find_run, load_runs
 from pipeline.secrets import presentable
 from pipeline.spec import import_catalogue, load_spec
 from pipeline.store import Store
@@ -336,7 +336,7 @@ def status(
         for problem in problems:
             typer.echo(presentable(problem), err=True)
     else:
-        print_run(find_run(store, run), console_here())
+        print_run(_find(store, run, storage), console_here())
 
 
 @command(
@@ -359,7 +359,7 @@ def resume(
     which cells that touches, and stops: then choose --replan, or see `fls accept`.
     """
     store = open_store(file, storage)
-    record = find_run(store, run)
+    record = _find(store, run, storage)
     sys.exit(resume_run(store, record, console_here(), stop_after, grace or GRACE_S, replan=replan))
 
 
@@ -374,7 +374,7 @@ def stop(
 ) -> None:
     """Stop a run, wherever its driver is: its cells end behind a checkpoint; `resume` goes on."""
     store = open_store(file, storage)
-    sys.exit(stop_run(store, find_run(store, run), console_here()))
+    sys.exit(stop_run(store, _find(store, run, storage), console_here()))
 
 
 @command(
@@ -492,6 +492,13 @@ def console_here() -> Console:
     """Return the console on standard output."""
     width = None if sys.stdout.isatty() else 200
     return PlainConsole(width=width)
+
+
+def _find(store: Store, run: str, storage: str | None) -> RunRecord:
+    """Return a run; what is printed of it repeats the option --storage."""
+    record = find_run(store, run)
+    record.storage = storage
+    return record
 
 
 def _print_json(value: object) -> None:

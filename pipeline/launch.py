@@ -130,15 +130,14 @@ def stop_run(store: Store, record: RunRecord, console: Console) -> int:
     if record.observed_state() is not RunState.RUNNING:
         raise BadInput(f"Run {record.run_id} is not running: {record.observed_state()}.")
     record.ask_to_stop(store)
+    resume_command = record.resume_command
     console.print(f"Run {record.run_id}: asked {record.host} to stop ...", soft_wrap=True)
     end_s = time.monotonic() + _STOP_WAIT_S
     while time.monotonic() < end_s:
         record = load_run(store, record.run_id)
         state = record.observed_state()
         if state is not RunState.RUNNING:
-            more = (
-                "" if state is RunState.DONE else f" `{record.resume_command}` goes on from here."
-            )
+            more = "" if state is RunState.DONE else f" `{resume_command}` goes on from here."
             console.print(f"Run {record.run_id}: {state}.{more}", soft_wrap=True)
             return 0
         time.sleep(0.5)

@@ -80,7 +80,8 @@ def print_failures(record: RunRecord, console: Console) -> None:
     for name, status in record.cells.items():
         if status.state is State.FAILED and status.error:
             _say(console, f"\n{name} failed: {status.error['message']}")
-            _say(console, f"  more: fls logs {shlex.quote(name)} --run {record.run_id}")
+            logs = f"fls logs {shlex.quote(name)} --run {record.run_id}{record.where}"
+            _say(console, f"  more: {logs}")
     skipped = [name for name, status in record.cells.items() if status.state is State.SKIPPED]
     if skipped:
         _say(console, f"\n{len(skipped)} cells were skipped for want of their inputs.")

@@ -123,6 +123,7 @@ class RunRecord:
         tracking: how far the run is recorded.
         tracked: whether all of it is.
         damaged: names of its documents that are damaged; what they said counts as unknown.
+        storage: where it was looked for by --storage, and so where hints say it is; or None.
     """
 
     run_id: str
@@ -139,18 +140,28 @@ class RunRecord:
     tracking: TrackingProgress = field(default_factory=TrackingProgress)
     tracked: bool = False
     damaged: Sequence[str] = ()
+    storage: str | None = None
+
+    @property
+    def where(self) -> str:
+        """The option by which a command finds it, from here or the folder that it was started in.
+
+        It begins with a space, or is "".
+        """
+        if self.storage is not None:
+            return f" --storage {shlex.quote(self.storage)}"
+        elsewhere = self.options.file != str(DEFAULT_FILE)
+        return f" --file {shlex.quote(self.options.file)}" if elsewhere else ""
 
     @property
     def resume_command(self) -> str:
-        """The command that goes on with the run, from the folder in which it was started."""
-        elsewhere = self.options.file != str(DEFAULT_FILE)
-        file = f" --file {shlex.quote(self.options.file)}" if elsewhere else ""
-        return f"fls resume {self.run_id}{file}"
+        """The command that goes on with the run."""
+        return f"fls resume {self.run_id}{self.where}"
 
     @property
     def sync_command(self) -> str:
         """The command that sends what is missing of it to the tracking server."""
-        return self.resume_command.replace("fls resume", "fls sync", 1)
+        return f"fls sync {self.run_id}{self.where}"
 
     def claim(self, store: Store, cells: Mapping[str, CellStatus]) -> None:
         """Make this process the run's driver, with these cells as they stand."""

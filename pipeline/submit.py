@@ -25,7 +25,7 @@ from pipeline.packing import IGNORE_FILE, Package, collect
 from pipeline.params import marked
 from pipeline.provenance import SOURCE_FILE, Source, look_at, this_machine
 from pipeline.runs import new_run_id
-from pipeline.secrets import presentable, secret_values
+from pipeline.secrets import has_credentials, is_secret, presentable, secret_values
 from pipeline.spec import STORAGE_VARIABLE, Spec
 from pipeline.stage import ExternalFile
 from pipeline.tracking import tracking_uri
@@ -236,10 +236,23 @@ def _tell(
     if moving.local:
         say(f"  of this machine, not given: {', '.join(moving.local)}")
     at = f"--address {shlex.quote(asked.address)}"
-    file = shlex.quote(str(asked.file))
     say(f"  follow:  ray job logs {submission_id} {at} --follow")
     say(f"  stop:    ray job stop {submission_id} {at}")
-    say(f"  resume:  fls submit {file} {at} --resume {run_id}")
+    say(f"  resume:  {_resume_command(asked, run_id, moving)}")
+
+
+def _resume_command(asked: Submission, run_id: str, moving: Forwarding) -> str:
+    """Return what goes on with the run, also in another shell; secrets are named and not shown."""
+    wished = dict.fromkeys(wish.partition("=")[0] for wish in asked.env)
+    shell = [f"{n}={shlex.quote(v)}" for n, v in moving.given.items() if n not in wished]
+    words = ["fls", "submit", str(asked.file), "--address", asked.address, "--resume", run_id]
+    for name in wished:
+        value = moving.given[name]
+        shown = not (is_secret(name) or has_credentials(value))
+        words += ["--env", f"{name}={value}" if shown else name]
+    for pattern in asked.excludes:
+        words += ["--exclude", pattern]
+    return " ".join([*shell, shlex.join(words)])
 
 
 def _print(text: str) -> None:

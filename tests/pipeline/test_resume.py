@@ -274,3 +274,20 @@ def test_durations_are_read_in_seconds() -> None:
         5400,
         2592000,
     ]
+
+
+def test_hints_say_where_a_run_was_looked_for(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_spec("bad: {uses: fail, params: {how: user}}").rename("p.yaml")
+    assert fls("run", "p.yaml", *RUN[1:])[0] == 1
+    run_id = last_run().run_id
+    assert (
+        f"`fls resume {run_id} --file p.yaml` goes on"
+        in fls("status", "last", "--file", "p.yaml")[1]
+    )
+    (toy / "elsewhere").mkdir()
+    monkeypatch.chdir(toy / "elsewhere")
+    where = ("--storage", "../.fls")
+    for output in (fls("status", "last", *where)[1], fls("resume", "last", *where)[1]):
+        assert f"fls logs bad --run {run_id} --storage ../.fls" in output
+        assert "p.yaml`" not in output
+    assert f"`fls resume {run_id} --storage ../.fls` goes on" in fls("status", "last", *where)[1]

@@ -15,10 +15,11 @@ from s3_server import BUCKET
 from test_packing import git
 from toy_runs import DIAMOND, TOY, fls, last_run, numbers, ran, wait_for, write_spec
 
+from pipeline.forwarding import forwarding
 from pipeline.provenance import SOURCE_FILE, Source
 from pipeline.runs import RunState
 from pipeline.store import Store
-from pipeline.submit import is_this_machine
+from pipeline.submit import Submission, _resume_command, is_this_machine
 
 SECRET = "correct-horse-battery"  # noqa: S105 - to be looked for where it must not be
 SLOW = "slow: {uses: slow, params: {steps: 200, delay_s: 0.02}}"
@@ -84,7 +85,8 @@ def test_a_submitted_run_is_the_run_that_it_says(head: Head, work: Path) -> None
     assert submission == f"fls-{record.run_id}"
     assert f"ray job logs {submission} --address {head.address} --follow" in found.stdout
     assert f"ray job stop {submission} --address {head.address}" in found.stdout
-    assert f"--resume {record.run_id}" in found.stdout
+    line = f"fls submit pipeline.yaml --address {head.address} --resume {record.run_id} --env {log}"
+    assert f"resume:  AWS_REGION=eu {line}\n" in found.stdout
     # Commit, changes and versions are known without a .git in the job's folder.
     source = Store(".fls").read_run(record.run_id, "source")
     head_commit = (work / ".git" / "refs" / "heads").rglob("*")
@@ -215,6 +217,22 @@ def test_a_file_that_a_stage_reads_must_be_packed(work: Path) -> None:
     assert code == 2
     assert "data/number.txt (r) would not be packed" in errors
     assert "`!/data/number.txt` in .flsignore" in errors
+
+
+def test_the_line_that_resumes_is_true_in_another_shell_and_shows_no_secret(work: Path) -> None:
+    shell = {
+        "FISHLEG_STORAGE": "/shared/my runs",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "HF_TOKEN": SECRET,
+        "MODE": "fast",
+    }
+    env = ["HF_TOKEN", "MODE", "DB_PASSWORD=hunter2-hunter2", "URL=http://me:hunter2@x", "X=a b"]
+    asked = Submission(file=Path("p.yaml"), address="http://h:8265", env=env, excludes=["notes/*"])
+    assert _resume_command(asked, "the-run", forwarding(shell, env)) == (
+        "FISHLEG_STORAGE='/shared/my runs' fls submit p.yaml --address http://h:8265 "
+        "--resume the-run --env HF_TOKEN --env MODE=fast --env DB_PASSWORD --env URL "
+        "--env 'X=a b' --exclude 'notes/*'"
+    )
 
 
 def test_nobody_answers(work: Path) -> None:
