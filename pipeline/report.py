@@ -109,15 +109,17 @@ def print_run(record: RunRecord, console: Console) -> None:
     _say(console, f"Run {record.run_id} of {record.options.file}: {state}")
     for name in record.damaged:
         _say(console, f"Its document `{name}` is damaged; what it said is not known.")
-    columns = list(State)
+    stages: dict[str, list[State | RunState]] = {}
+    for status in record.cells.values():
+        stages.setdefault(status.stage, []).append(record.observed_cell_state(status))
+    lost = any(RunState.INTERRUPTED in states for states in stages.values())
+    columns = [*State, RunState.INTERRUPTED] if lost else list(State)
     table = _table("stage", *columns)
-    stages = dict.fromkeys(status.stage for status in record.cells.values())
-    for stage in stages:
-        states = [status.state for status in record.cells.values() if status.stage == stage]
+    for stage, states in stages.items():
         table.add_row(stage, *(str(states.count(column) or "·") for column in columns))
     console.print(table)
     for name, status in record.cells.items():
-        if status.state is State.RUNNING and status.progress:
+        if record.observed_cell_state(status) is State.RUNNING and status.progress:
             done, total, unit = status.progress
             _say(console, f"{name}: {done:g}/{total:g} {unit}")
     print_failures(record, console)
@@ -158,13 +160,13 @@ def follow_log(store: Store, run_id: str, cell: str, console: Console) -> None:
             if text:
                 _say(console, f"{clock(event['time'] - began):>8}  {text}")
         unsettled = status.state in {State.WAITING, State.RUNNING}
-        if not (unsettled and record.observed_state() is RunState.RUNNING):
+        if not (unsettled and record.is_at_work()):
             break
         time.sleep(_FOLLOW_EVERY_S)
     if status.error:
         _say(console, f"{status.state}: {status.error.get('traceback') or status.error['message']}")
     else:
-        _say(console, f"{cell}: {status.state}")
+        _say(console, f"{cell}: {record.observed_cell_state(status)}")
 
 
 def _since(began: Mapping[str, Any], event: Mapping[str, Any]) -> str:

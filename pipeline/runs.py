@@ -238,6 +238,16 @@ class RunRecord:
         lost = self.state is RunState.RUNNING and not self.is_attended()
         return RunState.INTERRUPTED if lost else self.state
 
+    def is_at_work(self) -> bool:
+        """Tell whether a driver works at the run; one that stops does so until its cells have."""
+        stopping = self.state is RunState.STOPPED and self.is_attended()
+        return stopping or self.observed_state() is RunState.RUNNING
+
+    def observed_cell_state(self, status: CellStatus) -> State | RunState:
+        """Return how a cell stands: what ran when its driver died is interrupted."""
+        lost = status.state is State.RUNNING and not self.is_at_work()
+        return RunState.INTERRUPTED if lost else status.state
+
     def is_attended(self) -> bool:
         """Tell whether a process is at work for the run: its driver, or a `fls sync`.
 

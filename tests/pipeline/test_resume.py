@@ -291,3 +291,16 @@ def test_hints_say_where_a_run_was_looked_for(toy: Path, monkeypatch: pytest.Mon
         assert f"fls logs bad --run {run_id} --storage ../.fls" in output
         assert "p.yaml`" not in output
     assert f"`fls resume {run_id} --storage ../.fls` goes on" in fls("status", "last", *where)[1]
+
+
+def test_what_ran_when_its_driver_died_is_interrupted(toy: Path) -> None:
+    write_spec("slow: {uses: slow, params: {steps: 600, delay_s: 0.05}}")
+    process = start_fls(*RUN)
+    wait_for(checkpoint_exists)
+    wait_for(lambda: states(last_run()).get("slow") is State.RUNNING)
+    assert kill(process, signal.SIGKILL) == -signal.SIGKILL
+    lines = [line.split() for line in fls("status", "last")[1].splitlines()]
+    header, row = (next(line for line in lines if line[0] == name) for name in ("stage", "slow"))
+    shown = dict(zip(header, row, strict=True))
+    assert (shown["running"], shown["interrupted"]) == ("·", "1")
+    assert fls("logs", "slow", "--follow")[1].endswith("slow: interrupted\n")
