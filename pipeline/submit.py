@@ -58,6 +58,7 @@ class Submission:
 
 def submit(spec: Spec, asked: Submission, console: Console, *, follow: bool) -> int:
     """Submit a pipeline; return 0, or how the job ended when it is followed."""
+    _require_url(asked.address)
     local = is_this_machine(asked.address)
     folder = Path.cwd()
     moving = forwarding(os.environ, asked.env)
@@ -98,6 +99,24 @@ def submit(spec: Spec, asked: Submission, console: Console, *, follow: bool) -> 
     except KeyboardInterrupt:
         console.print(f"\n{submission_id} goes on; the commands above follow or stop it.")
         return _INTERRUPTED
+
+
+def _require_url(address: str) -> None:
+    """Check that an address can be a dashboard's.
+
+    Raises:
+        BadInput: it is no URL with a host, or of another kind.
+    """
+    try:
+        parts = urlsplit(address)
+        fits = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
+    except ValueError:
+        fits = False
+    if not fits:
+        raise BadInput(
+            f"--address {address}: expected the URL of the dashboard of Ray's head, such as "
+            "http://HEAD:8265 or https://HEAD:8265."
+        )
 
 
 def is_this_machine(address: str) -> bool:
@@ -199,10 +218,16 @@ def _require_packed(spec: Spec, file: Path, package: Package) -> None:
                 named.setdefault(mark.value, cell.name)
     for path, owner in named.items():
         relative = Path(os.path.relpath(path, package.folder)).as_posix()
+        if relative.startswith("../"):
+            raise BadInput(
+                f"{path} ({owner}) would not be packed: it must lie in the folder that is, which "
+                f"is the working directory, {package.folder}. Run the command in a folder that "
+                "holds all that the pipeline needs."
+            )
         if relative not in package.files:
             raise BadInput(
-                f"{path} ({owner}) would not be packed: it is outside of {package.folder}, or a "
-                f"pattern leaves it behind. `!/{relative}` in {IGNORE_FILE} takes it along."
+                f"{path} ({owner}) would not be packed: it is not there, or a pattern leaves it "
+                f"behind. `!/{relative}` in {IGNORE_FILE} takes it along."
             )
 
 

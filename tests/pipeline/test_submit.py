@@ -219,6 +219,27 @@ def test_a_file_that_a_stage_reads_must_be_packed(work: Path) -> None:
     assert "`!/data/number.txt` in .flsignore" in errors
 
 
+def test_a_pipeline_outside_of_the_packed_folder_is_refused(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_spec("a: {uses: start, params: {value: 1}}").absolute()
+    (work / "inner").mkdir()
+    monkeypatch.chdir(work / "inner")
+    code, _, errors = fls("submit", str(file))
+    assert code == 2
+    assert f"{file} (the pipeline) would not be packed: it must lie in the folder that is" in errors
+    assert ".flsignore" not in errors
+
+
+@pytest.mark.parametrize("address", ["ftp://head:8265", "head:8265", "auto", "http://", "http://["])
+def test_an_address_that_is_no_dashboards_is_refused(work: Path, address: str) -> None:
+    write_spec("a: {uses: start, params: {value: 1}}")
+    code, _, errors = fls("submit", "--address", address)
+    assert code == 2
+    assert f"--address {address}: expected the URL of the dashboard" in errors
+    assert "http://HEAD:8265" in errors
+
+
 def test_the_line_that_resumes_is_true_in_another_shell_and_shows_no_secret(work: Path) -> None:
     shell = {
         "FISHLEG_STORAGE": "/shared/my runs",
