@@ -12,10 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from pipeline.acceptance import describe
 from pipeline.planner import Plan, PlannedCell
 from pipeline.store import Store
-from pipeline.tracking import CellFacts, RunFacts, TrackerName
+from pipeline.tracking import CellFacts, RunFacts, TrackerName, absolute_uri, tracking_uri
 
 _DOCUMENT = "facts"
-_SQLITE = "sqlite:///"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +44,8 @@ def cell_facts(planned: PlannedCell) -> CellFacts:
 
 def save_facts(store: Store, run: RunFacts, plan: Plan) -> None:
     """Store the facts of a run; where it is tracked without credentials, like all documents."""
-    uri = run.uri
-    if uri.startswith(_SQLITE):
-        uri = _SQLITE + os.path.abspath(uri.removeprefix(_SQLITE))
     cells = [asdict(cell_facts(planned)) for planned in plan.cells]
-    stored = replace(run, uri=uri, folder=os.path.abspath(run.folder))
+    stored = replace(run, uri=absolute_uri(run.uri), folder=os.path.abspath(run.folder))
     document = {"run": asdict(stored), "cells": cells}
     store.write_run(run.run_id, _DOCUMENT, document)
 
@@ -95,7 +91,7 @@ def load_facts(store: Store, run_id: str) -> StoredFacts | None:
     document = store.read_run(run_id, _DOCUMENT)
     if document is None:
         return None
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or document["run"]["uri"]
+    uri = tracking_uri(None, document["run"]["uri"])
     return StoredFacts(
         run=RunFacts(**{**document["run"], "uri": uri, "resumed": True}),
         cells={fields["cell"]: CellFacts(**fields) for fields in document["cells"]},

@@ -11,9 +11,9 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.driver import GRACE_S, Driver
-from pipeline.errors import BadInput, Damaged
+from pipeline.errors import BadInput, Damaged, DamagedDocument
 from pipeline.executors import ExecutorName, make_executor
-from pipeline.facts import save_facts, unregistered
+from pipeline.facts import load_facts, save_facts, unregistered
 from pipeline.graph import shorten
 from pipeline.live import LiveView
 from pipeline.planner import Plan, Selection, make_plan
@@ -27,11 +27,18 @@ from pipeline.provenance import (
 from pipeline.report import print_failures, print_reports, print_tracking
 from pipeline.resumption import Drift, find_drift, is_complete, plan_of
 from pipeline.runs import RunOptions, RunRecord, RunState, State, load_run, new_run_id
+from pipeline.secrets import HIDDEN
 from pipeline.spec import STORAGE_VARIABLE, Spec
 from pipeline.storage import LocalStorage
 from pipeline.store import Store
-from pipeline.sync import close_orphans
-from pipeline.tracking import RunFacts, TrackerName, TrackingThread, tracking_uri
+from pipeline.sync import HIDDEN_ADDRESS, close_orphans
+from pipeline.tracking import (
+    RunFacts,
+    TrackerName,
+    TrackingThread,
+    destination,
+    tracking_uri,
+)
 
 _STOP_WAIT_S = 60.0
 _RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the command of a job
@@ -172,6 +179,8 @@ def _execute(
 ) -> int:
     options = record.options
     _mind_the_job(plan.spec, source, console)
+    facts = _facts(plan.spec, record, source, store, console)
+    _take_up_tracking(record, facts, console)
     tracking = TrackingThread(
         options.tracking, store, record.tracking, patient=options.tracking_later
     )
@@ -188,8 +197,6 @@ def _execute(
         plan.commit(store, record.run_id)
         record.save_request(store)
         store.write_run(record.run_id, "source", asdict(source))
-        lines_folder = _lines_folder(store, options, console)
-        facts = _facts(plan.spec, record, source, lines_folder)
         save_facts(store, facts, plan)
         tracking.open(facts, partial(close_orphans, store, options.tracking, mine=record.run_id))
         view = LiveView(console)
@@ -252,15 +259,45 @@ def _lines_folder(store: Store, options: RunOptions, console: Console) -> str:
     return "tracking"
 
 
-def _facts(spec: Spec, record: RunRecord, source: Source, lines_folder: str) -> RunFacts:
+def _facts(
+    spec: Spec, record: RunRecord, source: Source, store: Store, console: Console
+) -> RunFacts:
+    """Return what tracking is to know; a run that goes on stays where it was tracked."""
+    folder, recorded = _lines_folder(store, record.options, console), None
+    try:
+        before = load_facts(store, record.run_id)
+    except DamagedDocument:  # it goes on without
+        before = None
+    if before is not None:
+        recorded = before.run.uri
+        folder = before.run.folder if os.path.isdir(before.run.folder) else folder
     return RunFacts(
         run_id=record.run_id,
         name=spec.name,
         experiment=spec.mlflow.experiment,
-        uri=tracking_uri(spec.mlflow.tracking_uri),
+        uri=tracking_uri(spec.mlflow.tracking_uri, recorded),
         spec_file=record.options.file,
         spec_text=record.spec_text,
         tags=source.tags(),
-        folder=lines_folder,
+        folder=folder,
         resumed=bool(record.cells),
     )
+
+
+def _take_up_tracking(record: RunRecord, facts: RunFacts, console: Console) -> None:
+    """Go on with what is recorded where the run is tracked from now on, and say if that is new.
+
+    Raises:
+        BadInput: it was tracked with credentials, which are not at hand.
+    """
+    tracker = record.options.tracking
+    if tracker is TrackerName.MLFLOW and HIDDEN in facts.uri:
+        raise BadInput(f"Run {record.run_id} {HIDDEN_ADDRESS.format(facts.uri)}")
+    before = record.track_at(destination(facts, tracker))
+    if before is not None:
+        console.print(
+            f"Tracked at {before} until now, and at {record.destination} from now on, where all "
+            f"that it recorded goes as well; `{record.sync_command}`, with that address as "
+            "MLFLOW_TRACKING_URI, still completes the former.",
+            soft_wrap=True,
+        )

@@ -122,6 +122,8 @@ class RunRecord:
         cells: cell -> status.
         tracking: how far the run is recorded.
         tracked: whether all of it is.
+        destination: where that is so, see `pipeline.tracking.destination`; "" before it begins.
+        elsewhere: other destinations that it had -> how far it is recorded there.
         damaged: names of its documents that are damaged; what they said counts as unknown.
         storage: where it was looked for by --storage, and so where hints say it is; or None.
     """
@@ -139,6 +141,8 @@ class RunRecord:
     cells: Mapping[str, CellStatus] = field(default_factory=dict)
     tracking: TrackingProgress = field(default_factory=TrackingProgress)
     tracked: bool = False
+    destination: str = ""
+    elsewhere: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     damaged: Sequence[str] = ()
     storage: str | None = None
 
@@ -169,6 +173,7 @@ class RunRecord:
         self.state, self.tracked = RunState.RUNNING, False
         self.host, self.pid = socket.gethostname(), os.getpid()
         self.cells = cells
+        self.elsewhere = {at: {**one, "tracked": False} for at, one in self.elsewhere.items()}
 
     def save_request(self, store: Store) -> None:
         """Write what was asked for."""
@@ -208,8 +213,26 @@ class RunRecord:
 
     def save_tracking(self, store: Store) -> None:
         """Write how far the run is recorded."""
-        tracking = {**asdict(self.tracking), "tracked": self.tracked}
-        store.write_run(self.run_id, "tracking", tracking)
+        places = {"destination": self.destination, "elsewhere": self.elsewhere}
+        store.write_run(self.run_id, "tracking", {**self._recorded(), **places})
+
+    def track_at(self, destination: str) -> str | None:
+        """Take up how far the run is recorded at a destination.
+
+        Returns:
+            Where it was recorded until now, if that is another one.
+        """
+        before, self.destination = self.destination, destination
+        if before in {"", destination}:
+            return None
+        self.elsewhere[before] = self._recorded()
+        there = self.elsewhere.pop(destination, None)
+        self.tracking = _progress(there) if there else TrackingProgress()
+        self.tracked = there is not None and there["tracked"]
+        return before
+
+    def _recorded(self) -> dict[str, Any]:
+        return {**asdict(self.tracking), "tracked": self.tracked}
 
     def superseded(self, store: Store) -> bool:
         """Tell whether another driver has taken the run over, because this one was silent."""
@@ -309,16 +332,21 @@ def _read(run_id: str, documents: Mapping[str, Any], damaged: Sequence[str]) -> 
             for fields in state["cells"]
         }
     if tracking := documents.get("tracking"):
-        record.tracking = TrackingProgress(
-            cursors={cell: Cursor(**cursor) for cell, cursor in tracking["cursors"].items()},
-            keys=tracking["keys"],
-            closed=tracking["closed"],
-            registered=tracking["registered"],
-            ids=tracking["ids"],
-            ended=tracking["ended"],
-        )
-        record.tracked = tracking["tracked"]
+        record.tracking, record.tracked = _progress(tracking), tracking["tracked"]
+        record.destination = tracking.get("destination", "")
+        record.elsewhere = dict(tracking.get("elsewhere", {}))
     return record
+
+
+def _progress(tracking: Mapping[str, Any]) -> TrackingProgress:
+    return TrackingProgress(
+        cursors={cell: Cursor(**cursor) for cell, cursor in tracking["cursors"].items()},
+        keys=tracking["keys"],
+        closed=tracking["closed"],
+        registered=tracking["registered"],
+        ids=tracking["ids"],
+        ended=tracking["ended"],
+    )
 
 
 def load_runs(store: Store) -> tuple[list[RunRecord], list[str]]:

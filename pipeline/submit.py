@@ -64,7 +64,9 @@ def submit(spec: Spec, asked: Submission, console: Console, *, follow: bool) -> 
     moving = forwarding(os.environ, asked.env)
     environment = dict(moving.given)
     environment |= _storage(spec, local)
-    environment["MLFLOW_TRACKING_URI"] = _tracking(spec, moving, local)
+    named = {"MLFLOW_TRACKING_URI"} & {*moving.given, *moving.secret} or spec.mlflow.tracking_uri
+    if named or asked.resume is None or not local:  # else the run stays where it is tracked
+        environment["MLFLOW_TRACKING_URI"] = _tracking(spec, moving, local)
     package = collect(folder, asked.excludes)
     _require_packed(spec, asked.file, package)
     package.refuse_if_large()

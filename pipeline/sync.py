@@ -25,9 +25,13 @@ from pipeline.tracking import (
     CellState,
     Recorder,
     TrackerName,
+    destination,
     make_tracker,
 )
 
+HIDDEN_ADDRESS = (
+    "was tracked at {}, and what is hidden there is not stored; set MLFLOW_TRACKING_URI."
+)
 _ENDS = {State.DONE: "done", State.CACHED: "done", State.FAILED: "failed"}
 
 
@@ -57,6 +61,7 @@ def close_orphans(
         if (
             facts is None
             or record.options.tracking is not kind
+            or record.destination not in {"", destination(facts.run, kind)}
             or state is RunState.RUNNING
             or record.is_attended()
         ):
@@ -80,6 +85,11 @@ def sync_runs(store: Store, records: Sequence[RunRecord], console: Console) -> b
     for record in records:
         state = record.observed_state()
         facts = load_facts(store, record.run_id)
+        if state is not RunState.RUNNING and facts is not None:
+            here = destination(facts.run, record.options.tracking)
+            if before := record.track_at(here):
+                text = f"{record.run_id} was recorded at {before} until now; this is about {here}."
+                console.print(text, soft_wrap=True)
         if state is RunState.RUNNING:
             said = f"is running; its driver records it (process {record.pid} on {record.host})."
         elif record.tracked:
@@ -103,8 +113,7 @@ def _sync(store: Store, record: RunRecord, facts: StoredFacts) -> tuple[str, boo
         PipelineError: the server is away.
     """
     if HIDDEN in facts.run.uri:
-        where = f"was tracked at {facts.run.uri}, and what is hidden there is not stored"
-        return f"{where}; set MLFLOW_TRACKING_URI.", False
+        return HIDDEN_ADDRESS.format(facts.run.uri), False
     tracker = make_tracker(record.options.tracking)
     recorder = Recorder(tracker, store, facts.run, record.tracking, partial(_step, store, record))
     refused, count = [], 0
@@ -155,6 +164,7 @@ def _missing(
     cached = [one.key for one in record.cells.values() if one.state is State.CACHED]
     sources = recorded_ids(store, cached)
     progress = record.tracking
+    begun = set(progress.cursors).union(*(one["cursors"] for one in record.elsewhere.values()))
     for name, status in record.cells.items():
         cell = replace(facts.cells[name], key=status.key)
         recorded = name in progress.closed and progress.keys.get(name) == status.key
@@ -168,7 +178,7 @@ def _missing(
                 yield cell, CellState.CACHED, None  # no more than that is missing
         elif status.state is State.FAILED:
             yield cell, CellState.FAILED, None
-        elif status.state is State.RUNNING or name in progress.cursors:
+        elif status.state is State.RUNNING or name in begun:
             yield cell, CellState.STOPPED, None
 
 

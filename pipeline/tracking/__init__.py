@@ -8,6 +8,8 @@ from pipeline.tracking.base import (
     RunFacts,
     TrackerName,
     TrackingProgress,
+    absolute_uri,
+    destination,
     make_tracker,
     tracking_uri,
 )
@@ -24,6 +26,8 @@ __all__ = [
     "TrackerName",
     "TrackingProgress",
     "TrackingThread",
+    "absolute_uri",
+    "destination",
     "make_tracker",
     "tracking_uri",
 ]

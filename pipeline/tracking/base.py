@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.events import Cursor, Event
+from pipeline.secrets import redact
 
 
 class TrackerName(StrEnum):
@@ -33,7 +34,8 @@ _CLASSES = {
     TrackerName.JSONL: "pipeline.tracking.jsonl:JsonLinesTracker",
 }
 
-DEFAULT_URI = "sqlite:///mlflow.db"
+_SQLITE = "sqlite:///"
+DEFAULT_URI = f"{_SQLITE}mlflow.db"
 _OTHERS = r"(?!(__main__|pipeline|stages|fishleg)\b)"  # modules that are none of this project
 
 
@@ -197,9 +199,38 @@ def make_tracker(name: TrackerName) -> AbstractTracker:
     return tracker
 
 
-def tracking_uri(declared: str | None) -> str:
-    """Return where MLflow data goes: `MLFLOW_TRACKING_URI`, else what the spec says, else here."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or declared or DEFAULT_URI
+def tracking_uri(declared: str | None, recorded: str | None = None) -> str:
+    """Return where MLflow data goes: `MLFLOW_TRACKING_URI`, else what the spec says, else here.
+
+    A run that goes on stays where it is `recorded`, rather than go to a default; and a declared
+    path that is relative was so to the folder in which it began.
+    """
+    if recorded and declared and absolute_uri(declared) != declared:
+        declared = None
+    return os.environ.get("MLFLOW_TRACKING_URI") or declared or recorded or DEFAULT_URI
+
+
+def absolute_uri(uri: str) -> str:
+    """Return a URI that means the same in any folder."""
+    path = uri.removeprefix(_SQLITE)
+    return uri if path == uri else _SQLITE + os.path.abspath(path)
+
+
+def destination(run: RunFacts, tracker: TrackerName) -> str:
+    """Return what tells where a run is recorded from other such places; a user is no part of it.
+
+    >>> run = dict(run_id="", name="", experiment="", spec_file="", spec_text="")
+    >>> uri = "http://me:secret@host:5000/"
+    >>> destination(RunFacts(**run, uri=uri), TrackerName.MLFLOW)
+    'http://host:5000'
+    """
+    if tracker is TrackerName.JSONL:
+        return os.path.abspath(run.folder)
+    scheme, separator, rest = absolute_uri(run.uri).partition("://")
+    authority, slash, path = rest.partition("/")
+    host = authority.rpartition("@")[2]
+    place: str = redact(f"{scheme}{separator}{host}{slash}{path}")
+    return place.rstrip("/")
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,7 @@ import pytest
 from toy_runs import DIAMOND, fls, last_run, resume_here, run_here, write_spec
 
 from pipeline import driver, sync
-from pipeline.errors import PipelineError, StorageUnavailable
+from pipeline.errors import BadInput, PipelineError, StorageUnavailable
 from pipeline.events import Cursor
 from pipeline.planner import Selection
 from pipeline.runs import RunState, State
@@ -401,6 +401,91 @@ def test_a_password_in_the_address_is_neither_shown_nor_stored(
     assert "was tracked at http://***@127.0.0.1:9, and what is hidden there is not stored" in output
 
 
+def begin_and_fail(toy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Begin a run that fails and may go on, and leave its folder; return its storage."""
+    write_spec(
+        f"""
+        good: {{uses: slow, params: {{steps: 20, delay_s: 0}}}}
+        bad: {{uses: fail, inputs: {{number: good}}, params: {{counter: {toy}/count, until: 1}}}}
+        """
+    )
+    assert run_mlflow()[0] == 1
+    (toy / "elsewhere").mkdir()
+    monkeypatch.chdir(toy / "elsewhere")
+    monkeypatch.syspath_prepend(toy)
+    return toy / ".fls"
+
+
+def good_steps(client: Any, run_id: str) -> list[int]:
+    run = recorded(client, run_id)["stage", "good"].info.run_id
+    return [point.step for point in client.get_metric_history(run, "train/number")]
+
+
+def test_a_run_that_goes_on_elsewhere_is_tracked_where_it_was(
+    fresh_database: Path, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(fresh_database, toy / "mlflow.db")
+    storage = str(begin_and_fail(toy, monkeypatch))
+    first = last_run(storage)
+    assert first.destination == f"sqlite:///{toy}/mlflow.db"
+    assert resume_here(first, storage)[0] == 0
+    assert not Path("mlflow.db").exists()
+    client = MlflowClient(f"sqlite:///{toy}/mlflow.db")
+    runs = recorded(client, first.run_id)
+    assert runs["pipeline", "toy"].info.run_id == first.tracking.ids["run"]
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+
+
+def test_each_place_that_a_run_is_tracked_at_gets_it_all_once(
+    client: Any, fresh_database: Path, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    storage = str(begin_and_fail(toy, monkeypatch))
+    first = last_run(storage)
+    uri = f"sqlite:///{toy}/elsewhere/mlflow.db"
+    shutil.copy(fresh_database, "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    code, output = resume_here(first, storage)
+    assert code == 0
+    assert f"Tracked at {client.tracking_uri} until now, and at {uri} from now on" in output
+    assert f"`fls sync {first.run_id}`" in output
+    assert good_steps(MlflowClient(uri), first.run_id) == list(range(1, 21))
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", client.tracking_uri)
+    before = recorded(client, first.run_id)
+    assert before["pipeline", "toy"].info.status == "FAILED"
+    code, output, _ = fls("sync", "last", "--storage", storage)
+    assert code == 0
+    assert f"was recorded at {uri} until now; this is about {client.tracking_uri}" in output
+    assert output.endswith(f"{first.run_id} is complete: 1 cells sent.\n")
+    for place in (client, MlflowClient(uri)):
+        runs = recorded(place, first.run_id)
+        assert {run.info.status for run in runs.values()} == {"FINISHED"}
+        assert good_steps(place, first.run_id) == list(range(1, 21))
+    assert runs.keys() == recorded(client, first.run_id).keys()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    code, output, _ = fls("sync", "last", "--storage", storage)
+    assert output.endswith(f"{first.run_id} is complete.\n")
+
+
+def test_a_run_that_was_tracked_with_a_password_asks_for_it(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hush@127.0.0.1:9/")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(driver, "_AWAY_S", 0.1)
+    write_spec("start: {uses: start, params: {value: 1}}")
+    assert run_mlflow(tracking_later=True)[0] == 0
+    assert last_run().destination == "http://127.0.0.1:9"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    with pytest.raises(BadInput, match=r"tracked at http://\*\*\*@127.* set MLFLOW_TRACKING_URI"):
+        resume_here(last_run())
+
+
 def test_json_lines_tell_the_whole_run(toy: Path) -> None:
     write_spec(DIAMOND)
     run_here()
@@ -420,8 +505,11 @@ def test_where_mlflow_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert tracking_uri(None) == "sqlite:///mlflow.db"
     assert tracking_uri("http://declared") == "http://declared"
+    assert tracking_uri(None, "sqlite:////begun/x.db") == "sqlite:////begun/x.db"
+    assert tracking_uri("sqlite:///x.db", "sqlite:////begun/x.db") == "sqlite:////begun/x.db"
+    assert tracking_uri("http://declared", "sqlite:////begun/x.db") == "http://declared"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://environment")
-    assert tracking_uri("http://declared") == "http://environment"
+    assert tracking_uri("http://declared", "http://recorded") == "http://environment"
 
 
 def test_the_pages_are_served_to_this_machine_on_a_free_port(
