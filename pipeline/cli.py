@@ -103,7 +103,8 @@ SetOption = Annotated[
 LaterOption = Annotated[
     bool,
     typer.Option(
-        "--tracking-later", help="Run though the tracking server is away; send to it later."
+        "--tracking-later",
+        help="Do not wait, at the end, for a tracking server that is away; `fls sync` sends.",
     ),
 ]
 ParallelOption = Annotated[
@@ -226,6 +227,7 @@ def submit(
     set_: SetOption = NONE_GIVEN,
     max_parallel: ParallelOption = None,
     stop_after: StopOption = None,
+    tracking_later: LaterOption = False,
 ) -> None:
     """Run a pipeline on a Ray cluster, as a job: packs this folder and hands it over.
 
@@ -249,6 +251,8 @@ def submit(
         arguments += ["--tracking", tracking]
     if max_parallel is not None:
         arguments += ["--max-parallel", str(max_parallel)]
+    if tracking_later:
+        arguments.append("--tracking-later")
     asked = Submission(
         file=file,
         address=address,

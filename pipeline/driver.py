@@ -200,10 +200,13 @@ class Driver:
         self._view.close(self._statuses)
         self._announce_registration()
         limit_s = _TRACKING_TIMEOUT_S[state]
-        limit_s = min(limit_s, _AWAY_S) if self._tracking.behind else limit_s
-        tracked = self._tracking.finish(limit_s, self._save)  # alive, so nobody else records it
-        for message in self._tracking.messages():
-            self._view.say(message)
+        away_s = 0.0 if self._record.options.tracking_later else _AWAY_S
+        if self._stop_s is not None:
+            left_s = max(0.0, self._stop_s - time.monotonic())
+            away_s = min(away_s, left_s)
+            limit_s = min(limit_s, max(left_s, _TRACKING_TIMEOUT_S[RunState.STOPPED]))
+        tracked = self._tracking.finish(limit_s, away_s, self._attend)
+        self._pass_on_messages()
         if not tracked and self._tracking.error is None:
             self._view.say(
                 f"Tracking is not complete; `{self._record.sync_command}` sends the rest."
@@ -477,17 +480,25 @@ class Driver:
         """Pass on what tracking has to say.
 
         Raises:
-            PipelineError: it could not even begin, so nobody would see the run.
+            PipelineError: it could not even begin, and waiting would not mend that.
         """
         error = self._tracking.error
         if error is not None:
             raise PipelineError(
                 f"Tracking does not work ({type(error).__name__}: {redact(str(error))}). "
-                "To run all the same, and have it sent once the server is there, give "
+                "To run all the same, and have it sent later by `fls sync`, give "
                 "--tracking-later."
             )
+        self._pass_on_messages()
+
+    def _pass_on_messages(self) -> None:
         for message in self._tracking.messages():
             self._view.say(message)
+
+    def _attend(self) -> None:
+        """Show, while tracking ends, that the run is still being recorded by this process."""
+        self._pass_on_messages()
+        self._save()
 
     def _save(self, *, now: bool = False, leaving: bool = False) -> None:
         """Write how far the run is every few seconds, and see what was asked of it.

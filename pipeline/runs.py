@@ -89,7 +89,7 @@ class RunOptions:
         until: the `--until` options.
         executor: name of the executor.
         tracking: name of the tracker.
-        tracking_later: go on though the tracking server has never answered.
+        tracking_later: wait, neither at the beginning nor at the end, for the tracking server.
         max_parallel: most cells at once, or None.
     """
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import PipelineError
 from pipeline.events import Event
 from pipeline.tracking.base import AbstractTracker, CellEnd, CellFacts, RunFacts
 
@@ -20,9 +21,16 @@ class JsonLinesTracker(AbstractTracker):
         self._path = Path()
 
     def open_run(self, run: RunFacts) -> None:
-        """Open the file, and write the run's facts."""
+        """Open the file, and write the run's facts.
+
+        Raises:
+            PipelineError: there can be no such folder.
+        """
         self._path = _path(run)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise PipelineError(f"JSON lines cannot go into {run.folder}: {error}") from error
         self._write(
             "run", state="running", run=run.run_id, name=run.name, file=run.spec_file, **run.tags
         )
@@ -71,8 +79,8 @@ class JsonLinesTracker(AbstractTracker):
         return path.is_file()
 
     def is_outage(self, error: Exception) -> bool:
-        """Say yes: a full disk, say, may have room again."""
-        return True
+        """Say yes of a full disk, say, which may have room again."""
+        return not isinstance(error, PipelineError)
 
     def _write_cell(self, cell: CellFacts, state: str) -> None:
         self._write(

@@ -37,6 +37,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 from mlflow.entities import Metric, Param, RunTag  # noqa: E402 - after the environment it reads
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
+from sqlalchemy.exc import ArgumentError  # noqa: E402 - what its address of a database cannot be
 
 from pipeline.errors import PipelineError  # noqa: E402
 from pipeline.events import Event  # noqa: E402
@@ -88,7 +89,8 @@ class MLflowTracker(AbstractTracker):
         """Make database, experiment and parent run as far as they are not there.
 
         Raises:
-            PipelineError: the server or database does not answer, or cannot be used.
+            PipelineError: the server or database cannot be used.
+            MlflowException: it does not answer.
         """
         self._run = run
         try:
@@ -96,7 +98,11 @@ class MLflowTracker(AbstractTracker):
             self._experiment = _open_experiment(self._client, run)
             found = self._find_parent(run) if run.resumed else None
         except MlflowException as error:
-            raise PipelineError(redact(f"MLflow at {run.uri}: {error}")) from error
+            if self.is_outage(error):
+                raise
+            raise PipelineError(_unusable(run.uri, error)) from error
+        except (ImportError, ArgumentError) as error:
+            raise PipelineError(_unusable(run.uri, error)) from error
         self.ids = {"cells": {}, "records": {}, "series": self.ids.get("series", {})}
         self._sent = {}
         if found is None:
@@ -232,7 +238,7 @@ class MLflowTracker(AbstractTracker):
         """Say no when the server answers that it does not take what it is told."""
         if isinstance(error, MlflowException):
             return error.get_http_status_code() >= 500 or error.get_http_status_code() in {408, 429}
-        return not isinstance(error, PipelineError)
+        return not isinstance(error, PipelineError | ImportError | ArgumentError)
 
     # -- runs
 
@@ -354,12 +360,21 @@ def _flatten(params: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]
 
 
 def _connect(uri: str) -> MlflowClient:
-    """Return a client; makes an SQLite database that is not there yet."""
+    """Return a client; makes an SQLite database that is not there yet.
+
+    Raises:
+        PipelineError: it cannot be there, which MLflow would take minutes to say.
+    """
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)  # their INFO is about each migration
     database = _database(uri)
     if database is None:
         return MlflowClient(uri)
+    try:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        database.open("ab").close()
+    except OSError as error:
+        raise PipelineError(_unusable(uri, error)) from error
     with _only_one(database):
         return MlflowClient(uri)
 
@@ -371,6 +386,11 @@ def _only_one(database: Path) -> Iterator[None]:
     with open(Path(tempfile.gettempdir()) / f"fls-{os.getuid()}-{digest}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _unusable(uri: str, error: Exception) -> str:
+    text: str = redact(f"MLflow at {uri}: {error}")
+    return text
 
 
 def _database(uri: str) -> Path | None:

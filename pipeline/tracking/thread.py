@@ -8,6 +8,7 @@ the server is away it tries again, ever less often, for as long as the run lasts
 from __future__ import annotations
 
 import copy
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -41,7 +42,7 @@ class TrackingThread:
         name: of the tracker; imported in the thread, for MLflow takes seconds.
         store: holds what is to be recorded.
         progress: what an earlier life of the run recorded.
-        patient: whether to wait even for a server that has never answered for this run.
+        patient: whether to go on even if the first answer is an error that waiting does not mend.
 
     Attributes:
         error: why tracking could not even begin, or None.
@@ -108,19 +109,32 @@ class TrackingThread:
             told, self._messages = self._messages, []
             return told
 
-    def finish(self, timeout_s: float, meanwhile: Callable[[], object] = lambda: None) -> bool:
+    def finish(
+        self,
+        timeout_s: float,
+        away_s: float = math.inf,
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> bool:
         """Wait until all is recorded; False when it is not, for lack of time or for an error.
 
-        `meanwhile` is called every second or so.
+        Args:
+            timeout_s: how long, at most.
+            away_s: how long a server that is away is waited for.
+            meanwhile: called every second or so.
         """
         if self._thread is None:
             return False
         with self._change:
             self._finishing = True
             self._change.notify()
-        end_s = time.monotonic() + timeout_s
+        end_s, since_s = time.monotonic() + timeout_s, None
         try:
-            while self._thread.is_alive() and (left_s := end_s - time.monotonic()) > 0:
+            while self._thread.is_alive():
+                now = time.monotonic()
+                since_s = (since_s or now) if self.behind else None
+                left_s = min(end_s, math.inf if since_s is None else since_s + away_s) - now
+                if left_s <= 0:
+                    break
                 self._thread.join(min(left_s, _TURN_S))
                 meanwhile()
         finally:
@@ -149,10 +163,13 @@ class TrackingThread:
                     pause_s = _FIRST_PAUSE_S
                 return
             except Exception as error:  # a server or a database may fail in any way
-                if not self._patient:
+                if not self._patient and not tracker.is_outage(error):
                     self.error = error
                     return
-                opened = False  # how far the failed call came is found out by opening again
+                self._patient, opened = (
+                    True,
+                    False,
+                )  # how far the failed call came is found out by opening again
                 self._fall_behind(error)
                 with self._change:
                     self._change.wait_for(lambda: self._given_up, pause_s)
@@ -195,7 +212,8 @@ class TrackingThread:
                 self.behind = True
                 self._messages.append(
                     f"Tracking is behind ({type(error).__name__}: {redact(str(error))}); "
-                    "the run goes on, and what is to be recorded waits in the store."
+                    "the run goes on, and what is to be recorded waits in the store: it is sent "
+                    "when the server is back, or by `fls sync`."
                 )
 
     def _catch_up(self) -> None:

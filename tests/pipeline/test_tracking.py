@@ -4,9 +4,11 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -367,14 +369,51 @@ def test_a_deleted_experiment_is_an_error_with_a_remedy(client: Any) -> None:
     assert last_run().observed_state() is RunState.FAILED
 
 
-def test_a_server_that_does_not_answer_is_an_error(
-    toy: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "uri", ["ftp://127.0.0.1/x", "sqlite:////proc/x.db", "postgresql+none://127.0.0.1/x"]
+)
+def test_an_address_that_is_wrong_is_an_error(
+    uri: str, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    write_spec("start: {uses: slow, params: {steps: 1000}}")
+    with pytest.raises(PipelineError, match=f"(?s)MLflow at {re.escape(uri)}.*--tracking-later"):
+        run_mlflow()
+
+
+def test_json_lines_that_can_be_nowhere_are_an_error(toy: Path) -> None:
+    Path("tracking").touch()
+    write_spec("start: {uses: slow, params: {steps: 1000}}")
+    with pytest.raises(PipelineError, match="JSON lines cannot go into tracking"):
+        run_here()
+
+
+@pytest.mark.parametrize("command", ["run", "resume"])
+def test_a_server_that_is_away_at_the_end_is_waited_for_no_longer_than_was_asked(
+    command: str, toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    write_spec("start: {uses: slow, params: {steps: 1000}}")
-    with pytest.raises(PipelineError, match="MLflow at http://127.0.0.1:9"):
-        run_mlflow()
+    write_spec("start: {uses: start, params: {value: 1}}")
+    arguments = ["run", "--executor", "local", "--tracking-later"]
+    if command == "resume":
+        assert fls(*arguments)[0] == 0
+        arguments = ["resume", "last", "--stop-after", "1s"]
+    began = time.monotonic()
+    code, output, _ = fls(*arguments)
+    assert time.monotonic() - began < driver._AWAY_S / 2
+    assert (code, output.count("Tracking is behind"), last_run().state) == (0, 1, RunState.DONE)
+    assert f"`fls sync {last_run().run_id}` sends the rest" in output
+
+
+def test_a_cluster_is_told_not_to_wait_for_tracking(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("pipeline.submit.submit", lambda spec, what, *_, **__: asked.append(what))
+    write_spec(SLOW)
+    assert fls("submit", "--tracking-later")[0] == 0
+    assert asked[0].arguments == ["--tracking-later"]
 
 
 def test_a_password_in_the_address_is_neither_shown_nor_stored(
@@ -384,13 +423,10 @@ def test_a_password_in_the_address_is_neither_shown_nor_stored(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(driver, "_AWAY_S", 0.1)
     write_spec("start: {uses: start, params: {value: 1}}")
-    with pytest.raises(PipelineError, match=r"MLflow at http://\*\*\*@127") as caught:
-        run_mlflow()
-    again = Selection(force=["start"])
-    code, output = run_mlflow(tracking_later=True, selection=again)
+    code, output = run_mlflow()
     assert code == 0
     assert "Tracking is not complete" in output
-    assert "hush" not in output + str(caught.value)
+    assert "hush" not in output
     assert fls("sync")[0] == 1
     assert "hush" not in fls("sync")[2]
     stored = [path.read_bytes() for path in Path(".fls").rglob("*") if path.is_file()]
@@ -611,7 +647,7 @@ def test_a_server_that_is_away_for_a_while_misses_nothing(
     assert code == 0
     assert output.count("Tracking is behind (ConnectionError: nobody there)") == 1
     assert output.count("Tracking has caught up.") == 1
-    assert "fls sync" not in output
+    assert "sends the rest" not in output
     assert tracker.steps == list(range(1, 21))
     ends = [whom for what, whom in tracker.told if what == "done"]
     assert ends == ["slow", "total", "report"]
@@ -709,7 +745,7 @@ def test_what_a_server_does_not_take_keeps_nothing_else_waiting(
     assert not last_run().tracked
 
 
-def test_a_server_that_never_answered_may_be_waited_for(
+def test_a_server_that_never_answered_is_waited_for(
     toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failures = iter(range(2))
@@ -721,10 +757,10 @@ def test_a_server_that_never_answered_may_be_waited_for(
     write_spec(SLOW)
     tracker = Recording(trouble)
     use(tracker, monkeypatch)
-    with pytest.raises(PipelineError, match="nobody there.*give --tracking-later"):
-        run_here()
-    code, output = run_here(tracking_later=True)
+    code, output = run_here()
     assert code == 0
+    assert "Tracking is behind (ConnectionError: nobody there)" in output
+    assert "or by `fls sync`" in output
     assert "Tracking has caught up." in output
     assert last_run().tracked
 
