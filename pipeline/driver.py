@@ -168,8 +168,9 @@ class Driver:
                 self._tracking.note(self._facts(name), CellState.CACHED, source)
             elif name in self._record.tracking.closed:
                 self._statuses[name].state = State.DONE
-                if self._schedule.cell(name).registration is not None:  # it may not have come to it
-                    self._tracking.note(self._facts(name), CellState.CACHED)
+                facts = self._facts(name)
+                if facts.registration is not None or facts.tags:  # it may not have come to these
+                    self._tracking.note(facts, CellState.CACHED)
             else:
                 self._tail.skip(name, manifest.key)
                 self._flights[name] = _Flight(started_s=time.monotonic())

@@ -126,9 +126,7 @@ class MLflowTracker(AbstractTracker):
         elif self._sent[run_id].status != "RUNNING":
             self._client.update_run(run_id, status="RUNNING")
             self._sent[run_id].status = "RUNNING"
-            for name, value in cell.tags.items():
-                self._client.set_tag(run_id, name, value)
-        self._send(run_id, params=cell.params)
+        self._send(run_id, params=cell.params, tags=cell.tags)
 
     def log(self, cell: str, events: list[Event]) -> None:
         """Send metrics in batches, and make a run of each record."""
@@ -170,9 +168,10 @@ class MLflowTracker(AbstractTracker):
             run_id = self._create_cell(cell, tags)
             tags = {}
         elif self._sent[run_id].status == "FINISHED":
+            self._send(run_id, tags=cell.tags)  # its code may have been accepted since
             return
         # A run that is there already was begun in an earlier life; another made the result.
-        self._send(run_id, params=cell.params, tags=tags)
+        self._send(run_id, params=cell.params, tags={**tags, **cell.tags})
         self._terminate(run_id, "FINISHED")
 
     def register(self, cell: CellFacts, folder: Path) -> None:

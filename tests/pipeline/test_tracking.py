@@ -232,6 +232,27 @@ def test_accepted_code_is_a_tag_and_a_new_key_replaces_the_old_one(client: Any, 
         assert tags["fls.key"] != before["stage", name].data.tags["fls.key"]
 
 
+def test_code_that_is_accepted_later_is_a_tag_of_what_was_recorded_before(
+    client: Any, toy: Path
+) -> None:
+    write_spec(
+        """
+        good: {uses: start, params: {value: 1}}
+        bad: {uses: fail, inputs: {number: good}, params: {counter: counter, until: 1}}
+        """
+    )
+    run_mlflow()
+    before = recorded(client, last_run().run_id)["stage", "good"]
+    module = toy / "toy" / "stages.py"
+    module.write_text(module.read_text() + "\nUNUSED = 1\n")
+    assert fls("accept", "good", "bad", "--why", "nothing was used")[0] == 0
+    assert resume_here(last_run())[0] == 0
+    after = recorded(client, last_run().run_id)["stage", "good"]
+    assert after.info.run_id == before.info.run_id
+    assert after.info.end_time == before.info.end_time
+    assert after.data.tags["fls.accepted"].endswith(": nothing was used")
+
+
 def test_nothing_is_left_running_in_a_run_that_is_over(client: Any) -> None:
     """A kill may fall between a record's creation and its end, and a new life may lose track."""
     write_spec(SLOW)
