@@ -35,7 +35,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 from mlflow.entities import Metric, Param, RunTag  # noqa: E402 - after the environment it reads
-from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow.exceptions import InvalidUrlException, MlflowException  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
 from sqlalchemy.exc import ArgumentError  # noqa: E402 - what its address of a database cannot be
 
@@ -90,7 +90,7 @@ class MLflowTracker(AbstractTracker):
 
         Raises:
             PipelineError: the server or database cannot be used.
-            MlflowException: it does not answer.
+            ConnectionError: it does not answer.
         """
         self._run = run
         try:
@@ -99,7 +99,7 @@ class MLflowTracker(AbstractTracker):
             found = self._find_parent(run) if run.resumed else None
         except MlflowException as error:
             if self.is_outage(error):
-                raise
+                raise ConnectionError(_unusable(run.uri, error)) from error
             raise PipelineError(_unusable(run.uri, error)) from error
         except (ImportError, ArgumentError) as error:
             raise PipelineError(_unusable(run.uri, error)) from error
@@ -235,9 +235,11 @@ class MLflowTracker(AbstractTracker):
 
     def is_outage(self, error: Exception) -> bool:
         """Say no when the server answers that it does not take what it is told."""
+        if isinstance(error, InvalidUrlException | PipelineError | ImportError | ArgumentError):
+            return False
         if isinstance(error, MlflowException):
             return error.get_http_status_code() >= 500 or error.get_http_status_code() in {408, 429}
-        return not isinstance(error, PipelineError | ImportError | ArgumentError)
+        return True
 
     # -- runs
 

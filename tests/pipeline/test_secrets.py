@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from toy_runs import ROOT, fls, last_run
 
-from pipeline.errors import PipelineError
 from pipeline.secrets import find_secret, has_credentials, is_secret, redact
 from pipeline.tracking import RunFacts, TrackerName, make_tracker, tracking_uri
 
@@ -141,7 +140,7 @@ def test_a_tracking_server_with_a_password_is_never_named_with_it(
     facts = RunFacts(
         run_id="r", name="n", experiment="e", uri=uri, spec_file="pipeline.yaml", spec_text=""
     )
-    with pytest.raises(PipelineError, match=r"MLflow at http://\*\*\*@127.0.0.1:9: ") as raised:
+    with pytest.raises(ConnectionError, match=r"MLflow at http://\*\*\*@127.0.0.1:9: ") as raised:
         make_tracker(TrackerName.MLFLOW).open_run(facts)
     assert "5entinel" not in str(raised.value)
     code, output, errors = fls("ui")

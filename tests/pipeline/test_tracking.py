@@ -391,7 +391,13 @@ def test_a_deleted_experiment_is_an_error_with_a_remedy(client: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "uri", ["ftp://127.0.0.1/x", "sqlite:////proc/x.db", "postgresql+none://127.0.0.1/x"]
+    "uri",
+    [
+        "ftp://127.0.0.1/x",
+        "http://host:x",
+        "sqlite:////proc/x.db",
+        "postgresql+none://127.0.0.1/x",
+    ],
 )
 def test_an_address_that_is_wrong_is_an_error(
     uri: str, toy: Path, monkeypatch: pytest.MonkeyPatch
