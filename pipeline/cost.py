@@ -1,4 +1,7 @@
-"""What a piece of work costs: time, processor time, and memory at its peak."""
+"""What a piece of work costs: time, processor time, and memory at its peak.
+
+Of a stage with several workers this is what its first one costs; the others do equal shares.
+"""
 
 from __future__ import annotations
 

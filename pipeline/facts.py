@@ -29,12 +29,13 @@ def cell_facts(planned: PlannedCell) -> CellFacts:
     """Return the facts of a planned cell."""
     outputs, registration = planned.cell.declaration.outputs, planned.cell.registration
     accepted = planned.ingredients.get("accepted")
+    data = {name: ", ".join(digests) for name, digests in planned.data.items()}
     return CellFacts(
         cell=planned.cell.name,
         stage=planned.cell.stage,
         key=planned.key,
         params=planned.cell.params.model_dump(mode="json"),
-        digests={**planned.ingredients["data"], **planned.ingredients["files"]},
+        digests={**data, **planned.ingredients["files"]},
         kept=[name for name, declared in outputs.items() if declared.track],
         promoted=[name for name, declared in outputs.items() if declared.promote],
         tags={"fls.accepted": describe(accepted)} if accepted else {},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 from dataclasses import asdict
 from functools import partial
@@ -279,6 +280,11 @@ def _facts(
         spec_file=record.options.file,
         spec_text=record.spec_text,
         tags=source.tags(),
+        driver={
+            "platform": platform.platform(),
+            "python": source.python,
+            "packages": dict(source.packages),
+        },
         folder=folder,
         resumed=bool(record.cells),
     )

@@ -47,6 +47,8 @@ class PlannedCell:
         cell: the cell.
         key: its key.
         ingredients: see `pipeline.keys.Identity`.
+        data: parameter -> digests of the data that the result comes from: the cell's own, or else
+            those of what is upstream.
         state: "cached" (in the store), "run", or "blocked" (absent, and not to be made: it is not
             selected, or needs a cell that is blocked).
         why: the reason of the state, for people.
@@ -59,6 +61,7 @@ class PlannedCell:
     cell: Cell
     key: str
     ingredients: Mapping[str, Any]
+    data: Mapping[str, Sequence[str]]
     state: str
     why: str
     selected: bool
@@ -202,6 +205,7 @@ class _Judge:
         self.collected: dict[str, Manifest] = {}
         self.needed: set[str] = set()  # cells whose files something is to be made of
         self.upstream: dict[str, dict[str, Params]] = {}
+        self.data: dict[str, dict[str, list[str]]] = {}
 
     def look(self, cells: Sequence[Cell], asked: set[str]) -> None:
         """Look up what is in the store, and find out which files are needed.
@@ -239,6 +243,7 @@ class _Judge:
             cell=cell,
             key=identity.key,
             ingredients=identity.ingredients,
+            data=self.data_behind(cell, identity),
             state=state,
             why=why,
             selected=cell.name in self.selected,
@@ -246,6 +251,16 @@ class _Judge:
             collected=state == "cached" and cell.name not in self.found,
             estimate=self.estimate(cell),
         )
+
+    def data_behind(self, cell: Cell, identity: Identity) -> dict[str, list[str]]:
+        """Return the digests of the data that a cell, or what is upstream of it, reads."""
+        found: dict[str, set[str]] = {}
+        for source in cell.sources:
+            for name, digests in self.data[source].items():
+                found.setdefault(name, set()).update(digests)
+        found |= {name: {digest} for name, digest in identity.ingredients["data"].items()}
+        self.data[cell.name] = {name: sorted(digests) for name, digests in found.items()}
+        return self.data[cell.name]
 
     def estimate(self, cell: Cell) -> Estimate | None:
         """Return the stage's forecast, which may look at the parameters of all cells upstream."""

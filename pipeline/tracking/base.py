@@ -50,7 +50,8 @@ class RunFacts:
         uri: the tracking server or database.
         spec_file: the spec's path as given.
         spec_text: the spec as it was read.
-        tags: further facts, such as the commit.
+        tags: further facts of all that is recorded, such as the commit.
+        driver: facts about the driver's process, as a manifest has them about a worker's.
         folder: where JSON lines are written.
         resumed: whether an earlier life of this run may have recorded something.
     """
@@ -62,6 +63,7 @@ class RunFacts:
     spec_file: str
     spec_text: str
     tags: Mapping[str, str] = field(default_factory=dict)
+    driver: Mapping[str, Any] = field(default_factory=dict)
     folder: str = "tracking"
     resumed: bool = False
 
@@ -75,7 +77,7 @@ class CellFacts:
         stage: its stage's name.
         key: its key.
         params: its parameters.
-        digests: parameter -> digest of the data or file that it names.
+        digests: parameter -> digest of the file that it names, or of the data behind the result.
         kept: outputs whose files are uploaded with it.
         promoted: outputs whose files are uploaded with the run itself.
         tags: facts that few cells have.

@@ -60,8 +60,10 @@ _STATUS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 _PARENT = "mlflow.parentRunId"
 _NOTE = "mlflow.note.content"
 _SPEC_SENT = "fls.spec_sent"
-_FACTS = ("device", "threads", "platform", "python", "packages")
+_FACTS = ("device", "threads", "workers", "platform", "python", "packages")
 _NOTHING: Mapping[str, Any] = {}
+_COSTS = ("seconds", "cpu_seconds", "peak_bytes", "gpu_peak_bytes", "output_bytes")
+_SUMS = ("seconds", "output_bytes")  # of a run's own cells, which the parent has as well
 _IS_RUNNING = "attributes.status = 'RUNNING'"
 
 
@@ -106,7 +108,8 @@ class MLflowTracker(AbstractTracker):
         self.ids = {"cells": {}, "records": {}, "series": self.ids.get("series", {})}
         self._sent = {}
         if found is None:
-            tags = {"fls.kind": "pipeline", "fls.run": run.run_id}
+            about = _fact_tags(run.driver)
+            tags = {**about, "fls.kind": "pipeline", "fls.run": run.run_id}
             self._parent = self._create(f"{run.name} {run.run_id}", tags)
         else:
             self._parent = found.info.run_id
@@ -145,10 +148,14 @@ class MLflowTracker(AbstractTracker):
         for name, folder in end.outputs.items():
             self._client.log_artifacts(run_id, str(folder), artifact_path=name)
         if end.state is CellState.DONE:
-            points = self._series(cell).final_points()
+            points, about = self._series(cell).final_points(), _fact_tags(end.facts)
             if end.output_bytes is not None and points:
                 points.append(Point("output_bytes", end.output_bytes, points[-1].time_s, 0))
-            self._send(run_id, points, tags=_fact_tags(end.facts))
+            cost = [point for point in points if point.name in _COSTS]
+            for record in self.ids["records"].get(cell, {}).values():
+                mine = self._sent[record].metrics
+                self._send(record, [p for p in cost if p.name not in mine], tags=about)
+            self._send(run_id, points, tags=about)
         self._terminate(run_id, _STATUS[end.state])
         if end.state is CellState.DONE:
             self.ids["series"].pop(cell, None)
@@ -209,10 +216,19 @@ class MLflowTracker(AbstractTracker):
             self._client.set_tag(self._parent, _NOTE, text)
 
     def close_run(self, state: str) -> None:
-        """Set the parent's terminal status; no child of it may be left running."""
-        running = f"tags.`{_PARENT}` = '{self._parent}' and {_IS_RUNNING}"
-        for run in _search(self._client, self._experiment, running):
-            self._terminate(run.info.run_id, "KILLED")
+        """Set the parent's sums and terminal status; no child of it may be left running."""
+        sums = dict.fromkeys(_SUMS, 0.0)
+        children = f"tags.`{_PARENT}` = '{self._parent}'"
+        for run in _search(self._client, self._experiment, children):
+            if run.info.status == "RUNNING":
+                self._terminate(run.info.run_id, "KILLED")
+            if run.data.tags["fls.kind"] == "stage":
+                for name in _SUMS:
+                    sums[name] += run.data.metrics.get(name, 0.0)
+        known = self._client.get_run(self._parent).data.metrics
+        for name, value in sums.items():
+            if known.get(name) != value:
+                self._client.log_metric(self._parent, name, value, step=0)
         self._client.set_terminated(self._parent, _STATUS[state])
 
     def close_orphan(self, run: RunFacts, state: str, cells: Mapping[str, str]) -> bool:
@@ -345,10 +361,10 @@ def _agree(sent: Mapping[str, float], values: Mapping[str, float]) -> bool:
 def _fact_tags(facts: Mapping[str, Any]) -> dict[str, str]:
     """Return where and with what a result was made, as tags."""
     found = {f"fls.{name}": facts[name] for name in _FACTS if name in facts}
-    return {
-        name: value if isinstance(value, str) else json.dumps(value)
-        for name, value in found.items()
+    texts = {
+        n: value if isinstance(value, str) else json.dumps(value) for n, value in found.items()
     }
+    return {name: text[:_TAG_CHARACTERS] for name, text in texts.items()}
 
 
 def _flatten(params: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

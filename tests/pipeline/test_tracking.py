@@ -116,7 +116,20 @@ def test_a_run_its_cells_and_its_records_are_mlflow_runs(client: Any, toy: Path)
     )
 
     evaluation = runs["evaluation", "slow"]
-    assert evaluation.data.metrics == {"number": slow.data.metrics["number"]}
+    about = {"device", "threads", "workers", "platform", "python", "packages"}
+    costs = {"seconds", "cpu_seconds", "peak_bytes", "output_bytes"}
+    assert evaluation.data.metrics.keys() == {"number", *costs}
+    maker = runs["stage", "total"].data
+    for name in costs:
+        assert evaluation.data.metrics[name] == maker.metrics[name]
+    for name in about:
+        assert evaluation.data.tags[f"fls.{name}"] == maker.tags[f"fls.{name}"]
+    assert evaluation.data.metrics["number"] == slow.data.metrics["number"]
+    assert parent.data.tags["fls.python"] == slow.data.tags["fls.python"]
+    assert json.loads(parent.data.tags["fls.packages"])["mlflow"]
+    for name in ("seconds", "output_bytes"):
+        cells = [run.data.metrics[name] for (kind, _), run in runs.items() if kind == "stage"]
+        assert parent.data.metrics[name] == pytest.approx(sum(cells))
     code, output, _ = fls("results", "--json")
     assert [row["run_id"] for row in json.loads(output)] == [evaluation.info.run_id]
     assert str(toy / "mlruns") in evaluation.info.artifact_uri
@@ -132,6 +145,7 @@ def test_data_files_and_source_are_known_by_their_digests(client: Any, toy: Path
         """
         read: {uses: read, params: {path: number.txt}}
         apply: {uses: apply, inputs: {number: read}, params: {operation: plus_table, seed: 3}}
+        total: {uses: total, inputs: {numbers: [read, apply]}}
         """
     )
     run_mlflow()
@@ -139,6 +153,7 @@ def test_data_files_and_source_are_known_by_their_digests(client: Any, toy: Path
     read, apply = runs["stage", "read"].data, runs["stage", "apply"].data
     assert read.tags["fls.digest.path"] == hashlib.sha256(b"7").hexdigest()
     assert apply.tags["fls.digest.operation"] == "ab" * 32
+    assert runs["stage", "total"].data.tags["fls.digest.operation"] == "ab" * 32
     assert apply.params["seed"] == "3"
     assert {run.data.tags["mlflow.source.git.commit"] for run in runs.values()} == {
         commit.stdout.strip()
