@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from pipeline.documents import require_shape
 from pipeline.errors import DamagedDocument
 from pipeline.seal import seal, unseal
 from pipeline.store import Store
@@ -97,7 +98,9 @@ class Acceptances:
         if name not in self._names:
             return None
         try:
-            document = unseal(self._store.storage.read(f"{_FOLDER}/{name}"))
+            data = self._store.storage.read(f"{_FOLDER}/{name}")
+            document = unseal(data)
+            require_shape("accepted", data)
         except ValueError as error:
             raise DamagedDocument(
                 f"{self._store.url}/{_FOLDER}/{name} is damaged: {error}. Delete it, and accept "

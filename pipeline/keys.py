@@ -231,7 +231,7 @@ def _keys_by_name(ingredients: Mapping[str, Any]) -> dict[str, str]:
     return {
         cell: key
         for name, keys in ingredients["inputs"].items()
-        for cell, key in zip(names[name], keys, strict=True)
+        for cell, key in zip(names.get(name, ()), keys, strict=False)
     }
 
 

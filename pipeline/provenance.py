@@ -109,7 +109,7 @@ def changed_versions(before: Mapping[str, Any], after: Mapping[str, Any]) -> lis
     ... )
     ['torch 2.12 -> 2.13']
     """
-    old = {"python": before["python"], **before["packages"]}
+    old = {"python": before.get("python"), **before.get("packages", {})}
     new = {"python": after["python"], **after["packages"]}
     return [
         f"{name} {old[name]} -> {new[name]}"

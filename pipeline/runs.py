@@ -413,9 +413,9 @@ def recorded_ids(store: Store, keys: Iterable[str]) -> dict[str, RecordedIds]:
         tracking = store.peek_run(run_id, "tracking") or {"closed": []}
         for cell in tracking["closed"]:
             key = tracking["keys"].get(cell)
-            if key in wanted and tracking["ids"]:
+            ids = tracking["ids"]
+            if key in wanted and ids:
                 wanted.remove(key)
-                found[key] = RecordedIds(
-                    tracking["ids"]["cells"].get(cell), tracking["ids"]["records"].get(cell, {})
-                )
+                records = ids.get("records", {}).get(cell, {})
+                found[key] = RecordedIds(ids.get("cells", {}).get(cell), records)
     return found

@@ -38,6 +38,7 @@ from pipeline.attempt import (
     manifest_path,
     stage_folder,
 )
+from pipeline.documents import require_shape
 from pipeline.errors import (
     BadInput,
     Damaged,
@@ -135,7 +136,9 @@ class Store:
         except FileNotFoundError:
             return None
         try:
-            return unseal(data)
+            document = unseal(data)
+            require_shape("storage", data)
+            return document
         except ValueError as error:
             if b'"format": 1,' in data:
                 return {"format": 1}  # the layout before seals
@@ -172,7 +175,9 @@ class Store:
             Damaged: there is one that cannot be read.
         """
         try:
-            manifest = Manifest(**unseal(self.storage.read(manifest_path(key))))
+            data = self.storage.read(manifest_path(key))
+            manifest = Manifest(**unseal(data))
+            require_shape("manifest", data)
         except FileNotFoundError:
             return None
         except (ValueError, TypeError) as error:
@@ -187,7 +192,10 @@ class Store:
             document = self._document(f"{stage_folder(key)}/{_COLLECTED}")
         except DamagedDocument:  # as if it never was: its cell runs again
             return None
-        return Manifest(**document) if document else None
+        try:
+            return Manifest(**document) if document else None
+        except TypeError:
+            return None
 
     def collect(self, manifest: Manifest) -> None:
         """Delete the files of a result, and keep what its manifest says of it."""
@@ -408,7 +416,10 @@ class Store:
             DamagedDocument: it is not as it was written.
         """
         try:
-            return unseal(self.storage.read(path))
+            data = self.storage.read(path)
+            document = unseal(data)
+            require_shape(path.rpartition("/")[2].removesuffix(".json"), data)
+            return document
         except FileNotFoundError:
             return None
         except ValueError as error:

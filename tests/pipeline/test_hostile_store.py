@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
+import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from pipeline.store import Store
 from pipeline.text import CONTROLS
 from pipeline.worker import run_task
 
+TWO = "start: {uses: start, params: {value: 10}}\nadd: {uses: add, inputs: {number: start}}"
 ONE = "start: {uses: start, params: {value: 10}}"
 SCREEN = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp.exe"
 
@@ -338,6 +340,61 @@ def test_damaged_documents_that_are_not_needed_are_no_error(toy: Path, name: str
     for text in DAMAGES:
         path.write_text(text)
         assert fls("status", "last")[0] == 0
+
+
+WRONG = (None, True, -1, 3.5, 10**30, "x", "", [], [1], [[]], {}, {"a": 1})
+
+
+def places(value: Any, *at: str | int) -> Iterator[tuple[str | int, ...]]:
+    """Yield the way to each value inside of a document."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value)
+    for name, inner in entries:
+        yield *at, name
+        if isinstance(inner, dict | list):
+            yield from places(inner, *at, name)
+
+
+READERS = [
+    "status", "status last", "logs add", "plan --why", "results --json", "verify", "sync",
+    "gc --keep-runs 0 --grace 1s", "accept add --why x", "resume last --stop-after 0.01s",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["run", "state", "tracking", "plan", "facts", "manifest"])
+def test_values_of_other_types_in_documents_are_no_defect_of_ours(toy: Path, name: str) -> None:
+    """Sealed again, as whoever writes to the store can; each command ends in order."""
+    write_spec("bad: {uses: fail, params: {how: user, counter: c, until: 9}, retries: 0}\n" + TWO)
+    run_here()
+    run, key = last_run().run_id, last_run().cells["add"].key
+    path = Path(f".fls/stages/{key}" if name == "manifest" else f".fls/runs/{run}", f"{name}.json")
+    shutil.copytree(".fls", "whole")
+    chance = random.Random(name)  # noqa: S311
+    ways = list(places(unseal(path.read_bytes())))
+    for *above, last in chance.sample(ways, min(12, len(ways))):
+
+        def change(document: Any) -> None:
+            for part in above:  # noqa: B023 - called at once
+                document = document[part]
+            document[last] = chance.choice(WRONG)  # noqa: B023
+
+        forge(path, change)
+        for command in chance.sample(READERS, 3):
+            code, _, errors = fls(*command.split())
+            assert "Traceback" not in errors, (last, command)
+            assert code in {0, 1, 2, 143}
+        shutil.rmtree(".fls")
+        shutil.copytree("whole", ".fls")
+
+
+def test_what_is_wrong_in_a_document_is_said_with_its_place(toy: Path) -> None:
+    write_spec(ONE)
+    run_here()
+    path = Path(f".fls/runs/{last_run().run_id}/plan.json")
+    forge(path, lambda plan: plan["cells"]["start"]["ingredients"].update(inputs=True))
+    code, _, errors = fls("gc")
+    assert code == 1
+    assert "plan.json is damaged: cells.start.ingredients.inputs: input should be " in errors
+    assert "got True" in errors
 
 
 def test_damaged_results_run_again(toy: Path) -> None:

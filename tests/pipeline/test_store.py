@@ -309,10 +309,10 @@ def test_a_failure_is_recorded_and_a_scratch_folder_deleted(store: Store) -> Non
 def test_documents_of_runs(store: Store) -> None:
     assert store.list_runs() == []
     for run in ("20260102-1", "20260101-1"):
-        store.write_run(run, "plan", {"n": 1})
-    store.write_run("20260101-1", "plan", {"n": 2})
+        store.write_run(run, "note", {"n": 1})
+    store.write_run("20260101-1", "note", {"n": 2})
     assert store.list_runs() == ["20260101-1", "20260102-1"]
-    assert store.read_run("20260101-1", "plan") == {"n": 2}
+    assert store.read_run("20260101-1", "note") == {"n": 2}
     assert store.read_run("20260101-1", "state") is None
 
 
