@@ -30,14 +30,19 @@ class Tally:
 
     The members of a team add up their parts of the data, and meet a few times in a pass, always
     after the same batches, to put their sums together: the bits depend on the size of the team, but
-    not on where a pass was interrupted. A tally is as of the last meeting, the same on all.
+    not on where a pass was interrupted. A tally is as of the last meeting, the same on all. Parts
+    belong to a number of processes: another number begins the pass anew.
 
     Attributes:
         rounds: batches that each process has done.
-        sums: group name -> sums over them, of all processes.
+        processes: how many there are.
+        whole: whether the pass is at its end; it is not begun again then.
+        sums: group name -> sums over the batches, of all processes.
     """
 
     rounds: int = 0
+    processes: int = 1
+    whole: bool = False
     sums: Sums = field(default_factory=dict)
 
     def run(
@@ -57,7 +62,12 @@ class Tally:
             add: adds one of them.
             progress: told the gradient rows done so far; may take a copy of the tally.
         """
+        if self.whole:
+            return
         team, part = source.team, source.shared()
+        if self.processes != team.size:
+            self.rounds, self.processes = 0, team.size
+            self.sums.clear()
         rest = part.after(self.rounds)
         batches, row = stream(rest), rest.first_row
         own = self.sums
@@ -75,6 +85,7 @@ class Tally:
                 self.rounds = rounds
             if progress is not None:
                 progress(min((row - part.first_row) * team.size, source.rows))
+        self.whole = True
 
 
 def _meet(team: Team, own: Sums, common: Sums) -> None:

@@ -161,7 +161,9 @@ class Driver:
     def _account_for_cached(self) -> None:
         """Record the cells that are in the store; finish those of an earlier life of this run."""
         cached = [(one.cell.name, one.manifest) for one in self._plan.cells if one.manifest]
-        known = recorded_ids(self._store, [manifest.key for _, manifest in cached])
+        known = recorded_ids(
+            self._store, [manifest.key for _, manifest in cached], self._record.destination
+        )
         for name, manifest in cached:
             if manifest.facts.get("run") != self._record.run_id:
                 source = known[manifest.key].cell if manifest.key in known else None

@@ -127,12 +127,12 @@ def collect(
     runs = set(store.list_runs())
     wanted = {item.paths for item in find_garbage(store, plans, retention)}
     for item in garbage:
-        if item.discard is not None:  # its process is dead, so it is in nobody's use
-            item.discard()
-            yield item
-            continue
         now = set(store.list_runs())
         try:
+            if item.discard is not None:  # by a dead process, or long ago: in nobody's use
+                item.discard()
+                yield item
+                continue
             files = [file for path in item.paths for file in store.storage.files(path)]
             if now - runs or _newest(files) != item.written:
                 runs |= now

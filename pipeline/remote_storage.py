@@ -194,7 +194,7 @@ class RemoteStorage(AbstractStorage):
             return
         for upload in found.get("Uploads", []):
             request = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
-            discard = partial(self.fs.call_s3, "abort_multipart_upload", **request)
+            discard = partial(self._abort, request)
             began = upload["Initiated"].timestamp()
             yield Leftover(upload["Key"].removeprefix(here), 0, began, discard)
 
@@ -249,6 +249,20 @@ class RemoteStorage(AbstractStorage):
             for folder in {file.rpartition("/")[0] for file in files}:
                 self.fs.makedirs(folder, exist_ok=True)
             self._patiently(verb, path, write)
+
+    def _abort(self, request: Mapping[str, str]) -> None:
+        """Delete the parts of an upload; nothing to do if it has ended meanwhile."""
+
+        def abort() -> None:
+            try:
+                self.fs.call_s3("abort_multipart_upload", **request)
+            except Exception as error:
+                if _answer_of(error)[0] != "NoSuchUpload" and not isinstance(
+                    error, FileNotFoundError
+                ):
+                    raise
+
+        self._patiently("delete the parts of", request["Key"], abort)
 
     def _written(self, info: Mapping[str, Any]) -> float:
         """Return the Unix time at which a listed file was written.

@@ -15,6 +15,7 @@ from pipeline.executors import ExecutorName, make_executor
 from pipeline.graph import resolve, shorten
 from pipeline.keys import explain
 from pipeline.planner import Plan, PlannedCell
+from pipeline.runs import load_run
 from pipeline.schedule import Schedule
 from pipeline.seal import seal
 from pipeline.store import Manifest, Store
@@ -42,7 +43,7 @@ class Comparison:
     earlier: str = ""
 
 
-def rerun(plan: Plan, store: Store, address: str) -> Comparison:
+def rerun(plan: Plan, store: Store, address: str, storage: str | None = None) -> Comparison:
     """Compute a stored cell again in a temporary folder, with as many threads as the first time.
 
     Where nothing but its code has changed since, the result of the earlier code is compared: to see
@@ -52,6 +53,7 @@ def rerun(plan: Plan, store: Store, address: str) -> Comparison:
         plan: a plan with the cell.
         store: holds its result and its inputs, which are only read.
         address: the cell's.
+        storage: where the store was looked for by --storage, and so where a hint says it is.
 
     Raises:
         PipelineError: the computation failed.
@@ -62,7 +64,8 @@ def rerun(plan: Plan, store: Store, address: str) -> Comparison:
     stored, earlier = planned.manifest or _complete(store, planned.key), ""
     if stored is None:
         stored, run = _find_earlier(plan, store, planned)
-        earlier = f"fls accept {planned.cell.stage} --run {run} --why '...'"
+        where = dataclasses.replace(load_run(store, run), storage=storage).where
+        earlier = f"fls accept {planned.cell.stage} --run {run}{where} --why '...'"
     schedule, name = Schedule(plan), planned.cell.name
     with tempfile.TemporaryDirectory(prefix="fls-rerun-") as folder:
         copy = Store(folder)

@@ -400,8 +400,15 @@ class RecordedIds:
     records: Mapping[str, str]
 
 
-def recorded_ids(store: Store, keys: Iterable[str]) -> dict[str, RecordedIds]:
+def recorded_ids(
+    store: Store, keys: Iterable[str], destination: str = ""
+) -> dict[str, RecordedIds]:
     """Return key -> ids under which the newest run that made the result recorded it.
+
+    Args:
+        store: holds what runs have recorded.
+        keys: of results.
+        destination: only runs that are tracked there; "" for any.
 
     Cost: one small document for each run, newest first, until all keys are found.
     """
@@ -411,6 +418,8 @@ def recorded_ids(store: Store, keys: Iterable[str]) -> dict[str, RecordedIds]:
         if not wanted:
             break
         tracking = store.peek_run(run_id, "tracking") or {"closed": []}
+        if destination and tracking.get("destination") not in {None, "", destination}:
+            continue
         for cell in tracking["closed"]:
             key = tracking["keys"].get(cell)
             ids = tracking["ids"]

@@ -127,7 +127,8 @@ def verify(
     if rerun_cell is not None:
         by_run = file is None and storage is not None
         plan = plan_of(find_run(store, run), store) if by_run else _plan(file, store)
-        sys.exit(_print_comparison(rerun(plan, store, rerun_cell), console_here()))
+        found = rerun(plan, store, rerun_cell, storage)
+        sys.exit(_print_comparison(found, console_here()))
     sys.exit(_verify(store, console_here(), set_aside=set_aside))
 
 

@@ -48,7 +48,7 @@ def close_orphans(
 
     Cost: one small document for each run that is over, three for one that may not be.
     """
-    closed = []
+    closed, away = [], set()
     for run_id in store.list_runs():
         tracking = store.peek_run(run_id, "tracking")
         if run_id == mine or tracking is None or tracking["ended"]:
@@ -67,10 +67,14 @@ def close_orphans(
         ):
             continue
         cells = {cell: _ENDS.get(status.state, "stopped") for cell, status in record.cells.items()}
+        place = destination(facts.run, kind)
+        if place in away:
+            continue
         try:
             tracker = tracker or make_tracker(kind)
             found = tracker.close_orphan(facts.run, _end(state), cells)
-        except Exception:  # noqa: S112 - its server is away; it stays for the next start
+        except Exception:  # its server is away; it stays for the next start
+            away.add(place)
             continue
         if found:
             record.tracking.ended = True
@@ -96,6 +100,8 @@ def sync_runs(store: Store, records: Sequence[RunRecord], console: Console) -> b
             said = "is complete."
         elif facts is None:
             said = "was never begun."
+        elif HIDDEN in facts.run.uri:
+            said, complete = HIDDEN_ADDRESS.format(facts.run.uri), False
         elif record.is_attended() or not record.take_over(store):
             said = f"is being recorded by process {record.pid} on {record.host}; see again later."
             complete = False
@@ -112,8 +118,6 @@ def _sync(store: Store, record: RunRecord, facts: StoredFacts) -> tuple[str, boo
     Raises:
         PipelineError: the server is away.
     """
-    if HIDDEN in facts.run.uri:
-        return HIDDEN_ADDRESS.format(facts.run.uri), False
     tracker = make_tracker(record.options.tracking)
     recorder = Recorder(tracker, store, facts.run, record.tracking, partial(_step, store, record))
     refused, count = [], 0
@@ -162,7 +166,7 @@ def _missing(
 ) -> Iterator[tuple[CellFacts, CellState, str | None]]:
     """Yield what is not recorded yet, as the driver would have noted it."""
     cached = [one.key for one in record.cells.values() if one.state is State.CACHED]
-    sources = recorded_ids(store, cached)
+    sources = recorded_ids(store, cached, record.destination)
     progress = record.tracking
     begun = set(progress.cursors).union(*(one["cursors"] for one in record.elsewhere.values()))
     for name, status in record.cells.items():

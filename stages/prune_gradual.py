@@ -11,6 +11,7 @@ from stages.determinism import compute_deterministically
 from stages.metrics import log_validation
 from stages.model_folder import save_model
 from stages.stepwise import StepwisePruning
+from stages.tensor_files import load_tensors, save_tensors
 from stages.training import Training
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ def prune_gradual(ctx: Context) -> None:
     run = StepwisePruning(ctx)
     unfinished = ctx.last_checkpoint()
     first = 0 if unfinished is None else run.load(unfinished)
+    if unfinished is not None and run.fitting:
+        network = load_tensors(unfinished / "network.safetensors", ctx.device)
+        run.model.network.load_state_dict(network)
     for step in range(first, len(run.sparsities)):
         resumed = unfinished if step == first and not run.fitting else None
         if resumed is None:
@@ -44,6 +48,7 @@ def prune_gradual(ctx: Context) -> None:
 def _checkpoint_fit(ctx: Context, run: StepwisePruning, step: int) -> None:
     with ctx.checkpoint() as folder:
         run.save(folder, step, fitting=True)
+        save_tensors(folder / "network.safetensors", run.model.network.state_dict())
 
 
 def _train(ctx: Context, run: StepwisePruning, step: int, resumed: Path | None) -> None:

@@ -94,12 +94,12 @@ class StepwisePruning:
         Args:
             folder: of the checkpoint.
             step: whose weights are removed already, unless
-            fitting: the step's estimate is being fitted; then the network is added, too.
+            fitting: the step's estimate is being fitted.
+
+        The network is the caller's to save.
         """
         write_json(folder / "step.json", {"step": step, "fitting": fitting})
         save_tensors(folder / "masks.safetensors", self.model.masks)
-        if fitting:
-            save_tensors(folder / "network.safetensors", self.model.network.state_dict())
         if fitting or self.params.carry == "refine":
             save_state(folder, self.estimator)
 
@@ -110,9 +110,6 @@ class StepwisePruning:
         masks = load_tensors(folder / "masks.safetensors", device)
         self.model = replace(self.model, masks=masks)
         self.fitting = facts["fitting"]
-        if self.fitting:
-            network = load_tensors(folder / "network.safetensors", device)
-            self.model.network.load_state_dict(network)
         if self.fitting or self.params.carry == "refine":
             load_state(folder, self.estimator, device)
         return facts["step"]

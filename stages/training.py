@@ -197,7 +197,7 @@ class Training:
                     shown = time.monotonic()
                     done = self.epoch + self.batch / self.batches
                     ctx.progress(first_step + done, first_step + self.params.epochs, "epoch")
-                if self.team.any(ctx.checkpoint_due()):
+                if self.team.any(ctx.rank == 0 and ctx.checkpoint_due()):
                     self._require_finite()
                     require_equal(self.team, self._bits())
                     if ctx.rank == 0:

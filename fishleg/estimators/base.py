@@ -77,8 +77,7 @@ class AbstractEstimator(ABC):
             source: per-sample gradients at the weights to expand around.
             callback: told of progress; may call `state_dict`, whose result can be saved.
             resume: go on from a loaded state of an unfinished fit, to the bits that the
-                undisturbed fit reaches, instead of starting afresh. Estimators that fit in one
-                pass start afresh either way.
+                undisturbed fit reaches, instead of starting afresh.
         """
 
     @abstractmethod

@@ -36,8 +36,8 @@ class AbstractOnePassEstimator(AbstractEstimator):
     """An estimator without state to assimilate: `refine` estimates afresh.
 
     An interrupted fit goes on within its pass over the data, or its inversions: the state of a fit
-    that is under way has the blocks so far and the sums of the pass. Memory: a team has the sums
-    twice.
+    that is under way has the blocks so far and the sums of the pass. (A team of another size begins
+    the pass anew.) Memory: a team has the sums twice.
 
     Attributes:
         restricts: `refine` estimates on the Fisher restricted to the survivors, and sets `masks`.
@@ -154,6 +154,8 @@ class AbstractOnePassEstimator(AbstractEstimator):
             state["meta"]["under_way"] = {
                 "passes_done": self._passes_done,
                 "rounds": self._tally.rounds,
+                "processes": self._tally.processes,
+                "whole": self._tally.whole,
                 "sums": {name: len(parts) for name, parts in sums.items()},
             }
             state["tensors"] |= {
@@ -176,4 +178,5 @@ class AbstractOnePassEstimator(AbstractEstimator):
                 for name, count in under_way["sums"].items()
             }
             self._passes_done = under_way["passes_done"]
-            self._tally = Tally(under_way["rounds"], sums)
+            places = {name: under_way[name] for name in ("rounds", "processes", "whole")}
+            self._tally = Tally(**places, sums=sums)

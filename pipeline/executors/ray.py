@@ -13,6 +13,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +21,7 @@ import pipeline.executors.ray_settings  # noqa: F401 - before Ray, which reads t
 
 # isort: split
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.executors.base import (
     AbstractExecutor,
@@ -121,17 +123,19 @@ class RayExecutor(AbstractExecutor):
 
         Several workers at one cell hear of it by a notice, if they have begun.
         """
-        told = set()
+        told: set[str] = set()
         if self._shared:
             cells = [cell for cell in self._cells.values() if cell in self._shared]
-            told = set(ray.get(self._notice.give.remote(cells)))
+            with suppress(ray.exceptions.RayError):  # its node was lost: they end where they are
+                told = set(ray.get(self._notice.give.remote(cells)))
         for reference, cell in self._cells.items():
             if cell not in told:
                 ray.cancel(reference, force=False)
 
     @cached_property
     def _notice(self) -> Any:
-        return ray.remote(num_cpus=0)(Notice).remote()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        return ray.remote(num_cpus=0)(Notice).options(scheduling_strategy=here).remote()
 
     def stop(self) -> None:
         """Cancel what is in flight; a cluster of our own stops with us."""

@@ -54,6 +54,7 @@ from pipeline.tracking.series import Point, Series  # noqa: E402
 
 _METRICS_PER_BATCH = 900  # with the other two, no more than MLflow's thousand
 _PER_BATCH = 50
+_PAGE = 100  # runs of a search that are held at once
 _PARAM_CHARACTERS = 6000
 _TAG_CHARACTERS = 8000
 _STATUS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
@@ -344,7 +345,7 @@ def _search(client: MlflowClient, experiment: str, condition: str) -> Iterator[A
     """Yield the runs that meet a condition, page by page."""
     token = None
     while True:
-        page = client.search_runs([experiment], condition, page_token=token)
+        page = client.search_runs([experiment], condition, max_results=_PAGE, page_token=token)
         yield from page
         token = page.token
         if not token:

@@ -71,6 +71,10 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return load_tensors(folder / "outputs" / "model" / "model.safetensors")
 
 
+def bits(folder: Path) -> bytes:
+    return (folder / "outputs/curvature/curvature.safetensors").read_bytes()
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with all that is compared: `X` was made by one worker, `two-X` by two."""
@@ -100,8 +104,20 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if job["folder"] == "finetune":
             remove_weights(dense, root / "pruned")
         folder, every_s = root / job["folder"], job.get("checkpoint_every_s", 30)
-        inputs = job.get("inputs")
-        ran = run_stage(job["name"], folder, job["params"], inputs, checkpoint_every_s=every_s)
+
+        def keep_first(event: dict[str, Any], folder: Path = folder) -> None:
+            if event["type"] == "checkpoint" and event["number"] == 1:
+                target = folder.with_name(f"two-grown-{folder.name}") / "checkpoints/000001"
+                shutil.copytree(folder / "checkpoints/000001", target)
+
+        ran = run_stage(
+            job["name"],
+            folder,
+            job["params"],
+            job.get("inputs"),
+            checkpoint_every_s=every_s,
+            watch=keep_first,
+        )
         (folder / "events.json").write_text(json.dumps(ran.events))
     oldest = min((root / "pretrain" / "checkpoints").iterdir())
     shutil.copytree(oldest, root / "two-resumed" / "checkpoints" / oldest.name)
@@ -109,6 +125,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for job in [job for job in jobs if job["folder"] in INTERRUPTED]:
         again = f"again-{job['folder']}"
         jobs.append({**job, "folder": again, "checkpoint_every_s": 30})
+        jobs.append({**job, "folder": f"grown-{job['folder']}", "checkpoint_every_s": 30})
         job["first_checkpoint"] = root / f"two-{again}" / "checkpoints" / "000001"
     jobs.append({"name": "compare bits", "folder": "bits"})
     run_jobs([{**job, "folder": root / f"two-{job['folder']}"} for job in jobs], size=2)
@@ -180,11 +197,29 @@ def test_two_workers_estimate_as_one(root: Path, name: str) -> None:
 def test_two_workers_go_on_within_a_pass_to_the_same_bits(root: Path, name: str) -> None:
     whole, again = root / f"two-{name}", root / f"two-again-{name}"
     begun = json.loads((again / "checkpoints/000001/curvature.json").read_text())["meta"]
-    assert begun["under_way"] | {"sums": None} == {"passes_done": 0, "rounds": 1, "sums": None}
+    assert begun["under_way"] | {"sums": None} == {
+        "passes_done": 0,
+        "rounds": 1,
+        "processes": 2,
+        "whole": False,
+        "sums": None,
+    }
     events = json.loads((again / "events.json").read_text())
     assert "going on from an unfinished fit" in [event.get("text") for event in events]
-    paths = [folder / "outputs/curvature/curvature.safetensors" for folder in (whole, again)]
-    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert bits(again) == bits(whole)
+
+
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_another_number_of_workers_begins_the_pass_anew(root: Path, name: str) -> None:
+    """From the middle of the pass: their parts of the data are others."""
+    grown, whole = root / f"two-grown-{name}", root / f"two-{name}"
+    assert bits(grown) == bits(whole)
+    fewer = root / f"fewer-{name}"
+    shutil.copytree(root / f"two-again-{name}" / "checkpoints", fewer / "checkpoints")
+    params = {**CURVATURE, **METHODS[name]}
+    ran = run_stage("curvature", fewer, params, {"model": root / "pretrain" / "outputs" / "model"})
+    assert "going on from an unfinished fit" in ran.texts()
+    assert bits(fewer) == bits(root / name)
 
 
 def test_two_workers_curvature_prunes_to_the_same_masks(root: Path) -> None:
