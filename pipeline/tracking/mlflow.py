@@ -394,7 +394,17 @@ def _connect(uri: str) -> MlflowClient:
     except OSError as error:
         raise PipelineError(_unusable(uri, error)) from error
     with _only_one(database):
+        if database.stat().st_size == 0:
+            _make_tables(database)
         return MlflowClient(uri)
+
+
+def _make_tables(database: Path) -> None:
+    """Make them under another name: a kill in the middle would break the database for good."""
+    with tempfile.TemporaryDirectory(prefix=".fls-mlflow-", dir=database.parent) as folder:
+        part = Path(folder) / database.name
+        MlflowClient(f"sqlite:///{part}")
+        part.replace(database)
 
 
 @contextmanager

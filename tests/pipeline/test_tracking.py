@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import socket
+import sqlite3
 import subprocess
 import time
 import warnings
@@ -829,3 +830,25 @@ def test_a_result_that_is_made_anew_is_recorded_anew(
 def files(run: Any) -> set[str]:
     root = Path(run.info.artifact_uri.removeprefix("file://"))
     return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_kill_while_the_tables_are_made_breaks_no_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.tracking import mlflow as module
+
+    class Killed(BaseException):
+        pass
+
+    def half(uri: str) -> None:
+        with sqlite3.connect(uri.removeprefix("sqlite:///")) as database:
+            database.execute("create table runs (half integer)")
+        database.close()
+        raise Killed
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(module, "MlflowClient", half)
+        module._connect(uri)
+    assert module._connect(uri).get_experiment_by_name("Default") is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
