@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pipeline.acceptance import describe
 from pipeline.planner import Plan, PlannedCell
 from pipeline.store import Store
-from pipeline.tracking import CellFacts, RunFacts, TrackerName, absolute_uri, tracking_uri
+from pipeline.tracking import CellFacts, RunFacts, TrackerName, absolute_uri, place, tracking_uri
 
 _DOCUMENT = "facts"
 
@@ -57,7 +57,7 @@ def unregistered(store: Store, plan: Plan, tracker: TrackerName) -> list[str]:
     Args:
         store: holds their results, and what earlier runs have registered.
         plan: the plan.
-        tracker: in whose registry.
+        tracker: in whose registry: the one that a run from here would use.
 
     Cost: two or three small documents for each run, newest first, until all cells are found.
     """
@@ -66,17 +66,26 @@ def unregistered(store: Store, plan: Plan, tracker: TrackerName) -> list[str]:
         for one in plan.cells
         if one.cell.registration and one.selected and one.state == "cached" and not one.collected
     }
+    declared = plan.spec.mlflow.tracking_uri
+    here = place(tracking_uri(declared)) if tracker is TrackerName.MLFLOW else ""
     for run_id in reversed(store.list_runs()):
         if not wanted:
             break
-        for found in _registered(store, run_id, tracker):
+        for found in _registered(store, run_id, tracker, here):
             wanted.pop(found, None)
     return list(wanted.values())
 
 
-def _registered(store: Store, run_id: str, tracker: TrackerName) -> Iterator[tuple[str, str]]:
-    """Yield the key of each model that a run has registered, and the name it is registered by."""
+def _registered(
+    store: Store, run_id: str, tracker: TrackerName, here: str
+) -> Iterator[tuple[str, str]]:
+    """Yield the key of each model that a run has registered, and the name it is registered by.
+
+    `here` is the server in question; "" for any.
+    """
     tracking = store.peek_run(run_id, "tracking")
+    if tracking and here and tracking.get("destination") not in {None, "", here}:
+        tracking = tracking.get("elsewhere", {}).get(here)
     if not tracking or not tracking["registered"]:
         return
     request, facts = store.peek_run(run_id, "run"), store.peek_run(run_id, _DOCUMENT)

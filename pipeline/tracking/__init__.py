@@ -11,6 +11,7 @@ from pipeline.tracking.base import (
     absolute_uri,
     destination,
     make_tracker,
+    place,
     tracking_uri,
 )
 from pipeline.tracking.recorder import Recorder
@@ -29,5 +30,6 @@ __all__ = [
     "absolute_uri",
     "destination",
     "make_tracker",
+    "place",
     "tracking_uri",
 ]

@@ -226,13 +226,16 @@ def destination(run: RunFacts, tracker: TrackerName) -> str:
     >>> destination(RunFacts(**run, uri=uri), TrackerName.MLFLOW)
     'http://host:5000'
     """
-    if tracker is TrackerName.JSONL:
-        return os.path.abspath(run.folder)
-    scheme, separator, rest = absolute_uri(run.uri).partition("://")
+    return os.path.abspath(run.folder) if tracker is TrackerName.JSONL else place(run.uri)
+
+
+def place(uri: str) -> str:
+    """Return what tells an MLflow server from others; a user is no part of it."""
+    scheme, separator, rest = absolute_uri(uri).partition("://")
     authority, slash, path = rest.partition("/")
     host = authority.rpartition("@")[2]
-    place: str = redact(f"{scheme}{separator}{host}{slash}{path}")
-    return place.rstrip("/")
+    plain: str = redact(f"{scheme}{separator}{host}{slash}{path}")
+    return plain.rstrip("/")
 
 
 @dataclass(kw_only=True)

@@ -11,8 +11,10 @@ import pytest
 from toy_runs import fls, last_run, ran, resume_here, run_here, write_spec
 
 from pipeline.errors import SpecError
-from pipeline.planner import Selection
+from pipeline.facts import unregistered
+from pipeline.planner import Selection, make_plan
 from pipeline.spec import load_spec
+from pipeline.store import Store
 from pipeline.tracking import TrackerName
 
 # Somebody else's process: it finds nothing of this project.
@@ -120,3 +122,22 @@ def test_what_is_in_the_store_is_registered_when_that_is_asked_for(toy: Path) ->
     assert last_run().tracking.registered == ["a"]
     assert "Nothing to do" in run_here()[1]
     assert ran() == {"a": 1, "b": 1}
+
+
+def test_another_server_gets_what_is_registered_too(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_spec("a: {uses: start, params: {value: 1}, register: one}")
+    spec = load_spec(Path("pipeline.yaml"))
+    run_here()
+    store = Store(".fls")
+    run_id = last_run().run_id
+    request, tracking = store.peek_run(run_id, "run"), store.peek_run(run_id, "tracking")
+    request["options"]["tracking"] = "mlflow"  # as if there, which knows no toys
+    store.write_run(run_id, "run", request)
+    store.write_run(run_id, "tracking", {**tracking, "destination": "http://here:5000"})
+    plan = make_plan(spec, store)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:word@here:5000/")
+    assert unregistered(store, plan, TrackerName.MLFLOW) == []
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://there:5000")
+    assert unregistered(store, plan, TrackerName.MLFLOW) == ["a"]
