@@ -158,6 +158,8 @@ def test_a_run_that_a_cluster_refuses_is_one_paragraph_and_no_run(head: Head, wo
 def test_a_run_for_which_no_head_answers_is_one_paragraph_and_no_run(
     work: Path, monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
+    import pipeline.executors.ray_settings  # noqa: F401 - once, and without RAY_ADDRESS
+
     write_spec(DIAMOND)
     monkeypatch.setenv("RAY_ADDRESS", address)
     code, output, errors = fls("run", "--tracking", "jsonl")
