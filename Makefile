@@ -24,7 +24,7 @@ run: $(READY)  ## Run the default experiment (pipeline.yaml): trains, prunes, co
 test: $(READY)  ## Run the tests
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-faults: $(READY)  ## Shoot at everything on a cluster of three nodes (an hour; goes on where it was)
+test-faults: $(READY)  ## Shoot at everything on a cluster of three nodes (half an hour; goes on where it was)
 	@$(BIN)/python -m tests.faults --out build/faults.jsonl
 
 benchmarks: $(READY)  ## Run what is not finished of the benchmarks (hours)
