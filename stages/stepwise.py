@@ -93,8 +93,8 @@ class StepwisePruning:
 
         Args:
             folder: of the checkpoint.
-            step: whose weights are removed already, unless
-            fitting: the step's estimate is being fitted.
+            step: of the schedule, from 0; its weights are removed already, unless it is `fitting`.
+            fitting: whether the step's estimate is still being fitted.
 
         The network is the caller's to save.
         """

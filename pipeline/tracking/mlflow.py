@@ -244,7 +244,8 @@ class MLflowTracker(AbstractTracker):
         mine = f"tags.`fls.run` = '{run.run_id}'"
         if not client.search_runs([experiment.experiment_id], mine, max_results=1):
             return False
-        for found in _search(client, experiment.experiment_id, f"{mine} and {_IS_RUNNING}"):
+        # All pages first: ending one run would move the others into pages that were read.
+        for found in list(_search(client, experiment.experiment_id, f"{mine} and {_IS_RUNNING}")):
             kind, cell = found.data.tags["fls.kind"], found.data.tags.get("fls.cell", "")
             ends = {"pipeline": state, "stage": cells.get(cell, "stopped")}
             client.set_terminated(found.info.run_id, _STATUS[ends.get(kind, "stopped")])

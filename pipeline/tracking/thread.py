@@ -166,10 +166,8 @@ class TrackingThread:
                 if not self._patient and not tracker.is_outage(error):
                     self.error = error
                     return
-                self._patient, opened = (
-                    True,
-                    False,
-                )  # how far the failed call came is found out by opening again
+                # How far the failed call came is found out by opening again.
+                self._patient, opened = True, False
                 self._fall_behind(error)
                 with self._change:
                     self._change.wait_for(lambda: self._given_up, pause_s)

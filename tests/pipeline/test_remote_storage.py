@@ -249,6 +249,8 @@ def test_the_parts_of_a_killed_upload_are_collected(s3: str, tmp_path: Path) -> 
     list(collect(store, [], now, found))
     left = fs.call_s3("list_multipart_uploads", Bucket=bucket)["Uploads"]
     assert [one["Key"] for one in left] == ["another/large"]
+    again = [item for item in found if item.paths[-1] == path]  # ended meanwhile, as if by itself
+    assert list(collect(store, [], now, again)) == again
     for one in left:
         fs.call_s3(
             "abort_multipart_upload", Bucket=bucket, Key=one["Key"], UploadId=one["UploadId"]

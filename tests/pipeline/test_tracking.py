@@ -380,6 +380,23 @@ def test_a_run_that_is_damaged_does_not_keep_another_one_from_its_tracking(
     assert last_run().tracked
 
 
+def test_all_runs_of_a_dead_driver_are_ended_however_many_there_are(
+    client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.tracking import mlflow as module
+
+    monkeypatch.setattr(module, "_PAGE", 2)
+    uri = client.tracking_uri
+    facts = {"run_id": "r", "name": "toy", "experiment": "toy", "uri": uri}
+    run = RunFacts(**facts, spec_file="f.yaml", spec_text="")
+    tracker = module.MLflowTracker()
+    tracker.open_run(run)
+    for name in "abcde":
+        tracker.open_cell(CellFacts(cell=name, stage=name, key="k"))
+    assert module.MLflowTracker().close_orphan(run, "stopped", {})
+    assert {one.info.status for one in recorded(client, "r").values()} == {"KILLED"}
+
+
 def test_a_record_that_is_contradicted_is_replaced(client: Any) -> None:
     """As by an attempt that was killed before its result was published, and the one after it."""
     from pipeline.tracking.mlflow import MLflowTracker
