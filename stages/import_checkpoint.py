@@ -27,8 +27,10 @@ def import_checkpoint(ctx: Context) -> None:
     network = facts.build()
     load_weights(network, Path(params.path))
     network.to(ctx.device).eval()
-    save_model(ctx.output("model"), Model(network=network, masks={}, facts=facts))
-    log_validation(ctx, network, dataset)
+    found = log_validation(ctx, network, dataset)
+    model = Model(network=network, masks={}, facts=facts)
+    dense = {"validation": found["accuracy"]}
+    save_model(ctx.output("model"), model.with_facts(dense_accuracy=dense))
 
 
 def load_weights(network: nn.Module, path: Path) -> None:

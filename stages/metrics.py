@@ -48,7 +48,8 @@ def measure(
     }
 
 
-def log_validation(ctx: Context, network: nn.Module, dataset: DataSet) -> None:
-    """Report a stage's result on the validation split as its final metrics."""
+def log_validation(ctx: Context, network: nn.Module, dataset: DataSet) -> dict[str, float]:
+    """Report a stage's result on the validation split as its final metrics, and return it."""
     found = measure(network, dataset, dataset.validation)
     ctx.log({f"validation/{name}": value for name, value in found.items()})
+    return found

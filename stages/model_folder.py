@@ -47,6 +47,8 @@ class Facts:
         seed: of the model's training, or of the calibration samples for an imported one.
         damping: of the curvature, or None for a dense model.
         structure: of the curvature's blocks where the method has several, or None.
+        dense_accuracy: split -> accuracy in percent, on it, of the network that everything began
+            with, as it was trained or imported: "validation", and "test" where that was measured.
     """
 
     network: Reference
@@ -62,6 +64,11 @@ class Facts:
     seed: int = 0
     damping: float | None = None
     structure: str | None = None
+    dense_accuracy: Mapping[str, float] = field(default_factory=dict)
+
+    def dense_accuracy_on(self, split: str) -> float | None:
+        """Return the dense network's accuracy on `split`, or else on validation, where known."""
+        return self.dense_accuracy.get(split, self.dense_accuracy.get("validation"))
 
     @classmethod
     def from_params(
@@ -153,6 +160,7 @@ def save_model(folder: Path, model: Model) -> None:
             "seed": facts.seed,
             "damping": facts.damping,
             "structure": facts.structure,
+            "dense_accuracy": dict(facts.dense_accuracy),
             "keep": list(facts.keep),
             "also_prune": list(facts.also_prune),
             "num_classes": facts.num_classes,
@@ -174,6 +182,7 @@ def load_facts(folder: Path) -> Facts:
         num_classes=value["num_classes"],
         keep=tuple(value["keep"]),
         also_prune=tuple(value["also_prune"]),
+        dense_accuracy=value.get("dense_accuracy", {}),  # models made before it was kept lack it
         **{name: value[name] for name in plain},
     )
 

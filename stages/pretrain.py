@@ -32,5 +32,7 @@ def pretrain(ctx: Context) -> None:
         training.resume(ctx)
         training.run(ctx)
     if ctx.rank == 0:
-        save_model(ctx.output("model"), Model(network=network, masks={}, facts=facts))
-        log_validation(ctx, network, dataset)
+        found = log_validation(ctx, network, dataset)
+        model = Model(network=network, masks={}, facts=facts)
+        dense = {"validation": found["accuracy"]}
+        save_model(ctx.output("model"), model.with_facts(dense_accuracy=dense))

@@ -211,3 +211,13 @@ def test_seeds_give_different_networks(tmp_path: Path, dense: Ran) -> None:
     one, two = (run_stage("pretrain", tmp_path / str(s), {**params, "seed": s}) for s in (0, 1))
     weights = [load_tensors(ran.output() / "model.safetensors")["fc1.weight"] for ran in (one, two)]
     assert not torch.equal(*weights)
+
+
+def test_the_dense_accuracy_travels_with_the_model(dense: Ran, tmp_path: Path) -> None:
+    model = load_model(dense.output(), "cpu")
+    measured = {"validation": dense.metrics()["validation/accuracy"]}
+    assert model.facts.dense_accuracy == measured
+    assert model.facts.dense_accuracy_on("test") == measured["validation"]
+    tuned = run_stage("finetune", tmp_path, {"epochs": 0}, {"model": dense.output()})
+    facts = json.loads((tuned.output() / "model.json").read_text())
+    assert facts["dense_accuracy"] == measured
