@@ -12,7 +12,7 @@ from stages.data.source import DataSource, load_data
 from stages.determinism import compute_deterministically
 from stages.metrics import log_validation
 from stages.model_folder import Facts, Model, save_model
-from stages.tensor_files import load_tensors
+from stages.tensor_files import load_into, load_tensors
 
 if TYPE_CHECKING:
     from stages.catalogue import ImportParams
@@ -44,6 +44,6 @@ def load_weights(network: nn.Module, path: Path) -> None:
     except FileNotFoundError:
         raise StageError(f"{path.absolute()}: no such file; expected a checkpoint.") from None
     try:
-        network.load_state_dict(tensors)
+        load_into(network, tensors)
     except RuntimeError as error:
         raise StageError(f"{path.absolute()} does not fit the network: {error}") from error

@@ -22,7 +22,7 @@ from pipeline.stage import Context, StageError, write_json
 from stages.data.dataset import DataSet
 from stages.data.source import DataSource
 from stages.reference import Reference, refer
-from stages.tensor_files import load_tensors, save_tensors
+from stages.tensor_files import load_into, load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from stages.catalogue import ImportParams, PretrainParams
@@ -191,7 +191,7 @@ def load_model(folder: Path, device: str) -> Model:
     """Return the model of a folder, on `device`, in eval mode."""
     facts = load_facts(folder)
     network = facts.build()
-    network.load_state_dict(load_tensors(folder / "model.safetensors"))
+    load_into(network, load_tensors(folder / "model.safetensors"))
     masks = load_tensors(folder / "masks.safetensors", device)
     return Model(
         network=network.to(device).eval(),

@@ -11,7 +11,7 @@ from stages.determinism import compute_deterministically
 from stages.metrics import log_validation
 from stages.model_folder import save_model
 from stages.stepwise import StepwisePruning
-from stages.tensor_files import load_tensors, save_tensors
+from stages.tensor_files import load_into, load_tensors, save_tensors
 from stages.training import Training
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def prune_gradual(ctx: Context) -> None:
     first = 0 if unfinished is None else run.load(unfinished)
     if unfinished is not None and run.fitting:
         network = load_tensors(unfinished / "network.safetensors", ctx.device)
-        run.model.network.load_state_dict(network)
+        load_into(run.model.network, network)
     for step in range(first, len(run.sparsities)):
         resumed = unfinished if step == first and not run.fitting else None
         if resumed is None:

@@ -36,7 +36,7 @@ from stages.estimate import user_errors
 from stages.metrics import log_validation, measure
 from stages.model_folder import Model, save_model
 from stages.stepwise import StepwisePruning
-from stages.tensor_files import load_tensors, save_tensors, with_prefix, without_prefix
+from stages.tensor_files import load_into, load_tensors, save_tensors, with_prefix, without_prefix
 
 if TYPE_CHECKING:
     from stages.catalogue import MultistepParams
@@ -181,7 +181,7 @@ class MultistepPruning(StepwisePruning):
         shutil.copytree(folder / "kept", self.kept, dirs_exist_ok=True)
         tensors = load_tensors(folder / "multistep.safetensors", self.ctx.device)
         facts = json.loads((folder / "multistep.json").read_text("utf-8"))
-        self.model.network.load_state_dict(without_prefix("network", tensors))
+        load_into(self.model.network, without_prefix("network", tensors))
         self.earlier_s, self.steps = facts["seconds"], facts["steps"]
         if facts["refining"] is not None:
             moments = without_prefix("moments", tensors)

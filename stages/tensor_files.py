@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.stage import StageError
 
@@ -45,6 +45,18 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
             f"{path.absolute()}: expected a safetensors file, got {what}. If you trust the file, "
             "convert it: safetensors.torch.save_file(torch.load(path, weights_only=True), path)."
         ) from None
+
+
+def load_into(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load the state dict that was read from a file into a network, whose names must be the same.
+
+    A state dict also carries the versions of its modules, which a file of tensors does not keep,
+    and which some modules insist on (torchvision's MNASNet): here they are the network's own.
+    """
+    state = network.state_dict()
+    state.clear()
+    state.update(tensors)
+    network.load_state_dict(state)
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from stages.data.dataset import DataSet
 from stages.determinism import derive_seed
 from stages.distributed import require_equal
 from stages.metrics import measure
-from stages.tensor_files import load_tensors, save_tensors, with_prefix, without_prefix
+from stages.tensor_files import load_into, load_tensors, save_tensors, with_prefix, without_prefix
 
 if TYPE_CHECKING:
     from stages.catalogue import TrainingParams
@@ -130,7 +130,7 @@ class Training:
         return tensors, {"epoch": self.epoch, "batch": self.batch}
 
     def _restore(self, tensors: Mapping[str, Tensor], cursor: Mapping[str, int]) -> None:
-        self.network.load_state_dict(without_prefix("network", tensors))
+        load_into(self.network, without_prefix("network", tensors))
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in without_prefix("optimizer", tensors).items():
             index, _, name = key.partition(".")

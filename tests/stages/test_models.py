@@ -17,6 +17,7 @@ from stages.metrics import measure
 from stages.model_folder import load_model
 from stages.models.resnet_cifar import resnet20
 from stages.reference import refer
+from stages.tensor_files import load_into, load_tensors, save_tensors
 
 
 @pytest.mark.parametrize("name", MODELS.entries)
@@ -37,6 +38,18 @@ def test_torchvision_models_come_by_name() -> None:
     assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
     with pytest.raises(StageError, match="did you mean torchvision/resnet18"):
         reference_to("torchvision/resnet81")
+
+
+@pytest.mark.parametrize("name", ["mnasnet0_5", "squeezenet1_1"])
+def test_a_network_comes_back_from_a_file_whatever_its_modules_versions(
+    name: str, tmp_path: Path
+) -> None:
+    network = reference_to(f"torchvision/{name}").eval()
+    save_tensors(tmp_path / "model.safetensors", network.state_dict())
+    again = reference_to(f"torchvision/{name}").eval()
+    load_into(again, load_tensors(tmp_path / "model.safetensors"))
+    images = torch.zeros(1, 3, 32, 32)
+    assert torch.equal(again(images), network(images))
 
 
 def test_a_network_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
