@@ -372,8 +372,13 @@ class GradientSource:
         return first + self._skipped * self.batch_size
 
     @property
+    def rows_at_once(self) -> int:
+        """The most gradient rows that are computed at once: `batch_size`, or all where fewer."""
+        return min(self.batch_size, self.rows)
+
+    @property
     def _samples_at_once(self) -> int:
-        return max(1, self.batch_size // self.rows_per_sample)
+        return min(max(1, self.batch_size // self.rows_per_sample), len(self.calibration))
 
     @property
     def _rounds_a_batch(self) -> int:

@@ -41,4 +41,4 @@ class DiagonalFisher(AbstractOnePassEstimator):
         """Return what fitting group `name` needs; see the class."""
         size = self.partition[name].size
         held = source.element_size(name) * size
-        return Footprint(held=held, sums=8 * size + held, work=2 * source.batch_size * held)
+        return Footprint(held=held, sums=8 * size + held, work=2 * source.rows_at_once * held)

@@ -61,7 +61,7 @@ class EKFAC(KFAC):
         return Footprint(
             held=basis.held,
             sums=max(basis.sums, basis.held + 8 * size),
-            work=max(basis.work, 4 * bytes_each * source.batch_size * size),
+            work=max(basis.work, 4 * bytes_each * source.rows_at_once * size),
         )
 
 

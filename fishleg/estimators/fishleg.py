@@ -320,7 +320,7 @@ class FishLeg(AbstractEstimator):
             held=bytes_each * numbers,
             sums=bytes_each * numbers + (8 * factors if from_layers and not dense else 0),
             work=max(inverting, descending)
-            + (8 if uses_adam else 3) * bytes_each * source.batch_size * group.size,
+            + (8 if uses_adam else 3) * bytes_each * source.rows_at_once * group.size,
         )
 
     def peak_bytes(self, source: GradientSource) -> int:

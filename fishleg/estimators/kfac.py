@@ -95,7 +95,7 @@ class KFAC(AbstractOnePassEstimator):
         """Return what fitting group `name` needs; see the class."""
         group, bytes_each = self.partition[name], source.element_size(name)
         heads, size = source.heads(name), group.size
-        gradients = 0 if heads else 3 * bytes_each * source.batch_size * size
+        gradients = 0 if heads else 3 * bytes_each * source.rows_at_once * size
         if not heads and size <= self.dense_size:
             summing = gradients + bytes_each * size**2
             return Footprint(

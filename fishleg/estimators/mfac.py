@@ -123,7 +123,7 @@ class MFAC(AbstractOnePassEstimator):
         """Return what fitting group `name` needs; see the class."""
         size, bytes_each = self.partition[name].size, source.element_size(name)
         count = min(self.gradients, source.rows)
-        summing = 3 * bytes_each * source.batch_size * size
+        summing = 3 * bytes_each * source.rows_at_once * size
         return Footprint(
             held=bytes_each * (count * size + 1),
             sums=bytes_each * count * size,

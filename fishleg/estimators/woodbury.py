@@ -72,7 +72,7 @@ class BlockWoodbury(AbstractOnePassEstimator):
         size, bytes_each = self.partition[name].size, source.element_size(name)
         block_size = min(self.block_size, size)
         numbers = chunk_count(size, block_size) * block_size**2
-        summing = bytes_each * (3 * source.batch_size * size + numbers)
+        summing = bytes_each * (3 * source.rows_at_once * size + numbers)
         return Footprint(
             held=bytes_each * numbers, sums=8 * numbers, work=max(summing, 32 * numbers)
         )

@@ -121,3 +121,13 @@ def test_the_passes_of_a_batch_by_hand():
     labels = {"labels": "enumerated", "batch_size": 10}  # five samples, two labels each
     numbers = (3 + 5) + (3 + 5) + 2 * 2 * (5 + 2)
     assert source_of(model, inputs, **labels).pass_bytes == 5 * 8 * numbers
+
+
+@pytest.mark.parametrize("kind", [DiagonalFisher, BlockWoodbury, MFAC, FishLeg])
+def test_few_samples_need_no_more_than_they_are(kind):
+    """A batch that the samples do not fill takes their room, not its own."""
+    model = nn.Sequential(nn.Linear(3, 50), nn.Tanh(), nn.Linear(50, 2))
+    inputs = Calibration(inputs=torch.randn(2, 3))
+    small, large = (source_of(model, inputs, batch_size=size) for size in (2, 100_000))
+    estimator = kind(small.partition, damping=1e-4)
+    assert estimator.peak_bytes(large) == estimator.peak_bytes(small)
