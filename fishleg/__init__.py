@@ -5,6 +5,7 @@ an estimator, certify it, prune. Needs nothing but torch.
 """
 
 from fishleg.calibration import Calibration
+from fishleg.calling import Calling
 from fishleg.certificate import certify, pruning_certificate
 from fishleg.errors import (
     CapacityExceeded,
@@ -52,6 +53,7 @@ __all__ = [
     "AbstractLikelihood",
     "Bernoulli",
     "Calibration",
+    "Calling",
     "Categorical",
     "Gaussian",
     "GradientSource",

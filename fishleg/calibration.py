@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fishleg.errors import FishLegError, ShapeMismatch
 from fishleg.likelihoods import Likelihood
+from fishleg.nests import Nest, as_nest, count_samples, describe, map_tensors
 from fishleg.rng import SampleGenerator
 
 Labels = Literal["sampled", "matched", "enumerated", "empirical"]
@@ -19,9 +20,15 @@ DRAWN: tuple[Labels, ...] = ("sampled", "matched")
 
 
 class Batch(NamedTuple):
-    """Samples on the model's device: inputs as the model takes them, targets if known, numbers."""
+    """Samples on the model's device.
 
-    inputs: Tensor
+    Attributes:
+        inputs: as the model takes them, a nest of tensors (n, ...); see `fishleg.nests`.
+        targets: (n, ...), if known.
+        indices: (n,) int64, the samples' own numbers.
+    """
+
+    inputs: Nest
     targets: Tensor | None
     indices: Tensor
 
@@ -31,31 +38,40 @@ class Calibration:
     """The samples that curvature is averaged over.
 
     Attributes:
-        inputs: (N, ...), any dtype; batches are moved to the model's device.
+        inputs: (N, ...), any dtype, a tensor or array, or dicts, tuples and lists of them; how they
+            are passed to the model, `Calling` says. Batches are moved to the model's device.
         targets: (N, ...), needed for empirical labels only.
         indices: (N,) int64, the samples' own numbers, which key their labels; default 0 ... N - 1.
         transform: turns a batch of inputs into the model's input, so that uint8 data stay uint8.
 
     Raises:
-        ShapeMismatch: there is no sample, or the tensors' lengths differ.
+        ShapeMismatch: there is no sample, the tensors' lengths differ, or something is no tensor.
     """
 
-    inputs: Tensor
+    inputs: Nest
     targets: Tensor | None = None
     indices: Tensor | None = None
-    transform: Callable[[Tensor], Tensor] | None = None
+    transform: Callable[[Nest], Nest] | None = None
 
     def __post_init__(self) -> None:
-        if len(self.inputs) == 0:
+        object.__setattr__(self, "inputs", as_nest(self.inputs, "inputs"))
+        if len(self) == 0:
             raise ShapeMismatch("inputs: expected at least one sample, got none.")
-        for name, tensor in (("targets", self.targets), ("indices", self.indices)):
-            if tensor is not None and len(tensor) != len(self.inputs):
-                raise ShapeMismatch(
-                    f"{name}: expected {len(self.inputs)} samples as in inputs, got {len(tensor)}."
-                )
+        for name in ("targets", "indices"):
+            if getattr(self, name) is not None:
+                tensor = as_nest(getattr(self, name), name)
+                if not isinstance(tensor, Tensor):
+                    raise ShapeMismatch(
+                        f"{name}: expected one tensor, got {type(tensor).__name__}."
+                    )
+                if len(tensor) != len(self):
+                    raise ShapeMismatch(
+                        f"{name}: expected {len(self)} samples as in inputs, got {len(tensor)}."
+                    )
+                object.__setattr__(self, name, tensor)
 
     def __len__(self) -> int:
-        return len(self.inputs)
+        return count_samples(self.inputs, "inputs")
 
     def batches(
         self, batch_size: int, device: torch.device, among: slice = slice(None)
@@ -70,16 +86,37 @@ class Calibration:
         first, end, _ = among.indices(len(self))
         for start in range(first, end, batch_size):
             part = slice(start, min(start + batch_size, end))
-            inputs = self.inputs[part].to(device)
+            inputs = self._take(part, device)
             if self.indices is None:
-                indices = torch.arange(start, start + len(inputs), device=device)
+                indices = torch.arange(start, part.stop, device=device)
             else:
                 indices = self.indices[part].to(device)
-            yield Batch(
-                inputs if self.transform is None else self.transform(inputs),
-                None if self.targets is None else self.targets[part].to(device),
-                indices,
-            )
+            targets = None if self.targets is None else self.targets[part].to(device)
+            yield Batch(inputs, targets, indices)
+
+    def _take(self, part: slice, device: torch.device) -> Nest:
+        """Return the model's inputs for a run of samples."""
+        if self.transform is None:
+            return map_tensors(lambda leaf: leaf[part].to(device), self.inputs)
+        # a transform may write into what it is given
+        own = map_tensors(lambda leaf: leaf[part].to(device, copy=True), self.inputs)
+        return _transform(self.transform, own)
+
+
+def _transform(transform: Callable[[Nest], Nest], inputs: Nest) -> Nest:
+    """Return what the transform makes of a batch.
+
+    Raises:
+        ShapeMismatch: it is no nest of as many samples.
+    """
+    samples = count_samples(inputs, "inputs")
+    found = as_nest(transform(inputs), "transform(inputs)")
+    if count_samples(found, "transform(inputs)") != samples:
+        raise ShapeMismatch(
+            f"transform(inputs): expected {samples} samples in the first dimension, as in inputs, "
+            f"got {describe(found)}."
+        )
+    return found
 
 
 def label(

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from fishleg.blocks.base import AbstractBlock
 from fishleg.calibration import Labels
@@ -21,7 +20,6 @@ from fishleg.estimators.base import AbstractEstimator
 from fishleg.fisher import fisher_vector_product
 from fishleg.gradients import GradientSource
 from fishleg.objective import curvature_and_trace, gradient_product, image_square, masked_product
-from fishleg.persample import forward
 from fishleg.rng import SampleGenerator
 
 Numbers = dict[str, float]
@@ -228,9 +226,9 @@ def _measure(
         sums |= {"loss_slope": 0.0, "measured_loss_change": 0.0}
     for batch in source.batches():
         with evaluating(source.model):
-            outputs = forward(source.model, batch)
+            outputs = source.outputs(batch)
             with torch.no_grad():
-                changed = functional_call(source.model, dict(after), (batch.inputs,))
+                changed = source.calling.run(source.model, batch.inputs, after)
         if batch.targets is not None:
             losses = nll(outputs, batch.targets)
             slopes = torch.autograd.grad(losses.sum(), parameters)
@@ -250,7 +248,7 @@ def _measure(
 def _enumerates(source: GradientSource) -> bool:
     """Tell whether the likelihood can enumerate its labels."""
     with evaluating(source.model), torch.no_grad():
-        outputs = forward(source.model, next(source.batches(1)))
+        outputs = source.outputs(next(source.batches(1)))
     return getattr(source.likelihood, "enumerate", lambda outputs: None)(outputs) is not None
 
 

@@ -13,12 +13,13 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, jvp, vjp
+from torch.func import jvp, vjp
 
 from fishleg.capture import evaluating, transformable
 from fishleg.errors import ShapeMismatch, UnknownName
 from fishleg.gradients import GradientSource
 from fishleg.likelihoods import Likelihood
+from fishleg.nests import Nest
 
 Form = Literal["exact", "sampled", "enumerated", "empirical"]
 
@@ -61,8 +62,8 @@ def fisher_vector_product(
     total = {name: torch.zeros_like(value) for name, value in parameters.items()}
     for batch in source.batches():
 
-        def run(values: dict[str, Tensor], inputs: Tensor = batch.inputs) -> Tensor:
-            return functional_call(source.model, values, (inputs,))
+        def run(values: dict[str, Tensor], inputs: Nest = batch.inputs) -> Tensor:
+            return source.calling.run(source.model, inputs, values)
 
         with evaluating(source.model), transformable(), torch.no_grad():
             outputs, tangents = _push_forward(run, parameters, dict(v))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fishleg.calibration import DRAWN, Batch, Calibration, Labels, label
+from fishleg.calling import PLAIN, Calling, model_device
 from fishleg.capture import LayerSignals, evaluating, has_signals, layer_signals, recording
 from fishleg.errors import FishLegError, ShapeMismatch, UnknownName
 from fishleg.likelihoods import Likelihood
@@ -24,7 +25,6 @@ from fishleg.persample import (
     candidates,
     choose_paths,
     fast_gradients,
-    forward,
     general_gradients,
     run_passes,
 )
@@ -78,6 +78,7 @@ class GradientSource:
         draws: K >= 1, labels drawn a sample (1 unless they are sampled or matched).
         seed: of the drawn labels; with a sample's number and the draw it fixes the label.
         batch_size: gradient rows computed at once, >= 1.
+        calling: how the model is called, and which of its outputs counts.
         team: processes that have the same source, and may share the passes; see `shared`.
 
     Raises:
@@ -97,6 +98,7 @@ class GradientSource:
         draws: int = 1,
         seed: int = 0,
         batch_size: int = 128,
+        calling: Calling = PLAIN,
         team: Team = ALONE,
     ):
         if labels not in get_args(Labels):
@@ -116,14 +118,19 @@ class GradientSource:
         self.draws = draws
         self.seed = seed
         self.batch_size = batch_size
+        self.calling = calling
         self.team = team
         self._among = slice(None)
         self._skipped = 0
 
     def batches(self, batch_size: int | None = None) -> Iterator[Batch]:
         """Yield the samples on the model's device, in batches (default: `self.batch_size`)."""
-        device = next(self.model.parameters()).device
+        device = model_device(self.model)
         return self.calibration.batches(batch_size or self.batch_size, device, self._among)
+
+    def outputs(self, batch: Batch) -> Tensor:
+        """Return the model's outputs (n, ...) for a batch; errors as of `Calling.outputs`."""
+        return self.calling.outputs(self.model, batch.inputs)
 
     def label(
         self, outputs: Tensor, batch: Batch, labels: Labels | None = None
@@ -145,7 +152,7 @@ class GradientSource:
             return self.draws
         batch = next(self.batches(1))
         with evaluating(self.model), torch.no_grad():
-            return len(self.label(forward(self.model, batch), batch)[0])
+            return len(self.label(self.outputs(batch), batch)[0])
 
     @property
     def rows(self) -> int:
@@ -199,8 +206,7 @@ class GradientSource:
         outputs, one a label, and twice the largest unfolded input; and the inputs and gradients
         of the batch before, which a loop over batches lets go only when the next one is there.
         """
-        device = next(self.model.parameters()).device
-        batch = next(self.calibration.batches(1, device))
+        batch = next(self.calibration.batches(1, model_device(self.model)))
         modules = {name: self.model.get_submodule(name) for name in set(self._paths.values())}
         own = {tensor.untyped_storage().data_ptr() for tensor in self.model.state_dict().values()}
         saved: dict[int, int] = {}
@@ -214,7 +220,7 @@ class GradientSource:
 
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
         with evaluating(self.model), recording(modules) as calls, hooks:
-            outputs = forward(self.model, batch)
+            outputs = self.outputs(batch)
         size = outputs.element_size()
         ends = {name: found[0].output_shape for name, found in calls.items()}
         inputs = sum(found[0].activation.numel() for found in calls.values())
@@ -405,7 +411,7 @@ class GradientSource:
         names = self._tensors()
         hooked = set(candidates(self.model, names).values())
         one = next(self._run(next(self.batches(min(_SAMPLES_TO_COMPARE, self.batch_size))), hooked))
-        return choose_paths(self.model, self.likelihood, names, one)
+        return choose_paths(self.model, self.likelihood, names, one, self.calling)
 
     def _run(self, batch: Batch, hooked: set[str]) -> Iterator[Pass]:
         def scaled_label(outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -419,6 +425,7 @@ class GradientSource:
             hooked,
             scaled_label,
             draws_at_once=self.batch_size,
+            calling=self.calling,
         )
 
     def _passes(self, hooked: set[str]) -> Iterator[Pass]:
@@ -444,7 +451,7 @@ class GradientSource:
     def _lazy_gradients(
         self, names: Sequence[str], general: Sequence[str], one: Pass
     ) -> Mapping[str, Tensor]:
-        slow = general_gradients(self.model, self.likelihood, general, one)
+        slow = general_gradients(self.model, self.likelihood, general, one, self.calling)
 
         def make(name: str) -> Tensor:
             group = self.partition[name]

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
 from fishleg.calibration import Batch
+from fishleg.calling import PLAIN, Calling
 from fishleg.capture import (
     Call,
     evaluating,
@@ -25,8 +26,9 @@ from fishleg.capture import (
     recording,
     transformable,
 )
-from fishleg.errors import FishLegError, ShapeMismatch
+from fishleg.errors import FishLegError
 from fishleg.likelihoods import Likelihood
+from fishleg.nests import Nest, map_tensors
 from fishleg.rng import SampleGenerator
 
 
@@ -58,6 +60,7 @@ def run_passes(
     label: Callable[[Tensor, Batch], tuple[Tensor, Tensor]],
     *,
     draws_at_once: int,
+    calling: Calling = PLAIN,
 ) -> Iterator[Pass]:
     """Run `batch` forward once, and backward for each label, down to the modules `hooked`.
 
@@ -68,11 +71,12 @@ def run_passes(
         hooked: module names.
         label: returns targets (D, n, ...) and scales (n, D) for the outputs.
         draws_at_once: how many of the D labels go into one pass, for memory's sake.
+        calling: how the model is called.
     """
     modules = {name: model.get_submodule(name) for name in sorted(hooked)}
     with evaluating(model):
         with recording(modules) as calls:
-            outputs = forward(model, batch)
+            outputs = calling.outputs(model, batch.inputs)
         targets, scales = label(outputs, batch)
         losses = [
             (scale * likelihood.nll(outputs, target)).sum()
@@ -91,22 +95,6 @@ def run_passes(
         )
 
 
-def forward(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the model's outputs (n, ...).
-
-    Raises:
-        ShapeMismatch: they are no tensor with n samples.
-    """
-    outputs = model(batch.inputs)
-    if not isinstance(outputs, Tensor) or outputs.shape[:1] != batch.indices.shape:
-        got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise ShapeMismatch(
-            f"The model's outputs: expected a tensor of {len(batch.indices)} samples, got {got}; "
-            "wrap the model so that it returns one row of outputs a sample, and nothing else."
-        )
-    return outputs
-
-
 def _is_plain(calls: Sequence[Call], batch: Batch) -> bool:
     n = len(batch.indices)
     return len(calls) == 1 and calls[0].activation.shape[0] == n == calls[0].output_shape[0]
@@ -119,7 +107,11 @@ def fast_gradients(model: nn.Module, one: Pass, module: str) -> dict[str, Tensor
 
 
 def general_gradients(
-    model: nn.Module, likelihood: Likelihood, names: Sequence[str], one: Pass
+    model: nn.Module,
+    likelihood: Likelihood,
+    names: Sequence[str],
+    one: Pass,
+    calling: Calling = PLAIN,
 ) -> dict[str, Tensor]:
     """Return parameter name -> scaled gradients (n, D, *its shape) of any parameters, by vmap.
 
@@ -127,8 +119,8 @@ def general_gradients(
         FishLegError: the model does something that vmap does not support.
     """
 
-    def loss(parameters: dict[str, Tensor], x: Tensor, target: Tensor, scale: Tensor) -> Tensor:
-        outputs = functional_call(model, parameters, (x[None],))
+    def loss(parameters: dict[str, Tensor], x: Nest, target: Tensor, scale: Tensor) -> Tensor:
+        outputs = calling.run(model, map_tensors(lambda leaf: leaf[None], x), parameters)
         return scale * likelihood.nll(outputs, target[None])[0]
 
     if not names:
@@ -161,7 +153,11 @@ def candidates(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
 
 
 def choose_paths(
-    model: nn.Module, likelihood: Likelihood, names: Sequence[str], one: Pass
+    model: nn.Module,
+    likelihood: Likelihood,
+    names: Sequence[str],
+    one: Pass,
+    calling: Calling = PLAIN,
 ) -> dict[str, str]:
     """Return parameter name -> hooked module, for parameters whose fast path is right.
 
@@ -174,18 +170,19 @@ def choose_paths(
         likelihood: gives the losses.
         names: all parameters in question.
         one: a pass with the modules of `candidates` hooked; its first label is used.
+        calling: how the model is called.
 
     Raises:
         FishLegError: neither path agrees with autograd.
     """
-    agrees = _comparison(model, likelihood, names, one)
+    agrees = _comparison(model, likelihood, names, one, calling)
     fast = {}
     for module in one.inputs:
         for name, value in fast_gradients(model, one, module).items():
             if name in names and agrees(name, value[:, 0]):
                 fast[name] = module
     rest = [name for name in names if name not in fast]
-    for name, value in general_gradients(model, likelihood, rest, one).items():
+    for name, value in general_gradients(model, likelihood, rest, one, calling).items():
         if not agrees(name, value[:, 0]):
             raise FishLegError(
                 f"{name}: the samples' gradients do not add up to the gradient of the batch: the "
@@ -196,13 +193,13 @@ def choose_paths(
 
 
 def _comparison(
-    model: nn.Module, likelihood: Likelihood, names: Sequence[str], one: Pass
+    model: nn.Module, likelihood: Likelihood, names: Sequence[str], one: Pass, calling: Calling
 ) -> Callable[[str, Tensor], bool]:
     """Return a test of per-sample gradients (n, *shape) of a parameter against autograd."""
     scale = one.scales[:, 0]
     factors = SampleGenerator(0, one.batch.indices).uniform().to(scale.dtype) + 0.5
     with evaluating(model):
-        losses = likelihood.nll(forward(model, one.batch), one.targets[0])
+        losses = likelihood.nll(calling.outputs(model, one.batch.inputs), one.targets[0])
         expected = torch.autograd.grad(
             (factors * scale * losses).sum(),
             [model.get_parameter(name) for name in names],

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fishleg.blocks import BLOCKS, AbstractBlock
+from fishleg.calling import model_device
 from fishleg.errors import CapacityExceeded, FishLegError, NotFitted
 from fishleg.gradients import GradientSource
 from fishleg.memory import Footprint, available_bytes, peak, show_bytes
@@ -145,7 +146,7 @@ class AbstractEstimator(ABC):
         """
         limit = self.memory_limit
         if limit is None:
-            limit = available_bytes(next(source.model.parameters()).device)
+            limit = available_bytes(model_device(source.model))
         needed = self.peak_bytes(source)
         if limit is not None and needed > limit:
             held = show_bytes(self.required_bytes(source))

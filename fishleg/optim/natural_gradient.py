@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fishleg.calibration import Calibration, Labels
+from fishleg.calling import PLAIN, Calling
 from fishleg.capture import evaluating
 from fishleg.errors import FishLegError, UnknownName
 from fishleg.gradients import GradientSource
 from fishleg.likelihoods import Likelihood
+from fishleg.nests import Nest, as_nest, count_samples, map_tensors
 from fishleg.objective import masked_product
 from fishleg.optim.tracking import (
     Directions,
@@ -77,6 +79,7 @@ class FishLeg(torch.optim.Optimizer):
             there, the others move by m o Q (m o g).
         partition: the groups; by default all trainable parameters.
         fallback_lr: of uncovered parameters; None for `lr`.
+        calling: how the model is called.
         structure: see `TrackingOptions`, here and below.
         start: where lambda = 0 stands.
         decay: of the running moments.
@@ -110,6 +113,7 @@ class FishLeg(torch.optim.Optimizer):
         masks: Mapping[str, Tensor] | None = None,
         partition: Partition | None = None,
         fallback_lr: float | None = None,
+        calling: Calling = PLAIN,
         structure: Structure = "kronecker",
         start: Start = "moments",
         decay: float = 0.7,
@@ -134,6 +138,7 @@ class FishLeg(torch.optim.Optimizer):
         self.update_every = update_every
         self.samples = samples
         self.labels = labels
+        self.calling = calling
         self.options = TrackingOptions(
             damping=damping,
             structure=structure,
@@ -145,7 +150,7 @@ class FishLeg(torch.optim.Optimizer):
             seed=seed,
         )
         self._masks = group_masks(self.partition, masks) if masks else {}
-        self._inputs: Tensor | None = None
+        self._inputs: Nest | None = None
         self._source: GradientSource | None = None
         self._removed = (
             {name: ~mask for name, mask in weight_masks(self.partition, self._masks).items()}
@@ -181,13 +186,14 @@ class FishLeg(torch.optim.Optimizer):
         """(name, why) of all without curvature; what is trained of it moves by its gradient."""
         return self.partition.uncovered
 
-    def observe(self, inputs: Tensor) -> None:
+    def observe(self, inputs: Nest) -> None:
         """Remember a batch of the model's inputs, for the next update of Q; call it every step.
 
         Args:
-            inputs: (n, ...), on the model's device; held until the next call, not copied.
+            inputs: (n, ...), a nest of tensors on the model's device; held until the next call,
+                not copied.
         """
-        self._inputs = inputs.detach()
+        self._inputs = as_nest(inputs, "inputs")
 
     def inverse(self, name: str) -> TrackedInverse:
         """Return what is tracked of group `name`; empty before the first step."""
@@ -275,9 +281,9 @@ class FishLeg(torch.optim.Optimizer):
                 "FishLeg: Q is due for an update, but no batch has been observed; call "
                 "optimizer.observe(inputs) before optimizer.step()."
             )
-        inputs = self._inputs[: self.samples]
+        inputs = map_tensors(lambda leaf: leaf[: self.samples], self._inputs)
         age = _updates_before(done, self.update_every)
-        with _batch_statistics(self.model, inputs):
+        with _batch_statistics(self.model, inputs, self.calling):
             (found,) = self._evidence(inputs, done)
             for group in self.partition.groups:
                 after = update(
@@ -290,9 +296,10 @@ class FishLeg(torch.optim.Optimizer):
                 )
                 self.state[self.model.get_parameter(group.weight)].update(after.tensors())
 
-    def _evidence(self, inputs: Tensor, done: int) -> Iterator[Mapping[str, Evidence]]:
+    def _evidence(self, inputs: Nest, done: int) -> Iterator[Mapping[str, Evidence]]:
         """Return the gradients of a batch, as one piece, with labels of this very step."""
-        samples = Calibration(inputs=inputs, indices=torch.arange(len(inputs)) + (done << 32))
+        count = count_samples(inputs, "inputs")
+        samples = Calibration(inputs=inputs, indices=torch.arange(count) + (done << 32))
         if self._source is None:
             self._source = GradientSource(
                 self.model,
@@ -301,6 +308,7 @@ class FishLeg(torch.optim.Optimizer):
                 samples,
                 labels=self.labels,
                 batch_size=_ONE_PIECE,
+                calling=self.calling,
             )
         return self._source.over(samples, seed=self.options.seed).factored()
 
@@ -318,7 +326,7 @@ def _updates_before(done: int, every: int) -> int:
 
 
 @contextmanager
-def _batch_statistics(model: nn.Module, inputs: Tensor) -> Iterator[None]:
+def _batch_statistics(model: nn.Module, inputs: Nest, calling: Calling) -> Iterator[None]:
     """Let batch norms that are being trained hold the mean and variance of `inputs` for a while.
 
     Their running statistics lag behind by tens of steps, and mean nothing at first; those of the
@@ -331,7 +339,7 @@ def _batch_statistics(model: nn.Module, inputs: Tensor) -> Iterator[None]:
         with evaluating(model), torch.no_grad():
             for norm in norms:
                 norm.training, norm.momentum = True, 1.0
-            model(inputs)
+            calling.outputs(model, inputs)
     try:
         yield
     finally:

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fishleg.calling import PLAIN, Calling
+from fishleg.nests import Nest
+
 
 def running_norms(model: nn.Module) -> list[_BatchNorm]:
     """Return the batch norms of a model that keep running statistics, in module order."""
@@ -27,7 +30,7 @@ def running_norms(model: nn.Module) -> list[_BatchNorm]:
 
 
 @torch.no_grad()
-def reestimate_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
+def reestimate_norms(model: nn.Module, batches: Iterable[Nest], calling: Calling = PLAIN) -> None:
     """Set the running statistics of all batch norms to those over `batches`, in place.
 
     With m_b and v_b a channel's mean and variance over the n_b values of batch b, N their sum:
@@ -42,6 +45,7 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
         model: on any device, left in evaluation mode. One without batch norms stays as it is.
         batches: of the model's inputs, on its device; large ones, since small ones make noise; a
             single value a channel has no variance, and is a ValueError.
+        calling: how the model is called.
 
     Cost: a forward pass. Memory: two float64 numbers a channel.
     """
@@ -54,7 +58,7 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
             stack.enter_context(_watched(one.norm, one.add))
             stack.enter_context(_by_batch(one.norm))
         for inputs in batches:
-            model(inputs)
+            calling.outputs(model, inputs)
     for one in sums:
         one.write()
 

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from fishleg.calibration import Calibration
+from fishleg.calling import PLAIN, Calling
 from fishleg.errors import FishLegError, UnknownName
 from fishleg.estimators.base import AbstractEstimator
 from fishleg.gradients import GradientSource
 from fishleg.likelihoods import AbstractLikelihood
+from fishleg.nests import Nest, count_samples, tensors_of
 from fishleg.parameters import Partition
 from fishleg.pruning.compensation import solve_on_survivors
 from fishleg.pruning.masks import apply_masks
@@ -95,6 +97,7 @@ class Refinement:
         options: see `RefinementOptions`.
         estimator: its Q preconditions "natural" and "gauss_newton".
         begin: D at the beginning, in nats, > 0, such as `mean_divergence` measures it.
+        calling: how both networks are called.
 
     Attributes:
         done: steps made.
@@ -116,6 +119,7 @@ class Refinement:
         options: RefinementOptions,
         estimator: AbstractEstimator | None = None,
         begin: float = 1.0,
+        calling: Calling = PLAIN,
     ):
         if options.method in _PRECONDITIONED and estimator is None:
             raise FishLegError(f"refinement {options.method!r} needs `estimator`, got None.")
@@ -129,6 +133,7 @@ class Refinement:
         self.estimator = estimator
         self.done = 0
         self.begin = begin
+        self.calling = calling
         covered = {tensor for group in partition.groups for tensor in group.tensors}
         self._moved = {
             name: parameter for name, parameter in model.named_parameters() if name in covered
@@ -151,7 +156,7 @@ class Refinement:
 
     # -- steps
 
-    def step(self, inputs: Tensor) -> Tensor:
+    def step(self, inputs: Nest) -> Tensor:
         """Take one step on a batch of the model's inputs, and return D on it before the step.
 
         Cost: a forward pass of the dense network, a forward and backward one of the model; beside
@@ -172,13 +177,13 @@ class Refinement:
         self.done += 1
         return divergence.detach()
 
-    def divergence(self, inputs: Tensor) -> Tensor:
+    def divergence(self, inputs: Nest) -> Tensor:
         """Return the mean over the batch of T^2 KL(dense_T || model_T), a scalar, in nats."""
-        kind = inputs.device.type
+        kind = tensors_of(inputs)[0].device.type
         with torch.autocast(kind, torch.bfloat16, enabled=self.options.bfloat16):
             with torch.no_grad():
-                wanted = self.reference(inputs)
-            outputs = self.model(inputs)
+                wanted = self.calling.outputs(self.reference, inputs)
+            outputs = self.calling.outputs(self.model, inputs)
         temperature = self.options.temperature
         found = self.likelihood.divergence(
             wanted.float() / temperature, outputs.float() / temperature
@@ -211,7 +216,7 @@ class Refinement:
                 norm.eval()
 
     @torch.no_grad()
-    def _precondition(self, inputs: Tensor, rate: float) -> None:
+    def _precondition(self, inputs: Nest, rate: float) -> None:
         """Put the step's direction in place of each gradient."""
         found = {
             name: torch.zeros_like(one) if one.grad is None else one.grad
@@ -240,13 +245,14 @@ class Refinement:
         scale = (longest / length.clamp(min=1e-30)).sqrt().clamp(max=1.0)
         return {name: scale * move for name, move in moves.items()}
 
-    def _gauss_newton(self, gradients: Mapping[str, Tensor], inputs: Tensor) -> dict[str, Tensor]:
+    def _gauss_newton(self, gradients: Mapping[str, Tensor], inputs: Nest) -> dict[str, Tensor]:
         source = GradientSource(
             self.model,
             self.likelihood,
             self.partition,
             Calibration(inputs=inputs),
-            batch_size=len(inputs),
+            batch_size=count_samples(inputs, "inputs"),
+            calling=self.calling,
         )
         survives = {
             name: self.masks.get(name, torch.ones_like(matrix, dtype=torch.bool))
@@ -295,7 +301,8 @@ def mean_divergence(
     model: nn.Module,
     reference: nn.Module,
     likelihood: AbstractLikelihood,
-    batches: Iterable[Tensor],
+    batches: Iterable[Nest],
+    calling: Calling = PLAIN,
 ) -> float:
     """Return D over all inputs of `batches`, in nats, both networks in evaluation mode.
 
@@ -306,13 +313,14 @@ def mean_divergence(
     total, count = 0.0, 0
     with torch.no_grad():
         for inputs in batches:
-            found = likelihood.divergence(reference(inputs).float(), model(inputs).float())
-            total, count = total + found.double().sum().item(), count + len(inputs)
+            wanted, outputs = (calling.outputs(one, inputs).float() for one in (reference, model))
+            found = likelihood.divergence(wanted, outputs)
+            total, count = total + found.double().sum().item(), count + len(found)
     return total / count
 
 
 def refine(
-    refinement: Refinement, batches: Iterable[Tensor], every: int = _CHECK_EVERY
+    refinement: Refinement, batches: Iterable[Nest], every: int = _CHECK_EVERY
 ) -> Iterator[float]:
     """Go on with a run to its last step; yield the mean divergence of every few steps.
 
@@ -334,7 +342,7 @@ def refine(
             raise FishLegError(
                 f"The batches ended after step {refinement.done} of {refinement.steps}."
             )
-        total, since = total.to(inputs.device) + refinement.step(inputs), since + 1
+        total, since = total.to(tensors_of(inputs)[0].device) + refinement.step(inputs), since + 1
         if refinement.done % every == 0 or refinement.done == refinement.steps:
             mean = total.item() / since
             if not math.isfinite(mean):

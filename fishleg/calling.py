@@ -1,0 +1,182 @@
+"""How a model is called: what it is given of a batch, and which of its outputs counts.
+
+This is the one place where the library calls a model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fishleg.errors import CapacityExceeded, FishLegError, ShapeMismatch, UnknownName
+from fishleg.nests import Nest, count_samples, describe, map_tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calling:
+    """How a model is called, and which of its outputs counts.
+
+    By default a batch's inputs are passed as `forward` is declared to take them: a dict whose keys
+    are all names of its arguments, as keywords; a tuple or list, as positional arguments if
+    `forward` cannot do with fewer than two and takes that many; anything else, a lone tensor above
+    all, as the one argument.
+
+    Attributes:
+        call: called as call(model, inputs) in place of all that.
+        output: what of the model's result counts, where it is more than a tensor: an index or name
+            in it, or a function of it. A result that is a lone tensor counts whatever the index
+            or name: a network may have auxiliary outputs in training alone.
+    """
+
+    call: Callable[[nn.Module, Nest], Any] | None = None
+    output: int | str | Callable[[Any], Tensor] | None = None
+
+    def outputs(self, model: nn.Module, inputs: Nest) -> Tensor:
+        """Return the model's outputs (n, ...) for inputs of n samples.
+
+        Raises:
+            FishLegError: the model raised an error, which is the cause of this one.
+            CapacityExceeded: it ran out of memory.
+            ShapeMismatch: the outputs are no tensor with n samples.
+        """
+        samples = count_samples(inputs, "inputs")
+        try:
+            found = self.run(model, inputs)
+        except FishLegError:
+            raise
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise CapacityExceeded(
+                f"The model ran out of memory on a batch of {samples} samples; lower batch_size. "
+                f"({error})"
+            ) from error
+        except Exception as error:  # a model may raise whatever it likes
+            raise FishLegError(
+                f"{type(model).__name__} raised {type(error).__name__} when it was called as "
+                f"{self._describe(model, inputs)}: {error} Check that the inputs are what the "
+                "model takes, and lie on its device; `Calling(call=...)` says how else to call it."
+            ) from error
+        if not isinstance(found, Tensor) or found.shape[:1] != (samples,):
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ShapeMismatch(
+                f"The model's outputs: expected a tensor of {samples} samples, got {got}; say with "
+                "`Calling(output=...)` what of the result counts, or wrap the model so that it "
+                "returns one row of outputs a sample."
+            )
+        return found
+
+    def run(
+        self, model: nn.Module, inputs: Nest, parameters: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Return the model's outputs, unchecked, errors as they come; torch.func may transform it.
+
+        Args:
+            model: the model.
+            inputs: of a batch.
+            parameters: state-dict name -> a value in place of the model's own.
+        """
+        # A model may write into what it is given; the samples must be the same in every pass.
+        inputs = map_tensors(torch.clone, inputs)
+        if parameters is None:
+            return self._pick(self._call(model, inputs))
+        named = {f"model.{name}": value for name, value in parameters.items()}
+        return functional_call(_Called(model, self), named, (inputs,))
+
+    def _call(self, model: nn.Module, inputs: Nest) -> Any:
+        if self.call is not None:
+            return self.call(model, inputs)
+        args, kwargs = _arguments(model, inputs)
+        return model(*args, **kwargs)
+
+    def _pick(self, result: Any) -> Tensor:
+        """Return what counts of a model's result.
+
+        Raises:
+            ShapeMismatch: nothing says which of several outputs it is.
+            UnknownName: there is no such output.
+        """
+        if callable(self.output):
+            return self.output(result)
+        if isinstance(result, Tensor):
+            return result
+        known = _outputs_of(result)
+        if self.output is None:
+            if not known:
+                raise ShapeMismatch(
+                    f"The model's outputs: expected a tensor, got {type(result).__name__}; say "
+                    "with `Calling(output=...)`, a function of it, what counts."
+                )
+            raise ShapeMismatch(
+                f"The model's outputs: expected a tensor, got {type(result).__name__} with "
+                f"{', '.join(map(repr, known))}; say with `Calling(output=...)` which one counts."
+            )
+        if self.output not in known:
+            raise UnknownName("output", str(self.output), map(str, known))
+        return known[self.output]
+
+    def _describe(self, model: nn.Module, inputs: Nest) -> str:
+        if self.call is not None:
+            return f"call(model, {describe(inputs)})"
+        args, kwargs = _arguments(model, inputs)
+        given = [*map(describe, args), *(f"{name}={describe(x)}" for name, x in kwargs.items())]
+        return f"model({', '.join(given)})"
+
+
+PLAIN = Calling()
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter or buffer; the CPU where it has none."""
+    tensors = (*model.parameters(), *model.buffers())
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+class _Called(nn.Module):
+    """A call of a model as a module, so that its parameters can be replaced."""
+
+    def __init__(self, model: nn.Module, calling: Calling):
+        super().__init__()
+        self.model = model
+        self._calling = calling
+
+    def forward(self, inputs: Nest) -> Tensor:
+        return self._calling._pick(self._calling._call(self.model, inputs))
+
+
+def _outputs_of(result: Any) -> dict[int | str, Any]:
+    """Return the outputs that a result names or counts, by index and by name."""
+    found: dict[int | str, Any] = {}
+    if isinstance(result, Sequence):
+        found |= dict(enumerate(result))
+    if isinstance(result, Mapping):
+        found |= result
+    names = [one.name for one in fields(result)] if is_dataclass(result) else []
+    for name in (*names, *getattr(result, "_fields", ())):
+        found[name] = getattr(result, name)
+    return found
+
+
+def _arguments(model: nn.Module, inputs: Nest) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Return the positional and keyword arguments that inputs are passed as; see `Calling`."""
+    if not isinstance(inputs, dict | tuple | list):
+        return (inputs,), {}
+    declared = inspect.signature(model.forward).parameters.values()
+    if isinstance(inputs, dict):
+        named = {
+            one.name
+            for one in declared
+            if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
+        }
+        return ((), inputs) if named.issuperset(inputs) else ((inputs,), {})
+    places = [
+        one for one in declared if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
+    ]
+    needed = sum(one.default is one.empty for one in places)
+    anything = any(one.kind is one.VAR_POSITIONAL for one in declared)
+    spread = 2 <= needed <= len(inputs) and (anything or len(inputs) <= len(places))
+    return (inputs, {}) if spread else ((inputs,), {})
