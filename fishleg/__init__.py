@@ -41,6 +41,7 @@ from fishleg.pruning import (
     linear,
     prune_once,
     weight_masks,
+    zero_masks,
 )
 from fishleg.team import Team
 
@@ -84,6 +85,7 @@ __all__ = [
     "linear",
     "prune_once",
     "weight_masks",
+    "zero_masks",
     # errors
     "CapacityExceeded",
     "FishLegError",

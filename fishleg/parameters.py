@@ -8,17 +8,16 @@ last column. Tensors may carry leading batch dimensions: (..., rows, columns).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from difflib import get_close_matches
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from fishleg.errors import FishLegError, ShapeMismatch
-
-_WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from fishleg.weights import WeightTensor, find_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +30,13 @@ class ParameterGroup:
         bias: state-dict name of the bias that forms the last column, or None.
         weight_shape: the weight's own shape.
         prunable: whether weights (never the bias column) may be removed.
+        names: all state-dict names of the weight, more than one where it is tied; `weight` first.
+        used: what the forward pass reads: `weight`, or what a parametrization makes of it, such as
+            `fc.weight` of `fc.parametrizations.weight.original1`.
+        norm_dim: of a parametrised weight that is divided by norms: one entry of each slice along
+            this dimension has to survive, or one of all (`parametrised.WHOLE`). Else None.
+        transposed: the first dimension is the inputs', as in transposed convolutions.
+        heads: how many parts the inputs of a transposed weight are cut into: its layer's groups.
     """
 
     name: str
@@ -38,10 +44,19 @@ class ParameterGroup:
     bias: str | None
     weight_shape: tuple[int, ...]
     prunable: bool
+    names: tuple[str, ...] = ()
+    used: str = ""
+    norm_dim: int | None = None
+    transposed: bool = False
+    heads: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", self.names or (self.weight,))
+        object.__setattr__(self, "used", self.used or self.weight)
 
     @property
     def rows(self) -> int:
-        """Number of outputs: the weight's first dimension (1 for a scalar)."""
+        """The weight's first dimension (1 for a scalar): the outputs, unless `transposed`."""
         return self.weight_shape[0] if self.weight_shape else 1
 
     @property
@@ -118,10 +133,13 @@ class Partition:
     Attributes:
         groups: in state-dict order of their weights.
         uncovered: (state-dict name, reason) of every parameter that no group covers.
+        unprunable: (state-dict name, reason) of every weight with two or more dimensions that is
+            not prunable, covered or not.
     """
 
     groups: tuple[ParameterGroup, ...]
     uncovered: tuple[tuple[str, str], ...] = ()
+    unprunable: tuple[tuple[str, str], ...] = ()
     _by_name: dict[str, ParameterGroup] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -161,71 +179,123 @@ def partition_parameters(
 ) -> Partition:
     """Cut the trainable parameters of `model` into groups.
 
-    A parameter `x.weight` with `x.bias` of matching first dimension forms one group `x`; every
-    other parameter is a group of its own. Weights of linear and convolution modules are prunable
-    by default; biases, normalisation and 1-D parameters never are. A tied parameter appears once,
-    under its first name.
+    A parameter `x.weight` with `x.bias` of matching first dimension forms one group `x` (unless the
+    bias belongs to another dimension, as in transposed convolutions); every other parameter is a
+    group of its own. A tied parameter appears once, under its first name.
+
+    Prunable by default are the weights of linear, bilinear, (transposed) convolutional, recurrent
+    and attention layers, parametrised ones (see `find_parametrised`) included; not so embeddings
+    and what is tied to one. Biases, normalisation and 1-D parameters never are.
 
     Args:
         model: any module.
-        prunable: `fnmatch` patterns of further parameter names (2-D or more) to make prunable.
-        keep: patterns of weights that stay dense (curvature is still estimated).
-        skip: patterns of parameters left without curvature; they are reported as uncovered.
+        prunable: names, or `fnmatch` patterns, of further parameters (2-D or more) to make
+            prunable. A tied weight goes by each of its names, and a parametrised one also by that
+            of the weight that it makes.
+        keep: likewise, weights that stay dense (curvature is still estimated).
+        skip: likewise, parameters left without curvature; they are reported as uncovered.
 
     Returns:
-        The partition; frozen parameters (`requires_grad=False`) and skipped ones are `uncovered`.
+        The partition; frozen parameters (`requires_grad=False`) and skipped ones are `uncovered`,
+        and every weight that is not prunable is in `unprunable`, with the reason.
 
     Raises:
-        FishLegError: a pattern matches no parameter.
+        FishLegError: a pattern matches no parameter; one of `prunable` none that can be pruned; or
+            the model has lazy parameters without a shape.
     """
-    parameters = dict(model.named_parameters())
+    tensors = find_tensors(model)
     for pattern in (*prunable, *keep, *skip):
-        if not any(fnmatchcase(name, pattern) for name in parameters):
-            raise FishLegError(f"Pattern {pattern!r} matches no parameter of the model.")
+        _check_pattern(pattern, tensors)
     uncovered: list[tuple[str, str]] = []
-    covered: dict[str, nn.Parameter] = {}
-    for name, parameter in parameters.items():
-        if not parameter.requires_grad:
-            uncovered.append((name, "frozen: requires_grad is False"))
-        elif _matches(name, skip):
-            uncovered.append((name, "skipped on request"))
+    unprunable: list[tuple[str, str]] = []
+    covered: list[tuple[WeightTensor, bool]] = []
+    for tensor in tensors:
+        why_uncovered = _why_uncovered(tensor, skip)
+        why_dense = why_uncovered or _why_dense(tensor, prunable, keep)
+        if why_dense and len(tensor.shape) >= 2:
+            unprunable.append((tensor.name, why_dense))
+        if why_uncovered:
+            uncovered.append((tensor.name, why_uncovered))
         else:
-            covered[name] = parameter
-    by_default = {
-        f"{prefix}.weight" if prefix else "weight"
-        for prefix, module in model.named_modules()
-        if isinstance(module, _WEIGHTED)
-    }
-    biases = {name for name in covered if _weight_of(name, covered) is not None}
-    groups = []
-    for name, parameter in covered.items():
-        if name in biases:
-            continue
-        bias = name.removesuffix("weight") + "bias"
-        wanted = name in by_default or _matches(name, prunable)
-        groups.append(
-            ParameterGroup(
-                name=name.removesuffix(".weight"),
-                weight=name,
-                bias=bias if bias in biases else None,
-                weight_shape=tuple(parameter.shape),
-                prunable=wanted and parameter.ndim >= 2 and not _matches(name, keep),
+            covered.append((tensor, why_dense is None))
+    chosen = {tensor.name for tensor, chosen in covered if chosen}
+    for pattern in prunable:
+        matches = [tensor for tensor in tensors if tensor.matches([pattern])]
+        if not any(tensor.name in chosen for tensor in matches):
+            reasons = dict(unprunable)
+            raise FishLegError(
+                f"prunable={pattern!r} names nothing that can be pruned: "
+                + "; ".join(f"{one.name}: {reasons.get(one.name, _FLAT)}" for one in matches[:5])
+                + "."
             )
+    return Partition(_groups(covered), tuple(uncovered), tuple(unprunable))
+
+
+_FLAT = "fewer than two dimensions"
+
+
+def _check_pattern(pattern: str, tensors: Sequence[WeightTensor]) -> None:
+    if any(tensor.matches([pattern]) for tensor in tensors):
+        return
+    known = [name for tensor in tensors for name in tensor.aliases]
+    near = get_close_matches(pattern, known, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise FishLegError(f"Pattern {pattern!r} matches no parameter of the model{hint}.")
+
+
+def _why_uncovered(tensor: WeightTensor, skip: Sequence[str]) -> str | None:
+    if not tensor.trainable:
+        return "frozen: requires_grad is False"
+    return "skipped on request" if tensor.matches(skip) else None
+
+
+def _why_dense(tensor: WeightTensor, prunable: Sequence[str], keep: Sequence[str]) -> str | None:
+    """Return why a parameter is not prunable, or None if it is."""
+    if len(tensor.shape) < 2:
+        return _FLAT
+    if 0 in tensor.shape:
+        return "no entries"
+    if tensor.matches(keep):
+        return "kept dense on request"
+    if tensor.zeros_lost:
+        return tensor.zeros_lost
+    if tensor.matches(prunable):
+        return None
+    return tensor.unusual and f"{tensor.unusual}; prunable when named"
+
+
+def _groups(covered: Sequence[tuple[WeightTensor, bool]]) -> tuple[ParameterGroup, ...]:
+    by_name = {name: tensor for tensor, _ in covered for name in tensor.names}
+    biases: dict[str, str] = {}  # of a weight
+    for tensor, _ in covered:
+        bias = _bias_of(tensor, by_name)
+        if bias is not None and bias.name not in biases.values():
+            biases[tensor.name] = bias.name
+    return tuple(
+        ParameterGroup(
+            name=tensor.uses[0].removesuffix(".weight"),
+            weight=tensor.name,
+            bias=biases.get(tensor.name),
+            weight_shape=tensor.shape,
+            prunable=prunable,
+            names=tensor.names,
+            used=tensor.uses[0],
+            norm_dim=tensor.norm_dim,
+            transposed=tensor.transposed,
+            heads=tensor.heads,
         )
-    return Partition(tuple(groups), tuple(uncovered))
+        for tensor, prunable in covered
+        if tensor.name not in biases.values()
+    )
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _weight_of(name: str, parameters: Mapping[str, Tensor]) -> str | None:
-    """Return the name of the weight whose bias `name` is, or None."""
-    stem, dot, last = name.rpartition(".")
-    if last != "bias":
+def _bias_of(weight: WeightTensor, by_name: Mapping[str, WeightTensor]) -> WeightTensor | None:
+    """Return the bias whose entries belong to the weight's first dimension, if there is one."""
+    if not weight.shape or weight.transposed:
         return None
-    weight = f"{stem}{dot}weight"
-    if weight not in parameters or parameters[weight].ndim == 0:
-        return None
-    same = parameters[name].ndim == 1 and parameters[name].shape[0] == parameters[weight].shape[0]
-    return weight if same else None
+    for use in weight.uses:
+        stem, dot, leaf = use.rpartition(".")
+        bias = by_name.get(f"{stem}{dot}bias") if leaf == "weight" else None
+        if bias is not None and bias.shape == weight.shape[:1]:
+            return bias
+    return None

@@ -16,6 +16,7 @@ from fishleg.pruning.masks import (
     dense_masks,
     group_masks,
     weight_masks,
+    zero_masks,
 )
 from fishleg.pruning.norms import following_norms, reestimate_norms, running_norms
 from fishleg.pruning.refinement import (
@@ -28,7 +29,7 @@ from fishleg.pruning.saliency import group_saliency, saliency
 from fishleg.pruning.schedule import cubic, geometric, linear
 from fishleg.pruning.selection import DISTRIBUTIONS, removal_count, select, select_n_of_m
 from fishleg.pruning.settling import FRACTIONS, settle
-from fishleg.pruning.surgeon import SELECTIONS, PruneReport, prune_once, prune_to
+from fishleg.pruning.surgeon import SELECTIONS, ZEROS, PruneReport, prune_once, prune_to
 
 __all__ = [
     # saliency
@@ -57,6 +58,7 @@ __all__ = [
     "count_masks",
     "apply_masks",
     "weight_masks",
+    "zero_masks",
     "group_masks",
     # batch norms
     "running_norms",
@@ -71,6 +73,7 @@ __all__ = [
     "settle",
     # the surgeon
     "SELECTIONS",
+    "ZEROS",
     "PruneReport",
     "prune_once",
     "prune_to",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fractions import Fraction
 from itertools import combinations
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from fishleg.blocks.base import AbstractBlock
 from fishleg.errors import FishLegError, UnknownName
 from fishleg.parameters import ParameterGroup, Partition
+from fishleg.parametrised import WHOLE
 from fishleg.pruning.masks import Masks, check_masks, count_masks
 from fishleg.pruning.saliency import group_saliency
 
@@ -48,6 +50,8 @@ def select(
     masks: Mapping[str, Tensor],
     sparsity: float,
     distribution: str = "global",
+    *,
+    min_kept: float = 0.0,
 ) -> Masks:
     """Return the masks after removing the least salient weights up to `sparsity`.
 
@@ -63,32 +67,64 @@ def select(
         masks: group name -> bool (rows, columns): the survivors so far.
         sparsity: in [0, 1), not below that of `masks`.
         distribution: "global" or "uniform".
+        min_kept: fraction of each group, in [0, 1], that survives at the least, rounded up: its
+            most salient weights (of equals the last). The total stays k, others go instead. Of a
+            weight that is divided by norms one of each slice survives in any case.
 
     Returns:
         New masks, each on its saliency's device.
 
     Raises:
-        FishLegError: more weights are removed already, or a saliency is missing or NaN.
+        FishLegError: more weights are removed already; fewer may be removed than are asked for;
+            nothing is prunable; or a saliency is missing or NaN.
         UnknownName: no such distribution.
+        ValueError: `sparsity` or `min_kept` is out of range.
 
-    Cost: O(n log n), one sort.
+    Cost: O(n log n), one sort (two with protected weights).
     """
     if distribution not in DISTRIBUTIONS:
         raise UnknownName("distribution", distribution, DISTRIBUTIONS)
+    if not 0.0 <= min_kept <= 1.0:
+        raise ValueError(f"min_kept: expected a fraction in [0, 1], got {min_kept}.")
     check_masks(partition, masks)
     removed, prunable = count_masks(partition, masks)
     count = removal_count(prunable, sparsity)
+    if sparsity > 0.0:
+        check_prunable(partition)
+    if not partition.prunable:
+        return {}
     if count < removed:
         raise FishLegError(
             f"sparsity {sparsity}: expected at least the {removed} of {prunable} weights that are "
             f"removed already, got {count}; removed weights do not come back."
         )
     scores = [_scores(group, saliencies, masks[group.name]) for group in partition.prunable]
-    if not scores:
-        return {}
+    protected = [
+        _protected(group, score, min_kept)
+        for group, score in zip(partition.prunable, scores, strict=True)
+    ]
+    safe = {
+        group.name: int(one.sum())
+        for group, one in zip(partition.prunable, protected, strict=True)
+        if one is not None
+    }
+    if count > prunable - sum(safe.values()):
+        raise FishLegError(
+            f"sparsity {sparsity}: expected to remove {count} of {prunable} weights, but "
+            f"{sum(safe.values())} have to stay ({listed(safe)}), by min_kept={min_kept} and one "
+            "in each slice that is divided by its norm; lower sparsity or min_kept."
+        )
     if distribution == "uniform":
         scores = [_positions(score) for score in scores]
     order = torch.sort(torch.cat(scores), stable=True).indices
+    if safe:
+        last = torch.cat(
+            [
+                torch.zeros_like(score, dtype=torch.bool) if one is None else one
+                for score, one in zip(scores, protected, strict=True)
+            ]
+        )[order]
+        order = torch.cat([order[~last], order[last]])
     survives = torch.ones(prunable, dtype=torch.bool, device=order.device)
     survives[order[:count]] = False
     out: Masks = {}
@@ -98,6 +134,69 @@ def select(
         mask[:, : group.weight_columns] = part.reshape(group.rows, -1)
         out[group.name] = mask
     return out
+
+
+def check_prunable(partition: Partition) -> None:
+    """Check that a network has a prunable weight.
+
+    Raises:
+        FishLegError: it has none; the message names what could be named.
+    """
+    if partition.prunable:
+        return
+    found = "; ".join(f"{name} ({reason})" for name, reason in partition.unprunable)
+    remedy = (
+        f"Its weights with two or more dimensions: {found}. Name some of them in `prunable` of "
+        "partition_parameters, or take them out of `keep` or `skip`."
+        if found
+        else "It has no weight with two or more dimensions."
+    )
+    raise FishLegError(
+        "No weight of the network is prunable, so nothing can be removed; expected one at least. "
+        + remedy
+    )
+
+
+def listed(counts: Mapping[str, int], most: int = 5) -> str:
+    """Return the largest of some counts for people."""
+    names = sorted(counts, key=lambda name: (-counts[name], name))
+    rest = ", ..." if len(names) > most else ""
+    return ", ".join(f"{name} {counts[name]}" for name in names[:most]) + rest
+
+
+def _protected(group: ParameterGroup, score: Tensor, min_kept: float) -> Tensor | None:
+    """Return which of a group's weights must survive, flat; None where none must.
+
+    One of each slice that is divided by its norm, and then the most salient ones up to `min_kept`.
+
+    Raises:
+        FishLegError: fewer survive already.
+    """
+    wanted = ceil(Fraction(repr(float(min_kept))) * score.numel())
+    if not wanted and group.norm_dim is None:
+        return None
+    alive = score != -torch.inf
+    if int(alive.sum()) < wanted:
+        raise FishLegError(
+            f"{group.name}: min_kept={min_kept} keeps {wanted} of its {score.numel()} weights, but "
+            f"only {int(alive.sum())} are left; removed weights do not come back."
+        )
+    order = torch.sort(score, stable=True).indices
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(score.numel(), device=score.device)
+    best = torch.zeros_like(alive)
+    if group.norm_dim is not None:
+        ranks = rank.reshape(group.weight_shape)
+        if group.norm_dim != WHOLE:
+            ranks = ranks.movedim(group.norm_dim, 0).flatten(1)
+            best[order[ranks.amax(1)]] = True
+        else:
+            best[order[-1]] = True
+        best &= alive
+    # above all others, in their own order
+    first = torch.where(best, rank + score.numel(), rank)
+    best[torch.sort(first, descending=True).indices[:wanted]] = True
+    return best
 
 
 def _scores(group: ParameterGroup, saliencies: Mapping[str, Tensor], mask: Tensor) -> Tensor:

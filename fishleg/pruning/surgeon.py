@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import inf
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,12 @@ from fishleg.linalg import CGReport
 from fishleg.parameters import Partition
 from fishleg.pruning.compensation import compensate
 from fishleg.pruning.layerwise import greedy_saliency
-from fishleg.pruning.masks import Masks, apply_masks, count_masks, dense_masks
+from fishleg.pruning.masks import Masks, apply_masks, count_masks, dense_masks, zero_masks
 from fishleg.pruning.saliency import saliency
-from fishleg.pruning.selection import select
+from fishleg.pruning.selection import check_prunable, listed, select
 
 SELECTIONS = ("single", "greedy")
+ZEROS = ("keep", "free")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,13 @@ class PruneReport:
         predicted: 1/2 d^T F_g d of the whole move by the method's own curvature, damping included,
             in units of the loss; None for `none` and `independent`.
         solves: group name (or "network") -> how its conjugate gradients went.
+        unprunable: (state-dict name, reason) of each weight with two or more dimensions that was
+            not prunable; see `Partition`.
+        emptied: names of the groups that have no weight left.
+        zeros: group name -> how many weights were exactly 0 before the step and were taken as
+            removed, where no masks were given.
+        warnings: what a person should know, a sentence each: emptied groups, zeros that were found,
+            a solve that stopped short.
     """
 
     masks: Masks
@@ -47,6 +56,10 @@ class PruneReport:
     saliency: float
     predicted: float | None
     solves: Mapping[str, CGReport]
+    unprunable: tuple[tuple[str, str], ...] = ()
+    emptied: tuple[str, ...] = ()
+    zeros: Mapping[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 def prune_once(
@@ -57,6 +70,8 @@ def prune_once(
     masks: Mapping[str, Tensor] | None = None,
     selection: str = "single",
     distribution: str = "global",
+    min_kept: float = 0.0,
+    zeros: str = "keep",
     compensation: str = "joint",
     source: GradientSource | None = None,
     tolerance: float = 1e-4,
@@ -69,10 +84,14 @@ def prune_once(
         estimator: a fitted estimate of the inverse Fisher.
         sparsity: fraction of all prunable weights removed after the step, in [0, 1).
         masks: group name -> bool (rows, columns), the survivors before it; None is the estimate's
-            own support (for a Q of the full Fisher: everything).
+            own support (for a Q of the full Fisher: everything), without the zeros that `zeros`
+            keeps.
         selection: by what a weight costs: "single", removed alone, or "greedy", after the others
             of its row that cost less; see `greedy_saliency`.
         distribution: "global" or "uniform"; see `select`.
+        min_kept: fraction of each group that survives at the least, in [0, 1]; see `select`.
+        zeros: where `masks` is None, weights that are 0 already count as removed and stay 0
+            ("keep"; see `zero_masks` for which), or are like any others ("free").
         compensation: "none", "independent", "joint" or "fisher"; see `compensate`.
         source: for "fisher": gradients of `model` on calibration data.
         tolerance: relative residual at which conjugate gradients stop.
@@ -83,31 +102,32 @@ def prune_once(
         of `greedy_saliency`, `select` and `compensate`, and leave the model unchanged.
 
     Raises:
-        UnknownName: no such selection.
+        UnknownName: no such selection, or `zeros` is neither.
     """
     if selection not in SELECTIONS:
         raise UnknownName("selection", selection, SELECTIONS)
+    if zeros not in ZEROS:
+        raise UnknownName("zeros", zeros, ZEROS)
     partition = estimator.partition
     weights = _matrices(model, partition)
     before = masks or estimator.masks or dense_masks(partition)
     before = {name: mask.to(weights[name].device) for name, mask in before.items()}
+    found: dict[str, int] = {}
+    options = {} if zeros == "keep" and not masks else {"at_least": inf}
+    for name, mask in zero_masks(model, partition, **options).items():
+        if gone := int((before[name] & ~mask).sum()):
+            found[name] = gone
+            before[name] = before[name] & mask
     prunable = {group.name: weights[group.name] for group in partition.prunable}
     if selection == "greedy":
         scores = greedy_saliency(estimator, prunable, before)
     else:
         scores = saliency(estimator, prunable)
-    return prune_to(
-        model,
-        estimator,
-        masks=select(partition, scores, before, sparsity, distribution),
-        compensation=compensation,
-        source=source,
-        tolerance=tolerance,
-        max_iterations=max_iterations,
-    )
+    after = select(partition, scores, before, sparsity, distribution, min_kept=min_kept)
+    report = _remove(model, estimator, after, compensation, source, tolerance, max_iterations)
+    return replace(report, zeros=found, warnings=(*_say_zeros(found), *report.warnings))
 
 
-@torch.no_grad()
 def prune_to(
     model: nn.Module,
     estimator: AbstractEstimator,
@@ -122,6 +142,20 @@ def prune_to(
 
     Arguments, results and errors as for `prune_once`, but `masks` are the survivors after the step.
     """
+    check_prunable(estimator.partition)
+    return _remove(model, estimator, masks, compensation, source, tolerance, max_iterations)
+
+
+@torch.no_grad()
+def _remove(
+    model: nn.Module,
+    estimator: AbstractEstimator,
+    masks: Masks,
+    compensation: str,
+    source: GradientSource | None,
+    tolerance: float,
+    max_iterations: int,
+) -> PruneReport:
     partition = estimator.partition
     weights = _matrices(model, partition)
     deltas, report = compensate(
@@ -140,6 +174,11 @@ def prune_to(
         parameters[name].add_(delta)
     apply_masks(model, partition, masks)
     removed, prunable = count_masks(partition, masks)
+    emptied = tuple(
+        group.name
+        for group in partition.prunable
+        if not masks[group.name][:, : group.weight_columns].any()
+    )
     return PruneReport(
         masks=masks,
         sparsity=removed / prunable if prunable else 0.0,
@@ -149,6 +188,37 @@ def prune_to(
         saliency=sum(float(scores[name][~mask].double().sum()) for name, mask in masks.items()),
         predicted=report.predicted,
         solves=report.solves,
+        unprunable=partition.unprunable,
+        emptied=emptied,
+        warnings=(*_say_emptied(emptied), *_say_short(report.solves, tolerance)),
+    )
+
+
+def _say_zeros(found: Mapping[str, int]) -> tuple[str, ...]:
+    if not found:
+        return ()
+    return (
+        f"{sum(found.values())} weights were exactly 0 before the step and count as removed "
+        f"({listed(found)}).",
+    )
+
+
+def _say_emptied(names: Sequence[str]) -> tuple[str, ...]:
+    if not names:
+        return ()
+    return (
+        f"Layers that have lost every weight: {', '.join(names)}; nothing of what they are given "
+        "passes. Set min_kept, or a lower sparsity.",
+    )
+
+
+def _say_short(solves: Mapping[str, CGReport], tolerance: float) -> tuple[str, ...]:
+    return tuple(
+        f"compensation of {name}: conjugate gradients stopped at the relative residual "
+        f"{solve.residual:.1e} after {solve.iterations} iterations, short of {tolerance:.1e}; "
+        "raise max_iterations, or the damping."
+        for name, solve in solves.items()
+        if not solve.converged
     )
 
 

@@ -73,8 +73,9 @@ def test_frozen_parameters_are_reported():
 
 
 def test_a_vector_is_never_prunable():
-    partition = partition_parameters(Mixed(), prunable=["norm.weight"])
-    assert not partition["norm"].prunable
+    with pytest.raises(FishLegError, match="norm.weight: fewer than two dimensions"):
+        partition_parameters(Mixed(), prunable=["norm.weight"])
+    assert not partition_parameters(Mixed(), prunable=["*"])["norm"].prunable
 
 
 def test_the_root_may_be_a_layer():

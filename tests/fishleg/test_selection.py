@@ -80,7 +80,9 @@ def test_ties_go_to_the_lowest_flat_index_in_state_dict_order(distribution):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    shapes=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6), st.booleans()), max_size=4),
+    shapes=st.lists(
+        st.tuples(st.integers(1, 6), st.integers(1, 6), st.booleans()), min_size=1, max_size=4
+    ),
     thousandths=st.tuples(st.integers(0, 999), st.integers(0, 999)).map(sorted),
     distribution=st.sampled_from(["global", "uniform"]),
     seed=st.integers(0, 99),
@@ -142,9 +144,13 @@ def test_bad_input_is_named():
         select(partition, {}, masks, 0.5)
 
 
-def test_nothing_prunable_is_no_error():
-    partition = partition_parameters(nn.LayerNorm(3))
-    assert select(partition, {}, {}, 0.5) == {}
+def test_nothing_prunable_is_an_error_that_names_what_could_be_named():
+    partition = partition_parameters(nn.Sequential(nn.Embedding(5, 3), nn.LayerNorm(3)))
+    assert select(partition, {}, {}, 0.0) == {}
+    with pytest.raises(FishLegError, match=r"0.weight \(an embedding.*Name some .* `prunable`"):
+        select(partition, {}, {}, 0.5)
+    with pytest.raises(FishLegError, match="no weight with two or more dimensions"):
+        select(partition_parameters(nn.LayerNorm(3)), {}, {}, 0.5)
 
 
 # ---------------------------------------------------------------------------------------- N:M
