@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, FiniteFloat, NonNegativeInt, model_validator
 
 from pipeline.stage import (
     Catalogue,
@@ -103,7 +103,8 @@ DATASETS = Registry(
     prefixes={
         "folder:": Entry(
             target="stages.data.image_folder:load",
-            summary="a tree of images, PATH/{train,val,test}/CLASS/*; option image_size",
+            summary="a tree of images, PATH/{train,val,test}/CLASS/*; options image_size (pixels), "
+            "background (grey level behind transparent pixels), upright (turned by EXIF)",
         )
     },
 )
@@ -155,7 +156,8 @@ class DataParams(Params):
 
     dataset: Annotated[str, DATASETS] = Field(description="name of the data set")
     dataset_args: dict[str, Any] = Field(
-        default={}, description="options of the data set's loader, such as image_size"
+        default={},
+        description="options of the data set's loader; of folder: image_size, background, upright",
     )
     download: bool = Field(
         default=False, description="fetch missing data into the data folder (FISHLEG_DATA)"
@@ -167,11 +169,14 @@ class DataParams(Params):
     subset: int | None = Field(
         default=None, ge=2, description="samples kept of each split, evenly spaced; null for all"
     )
-    mean: list[float] | None = Field(
-        default=None, description="normalisation per channel; null for the data set's own"
+    mean: list[FiniteFloat] | None = Field(
+        default=None,
+        min_length=1,
+        description="normalisation: a number for each channel, or one for all; null for the data "
+        "set's own",
     )
-    std: list[float] | None = Field(
-        default=None, description="normalisation per channel; null for the data set's own"
+    std: list[Annotated[FiniteFloat, Field(gt=0)]] | None = Field(
+        default=None, min_length=1, description="likewise; each above 0"
     )
 
 

@@ -17,14 +17,17 @@ def export(source: Path, destination: Path) -> None:
 def load(source: Path) -> tuple[Any, Any]:
     """Return the network, in eval mode on the CPU, and an example of its input.
 
-    The example shows shape and type, and is no sample of the data: zeros, float32 (2, C, H, W).
+    The example shows shape and type, and is no sample of the data: two samples of zeros, float32
+    for images and other values, the data's own type for ids.
     """
     import torch  # `fls export` does without
 
+    from stages.data.dataset import IDS
     from stages.data.source import load_data
     from stages.model_folder import load_model
 
     model = load_model(source, "cpu")
     dataset, _ = load_data(model.facts.data)
-    shape = dataset.validation.inputs.shape[1:]
-    return model.network, torch.zeros(2, *shape).numpy()
+    inputs = dataset.validation.inputs
+    dtype = inputs.dtype if inputs.dtype in IDS else torch.float32
+    return model.network, torch.zeros(2, *inputs.shape[1:], dtype=dtype).numpy()

@@ -23,6 +23,8 @@ def pretrain(ctx: Context) -> None:
     params: PretrainParams = ctx.params
     compute_deterministically(ctx.device)
     dataset, source = load_data(DataSource.from_params(params))
+    for note in dataset.notes:
+        ctx.say(note)
     facts = Facts.from_params(params, dataset, source)
     torch.manual_seed(derive_seed(params.seed, "weights"))
     network = facts.build().to(ctx.device)

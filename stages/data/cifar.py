@@ -137,9 +137,16 @@ def _read_pickled(path: Path, label_key: str) -> tuple[Tensor, Tensor]:
     try:
         with open(path, "rb") as file:
             batch = _ArraysOnly(file, encoding="latin1").load()
-        return torch.from_numpy(batch["data"]), torch.tensor(batch[label_key])
+        pixels, labels = torch.from_numpy(batch["data"]), torch.tensor(batch[label_key])
     except _BROKEN as error:
         raise StageError(f"{path}: expected a CIFAR batch, got {error!r}.") from None
+    expected = ((len(labels), _PIXELS), torch.uint8, torch.int64)
+    if (tuple(pixels.shape), pixels.dtype, labels.dtype) != expected:
+        raise StageError(
+            f"{path}: expected as many rows of {_PIXELS} bytes as labels, got {pixels.dtype} "
+            f"{tuple(pixels.shape)} and {labels.dtype} {tuple(labels.shape)}; get it again."
+        )
+    return pixels, labels
 
 
 class _ArraysOnly(pickle.Unpickler):  # noqa: S301 - it is what makes unpickling safe

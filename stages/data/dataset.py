@@ -1,7 +1,9 @@
 """What a data set is: decoded arrays in three splits, held as they are stored (uint8 for images).
 
-Letters: N samples, C channels, H height, W width. Normalisation is part of the data set, and is
-applied to batches on the device: x -> (x * scale - mean) / std, channel by channel.
+Letters: N samples, C channels, H height, W width. The type of the inputs says what they are: bytes
+and floating-point numbers are `VALUES`, int32 and int64 are `IDS`, of tokens say. Normalisation is
+part of the data set, and is applied to batches of values on the device: x -> (x * scale - mean) /
+std, channel by channel. Ids go to the network as they are.
 """
 
 from __future__ import annotations
@@ -13,14 +15,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+SPLITS = ("train", "validation", "test")
+VALUES = (torch.uint8, torch.float32, torch.float64, torch.float16, torch.bfloat16)
+IDS = (torch.int64, torch.int32)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
     """Samples with labels.
 
     Attributes:
-        inputs: (N, C, H, W) uint8, or float32 for data that are no images; any rank.
-        labels: (N,) int64 class numbers.
+        inputs: images (N, C, H, W) uint8; other values (N, features, ...), floating-point; or ids
+            (N, ...), int64 or int32.
+        labels: (N,) int64 class numbers, from 0.
     """
 
     inputs: Tensor
@@ -47,22 +54,25 @@ class DataSet:
         validation: training samples set apart; all choices are made on them.
         test: read once for each reported number.
         num_classes: number of labels.
-        mean: per channel, of the scaled values.
-        std: per channel, of the scaled values.
+        mean: of the scaled values, one for each channel or one for all; none for ids, nor for
+            values that are scaled only.
+        std: likewise.
         scale: factor before the normalisation (1/255 for images in bytes).
         crop_padding: augmentation: zeros added on each side before a random crop; 0 for none.
         flip: augmentation: random horizontal flips.
+        notes: what people should know about the data, a sentence each; told where they come in.
     """
 
     train: Split
     validation: Split
     test: Split
     num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
     scale: float = 1 / 255
     crop_padding: int = 0
     flip: bool = False
+    notes: tuple[str, ...] = ()
 
     def split(self, name: str) -> Split:
         """Return the split of that name: "train", "validation" or "test"."""
@@ -81,15 +91,20 @@ class DataSet:
         """Return a model's input from stored samples.
 
         Args:
-            batch: (n, C, H, W) uint8 or float32, on any device.
+            batch: samples of a split, on any device.
 
         Returns:
-            float32 of the same shape; images are laid out channels-last, which convolutions like.
+            The same shape. Values become float32, and images are laid out channels-last, which
+            convolutions like; ids stay what they are.
         """
-        shape = (1, -1) + (1,) * (batch.ndim - 2)
-        mean = torch.tensor(self.mean, device=batch.device).reshape(shape)
-        std = torch.tensor(self.std, device=batch.device).reshape(shape)
-        scaled = (batch.float() * self.scale - mean) / std
+        if batch.dtype in IDS:
+            return batch
+        scaled = batch.float() * self.scale
+        if self.mean:
+            shape = (1, -1) + (1,) * (batch.ndim - 2)
+            mean = torch.tensor(self.mean, device=batch.device).reshape(shape)
+            std = torch.tensor(self.std, device=batch.device).reshape(shape)
+            scaled = (scaled - mean) / std
         if scaled.ndim == 4:
             return scaled.contiguous(memory_format=torch.channels_last)
         return scaled
@@ -101,12 +116,15 @@ def digest_arrays(dataset: DataSet) -> str:
     Equal arrays have equal digests whatever files they came from. Cost: about 0.5 s a gigabyte.
     """
     total = hashlib.sha256()
-    for name in ("train", "validation", "test"):
+    for name in SPLITS:
         split = dataset.split(name)
         for part, tensor in (("inputs", split.inputs), ("labels", split.labels)):
             header = f"{name}.{part} {str(tensor.dtype).removeprefix('torch.')} {[*tensor.shape]}\n"
             total.update(header.encode())
-            total.update(tensor.contiguous().numpy().data.cast("B"))
+            plain = tensor.contiguous()
+            if plain.dtype == torch.bfloat16:
+                plain = plain.view(torch.int16)  # numpy has no such type
+            total.update(plain.numpy().data.cast("B"))
     return total.hexdigest()
 
 

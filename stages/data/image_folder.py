@@ -1,7 +1,10 @@
 """Trees of images: one folder a class, one folder a split. Tiny ImageNet is one of them.
 
 A tree has `train/CLASS/*` and a test split `test/CLASS/*` or `val/CLASS/*`; where both are there,
-`val` is the validation split, else a tenth of each class's training images is set apart for it.
+`val` is the validation split, else a tenth of each class's training images is set apart for it. The
+folders in `train`, sorted by name, are the classes, for all splits: one that another split lacks
+moves no label, and one that only another split has is an error. What is hidden (`.DS_Store`,
+`.ipynb_checkpoints`, `__MACOSX`) is passed over. How a file becomes bytes: `stages.data.images`.
 Decoded arrays are cached beside the tree, since decoding 100,000 JPEGs takes a minute.
 """
 
@@ -10,20 +13,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.stage import StageError
 from stages.data.dataset import DataSet, Split, hold_out_per_class
+from stages.data.images import RULES, SUFFIXES, Reading, read_image
 from stages.data.missing import MissingData, find_or_fetch
 from stages.torchvision_import import import_torchvision
 
-_SUFFIXES = {".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm"}
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 _TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -31,10 +36,25 @@ _TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 _LAYOUT = "train/CLASS/IMAGE, and test/CLASS/IMAGE or val/CLASS/IMAGE (jpeg, png, bmp, webp, ppm)"
 
 _Labelled = list[tuple[Path, int]]
+_HIDDEN = (".", "__MACOSX")  # how the names begin that a tree's own files do not have
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Decoded:
+    """The splits of a tree, and what is said about their images."""
+
+    splits: Mapping[str, Split]
+    notes: tuple[str, ...]
 
 
 def load(
-    path: str, root: Path, *, download: bool = False, image_size: int | None = None
+    path: str,
+    root: Path,
+    *,
+    download: bool = False,
+    image_size: int | None = None,
+    background: int | None = None,
+    upright: bool = False,
 ) -> DataSet:
     """Return the tree of images at `path` (of `folder:PATH`), relative ones under `root`.
 
@@ -44,26 +64,44 @@ def load(
         download: trees cannot be downloaded; the error says so.
         image_size: shorter side after resizing, then a centre crop to a square; None when all
             images have the same size already.
+        background: grey level, 0 to 255, behind transparent pixels; None refuses such images.
+        upright: turn photographs as their EXIF orientation says. By default they stay as stored,
+            which is how torchvision's ImageFolder shows them to the networks that it trains; that
+            there are such photographs is noted.
 
     Raises:
-        MissingData: the tree is not there. (Images that differ in size are a StageError.)
+        MissingData: the tree is not there.
+        StageError: a split has a class that `train` lacks, a class has no training image, images
+            differ in size, or one is damaged or refused; the message has its path.
     """
     del download
     tree = root / path
-    splits = {
-        name: _labelled(tree / name) for name in ("train", "val", "test") if (tree / name).is_dir()
-    }
-    if "train" not in splits or len(splits) < 2:
+    names = [name for name in ("train", "val", "test") if (tree / name).is_dir()]
+    if "train" not in names or len(names) < 2:
         raise MissingData(f"The tree of images {path!r}", tree, _LAYOUT, downloadable=False)
-    decoded = _decode_cached(tree, splits, image_size)
-    if len(splits) == 3:
-        train, validation, test = decoded["train"], decoded["val"], decoded["test"]
-    else:
-        train, validation = hold_out_per_class(
-            decoded["train"].inputs, decoded["train"].labels, 0.1
+    classes = _classes(tree / "train")
+    notes: list[str] = []
+    splits = {name: _labelled(tree / name, classes, notes) for name in names}
+    without = sorted(set(range(len(classes))) - {label for _, label in splits["train"]})
+    if without:
+        raise StageError(
+            f"{tree / 'train' / classes[without[0]]} has no image, and each folder in train is a "
+            f"class. Put images there, or remove the folder. Expected {_LAYOUT}."
         )
-        test = decoded["test" if "test" in decoded else "val"]
-    return _data_set(train, validation, test)
+    reading = Reading(image_size=image_size, background=background, upright=upright)
+    decoded = _decode_cached(tree, splits, reading)
+    parts = dict(decoded.splits)
+    if len(parts) == 3:
+        train, validation, test = parts["train"], parts["val"], parts["test"]
+    else:
+        train, validation = hold_out_per_class(parts["train"].inputs, parts["train"].labels, 0.1)
+        test = parts["test" if "test" in parts else "val"]
+    if not len(validation):
+        raise StageError(
+            f"{tree / 'train'}: no class has two images, so that none can be set apart for "
+            "validation. Add images, or a folder val beside it and test."
+        )
+    return _data_set(train, validation, test, len(classes), (*notes, *decoded.notes))
 
 
 def load_tiny_imagenet(root: Path, *, download: bool = False) -> DataSet:
@@ -93,83 +131,186 @@ def load_tiny_imagenet(root: Path, *, download: bool = False) -> DataSet:
             "tiny-imagenet-200/val/images/*.JPEG and tiny-imagenet-200/val/val_annotations.txt"
         )
         raise MissingData("Tiny ImageNet", root, layout)
-    train = _labelled(tree / "train")
-    classes = {name: number for number, name in enumerate(_classes(tree / "train"))}
-    annotations = (tree / "val" / "val_annotations.txt").read_text("utf-8").splitlines()
-    rows = sorted(line.split("\t")[:2] for line in annotations if line)
-    test = [(tree / "val" / "images" / name, classes[label]) for name, label in rows]
-    decoded = _decode_cached(tree, {"train": train, "test": test}, None)
-    training, validation = hold_out_per_class(
-        decoded["train"].inputs, decoded["train"].labels, 0.05
-    )
-    return _data_set(training, validation, decoded["test"])
+    classes = _classes(tree / "train")
+    train = _labelled(tree / "train", classes, [])
+    test = _annotated(tree / "val", classes)
+    decoded = _decode_cached(tree, {"train": train, "test": test}, Reading())
+    whole = decoded.splits["train"]
+    training, validation = hold_out_per_class(whole.inputs, whole.labels, 0.05)
+    return _data_set(training, validation, decoded.splits["test"], len(classes), decoded.notes)
 
 
-def _data_set(train: Split, validation: Split, test: Split) -> DataSet:
-    labels = torch.cat([train.labels, validation.labels, test.labels])
+def _annotated(folder: Path, classes: Sequence[str]) -> _Labelled:
+    """Return (image, class number) of each line of Tiny ImageNet's annotations, sorted.
+
+    Raises:
+        StageError: a line names no image that is there, or no class.
+    """
+    path = folder / "val_annotations.txt"
+    numbers = {name: number for number, name in enumerate(classes)}
+    labelled = []
+    for line, text in enumerate(path.read_text("utf-8").splitlines(), start=1):
+        if not text:
+            continue
+        name, _, rest = text.partition("\t")
+        label = rest.partition("\t")[0]
+        image = folder / "images" / name
+        if label not in numbers:
+            raise StageError(f"{path}:{line}: {label!r} is no class folder of train.")
+        if not image.is_file():
+            raise StageError(f"{path}:{line}: {image} is not there.")
+        labelled.append((image, numbers[label]))
+    return sorted(labelled)
+
+
+def _data_set(
+    train: Split, validation: Split, test: Split, num_classes: int, notes: tuple[str, ...]
+) -> DataSet:
     return DataSet(
         train=train,
         validation=validation,
         test=test,
-        num_classes=int(labels.max()) + 1,
+        num_classes=num_classes,
         mean=_IMAGENET_MEAN,
         std=_IMAGENET_STD,
         crop_padding=train.inputs.shape[-1] // 8,
         flip=True,
+        notes=notes,
     )
 
 
 def _classes(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    """Return the names of the folders in `folder` that are not hidden, sorted."""
+    found = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+    return sorted(name for name in found if not name.startswith(_HIDDEN))
 
 
-def _labelled(folder: Path) -> _Labelled:
-    """Return (image, class number) sorted by class, then by path below the class's folder."""
-    return [
-        (path, number)
-        for number, name in enumerate(_classes(folder))
-        for path in sorted((folder / name).rglob("*"))
-        if path.suffix.lower() in _SUFFIXES
-    ]
+def _labelled(folder: Path, classes: Sequence[str], notes: list[str]) -> _Labelled:
+    """Return (image, class number) of a split, sorted by class, then by path below its folder.
+
+    Args:
+        folder: of the split.
+        classes: names of the class folders of `train`, in the order of their numbers.
+        notes: what is left out is noted here.
+
+    Raises:
+        StageError: the split has a folder that is no class, no image at all, or a link to nothing.
+    """
+    here = _classes(folder)
+    for name in here:
+        if name not in classes:
+            near = get_close_matches(name, classes, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise StageError(
+                f"{folder / name} is no class: {folder.parent / 'train'} has no folder of that "
+                f"name, and the classes are the folders there.{hint}"
+            )
+    missing = [name for name in classes if name not in here]
+    if missing:
+        notes.append(
+            f"{folder} has no folder for {_some(missing)}, which {folder.parent / 'train'} has; "
+            "the other classes keep their numbers."
+        )
+    labelled, others = [], [path for path in sorted(folder.iterdir()) if not path.is_dir()]
+    for number, name in enumerate(classes):
+        for path in sorted((folder / name).rglob("*")):
+            if path.is_dir():
+                continue
+            if path.suffix.lower() in SUFFIXES and not _is_hidden(path.relative_to(folder)):
+                labelled.append((path, number))
+            else:
+                others.append(path)
+    left_out = [path for path in others if not _is_hidden(path.relative_to(folder))]
+    if left_out:
+        notes.append(
+            f"{folder}: {len(left_out)} files are left out, since they lie in no class folder or "
+            f"are not jpeg, png, bmp, webp or ppm by their names; the first is {left_out[0]}."
+        )
+    if not labelled:
+        raise StageError(f"{folder} has no image. Expected {_LAYOUT}.")
+    return labelled
 
 
-def _decode_cached(
-    tree: Path, splits: dict[str, _Labelled], image_size: int | None
-) -> dict[str, Split]:
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(_HIDDEN) for part in path.parts)
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return up to five names, quoted, and how many more there are."""
+    shown = ", ".join(repr(name) for name in names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+
+
+def _decode_cached(tree: Path, splits: Mapping[str, _Labelled], reading: Reading) -> _Decoded:
     """Decode all splits, or take them from `.decoded-HASH.safetensors` in the tree.
 
-    The hash covers every path, size and modification time, so a changed tree is decoded again. A
-    tree that cannot be written to is decoded each time.
+    The hash covers every path, size and modification time, how images are read, and the version of
+    the rules, so a changed tree is decoded again. A tree that cannot be written to is decoded each
+    time.
     """
     listing = [
-        [name, str(path.relative_to(tree)), path.stat().st_size, path.stat().st_mtime_ns]
+        [name, str(path.relative_to(tree)), *_size_and_time(path)]
         for name, images in splits.items()
         for path, _ in images
     ]
-    state = json.dumps([listing, image_size]).encode()
+    state = json.dumps([RULES, listing, asdict(reading)]).encode()
     cache = tree / f".decoded-{hashlib.sha256(state).hexdigest()[:16]}.safetensors"
     try:
         images = load_file(cache)
+        with safe_open(cache, "pt") as file:
+            notes = tuple(json.loads(file.metadata()["notes"]))
     except (FileNotFoundError, SafetensorError):
-        images = {name: _decode(labelled, image_size) for name, labelled in splits.items()}
+        images, notes = _decode_all(splits, reading)
         if os.access(tree, os.W_OK):
             part = cache.with_name(f"{cache.name}.{os.getpid()}.part")
-            save_file(images, part)
+            save_file(images, part, metadata={"notes": json.dumps(notes)})
             part.replace(cache)
-    return {
-        name: Split(inputs=images[name], labels=torch.tensor([label for _, label in labelled]))
-        for name, labelled in splits.items()
-    }
+    return _Decoded(
+        splits={
+            name: Split(inputs=images[name], labels=torch.tensor([label for _, label in labelled]))
+            for name, labelled in splits.items()
+        },
+        notes=notes,
+    )
 
 
-def _decode(images: _Labelled, image_size: int | None) -> Tensor:
+def _size_and_time(path: Path) -> tuple[int, int]:
+    """Return size and modification time.
+
+    Raises:
+        StageError: the path is a link to nothing.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise StageError(f"{path} is a link to a file that is not there.") from None
+    return found.st_size, found.st_mtime_ns
+
+
+def _decode_all(
+    splits: Mapping[str, _Labelled], reading: Reading
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Return split name -> uint8 (N, 3, H, W), and notes."""
+    turned: list[Path] = []
+    images = {name: _decode(labelled, reading, turned) for name, labelled in splits.items()}
+    if not turned:
+        return images, ()
+    note = (
+        f"{len(turned)} images have an EXIF orientation and are used as they are stored, not "
+        f"turned, as torchvision does; the first is {turned[0]}. `dataset_args: {{upright: true}}` "
+        "turns them."
+    )
+    return images, (note,)
+
+
+def _decode(images: _Labelled, reading: Reading, turned: list[Path]) -> Tensor:
     """Return (N, 3, H, W) uint8.
 
     Raises:
-        StageError: there is no image, or two differ in size.
+        StageError: two images differ in size.
     """
     stack: Tensor | None = None
-    for index, (path, pixels) in enumerate(_pixels(images, image_size)):
+    for index, (path, pixels) in enumerate(_pixels(images, reading, turned)):
         if stack is None:
             stack = torch.empty((len(images), *pixels.shape), dtype=torch.uint8)
         if pixels.shape != stack.shape[1:]:
@@ -178,18 +319,14 @@ def _decode(images: _Labelled, image_size: int | None) -> Tensor:
                 f"{[*stack.shape[2:]]}. Give all one size: dataset_args: {{image_size: 64}}."
             )
         stack[index] = pixels
-    if stack is None:
-        raise StageError(f"A split of the tree has no image. Expected {_LAYOUT}.")
-    return stack
+    return stack if stack is not None else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
 
 
-def _pixels(images: _Labelled, image_size: int | None) -> Iterator[tuple[Path, Tensor]]:
-    from PIL import Image, ImageOps  # lazily: only trees of images need it
-
+def _pixels(
+    images: _Labelled, reading: Reading, turned: list[Path]
+) -> Iterator[tuple[Path, Tensor]]:
     for path, _ in images:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-        if image_size is not None:
-            image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
-        raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        yield path, raw.reshape(image.height, image.width, 3).permute(2, 0, 1)
+        pixels, left = read_image(path, reading)
+        if left:
+            turned.append(path)
+        yield path, pixels

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import zlib
 from math import prod
 from pathlib import Path
 
@@ -26,6 +27,7 @@ _FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
+_REMEDY = "remove it and get it again."
 _UNSIGNED_BYTE = 8  # the idx format's code for the element type
 
 
@@ -53,7 +55,9 @@ def _load(name: str, root: Path, download: bool, *, mean: float, std: float) -> 
     if found is None:
         files = ",".join(_FILES)
         raise MissingData(name, root, f"{name}/raw/{{{files}}}, each plain or with .gz")
-    images, labels, test_images, test_labels = (_read_idx(path) for path in found)
+    images, labels, test_images, test_labels = (
+        _read_idx(path, rank) for path, rank in zip(found, (3, 1, 3, 1), strict=True)
+    )
     held = min(_VALIDATION, len(labels) // 2)  # a cut-down copy keeps something to train on
     train, validation = hold_out_last(images.unsqueeze(1), labels.to(torch.int64), held)
     return DataSet(
@@ -72,16 +76,22 @@ def _existing(path: Path) -> Path | None:
     return next((one for one in (path, packed) if one.is_file()), None)
 
 
-def _read_idx(path: Path) -> Tensor:
+def _read_idx(path: Path, rank: int) -> Tensor:
     """Return the uint8 array of an idx file: magic 00 00 08 RANK, big-endian sizes, then bytes.
 
     Raises:
-        StageError: the file is none, or not whole.
+        StageError: the file is none, is not whole, or its array has not `rank` dimensions.
     """
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    zero, kind, rank = struct.unpack(">HBB", data[:4])
-    sizes = struct.unpack(f">{rank}I", data[4 : 4 + 4 * rank])
-    body = data[4 + 4 * rank :]
-    if zero or kind != _UNSIGNED_BYTE or len(body) != prod(sizes):
-        raise StageError(f"{path} is not a whole idx file of bytes; remove it and get it again.")
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        zero, kind, found = struct.unpack(">HBB", data[:4])
+        sizes = struct.unpack(f">{found}I", data[4 : 4 + 4 * found])
+    except (OSError, EOFError, zlib.error, struct.error) as error:
+        raise StageError(f"{path}: {error}; {_REMEDY}") from None
+    body = data[4 + 4 * found :]
+    if zero or kind != _UNSIGNED_BYTE or found != rank or len(body) != prod(sizes):
+        raise StageError(
+            f"{path} is not a whole idx file of bytes in {rank} dimension{'s' * (rank > 1)}; "
+            f"{_REMEDY}"
+        )
     return torch.frombuffer(bytearray(body), dtype=torch.uint8).reshape(sizes)

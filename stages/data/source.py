@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.stage import StageError
+from stages.data.checks import check
 from stages.data.dataset import DataSet, digest_arrays, spread
 from stages.reference import Reference, refer
 
@@ -74,7 +76,8 @@ def load_data(source: DataSource) -> tuple[DataSet, DataSource]:
     A declared digest is verified; where none is declared, the digest found is put into the source
     returned, so that later stages notice when the data have changed in between.
 
-    Data that are missing, or are not those declared, are a StageError.
+    Data that are missing, that are not those declared, or that `stages.data.checks` refuses, are a
+    StageError.
     """
     root = Path(os.environ.get("FISHLEG_DATA", "data"))
     return _load(root.absolute(), json.dumps(source.to_json(), sort_keys=True))
@@ -83,14 +86,42 @@ def load_data(source: DataSource) -> tuple[DataSet, DataSource]:
 @lru_cache(maxsize=1)  # a warm worker runs many cells on the same data
 def _load(root: Path, description: str) -> tuple[DataSet, DataSource]:
     source = DataSource.from_json(json.loads(description))
-    dataset = source.reference.load()(root, download=source.download, **source.args)
+    loader = source.reference.load()
+    _require_options(loader, source)
+    dataset = loader(root, download=source.download, **source.args)
     if not isinstance(dataset, DataSet):
         raise StageError(
             f"{source.reference.target} returned {type(dataset).__name__}; expected a "
             "stages.data.dataset.DataSet."
         )
+    dataset = replace(
+        dataset,
+        mean=dataset.mean if source.mean is None else source.mean,
+        std=dataset.std if source.std is None else source.std,
+    )
+    check(dataset, source.reference.name)
     source = _verified(dataset, source)
-    return _adapt(dataset, source), source
+    if source.subset is not None:
+        count = source.subset
+        dataset = dataset.map_splits(lambda split: spread(split, count))
+    return dataset, source
+
+
+def _require_options(loader: Callable[..., Any], source: DataSource) -> None:
+    """Check `dataset_args` against the loader's own signature.
+
+    Raises:
+        StageError: the loader has no such option, or lacks one.
+    """
+    signature = inspect.signature(loader)
+    try:
+        signature.bind(Path(), download=source.download, **source.args)
+    except TypeError as error:
+        known = [name for name in [*signature.parameters][1:] if name != "download"]
+        raise StageError(
+            f"dataset_args: {error}. The options of data set {source.reference.name!r} are: "
+            f"{', '.join(known) or 'none'}."
+        ) from None
 
 
 def _verified(dataset: DataSet, source: DataSource) -> DataSource:
@@ -109,15 +140,3 @@ def _verified(dataset: DataSet, source: DataSource) -> DataSource:
             "knowingly with `verify: false` among the params of the stage that names the data set."
         )
     return replace(source, reference=replace(source.reference, digest=found))
-
-
-def _adapt(dataset: DataSet, source: DataSource) -> DataSet:
-    """Return the data set with the source's subset and normalisation."""
-    if source.subset is not None:
-        count = source.subset
-        dataset = dataset.map_splits(lambda split: spread(split, count))
-    return replace(
-        dataset,
-        mean=dataset.mean if source.mean is None else source.mean,
-        std=dataset.std if source.std is None else source.std,
-    )

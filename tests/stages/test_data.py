@@ -105,6 +105,33 @@ def test_mnist_is_the_same_packed_and_plain(tmp_path: Path) -> None:
     assert plain.train.inputs.shape == (3, 1, 28, 28)
 
 
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("train-labels-idx1-ubyte.gz", b"\x1f\x8b no archive"),
+        ("train-labels-idx1-ubyte.gz", gzip.compress(bytes(100))[:-12]),
+        ("t10k-labels-idx1-ubyte", b"\0\0"),
+        ("t10k-labels-idx1-ubyte", struct.pack(">HBB2I", 0, 8, 2, 1, 3) + bytes(3)),
+    ],
+)
+def test_a_damaged_idx_file_is_named(tmp_path: Path, name: str, data: bytes) -> None:
+    write_mnist(tmp_path, packed=name.endswith(".gz"))
+    (tmp_path / "MNIST" / "raw" / name).write_bytes(data)
+    with pytest.raises(StageError, match=rf"{name}.*remove it and get it again"):
+        mnist.load_mnist(tmp_path)
+
+
+@pytest.mark.parametrize("labels", [[0.5] * 8, [0] * 7])
+def test_a_cifar_batch_with_other_labels_is_named(tmp_path: Path, labels: list[float]) -> None:
+    write_python(tmp_path)
+    pixels, _ = rows(8, 0)
+    batch = {"labels": labels, "data": pixels}
+    path = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    path.write_bytes(pickle.dumps(batch, protocol=2))
+    with pytest.raises(StageError, match=r"data_batch_3: expected as many rows of 3072 bytes"):
+        cifar.load_cifar10(tmp_path)
+
+
 def test_digits_are_split_evenly_in_every_class() -> None:
     dataset, source = load_data(source_of("digits"))
     assert source.reference.digest == DATASETS.entries["digits"].digest
