@@ -11,6 +11,7 @@ SPEC_DEPTH = 32  # of mappings, lists and `${vars...}` inside each other
 SPEC_CHARACTERS = SPEC_BYTES  # of all texts that hold `${...}`, after it is replaced
 NAME_CHARACTERS = 100  # of a stage's name, and of an axis value
 CELL_NAME_CHARACTERS = 250  # what MLflow keeps of a run's name
+EXPERIMENT_CHARACTERS = 250  # what MLflow's databases keep of an experiment's name
 CELLS = 5_000  # of a pipeline
 LINKS = 100_000  # between cells
 PROBLEMS = 50  # reported at once

@@ -110,6 +110,20 @@ def _optional_name(value: str | None) -> str | None:
     return value if value is None else _name(value)
 
 
+def _experiment(value: str | None) -> str | None:
+    """Check the name of an experiment.
+
+    Raises:
+        ValueError: MLflow's databases would not keep all of it.
+    """
+    if value is not None and len(value) > limits.EXPERIMENT_CHARACTERS:
+        raise ValueError(
+            f"expected a name of at most {limits.EXPERIMENT_CHARACTERS} characters, "
+            f"got {len(value)}"
+        )
+    return value
+
+
 def _whole_above_one(value: float) -> float:
     """Check a number of GPUs: a share of one, or some whole ones.
 
@@ -168,7 +182,7 @@ class StageShape(_Shape):
 class MlflowShape(_Shape):
     """`mlflow:`; without an experiment, runs go to the one of the pipeline's name."""
 
-    experiment: str | None = None
+    experiment: Annotated[str | None, AfterValidator(_experiment)] = None
     tracking_uri: str | None = None
 
 

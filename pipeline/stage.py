@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import shutil
 import time
@@ -390,7 +391,7 @@ class Context:
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Report metrics, at `step` of a series or (None) as final values of this cell's run."""
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {name: _number(value) for name, value in metrics.items()}
         self._event("metrics", values=values, step=step)
 
     def progress(self, done: float, total: float, unit: str) -> None:
@@ -403,7 +404,7 @@ class Context:
 
     def record(self, name: str, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Report one evaluated object (a model) that gets a child run of its own in tracking."""
-        values = {key: float(value) for key, value in metrics.items()}
+        values = {key: _number(value) for key, value in metrics.items()}
         self._event("record", name=name, params=dict(params), metrics=values)
 
     def _event(self, kind: str, **fields: Any) -> None:
@@ -459,6 +460,14 @@ class Context:
         if not root.is_dir():
             return []
         return sorted(numbers(os.listdir(root)))
+
+
+def _number(value: Any) -> float:
+    """Return a value as a float; an integer beyond all floats is infinite, as it is in torch."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def write_json(path: Path, value: Any) -> None:

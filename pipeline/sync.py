@@ -106,20 +106,23 @@ def sync_runs(store: Store, records: Sequence[RunRecord], console: Console) -> b
             said = f"is being recorded by process {record.pid} on {record.host}; see again later."
             complete = False
         else:
-            said, whole = _sync(store, record, facts)
+            said, whole = _sync(store, record, facts, console)
             complete = complete and whole
         console.print(f"{record.run_id} {said}", soft_wrap=True)
     return complete
 
 
-def _sync(store: Store, record: RunRecord, facts: StoredFacts) -> tuple[str, bool]:
+def _sync(
+    store: Store, record: RunRecord, facts: StoredFacts, console: Console
+) -> tuple[str, bool]:
     """Send what is missing of one run; return what to say, and whether it is complete.
 
     Raises:
         PipelineError: the server is away.
     """
     tracker = make_tracker(record.options.tracking)
-    recorder = Recorder(tracker, store, facts.run, record.tracking, partial(_step, store, record))
+    step, say = partial(_step, store, record), partial(console.print, soft_wrap=True)
+    recorder = Recorder(tracker, store, facts.run, record.tracking, step, say)
     refused, count = [], 0
     try:
         recorder.open()

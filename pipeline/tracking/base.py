@@ -131,9 +131,12 @@ class AbstractTracker(ABC):
     Attributes:
         ids: JSON data that the tracker wants back when it goes on with the run: `cells` (cell ->
             id) and `records` (cell -> record name -> id), where the tracker has ids.
+        notices: what the user should know and has not been told; who tells it takes it out.
     """
 
-    ids: dict[str, Any]
+    def __init__(self) -> None:
+        self.ids: dict[str, Any] = {}
+        self.notices: list[str] = []
 
     @abstractmethod
     def open_run(self, run: RunFacts) -> None:
@@ -152,8 +155,13 @@ class AbstractTracker(ABC):
         """Note an open cell's end."""
 
     @abstractmethod
-    def forget_cell(self, cell: str) -> None:
-        """Drop what was recorded of a cell whose result is no more, because it runs anew."""
+    def forget_cell(self, cell: str, *, records: bool = False) -> None:
+        """Drop what was recorded of a cell whose result is no more, or is another one by now.
+
+        Args:
+            cell: its name.
+            records: whether its records go as well, because nothing will say them again.
+        """
 
     @abstractmethod
     def link_cached(self, cell: CellFacts, source: str | None) -> None:

@@ -17,7 +17,7 @@ class JsonLinesTracker(AbstractTracker):
     """Appends to a file of the run's own; a resumed run goes on with it."""
 
     def __init__(self) -> None:
-        self.ids: dict[str, Any] = {}
+        super().__init__()
         self._path = Path()
 
     def open_run(self, run: RunFacts) -> None:
@@ -50,7 +50,7 @@ class JsonLinesTracker(AbstractTracker):
         paths = {name: str(path) for name, path in end.outputs.items()}
         self._write("cell", cell=cell, state=end.state, outputs=paths)
 
-    def forget_cell(self, cell: str) -> None:
+    def forget_cell(self, cell: str, *, records: bool = False) -> None:
         """Write nothing: the lines say that it runs again."""
 
     def link_cached(self, cell: CellFacts, source: str | None) -> None:

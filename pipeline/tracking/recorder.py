@@ -34,6 +34,7 @@ class Recorder:
         run: the run.
         progress: how far it is recorded; changed here, before `changed` is called.
         changed: called after each step that succeeded.
+        say: takes what the user should know.
     """
 
     def __init__(
@@ -43,12 +44,14 @@ class Recorder:
         run: RunFacts,
         progress: TrackingProgress,
         changed: Callable[[], None] = lambda: None,
+        say: Callable[[str], object] = lambda text: None,
     ):
         self._tracker = tracker
         self._store = store
         self._run = run
         self._progress = progress
         self._changed = changed
+        self._say = say
         self._open: set[str] = set()
         tracker.ids = progress.ids
 
@@ -71,6 +74,8 @@ class Recorder:
         """
         name = cell.cell
         if state is CellState.CACHED:
+            if self._progress.keys.get(name, cell.key) != cell.key:  # another result, another's
+                self._forget(name, records=True)
             self._tracker.link_cached(cell, source)
             self._progress.keys[name] = cell.key
             self._step()
@@ -95,6 +100,7 @@ class Recorder:
     def promote(self, output: str, folder: Path) -> None:
         """Keep an output with the run itself."""
         self._tracker.promote(output, folder)
+        self._step()
 
     def close(self, state: str) -> None:
         """Record the run's end."""
@@ -106,17 +112,21 @@ class Recorder:
         """Open a cell; what was recorded under another key, or of a lost result, goes first."""
         name, progress = cell.cell, self._progress
         if name in progress.closed or progress.keys.get(name, cell.key) != cell.key:
-            self._tracker.forget_cell(name)
-            for recorded in (progress.closed, progress.registered):
-                if name in recorded:
-                    recorded.remove(name)
-            progress.cursors.pop(name, None)
+            self._forget(name)  # its records are said again
         progress.keys[name] = cell.key
         progress.cursors.setdefault(name, Cursor())
         if name not in self._open:
             self._tracker.open_cell(cell)
             self._open.add(name)
             self._step()
+
+    def _forget(self, name: str, *, records: bool = False) -> None:
+        progress = self._progress
+        self._tracker.forget_cell(name, records=records)
+        for recorded in (progress.closed, progress.registered):
+            if name in recorded:
+                recorded.remove(name)
+        progress.cursors.pop(name, None)
 
     def _register(self, cell: CellFacts) -> None:
         if cell.registration is not None and cell.cell not in self._progress.registered:
@@ -152,4 +162,6 @@ class Recorder:
 
     def _step(self) -> None:
         self._progress.ids = self._tracker.ids
+        while self._tracker.notices:
+            self._say(self._tracker.notices.pop(0))
         self._changed()

@@ -151,7 +151,7 @@ class TrackingThread:
         except Exception as error:  # its library is not installed, or broken
             self.error = error
             return
-        recorder = Recorder(tracker, self._store, run, self._live, self._stepped)
+        recorder = Recorder(tracker, self._store, run, self._live, self._stepped, self._tell)
         opened, pause_s = False, _FIRST_PAUSE_S
         while not self._given_up:
             try:
@@ -224,6 +224,10 @@ class TrackingThread:
         with self._change:
             self._refused = True
             self._messages.append(f"{cell} cannot be recorded: {redact(str(error))}")
+
+    def _tell(self, text: str) -> None:
+        with self._change:
+            self._messages.append(text)
 
     def _stepped(self) -> None:
         with self._change:

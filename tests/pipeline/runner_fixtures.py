@@ -26,10 +26,10 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def fresh_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database without runs; making one takes MLflow seconds, so tests get copies."""
-    from pipeline.tracking.mlflow import _connect  # imports MLflow
+    from pipeline.tracking.mlflow_server import connect  # imports MLflow
 
     path = tmp_path_factory.mktemp("fresh") / "mlflow.db"
-    _connect(f"sqlite:///{path}")
+    connect(f"sqlite:///{path}")
     return path
 
 

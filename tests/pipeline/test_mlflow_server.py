@@ -1,5 +1,6 @@
 """A real MLflow server, whose line is cut, and drivers that are killed."""
 
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from servers import Proxy, mlflow_server
 from toy_runs import fls, kill, last_run, start_fls, wait_for, write_spec
 
 from pipeline.runs import RunState
+from pipeline.tracking.mlflow_names import fit_path
 
 SLOW = "slow: {uses: slow, params: {steps: 60, delay_s: 0.1, checkpoint_every: 10}}"
 RUN = ("run", "--executor", "local")
@@ -68,6 +70,28 @@ def test_a_line_that_is_cut_for_seconds_loses_and_doubles_nothing(client: Any, l
     runs = recorded(client)
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     assert steps(client, runs["slow"]) == list(range(1, 61))
+
+
+def test_metrics_and_files_of_any_name_come_through(client: Any, line: Proxy, toy: Path) -> None:
+    """A server takes what follows `#` or `?` in a file's name for no part of it, `%20` for ` `."""
+    names = ["a#b.txt", "a?b.txt", "a%20b.txt", "a b.txt"]
+    write_spec(
+        f"""
+        tell:
+          uses: tell
+          params:
+            metrics: {{"acc@1": 0.5, loss: 1.5}}
+            files: {json.dumps({name: name for name in names})}
+        """
+    )
+    code, output, _ = fls(*RUN)
+    assert (code, last_run().tracked) == (0, True), output
+    run = recorded(client)["tell"]
+    assert (run.info.status, run.data.metrics["loss"]) == ("FINISHED", 1.5)
+    assert run.data.tags["fls.name.acc_1-71dfc1"] == "acc@1"
+    for name in names:
+        path = client.download_artifacts(run.info.run_id, f"told/{fit_path(name)}", str(toy))
+        assert Path(path).read_text() == name
 
 
 def test_a_killed_run_is_ended_by_the_next_start_and_goes_on_as_itself(

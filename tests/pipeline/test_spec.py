@@ -263,6 +263,10 @@ def test_wrong_axes_do_not_bring_mistakes_that_only_follow_from_them(toy: Path) 
         ("nmae: 3\n", "3:1: unknown key 'nmae' (did you mean 'name'?)"),
         ("name: x\n", "3:1: duplicate key 'name', first given at p.yaml:1:1"),
         ("storage: 3\n", "3:10: storage: expected string, got the integer 3"),
+        (
+            f"mlflow: {{experiment: {'x' * 251}}}\n",
+            "3:22: mlflow.experiment: expected a name of at most 250 characters, got 251",
+        ),
         ("mlflow: {experimnt: x}\n", "3:10: unknown key 'experimnt' (did you mean 'experiment'?)"),
         ("keep: results\n", "3:1: unknown key 'keep'; it is a key of a stage"),
         ("autoscaling: true\n", "3:1: unknown key 'autoscaling'; it is a key of `cluster:`"),

@@ -248,6 +248,31 @@ def test_accepted_code_is_a_tag_and_a_new_key_replaces_the_old_one(client: Any, 
         assert tags["fls.key"] != before["stage", name].data.tags["fls.key"]
 
 
+def test_a_result_that_another_run_made_meanwhile_replaces_what_was_recorded(
+    client: Any, toy: Path
+) -> None:
+    write_spec(
+        """
+        good: {uses: start, params: {value: 1}}
+        total: {uses: total, inputs: {numbers: good}}
+        bad: {uses: fail, inputs: {number: good}, params: {counter: counter, until: 1}}
+        """
+    )
+    run_mlflow()
+    first = last_run()
+    module = toy / "toy" / "stages.py"
+    module.write_text(module.read_text() + "\nUNUSED = 1\n")
+    assert run_mlflow()[0] == 0
+    second = last_run()
+    assert resume_here(first, replan=True)[0] == 0
+    runs = recorded(client, first.run_id)
+    assert Counter(kind for kind, _ in runs) == {"pipeline": 1, "cached": 3}
+    for name in ("good", "bad", "total"):
+        tags = runs["cached", name].data.tags
+        assert tags["fls.key"] == second.cells[name].key
+        assert tags["fls.source_run"] == second.tracking.ids["cells"][name]
+
+
 def test_code_that_is_accepted_later_is_a_tag_of_what_was_recorded_before(
     client: Any, toy: Path
 ) -> None:
@@ -639,7 +664,7 @@ class Recording(AbstractTracker):
     """A tracker that notes what it is told; `trouble` may raise before it does."""
 
     def __init__(self, trouble: Callable[[str, str], None]) -> None:
-        self.ids: dict[str, Any] = {}
+        super().__init__()
         self.told: list[tuple[str, str]] = []
         self.steps: list[int] = []
         self._trouble = trouble
@@ -662,7 +687,7 @@ class Recording(AbstractTracker):
     def close_cell(self, cell: str, end: CellEnd) -> None:
         self._tell(end.state, cell)
 
-    def forget_cell(self, cell: str) -> None:
+    def forget_cell(self, cell: str, *, records: bool = False) -> None:
         self._tell("forget", cell)
 
     def link_cached(self, cell: CellFacts, source: str | None) -> None:
@@ -852,7 +877,7 @@ def files(run: Any) -> set[str]:
 def test_a_kill_while_the_tables_are_made_breaks_no_database(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.tracking import mlflow as module
+    from pipeline.tracking import mlflow_server as module
 
     class Killed(BaseException):
         pass
@@ -866,6 +891,6 @@ def test_a_kill_while_the_tables_are_made_breaks_no_database(
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(module, "MlflowClient", half)
-        module._connect(uri)
-    assert module._connect(uri).get_experiment_by_name("Default") is not None
+        module.connect(uri)
+    assert module.connect(uri).get_experiment_by_name("Default") is not None
     assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]

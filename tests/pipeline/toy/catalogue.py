@@ -1,6 +1,6 @@
 """The toy's stages: `start` gives a number, the others take numbers and give a number or rows."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -84,6 +84,15 @@ class FailParams(Params):
     counter: str = Field("", description="a file that counts the attempts")
 
 
+class TellParams(Params):
+    """Of `tell`."""
+
+    metrics: dict[str, float] = Field({}, description="final values that it reports")
+    steps: dict[str, list[float]] = Field({}, description="series that it reports")
+    options: dict[str, Any] = Field({}, description="ignored")
+    files: dict[str, str] = Field({}, description="texts of further files of its result")
+
+
 class NoParams(Params):
     """Of stages without parameters."""
 
@@ -147,6 +156,13 @@ CATALOGUE = Catalogue(
             inputs={"number": Input(kind="number", optional=True)},
             outputs=GIVES_NUMBER,
             summary="fails",
+        ),
+        Stage(
+            name="tell",
+            entry="toy.stages:tell",
+            params=TellParams,
+            outputs={"told": Output(kind="told", track=True)},
+            summary="reports what it is told to, under any name",
         ),
         Stage(
             name="total",

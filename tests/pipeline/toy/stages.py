@@ -38,6 +38,17 @@ def read(ctx: Context) -> None:
     save_number(ctx, number)
 
 
+def tell(ctx: Context) -> None:
+    count_run(ctx)
+    for name, values in ctx.params.steps.items():
+        for step, value in enumerate(values):
+            ctx.log({name: value}, step=step)
+    for name, text in {"told.txt": "", **ctx.params.files}.items():
+        (ctx.output("told") / name).write_text(text)
+    ctx.record("what@it/../told", params=ctx.params.options, metrics=ctx.params.metrics)
+    ctx.log(ctx.params.metrics)
+
+
 def total(ctx: Context) -> None:
     count_run(ctx)
     rows = []
