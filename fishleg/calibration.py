@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fishleg.errors import FishLegError, ShapeMismatch
-from fishleg.likelihoods import Likelihood
+from fishleg.likelihoods import Likelihood, check_targets, given_targets
 from fishleg.nests import Nest, as_nest, count_samples, describe, map_tensors
 from fishleg.rng import SampleGenerator
 
@@ -128,7 +128,9 @@ def label(
     draws: int = 1,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Return D batches of targets and their weights, which sum to 1 for each sample.
+    """Return D batches of targets and their weights.
+
+    The weights of a sample sum to 1; of enumerated labels at several positions, to their number.
 
     Args:
         outputs: the model's outputs, (n, ...).
@@ -144,13 +146,16 @@ def label(
         targets (D, n, ...) and weights (n, D).
 
     Raises:
-        FishLegError: the likelihood cannot enumerate or match, or the data have no targets.
+        FishLegError: the likelihood cannot enumerate or match, the data have no targets where
+            they are needed, or ones that are none of the likelihood's.
     """
     outputs = outputs.detach()
     if labels == "empirical":
         if batch.targets is None:
             raise FishLegError("Empirical labels need targets; the calibration set has none.")
+        check_targets(likelihood, outputs, batch.targets)
         return batch.targets[None], outputs.new_ones(len(outputs), 1)
+    likelihood = given_targets(likelihood, batch.targets)
     if labels == "enumerated":
         found = getattr(likelihood, "enumerate", lambda outputs: None)(outputs)
         if found is None:

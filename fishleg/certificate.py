@@ -15,10 +15,11 @@ from torch import Tensor
 from fishleg.blocks.base import AbstractBlock
 from fishleg.calibration import Labels
 from fishleg.capture import evaluating
-from fishleg.errors import ShapeMismatch
+from fishleg.errors import CapacityExceeded, ShapeMismatch
 from fishleg.estimators.base import AbstractEstimator
 from fishleg.fisher import fisher_vector_product
 from fishleg.gradients import GradientSource
+from fishleg.likelihoods import check_targets, given_targets
 from fishleg.objective import curvature_and_trace, gradient_product, image_square, masked_product
 from fishleg.rng import SampleGenerator
 
@@ -230,6 +231,7 @@ def _measure(
             with torch.no_grad():
                 changed = source.calling.run(source.model, batch.inputs, after)
         if batch.targets is not None:
+            check_targets(source.likelihood, outputs, batch.targets)
             losses = nll(outputs, batch.targets)
             slopes = torch.autograd.grad(losses.sum(), parameters)
             pairs = zip(slopes, change.values(), strict=True)
@@ -240,16 +242,21 @@ def _measure(
         for target, weight in zip(targets, weights.unbind(1), strict=True):
             losses = nll(leaf, target)
             (slope,) = torch.autograd.grad(losses.sum(), leaf)
-            linear = (slope * (changed - leaf.detach())).flatten(1).sum(1)
+            linear = (slope * (changed - leaf.detach())).reshape(len(leaf), -1).sum(1)
             sums["measured_kl"] += _sum(weight * (nll(changed, target) - losses.detach() - linear))
     return {name: value / len(source.calibration) for name, value in sums.items()}
 
 
 def _enumerates(source: GradientSource) -> bool:
-    """Tell whether the likelihood can enumerate its labels."""
+    """Tell whether the likelihood can enumerate its labels, in the memory that there is."""
+    batch = next(source.batches())
     with evaluating(source.model), torch.no_grad():
-        outputs = source.outputs(next(source.batches(1)))
-    return getattr(source.likelihood, "enumerate", lambda outputs: None)(outputs) is not None
+        outputs = source.outputs(batch)
+    likelihood = given_targets(source.likelihood, batch.targets)
+    try:
+        return getattr(likelihood, "enumerate", lambda outputs: None)(outputs) is not None
+    except CapacityExceeded:
+        return False
 
 
 def _sum(values: Tensor) -> float:

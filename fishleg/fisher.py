@@ -18,7 +18,7 @@ from torch.func import jvp, vjp
 from fishleg.capture import evaluating, transformable
 from fishleg.errors import ShapeMismatch, UnknownName
 from fishleg.gradients import GradientSource
-from fishleg.likelihoods import Likelihood
+from fishleg.likelihoods import Likelihood, given_targets
 from fishleg.nests import Nest
 
 Form = Literal["exact", "sampled", "enumerated", "empirical"]
@@ -68,7 +68,8 @@ def fisher_vector_product(
         with evaluating(source.model), transformable(), torch.no_grad():
             outputs, tangents = _push_forward(run, parameters, dict(v))
             if form == "exact":
-                images = source.likelihood.fisher_product(outputs, tangents)
+                likelihood = given_targets(source.likelihood, batch.targets)
+                images = likelihood.fisher_product(outputs, tangents).to(outputs.dtype)
             else:
                 targets, weights = source.label(outputs, batch, form)
                 images = _labelled_product(source.likelihood, outputs, tangents, targets, weights)
@@ -103,6 +104,6 @@ def _labelled_product(
         with torch.enable_grad():
             leaf = outputs.detach().requires_grad_()
             (u,) = torch.autograd.grad(likelihood.nll(leaf, target).sum(), leaf)
-        dots = (u * tangents).flatten(1).sum(1)
+        dots = (u * tangents).reshape(len(u), -1).sum(1)
         images += (weight * dots).reshape(-1, *[1] * (u.ndim - 1)) * u
     return images

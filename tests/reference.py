@@ -66,6 +66,12 @@ def softmax_hessian(outputs: Tensor) -> Tensor:
     return torch.diag(p) - torch.outer(p, p)
 
 
+def positions_hessian(outputs: Tensor, counts: Sequence[bool]) -> Tensor:
+    """Return the blocks of one sample's logits (T, C), 0 for positions that do not count."""
+    blocks = [softmax_hessian(f) * float(count) for f, count in zip(outputs, counts, strict=True)]
+    return torch.block_diag(*blocks)
+
+
 def gaussian_hessian(outputs: Tensor, variance: float = 1.0) -> Tensor:
     """Return I / variance for one sample's outputs (d,)."""
     return torch.eye(len(outputs), dtype=outputs.dtype) / variance

@@ -144,8 +144,10 @@ def test_labels_do_not_depend_on_the_batching(likelihood, outputs):
 
 
 def test_wrong_shapes_are_refused(outputs):
-    with pytest.raises(ShapeMismatch, match="samples, classes"):
-        Categorical().sample(outputs[None], SampleGenerator(0, torch.arange(1)))
+    with pytest.raises(ShapeMismatch, match="samples, classes.*one number a sample.*Bernoulli"):
+        Categorical().sample(outputs[:, 0], SampleGenerator(0, torch.arange(N)))
+    with pytest.raises(ShapeMismatch, match="at least two classes, got 1"):
+        Categorical().nll(outputs[:, :1], torch.zeros(N, dtype=torch.int64))
     with pytest.raises(ShapeMismatch, match=r"\(4, 3\)"):
         Gaussian().nll(outputs, outputs[:, :1])
 

@@ -1,0 +1,260 @@
+"""One class of several, at each of any number of positions."""
+
+from __future__ import annotations
+
+from copy import copy
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fishleg.errors import CapacityExceeded, FishLegError, ShapeMismatch
+from fishleg.likelihoods.base import AbstractLikelihood, at_least_float32
+from fishleg.memory import available_bytes, show_bytes
+from fishleg.rng import SampleGenerator
+
+_NO_TARGET = -100  # what torch.nn.functional.cross_entropy leaves out, too
+
+
+class Categorical(AbstractLikelihood):
+    """Classes with logits: p = softmax(f), H = diag(p) - p p^T, at each position by itself.
+
+    Outputs are (n, C), or have positions as well: tokens (n, T, C), pixels (n, C, H, W) with
+    `class_dim=1`. The loss is the sum over a sample's positions, which given the outputs are
+    independent, so that H is block-diagonal. Targets are class numbers in the outputs' shape
+    without the classes, (n) or (n, T) or (n, H, W); or weights of the classes of sum 1, floating
+    point, in the outputs' shape.
+
+    Args:
+        class_dim: the outputs' dimension that counts classes. By default the last one, but outputs
+            of four or more dimensions need to have it said.
+        ignore_index: positions whose class number is this one, such as padding, count nothing: not
+            with drawn labels either, for which the samples need their targets, too. None: all
+            positions count.
+
+    Raises:
+        ValueError: `class_dim` is the samples' dimension.
+    """
+
+    def __init__(self, *, class_dim: int | None = None, ignore_index: int | None = None):
+        if class_dim == 0:
+            raise ValueError("class_dim: expected 1, 2, ... or -1, got 0, which counts samples.")
+        self.class_dim = class_dim
+        self.ignore_index = ignore_index
+        self._counts: Tensor | None = None
+
+    def given(self, targets: Tensor | None) -> Categorical:
+        """Return the likelihood for samples with these targets, some of whose positions count.
+
+        Args:
+            targets: class numbers (n, ...).
+
+        Raises:
+            FishLegError: positions are to be ignored, and there are no class numbers.
+        """
+        if self.ignore_index is None:
+            return self
+        if targets is None or targets.is_floating_point():
+            got = "none" if targets is None else f"{targets.dtype} ones"
+            raise FishLegError(
+                f"ignore_index={self.ignore_index}: which positions count is written in the "
+                f"targets, expected class numbers, got {got}; give the calibration samples their "
+                "targets, or leave ignore_index out, and all positions count."
+            )
+        bound = copy(self)
+        bound._counts = targets != self.ignore_index
+        return bound
+
+    def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return sum_t log sum_c exp f_tc - f_ty for each sample, (n,).
+
+        Averaged over weighted classes. What the targets ignore counts nothing, and so does a
+        position all of whose weights are 0.
+
+        Raises:
+            ShapeMismatch: targets do not go with outputs.
+        """
+        logits = self._classes_last(at_least_float32(outputs)).movedim(-1, 1)
+        shape = (len(logits), *logits.shape[2:])
+        if targets.is_floating_point():
+            if targets.shape != outputs.shape:
+                raise ShapeMismatch(
+                    f"targets: expected class numbers of shape {shape}, as integers, or weights "
+                    f"of shape {tuple(outputs.shape)}, floating point; got {targets.dtype} "
+                    f"{tuple(targets.shape)}."
+                )
+            weights = self._classes_last(targets).movedim(-1, 1)
+            losses = functional.cross_entropy(logits, weights, reduction="none")
+        else:
+            if targets.shape != shape:
+                raise ShapeMismatch(
+                    f"targets: expected class numbers of shape {shape} for outputs "
+                    f"{tuple(outputs.shape)}, got {tuple(targets.shape)}; class_dim says which "
+                    "dimension of the outputs counts classes."
+                )
+            losses = functional.cross_entropy(
+                logits, targets.long(), reduction="none", ignore_index=self._ignored
+            )
+        return _over_positions(losses)
+
+    def sample(self, outputs: Tensor, generator: SampleGenerator) -> Tensor:
+        """Return class numbers drawn from softmax(outputs), by inversion of the distribution."""
+        logits = self._classes_last(outputs.detach())
+        cumulative = logits.double().softmax(-1).cumsum(-1)
+        below = (cumulative < generator.uniform(*logits.shape[1:-1], 1)).sum(-1)
+        # The last sum may fall short of 1 by rounding.
+        drawn = below.clamp_(max=logits.shape[-1] - 1)
+        counts = self._counted(logits)
+        return drawn if counts is None else drawn.masked_fill_(~counts, self._ignored)
+
+    def match(self, outputs: Tensor, generator: SampleGenerator) -> Tensor:
+        """Return weights of the classes with the mean and covariance of one-hot labels.
+
+        y = p - sqrt(p) o e + p (sqrt(p) . e), e random signs: then l' = p - y has the covariance
+        (diag(sqrt p) - p sqrt(p)^T)(...)^T = diag(p) - p p^T = H. A confident network's sampled
+        labels nearly always agree with it and bear no gradient, but for a rare large one; here
+        every sample bears one of typical size, so fewer samples estimate F as well.
+        """
+        logits = self._classes_last(at_least_float32(outputs.detach()))
+        p = logits.double().softmax(-1)
+        signs = torch.where(generator.uniform(*p.shape[1:]) < 0.5, -1.0, 1.0)
+        noise = p.sqrt() * signs
+        weights = (p - noise + p * noise.sum(-1, keepdim=True)).to(logits.dtype)
+        return self._as_outputs(self._restrict(weights))
+
+    def fisher_product(self, outputs: Tensor, v: Tensor) -> Tensor:
+        """Return p o v - p (p . v) at each position, in the outputs' shape."""
+        p = self._classes_last(at_least_float32(outputs)).softmax(-1)
+        v = self._classes_last(v)
+        return self._as_outputs(self._restrict(p * (v - (p * v).sum(-1, keepdim=True))))
+
+    def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor:
+        """Return sum_tc p_tc (log p_tc - log q_tc), (n,), with p = softmax(reference)."""
+        wanted = self._classes_last(at_least_float32(reference)).log_softmax(-1)
+        found = self._classes_last(at_least_float32(outputs)).log_softmax(-1)
+        return _over_positions(self._restrict(wanted.exp() * (wanted - found)).sum(-1))
+
+    def enumerate(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return all classes of all positions, T C batches of targets, and their probabilities.
+
+        Given the outputs positions are independent, and H has a block diag(p_t) - p_t p_t^T for
+        each. So each target has a class at one position, and none at the others; for each position
+        the weights sum to 1, or to 0 where it does not count.
+
+        Raises:
+            CapacityExceeded: they would take more memory than there is.
+        """
+        logits = self._classes_last(at_least_float32(outputs.detach()))
+        n, *positions, classes = logits.shape
+        weights = self._restrict(logits.softmax(-1)).reshape(n, -1)
+        numbers = torch.arange(classes, device=logits.device)
+        if not positions:
+            return numbers[:, None].expand(classes, n), weights
+        count = prod(positions)
+        needed, room = 8 * n * count * count * classes, available_bytes(logits.device)
+        if room is not None and needed > room:
+            raise CapacityExceeded(
+                f"Enumerated labels: {classes} classes at {count} positions take "
+                f"{show_bytes(needed)} for {n} samples, and there are {show_bytes(room)}; use "
+                "labels 'matched', or 'sampled'."
+            )
+        here = torch.eye(count, dtype=torch.bool, device=logits.device)[:, None, None, :]
+        targets = torch.where(here, numbers[:, None, None], self._ignored)
+        targets = targets.expand(count, classes, n, count).reshape(-1, n, *positions)
+        return targets, weights
+
+    def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
+        """Check that class numbers are among the outputs' classes, and weights finite.
+
+        Raises:
+            FishLegError: one is not.
+        """
+        super().check_targets(outputs, targets)
+        classes = self._classes_last(outputs).shape[-1]
+        if targets.is_floating_point() or not targets.numel():
+            return
+        wrong = (targets < 0) | (targets >= classes)
+        if self.ignore_index is not None:
+            wrong &= targets != self.ignore_index
+        if bool(wrong.any()):
+            sample, *rest = wrong.nonzero()[0].tolist()
+            where = f"sample {sample} of its batch" + (f", position {tuple(rest)}" if rest else "")
+            number = targets[(sample, *rest)].item()
+            raise FishLegError(
+                f"targets: expected class numbers in [0, {classes}), got {number} ({where}); "
+                "number the classes from 0, or say with ignore_index that this number stands for "
+                "positions that do not count."
+            )
+
+    # -- layout
+
+    @property
+    def _ignored(self) -> int:
+        return _NO_TARGET if self.ignore_index is None else self.ignore_index
+
+    def _dimension(self, outputs: Tensor) -> int:
+        """Return which dimension counts classes.
+
+        Raises:
+            ShapeMismatch: none does, or it is not said which.
+        """
+        shape, dim = tuple(outputs.shape), self.class_dim
+        if len(shape) < 2:
+            raise ShapeMismatch(
+                f"Categorical: expected outputs (samples, classes), got {shape}, one number a "
+                "sample; take Bernoulli() for a yes or no."
+            )
+        if dim is None and len(shape) > 3:
+            raise ShapeMismatch(
+                f"Categorical: outputs {shape} have more dimensions than (samples, positions, "
+                "classes); say which one counts classes: class_dim=1 for images, -1 for the last."
+            )
+        dim = -1 if dim is None else dim
+        if not -len(shape) < dim < len(shape):
+            raise ShapeMismatch(f"class_dim: outputs {shape} have no dimension {dim} of classes.")
+        if shape[dim] < 2:
+            raise ShapeMismatch(
+                f"Categorical: expected at least two classes, got {shape[dim]}, in dimension "
+                f"{dim} of outputs {shape}; take Bernoulli() for a yes or no."
+            )
+        return dim
+
+    def _classes_last(self, outputs: Tensor) -> Tensor:
+        return outputs.movedim(self._dimension(outputs), -1)
+
+    def _as_outputs(self, values: Tensor) -> Tensor:
+        """Undo `_classes_last`."""
+        return values.movedim(-1, -1 if self.class_dim is None else self.class_dim)
+
+    def _counted(self, logits: Tensor) -> Tensor | None:
+        """Return which positions count, bool (n, *positions), or None for all.
+
+        Raises:
+            FishLegError: this is written in targets, which are not known.
+            ShapeMismatch: those that are known belong to other outputs.
+        """
+        if self.ignore_index is None:
+            return None
+        if self._counts is None:
+            raise FishLegError(
+                f"ignore_index={self.ignore_index}: which positions count is written in the "
+                "targets; bind them first, `likelihood.given(targets)`, or give batches with "
+                "their targets."
+            )
+        if self._counts.shape != logits.shape[:-1]:
+            raise ShapeMismatch(
+                f"targets: expected class numbers of shape {tuple(logits.shape[:-1])}, got "
+                f"{tuple(self._counts.shape)}."
+            )
+        return self._counts
+
+    def _restrict(self, values: Tensor) -> Tensor:
+        """Return values (n, *positions, C), 0 at positions that do not count."""
+        counts = self._counted(values)
+        return values if counts is None else values.where(counts.unsqueeze(-1), 0)
+
+
+def _over_positions(values: Tensor) -> Tensor:
+    """Return the sums (n,) of values (n, *positions)."""
+    return values if values.ndim == 1 else values.flatten(1).sum(1)
