@@ -412,7 +412,34 @@ class ImportParams(DataParams, ModelParams):
     path: Annotated[str, ExternalFile()] = Field(
         description="a safetensors file under the network's own state-dict names"
     )
+    zeros: Literal["keep", "free"] = Field(
+        default="keep",
+        description="weights that the file has at exactly 0: of a layer with at least 1 % of them "
+        "they are a mask, which all later stages keep; or they may be trained again",
+    )
+    expect_accuracy: float | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="in percent; an imported network whose accuracy is another is an error",
+    )
+    expect_margin: float = Field(
+        default=1.0, ge=0, description="points that expect_accuracy may be missed by"
+    )
+    expect_split: Literal["test", "validation"] = Field(
+        default="test",
+        description="split that expect_accuracy is of; the test split is read only where it is "
+        "expected on it",
+    )
     seed: int = Field(default=0, ge=0, description="axis: tells copies apart")
+
+    @model_validator(mode="after")
+    def _forget_expectations(self) -> ImportParams:
+        """Reset what belongs to no expectation: what is not used must not enter the key."""
+        if self.expect_accuracy is None:
+            for name in ("expect_margin", "expect_split"):
+                object.__setattr__(self, name, ImportParams.model_fields[name].default)
+        return self
 
 
 class CurvatureParams(EstimatorParams):

@@ -2,48 +2,119 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor
 
+from fishleg.parameters import Partition
+from fishleg.pruning import count_masks, weight_masks, zero_masks
 from pipeline.stage import Context, StageError
+from stages.checkpoint_file import load_weights
+from stages.data.dataset import DataSet
 from stages.data.source import DataSource, load_data
 from stages.determinism import compute_deterministically
-from stages.metrics import log_validation
+from stages.metrics import log_validation, measure
 from stages.model_folder import Facts, Model, save_model
-from stages.tensor_files import load_into, load_tensors
 
 if TYPE_CHECKING:
     from stages.catalogue import ImportParams
 
 
 def import_checkpoint(ctx: Context) -> None:
-    """Load the file into the network, look at its validation accuracy, and write output `model`."""
+    """Load the file into the network, look at its accuracy, and write output `model`.
+
+    Zeros that the file brings are a mask, unless `zeros` is free. The validation split is looked at
+    always, and the test split where the accuracy on it is expected: published accuracies are of
+    test images, and nothing is chosen by it. One that is not as expected is a StageError.
+    """
     params: ImportParams = ctx.params
     compute_deterministically(ctx.device)
     dataset, source = load_data(DataSource.from_params(params))
     facts = Facts.from_params(params, dataset, source)
     network = facts.build()
-    load_weights(network, Path(params.path))
+    loaded = load_weights(network, Path(params.path))
+    for note in (*dataset.notes, *loaded.notes):
+        ctx.say(note)
     network.to(ctx.device).eval()
     found = log_validation(ctx, network, dataset)
-    model = Model(network=network, masks={}, facts=facts)
-    dense = {"validation": found["accuracy"]}
-    save_model(ctx.output("model"), model.with_facts(dense_accuracy=dense))
+    accuracies = {"validation": found["accuracy"]}
+    if params.expect_accuracy is not None and params.expect_split == "test":
+        accuracies["test"] = measure(network, dataset, dataset.test)["accuracy"]
+    said = ", ".join(f"{one:.2f} % on the {split} split" for split, one in accuracies.items())
+    ctx.say(f"accuracy as imported: {said}")
+    _require_accuracy(params, accuracies, dataset)
+    model = Model(network=network, masks={}, facts=facts).with_facts(dense_accuracy=accuracies)
+    save_model(ctx.output("model"), _with_zeros(ctx, model, loaded.masks))
 
 
-def load_weights(network: nn.Module, path: Path) -> None:
-    """Load a safetensors file whose names and shapes are the network's own.
+def _require_accuracy(
+    params: ImportParams, accuracies: Mapping[str, float], dataset: DataSet
+) -> None:
+    """Compare the accuracy with the one that the user expects.
 
     Raises:
-        StageError: the file is not there, is no safetensors file, or does not fit the network.
+        StageError: they differ by more than the margin.
     """
-    try:
-        tensors = load_tensors(path)
-    except FileNotFoundError:
-        raise StageError(f"{path.absolute()}: no such file; expected a checkpoint.") from None
-    try:
-        load_into(network, tensors)
-    except RuntimeError as error:
-        raise StageError(f"{path.absolute()} does not fit the network: {error}") from error
+    expected = params.expect_accuracy
+    if expected is None:
+        return
+    found = accuracies[params.expect_split]
+    if abs(found - expected) <= params.expect_margin:
+        return
+    raise StageError(
+        f"expect_accuracy: found {found:.2f} % on the {len(dataset.split(params.expect_split)):,} "
+        f"samples of the {params.expect_split} split, expected {expected:g} % within "
+        f"{params.expect_margin:g} (expect_margin). Likely causes: the network was trained on "
+        f"inputs that were normalised otherwise than here, where they are {dataset.formula()} (set "
+        f"mean and std as it was trained); its classes are others than the {dataset.num_classes} "
+        f"here, or in another order; {Path(params.path).absolute()} is another file; or model and "
+        "model_args build another network of the same names."
+    )
+
+
+def _with_zeros(ctx: Context, model: Model, given: Mapping[str, Tensor]) -> Model:
+    """Return the model with the zeros that it came with as masks, and say what was found.
+
+    Args:
+        ctx: its parameter `zeros` decides.
+        model: as it was imported, without masks.
+        given: state-dict name -> masks that the file held beside the weights.
+    """
+    params: ImportParams = ctx.params
+    partition = model.facts.partition(model.network)
+    masks = zero_masks(model.network, partition)
+    masked = set(given)
+    for group in partition.prunable:
+        for name in masked.intersection(group.names):
+            kept = given[name].to(masks[group.name].device)
+            masks[group.name][:, : group.weight_columns] &= kept.reshape(group.rows, -1)
+            masked.remove(name)
+    if masked:
+        names = ", ".join(sorted(masked))
+        ctx.say(f"masks of tensors that are not prunable are not kept when they train: {names}")
+    removed, prunable = count_masks(partition, masks)
+    if not removed:
+        return model
+    share = removed / prunable
+    stay = "stay so" if params.zeros == "keep" else "may be trained again"
+    ctx.say(
+        f"zeros: {params.zeros}: {removed:,} of {prunable:,} prunable weights ({share:.2%}) are 0 "
+        f"and {stay}: {_layers(partition, masks)}"
+    )
+    if params.zeros == "free":
+        return model
+    kept_masks = weight_masks(partition, masks)
+    facts = {"method": "imported", "mode": "imported", "sparsity": share}
+    return Model(network=model.network, masks=kept_masks, facts=model.facts).with_facts(**facts)
+
+
+def _layers(partition: Partition, masks: Mapping[str, Tensor]) -> str:
+    """Return how many weights of each layer are removed, and of how many."""
+    found = []
+    for group in partition.prunable:
+        removed = int((~masks[group.name]).sum())
+        if removed:
+            found.append(f"{group.name} {removed:,} of {group.rows * group.weight_columns:,}")
+    return ", ".join(found)

@@ -39,9 +39,10 @@ class Facts:
         data: what it was trained on.
         keep: patterns of weights that are never pruned.
         also_prune: patterns of further parameters that are.
-        method: what chose the removed weights: "dense", or a curvature method's name.
-        mode: "dense", "oneshot" (one step), "multistep" (several, nothing between), "refined"
-            (several, refined without labels) or "gradual" (several, trained between).
+        method: what chose the removed weights: "dense", a curvature method's name, or "imported",
+            where they were 0 in the file that the network came from.
+        mode: "dense", "imported", "oneshot" (one step), "multistep" (several, nothing between),
+            "refined" (several, refined without labels) or "gradual" (several, trained between).
         finetuned: trained after the last pruning step by a fine-tuning stage.
         sparsity: the fraction of prunable weights removed, as requested, in [0, 1).
         seed: of the model's training, or of the calibration samples for an imported one.
@@ -58,7 +59,7 @@ class Facts:
     keep: tuple[str, ...] = ()
     also_prune: tuple[str, ...] = ()
     method: str = "dense"
-    mode: Literal["dense", "oneshot", "multistep", "refined", "gradual"] = "dense"
+    mode: Literal["dense", "imported", "oneshot", "multistep", "refined", "gradual"] = "dense"
     finetuned: bool = False
     sparsity: float = 0.0
     seed: int = 0

@@ -87,6 +87,16 @@ class DataSet:
             test=change(self.test),
         )
 
+    def formula(self) -> str:
+        """Return what `normalise` does to a stored input x, for people."""
+        if self.train.inputs.dtype in IDS:
+            return "ids, as they are"
+        scaled = "x" if self.scale == 1 else f"x * {self.scale:.6g}"
+        if not self.mean:
+            return scaled
+        mean, std = (", ".join(f"{one:g}" for one in many) for many in (self.mean, self.std))
+        return f"({scaled} - [{mean}]) / [{std}]"
+
     def normalise(self, batch: Tensor) -> Tensor:
         """Return a model's input from stored samples.
 

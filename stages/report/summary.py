@@ -9,6 +9,8 @@ from typing import Any
 Row = Mapping[str, Any]
 
 SECTIONS = {
+    ("imported", False): "As imported",
+    ("imported", True): "As imported, then fine-tuned",
     ("oneshot", False): "One-shot",
     ("multistep", False): "One-shot in several steps",
     ("refined", False): "One-shot in several steps, refined without labels",

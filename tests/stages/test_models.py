@@ -152,7 +152,7 @@ def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="expected a safetensors file, got .*save_file"):
         import_file(tmp_path / "text.safetensors", tmp_path)
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(StageError, match="does not fit the network:.*\n.*Missing key"):
+    with pytest.raises(StageError, match="does not fit the network: The file lacks"):
         import_file(tmp_path / "other.safetensors", tmp_path)
 
 
