@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fishleg.errors import FishLegError, ShapeMismatch
 from fishleg.likelihoods import Likelihood, check_targets, given_targets
-from fishleg.nests import Nest, as_nest, count_samples, describe, map_tensors
+from fishleg.nests import Nest, as_nest, count_samples, describe, map_tensors, take
 from fishleg.rng import SampleGenerator
 
 Labels = Literal["sampled", "matched", "enumerated", "empirical"]
@@ -96,11 +96,9 @@ class Calibration:
 
     def _take(self, part: slice, device: torch.device) -> Nest:
         """Return the model's inputs for a run of samples."""
-        if self.transform is None:
-            return map_tensors(lambda leaf: leaf[part].to(device), self.inputs)
-        # a transform may write into what it is given
-        own = map_tensors(lambda leaf: leaf[part].to(device, copy=True), self.inputs)
-        return _transform(self.transform, own)
+        own = self.transform is not None  # a transform may write into what it is given
+        inputs = map_tensors(lambda leaf: leaf.to(device, copy=own), take(self.inputs, part))
+        return inputs if self.transform is None else _transform(self.transform, inputs)
 
 
 def _transform(transform: Callable[[Nest], Nest], inputs: Nest) -> Nest:

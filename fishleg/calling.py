@@ -58,8 +58,9 @@ class Calling:
         except Exception as error:  # a model may raise whatever it likes
             raise FishLegError(
                 f"{type(model).__name__} raised {type(error).__name__} when it was called as "
-                f"{self._describe(model, inputs)}: {error} Check that the inputs are what the "
-                "model takes, and lie on its device; `Calling(call=...)` says how else to call it."
+                f"{self._describe(model, inputs)}: {str(error).rstrip('.')}. Check that the inputs "
+                "are what the model takes, and lie on its device; `Calling(call=...)` says how "
+                "else to call it."
             ) from error
         if not isinstance(found, Tensor) or found.shape[:1] != (samples,):
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__

@@ -229,7 +229,7 @@ def _measure(
         with evaluating(source.model):
             outputs = source.outputs(batch)
             with torch.no_grad():
-                changed = source.calling.run(source.model, batch.inputs, after)
+                changed = source.run(after, batch.inputs)
         if batch.targets is not None:
             check_targets(source.likelihood, outputs, batch.targets)
             losses = nll(outputs, batch.targets)

@@ -1,25 +1,24 @@
 """Products of the whole Fisher matrix with a vector, without the matrix.
 
-F v = (1/N) sum_n J_n^T (H_n (J_n v_n)): a forward-mode product J v, a product in the small output
-space, and a reverse-mode product J^T u. There is no finite difference: in float32 its rounding
-error would exceed the signal.
+F v = (1/N) sum_n J_n^T (H_n (J_n v)): a product J v, a product in the small output space, and a
+product J^T u; see `fishleg.jacobian`. There is no finite difference: in float32 its rounding error
+would exceed the signal.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
-from torch.func import jvp, vjp
+from torch import Tensor, nn
 
+from fishleg.calibration import Batch
 from fishleg.capture import evaluating, transformable
 from fishleg.errors import ShapeMismatch, UnknownName
 from fishleg.gradients import GradientSource
 from fishleg.likelihoods import Likelihood, given_targets
-from fishleg.nests import Nest
 
 Form = Literal["exact", "sampled", "enumerated", "empirical"]
 
@@ -31,8 +30,8 @@ def fisher_vector_product(
 
     Args:
         source: gives model, likelihood, samples, and (for sampled labels) draws and seed.
-        v: state-dict name -> tensor of the parameter's shape and dtype. Parameters that are not
-            named count as fixed: F is restricted to those that are.
+        v: state-dict name -> tensor of the parameter's shape, taken in its dtype and on its device.
+            Parameters that are not named count as fixed: F is restricted to those that are.
         form: of the label expectation. "exact": by the likelihood's output Fisher H;
             "sampled": sum_k g_k (g_k . v) / K over drawn labels, g a single sample's gradient;
             "enumerated": the same over all labels, weighted by p_c, equal to "exact";
@@ -43,52 +42,54 @@ def fisher_vector_product(
 
     Raises:
         UnknownName: a name is no parameter of the model, or `form` is none of the four.
-        ShapeMismatch: a tensor has not its parameter's shape.
+
+    A ShapeMismatch if a tensor has not its parameter's shape; other errors are those of
+    `Calling.outputs` and `Jacobian.sandwich`.
 
     Cost: about six forward passes (three for J v, three for J^T u) over the calibration set; twice
-    the memory of an ordinary training step with `source.batch_size` samples.
+    the memory of an ordinary training step with `source.batch_size` samples. More where the model
+    supports no forward-mode derivative, which is said once.
     """
     if form not in get_args(Form):
         raise UnknownName("form", form, get_args(Form))
-    known = dict(source.model.named_parameters())
-    for name, value in v.items():
-        if name not in known:
-            raise UnknownName("parameter", name, known)
-        if value.shape != known[name].shape:
-            raise ShapeMismatch(
-                f"{name}: expected {tuple(known[name].shape)}, got {tuple(value.shape)}."
-            )
-    parameters = {name: known[name].detach() for name in v}
+    if not v:
+        return {}
+    parameters = _parameters(source.model, v)
+    v = {name: value.to(parameters[name]) for name, value in v.items()}
     total = {name: torch.zeros_like(value) for name, value in parameters.items()}
     for batch in source.batches():
 
-        def run(values: dict[str, Tensor], inputs: Nest = batch.inputs) -> Tensor:
-            return source.calling.run(source.model, inputs, values)
-
-        with evaluating(source.model), transformable(), torch.no_grad():
-            outputs, tangents = _push_forward(run, parameters, dict(v))
+        def image(outputs: Tensor, tangents: Tensor, batch: Batch = batch) -> Tensor:
             if form == "exact":
                 likelihood = given_targets(source.likelihood, batch.targets)
-                images = likelihood.fisher_product(outputs, tangents).to(outputs.dtype)
-            else:
-                targets, weights = source.label(outputs, batch, form)
-                images = _labelled_product(source.likelihood, outputs, tangents, targets, weights)
-            pull_back = vjp(run, parameters)[1]
-            for name, part in pull_back(images)[0].items():
-                total[name] += part
+                return likelihood.fisher_product(outputs, tangents).to(outputs.dtype)
+            targets, weights = source.label(outputs, batch, form)
+            return _labelled_product(source.likelihood, outputs, tangents, targets, weights)
+
+        with evaluating(source.model), transformable(), torch.no_grad():
+            found = source.jacobian.sandwich(
+                source.run, parameters, batch.inputs, v, image, partial(source.outputs, batch)
+            )
+        for name, part in found.items():
+            total[name] += part
     return {name: value / len(source.calibration) for name, value in total.items()}
 
 
-def _push_forward(
-    run: Callable[[dict[str, Tensor]], Tensor],
-    parameters: dict[str, Tensor],
-    tangents: dict[str, Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Return the outputs and J v."""
-    with warnings.catch_warnings():
-        # On first use torch 2.13 scripts some decompositions of its own, and warns of doing so.
-        warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is", DeprecationWarning)
-        return jvp(run, (parameters,), (tangents,))[:2]
+def _parameters(model: nn.Module, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the parameters under the names of `v`.
+
+    Raises:
+        UnknownName: there is none of a name.
+        ShapeMismatch: a tensor has not its parameter's shape.
+    """
+    known = dict(model.named_parameters())
+    for name, value in v.items():
+        if name not in known:
+            raise UnknownName("parameter", name, known)
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if shape != tuple(known[name].shape):
+            raise ShapeMismatch(f"{name}: expected {tuple(known[name].shape)}, got {shape}.")
+    return {name: known[name].detach() for name in v}
 
 
 def _labelled_product(

@@ -18,7 +18,9 @@ from fishleg.calibration import DRAWN, Batch, Calibration, Labels, label
 from fishleg.calling import PLAIN, Calling, model_device
 from fishleg.capture import LayerSignals, evaluating, has_signals, layer_signals, recording
 from fishleg.errors import FishLegError, ShapeMismatch, UnknownName
+from fishleg.jacobian import Jacobian
 from fishleg.likelihoods import Likelihood
+from fishleg.nests import Nest
 from fishleg.parameters import Partition
 from fishleg.persample import (
     Pass,
@@ -120,6 +122,7 @@ class GradientSource:
         self.batch_size = batch_size
         self.calling = calling
         self.team = team
+        self.jacobian = Jacobian()
         self._among = slice(None)
         self._skipped = 0
 
@@ -131,6 +134,10 @@ class GradientSource:
     def outputs(self, batch: Batch) -> Tensor:
         """Return the model's outputs (n, ...) for a batch; errors as of `Calling.outputs`."""
         return self.calling.outputs(self.model, batch.inputs)
+
+    def run(self, parameters: Mapping[str, Tensor], inputs: Nest) -> Tensor:
+        """Return the model's outputs with other values of some parameters, errors as they come."""
+        return self.calling.run(self.model, inputs, parameters)
 
     def label(
         self, outputs: Tensor, batch: Batch, labels: Labels | None = None

@@ -61,6 +61,11 @@ def map_tensors(function: Callable[[Tensor], Any], nest: Nest) -> Nest:
     return pytree.tree_map(function, nest)
 
 
+def take(nest: Nest, part: slice) -> Nest:
+    """Return a run of the samples, as views."""
+    return map_tensors(lambda leaf: leaf[part], nest)
+
+
 def tensors_of(nest: Nest) -> list[Tensor]:
     """Return the tensors of a nest, in its own order."""
     return pytree.tree_leaves(nest)

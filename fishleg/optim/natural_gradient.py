@@ -23,7 +23,7 @@ from fishleg.capture import evaluating
 from fishleg.errors import FishLegError, UnknownName
 from fishleg.gradients import GradientSource
 from fishleg.likelihoods import Likelihood
-from fishleg.nests import Nest, as_nest, count_samples, map_tensors
+from fishleg.nests import Nest, as_nest, count_samples, take
 from fishleg.objective import masked_product
 from fishleg.optim.tracking import (
     Directions,
@@ -281,7 +281,7 @@ class FishLeg(torch.optim.Optimizer):
                 "FishLeg: Q is due for an update, but no batch has been observed; call "
                 "optimizer.observe(inputs) before optimizer.step()."
             )
-        inputs = map_tensors(lambda leaf: leaf[: self.samples], self._inputs)
+        inputs = take(self._inputs, slice(self.samples))
         age = _updates_before(done, self.update_every)
         with _batch_statistics(self.model, inputs, self.calling):
             (found,) = self._evidence(inputs, done)
