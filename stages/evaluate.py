@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.stage import Artifact, Context, write_json
 from stages.data.source import load_data
 from stages.determinism import compute_deterministically
-from stages.metrics import measure
-from stages.model_folder import load_model
+from stages.metrics import accuracy_text, measure
+from stages.model_folder import load_facts, load_model
 
 if TYPE_CHECKING:
     from stages.catalogue import EvaluateParams
@@ -21,11 +22,13 @@ _PARAMS = ("method", "structure", "mode", "finetuned", "sparsity", "seed", "damp
 def evaluate(ctx: Context) -> None:
     """Write output `results`: `rows.json`, and `failed.json` with the models that are not there.
 
-    Rows found so far are checkpointed, so that a kill costs the model at hand.
+    What is known of the dense networks is said first. Rows found so far are checkpointed, so that a
+    kill costs the model at hand.
     """
     compute_deterministically(ctx.device)
     rows = _rows_so_far(ctx)
     models = [(one, one.path) for one in ctx.inputs["models"] if one.path is not None]
+    _say_dense_accuracies(ctx, [folder for _, folder in models])
     for done, (model, folder) in enumerate(models, start=1):
         if model.cell not in rows:
             rows[model.cell] = _evaluate(ctx, model, folder)
@@ -43,6 +46,13 @@ def evaluate(ctx: Context) -> None:
     results = ctx.output("results")
     write_json(results / "rows.json", [rows[model.cell] for model, _ in models])
     write_json(results / "failed.json", failed)
+
+
+def _say_dense_accuracies(ctx: Context, folders: Sequence[Path]) -> None:
+    """Say how accurate the dense networks were that the models began as, each of them once."""
+    known = [load_facts(folder).dense_accuracy for folder in folders]
+    for line in dict.fromkeys(accuracy_text(one) for one in known if one):
+        ctx.say(f"dense accuracy: {line}")
 
 
 def _rows_so_far(ctx: Context) -> dict[str, dict[str, Any]]:

@@ -15,7 +15,7 @@ from stages.checkpoint_file import load_weights
 from stages.data.dataset import DataSet
 from stages.data.source import DataSource, load_data
 from stages.determinism import compute_deterministically
-from stages.metrics import log_validation, measure
+from stages.metrics import accuracy_text, log_validation, measure
 from stages.model_folder import Facts, Model, save_model
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ def import_checkpoint(ctx: Context) -> None:
     accuracies = {"validation": found["accuracy"]}
     if params.expect_accuracy is not None and params.expect_split == "test":
         accuracies["test"] = measure(network, dataset, dataset.test)["accuracy"]
-    said = ", ".join(f"{one:.2f} % on the {split} split" for split, one in accuracies.items())
-    ctx.say(f"accuracy as imported: {said}")
+    ctx.say(f"accuracy as imported: {accuracy_text(accuracies)}")
     _require_accuracy(params, accuracies, dataset)
     model = Model(network=network, masks={}, facts=facts).with_facts(dense_accuracy=accuracies)
     save_model(ctx.output("model"), _with_zeros(ctx, model, loaded.masks))

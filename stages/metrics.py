@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -53,3 +55,8 @@ def log_validation(ctx: Context, network: nn.Module, dataset: DataSet) -> dict[s
     found = measure(network, dataset, dataset.validation)
     ctx.log({f"validation/{name}": value for name, value in found.items()})
     return found
+
+
+def accuracy_text(accuracies: Mapping[str, float]) -> str:
+    """Return split -> accuracy in percent as text: "91.43 % on the test split, ..."."""
+    return ", ".join(f"{one:.2f} % on the {split} split" for split, one in accuracies.items())

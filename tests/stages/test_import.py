@@ -221,6 +221,13 @@ def test_the_expected_accuracy_is_required(dense: Ran, tmp_path: Path, split: st
     import_file(path, tmp_path / "wide", **expected, mean=[30.0], std=[0.376], expect_margin=100.0)
 
 
+def test_evaluate_says_the_dense_accuracy_first(dense: Ran, pruned: Path, tmp_path: Path) -> None:
+    found = facts_of(dense.output())["dense_accuracy"]["validation"]
+    ran = run_stage("evaluate", tmp_path, {}, {"models": pruned})
+    first = next(event for event in ran.events if event["type"] != "metrics")
+    assert first["text"] == f"dense accuracy: {found:.2f} % on the validation split"
+
+
 def test_the_test_images_are_read_only_where_something_is_expected_of_them(
     dense: Ran, tmp_path: Path
 ) -> None:
