@@ -43,6 +43,7 @@ from fishleg.pruning import (
     weight_masks,
     zero_masks,
 )
+from fishleg.streaming import StreamedCalibration
 from fishleg.team import Team
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "Gaussian",
     "GradientSource",
     "Likelihood",
+    "StreamedCalibration",
     "Team",
     "fisher_vector_product",
     # estimators

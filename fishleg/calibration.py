@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from fishleg.errors import FishLegError, ShapeMismatch
 from fishleg.likelihoods import Likelihood, check_targets, given_targets
-from fishleg.nests import Nest, as_nest, count_samples, describe, map_tensors, take
+from fishleg.loading import Split, hold_batches, split_batch
+from fishleg.nests import Nest, as_nest, count_samples, describe, map_tensors, take, tensors_of
 from fishleg.rng import SampleGenerator
 
 Labels = Literal["sampled", "matched", "enumerated", "empirical"]
 DRAWN: tuple[Labels, ...] = ("sampled", "matched")
 """Kinds of labels of which any number may be drawn a sample."""
+
+
+Transform = Callable[[Nest], Nest]
+_TRIED = 64  # samples that tell whether a transform is random
 
 
 class Batch(NamedTuple):
@@ -33,16 +39,34 @@ class Batch(NamedTuple):
     indices: Tensor
 
 
+class Samples(Protocol):
+    """What curvature is averaged over: a `Calibration`, or a `StreamedCalibration`."""
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether the samples come with targets."""
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+
+    def batches(
+        self, batch_size: int, device: torch.device, among: slice = slice(None)
+    ) -> Iterator[Batch]:
+        """Yield the samples in order, the same ones each time; see `Calibration.batches`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
     """The samples that curvature is averaged over.
 
     Attributes:
         inputs: (N, ...), any dtype, a tensor or array, or dicts, tuples and lists of them; how they
-            are passed to the model, `Calling` says. Batches are moved to the model's device.
+            are passed to the model, `Calling` says. Batches are moved to the model's device. Or an
+            iterable of batches such as a DataLoader: see `from_batches`, which has options.
         targets: (N, ...), needed for empirical labels only.
         indices: (N,) int64, the samples' own numbers, which key their labels; default 0 ... N - 1.
-        transform: turns a batch of inputs into the model's input, so that uint8 data stay uint8.
+        transform: turns a batch of inputs into the model's input, so that uint8 data stay uint8;
+            into the same one in each pass, not augmented at random.
 
     Raises:
         ShapeMismatch: there is no sample, the tensors' lengths differ, or something is no tensor.
@@ -51,11 +75,24 @@ class Calibration:
     inputs: Nest
     targets: Tensor | None = None
     indices: Tensor | None = None
-    transform: Callable[[Nest], Nest] | None = None
+    transform: Transform | None = None
+    _steady: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "inputs", as_nest(self.inputs, "inputs"))
-        if len(self) == 0:
+        inputs = self.inputs
+        if _is_loader(inputs):
+            inputs, targets = hold_batches(inputs)
+            object.__setattr__(self, "targets", targets if self.targets is None else self.targets)
+        object.__setattr__(self, "inputs", as_nest(inputs, "inputs"))
+        try:
+            count = len(self)
+        except ShapeMismatch as error:
+            if not isinstance(inputs, list):
+                raise
+            raise ShapeMismatch(
+                f"{error} A list of batches is taken by `Calibration.from_batches`."
+            ) from error
+        if count == 0:
             raise ShapeMismatch("inputs: expected at least one sample, got none.")
         for name in ("targets", "indices"):
             if getattr(self, name) is not None:
@@ -64,11 +101,49 @@ class Calibration:
                     raise ShapeMismatch(
                         f"{name}: expected one tensor, got {type(tensor).__name__}."
                     )
-                if len(tensor) != len(self):
+                if len(tensor) != count:
                     raise ShapeMismatch(
-                        f"{name}: expected {len(self)} samples as in inputs, got {len(tensor)}."
+                        f"{name}: expected {count} samples as in inputs, got {len(tensor)}."
                     )
                 object.__setattr__(self, name, tensor)
+
+    @classmethod
+    def from_batches(
+        cls,
+        batches: Iterable[Any],
+        *,
+        split: Split = split_batch,
+        samples: int | None = None,
+        transform: Transform | None = None,
+        memory_bytes: int | None = None,
+    ) -> Calibration:
+        """Return the samples of an iterable of batches, which is read once and held in memory.
+
+        So each pass sees the same samples, though the iterable shuffles or augments, or is a
+        generator. `StreamedCalibration` is for those that do not fit.
+
+        Args:
+            batches: such as a DataLoader; or a data set, whose items are (inputs, targets).
+            split: maps a batch to its inputs, and its targets or None. By default a tuple or list
+                of two is (inputs, targets), and all else inputs alone.
+            samples: the most that are taken, the first ones; None for all.
+            transform: see above.
+            memory_bytes: the most that the samples may take; None for what there is.
+
+        Raises:
+            ValueError: `samples` is not positive.
+
+        Other errors, and the memory, are those of `hold_batches`.
+        """
+        if samples is not None and samples < 1:
+            raise ValueError(f"samples: expected at least 1, got {samples}.")
+        inputs, targets = hold_batches(batches, split, samples=samples, memory_bytes=memory_bytes)
+        return cls(inputs=inputs, targets=targets, transform=transform)
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether the samples come with targets."""
+        return self.targets is not None
 
     def __len__(self) -> int:
         return count_samples(self.inputs, "inputs")
@@ -83,6 +158,9 @@ class Calibration:
             device: where the batches are.
             among: the samples wanted, a run of them; default all.
         """
+        if self.transform is not None and not self._steady:
+            check_steady(self.transform, take(self.inputs, slice(_TRIED)), device)
+            object.__setattr__(self, "_steady", True)
         first, end, _ = among.indices(len(self))
         for start in range(first, end, batch_size):
             part = slice(start, min(start + batch_size, end))
@@ -98,10 +176,16 @@ class Calibration:
         """Return the model's inputs for a run of samples."""
         own = self.transform is not None  # a transform may write into what it is given
         inputs = map_tensors(lambda leaf: leaf.to(device, copy=own), take(self.inputs, part))
-        return inputs if self.transform is None else _transform(self.transform, inputs)
+        return inputs if self.transform is None else apply_transform(self.transform, inputs)
 
 
-def _transform(transform: Callable[[Nest], Nest], inputs: Nest) -> Nest:
+def _is_loader(value: Any) -> bool:
+    """Tell whether a value is an iterable of batches, and neither a nest nor an array."""
+    nest = isinstance(value, Tensor | Mapping | tuple | list | str) or hasattr(value, "__array__")
+    return not nest and (isinstance(value, Iterable | Dataset))
+
+
+def apply_transform(transform: Transform, inputs: Nest) -> Nest:
     """Return what the transform makes of a batch.
 
     Raises:
@@ -115,6 +199,28 @@ def _transform(transform: Callable[[Nest], Nest], inputs: Nest) -> Nest:
             f"got {describe(found)}."
         )
     return found
+
+
+def check_steady(transform: Transform, inputs: Nest, device: torch.device) -> None:
+    """Check that a transform makes the same of the same samples each time.
+
+    Raises:
+        FishLegError: it does not.
+    """
+    one, two = (
+        tensors_of(
+            apply_transform(transform, map_tensors(lambda x: x.to(device, copy=True), inputs))
+        )
+        for _ in range(2)
+    )
+    for a, b in zip(one, two, strict=True):
+        a, b = a.double(), b.double()
+        if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-3, atol=1e-3, equal_nan=True):
+            raise FishLegError(
+                "transform(inputs): expected the same of the same samples each time, got something "
+                "else when called again. A fit takes several passes, and each has to see the same "
+                "samples: augment them before, and hold them, `Calibration.from_batches`."
+            )
 
 
 def label(

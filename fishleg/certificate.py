@@ -223,7 +223,7 @@ def _measure(
     parameters = [source.model.get_parameter(name) for name in change]
     nll = source.likelihood.nll
     sums = {"measured_kl": 0.0}
-    if source.calibration.targets is not None:
+    if source.calibration.has_targets:
         sums |= {"loss_slope": 0.0, "measured_loss_change": 0.0}
     for batch in source.batches():
         with evaluating(source.model):

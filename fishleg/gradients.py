@@ -14,7 +14,7 @@ from typing import TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from fishleg.calibration import DRAWN, Batch, Calibration, Labels, label
+from fishleg.calibration import DRAWN, Batch, Calibration, Labels, Samples, label
 from fishleg.calling import PLAIN, Calling, model_device
 from fishleg.capture import LayerSignals, evaluating, has_signals, layer_signals, recording
 from fishleg.errors import FishLegError, ShapeMismatch, UnknownName
@@ -94,7 +94,7 @@ class GradientSource:
         model: nn.Module,
         likelihood: Likelihood,
         partition: Partition,
-        calibration: Calibration,
+        calibration: Samples,
         *,
         labels: Labels = "sampled",
         draws: int = 1,
@@ -321,7 +321,7 @@ class GradientSource:
             }
             yield Lazy(names, partial(_pick, signals, gradients, outer))
 
-    def over(self, calibration: Calibration, *, seed: int) -> GradientSource:
+    def over(self, calibration: Samples, *, seed: int) -> GradientSource:
         """Return the same source over other samples; what was found out about paths is kept.
 
         Args:
