@@ -33,8 +33,9 @@ class ParameterGroup:
         names: all state-dict names of the weight, more than one where it is tied; `weight` first.
         used: what the forward pass reads: `weight`, or what a parametrization makes of it, such as
             `fc.weight` of `fc.parametrizations.weight.original1`.
-        norm_dim: of a parametrised weight that is divided by norms: one entry of each slice along
-            this dimension has to survive, or one of all (`parametrised.WHOLE`). Else None.
+        norm_dim: of a parametrised weight that is divided by the norms of slices along this
+            dimension, or of the whole (`parametrised.WHOLE`), where one of each slice has to
+            survive: 0 / 0 is no number. Else None.
         transposed: the first dimension is the inputs', as in transposed convolutions.
         heads: how many parts the inputs of a transposed weight are cut into: its layer's groups.
     """

@@ -39,8 +39,10 @@ class Parametrised:
         stored: the one of them whose zeros are zeros of the used weight at the same places, or
             None where there is none.
         by: what makes it, for people.
-        norm_dim: the weight is divided by the norm of each slice along this dimension, of which one
-            entry has to stay (0 / 0 otherwise); `WHOLE`; or None where nothing is divided by.
+        norm_dim: the stored tensor is divided by the norm of each slice along this dimension, and
+            0 / 0 is no number; `WHOLE`; or None where nothing is divided by.
+        norms: the part that multiplies the slices again, w = norms * stored / ||stored||, or None
+            where there is no such part.
     """
 
     used: str
@@ -48,6 +50,7 @@ class Parametrised:
     stored: str | None
     by: str
     norm_dim: int | None = None
+    norms: str | None = None
 
 
 def find_parametrised(model: nn.Module) -> list[Parametrised]:
@@ -113,12 +116,14 @@ def _chains(module: nn.Module) -> Iterator[tuple[str, ParametrizationList]]:
 def _describe_chain(stem: str, leaf: str, chain: ParametrizationList) -> Parametrised:
     below = f"{stem}parametrizations.{leaf}."
     stored, norm_dim = _known_chain(chain) or _try_out(chain)
+    has_norms = len(chain) == 1 and isinstance(chain[0], _WeightNorm)
     return Parametrised(
         used=stem + leaf,
         parts=tuple(below + name for name, _ in chain.named_parameters()),
         stored=None if stored is None else below + stored,
         by=", ".join(type(one).__name__.removeprefix("_") for one in chain),
         norm_dim=norm_dim,
+        norms=f"{below}original0" if has_norms else None,
     )
 
 
@@ -212,4 +217,5 @@ def _describe_hook(stem: str, hook: _Hook) -> Parametrised:
         stored=parts[0],
         by=type(hook).__name__,
         norm_dim=norm_dim,
+        norms=parts[1] if len(parts) > 1 else None,
     )

@@ -31,7 +31,7 @@ class WeightTensor:
         trainable: `requires_grad`.
         unusual: why it is no weight that is pruned by default, or None if it is one.
         zeros_lost: why zeros in it are no zeros of what the forward pass reads, or None.
-        norm_dim: see `Parametrised`.
+        norm_dim: of slices that must not become zero altogether; see `ParameterGroup`.
         transposed: its first dimension is the inputs'.
         heads: convolution groups of a transposed weight, else 1.
     """
@@ -96,7 +96,14 @@ def find_tensors(model: nn.Module) -> list[WeightTensor]:
                 trainable=parameter.requires_grad,
                 unusual=_why_unusual(uses, modules),
                 zeros_lost=next((_why_lost(parts[name]) for name in found if name in parts), None),
-                norm_dim=next((stored[name].norm_dim for name in found if name in stored), None),
+                norm_dim=next(
+                    (
+                        stored[name].norm_dim
+                        for name in found
+                        if name in stored and stored[name].norms is None
+                    ),
+                    None,
+                ),
                 transposed=transposed,
                 heads=module.groups if isinstance(module, _TRANSPOSED) else 1,
             )

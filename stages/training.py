@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from fishleg.likelihoods import Categorical
 from fishleg.optim import FishLeg
+from fishleg.pruning import HeldMasks
 from fishleg.team import ALONE, Team
 from pipeline.stage import Context, StageError, write_json
 from stages.batch_norm import whole_batches
@@ -94,8 +95,7 @@ class Training:
                 f"batch_size: expected at least a sample for each of the {team.size} workers, got "
                 f"{min(params.batch_size, len(dataset.train))}."
             )
-        parameters = dict(network.named_parameters())
-        self.removed = [(parameters[name], ~mask) for name, mask in (masks or {}).items()]
+        self.masks = HeldMasks(network, masks or {})
         self.optimizer = _optimizer(network, params, masks or {}, self.seed)
         self.batches = batches_per_epoch(len(dataset.train), params.batch_size)
         self.epoch = 0
@@ -154,7 +154,7 @@ class Training:
 
     def _bits(self) -> dict[str, Tensor]:
         """Return what must be the same in every process: weights, statistics and masks."""
-        removed = {f"removed.{number}": one for number, (_, one) in enumerate(self.removed)}
+        removed = {f"removed.{name}": one for name, one in self.masks.removed.items()}
         return {**self.network.state_dict(), **removed}
 
     # -- running
@@ -223,9 +223,7 @@ class Training:
         self.optimizer.zero_grad()
         self.loss_sum += self._descend(inputs, labels)
         self.optimizer.step()
-        with torch.no_grad():
-            for parameter, removed in self.removed:
-                parameter.masked_fill_(removed, 0.0)
+        self.masks.apply()
 
     def _descend(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Leave the gradients of the batch's mean loss in the parameters, and return that loss."""

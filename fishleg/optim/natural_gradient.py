@@ -35,7 +35,7 @@ from fishleg.optim.tracking import (
     update,
 )
 from fishleg.parameters import ParameterGroup, Partition, partition_parameters
-from fishleg.pruning.masks import group_masks, weight_masks
+from fishleg.pruning.masks import HeldMasks, group_masks, weight_masks
 
 _ONE_PIECE = 1 << 30  # samples: more than any batch has
 _TINY = 1e-30  # below any predicted divergence that matters
@@ -152,11 +152,8 @@ class FishLeg(torch.optim.Optimizer):
         self._masks = group_masks(self.partition, masks) if masks else {}
         self._inputs: Nest | None = None
         self._source: GradientSource | None = None
-        self._removed = (
-            {name: ~mask for name, mask in weight_masks(self.partition, self._masks).items()}
-            if self._masks
-            else {}
-        )
+        held = weight_masks(self.partition, self._masks) if self._masks else {}
+        self._held = HeldMasks(model, held)
         self._uncovered = {name for name, _ in self.partition.uncovered}
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         super().__init__(
@@ -234,8 +231,7 @@ class FishLeg(torch.optim.Optimizer):
                 parameter.sub_(images[name] * (rates[name] * shortening))
             else:
                 parameter.sub_(averages[name] * rates[name])
-        for name, removed in self._removed.items():
-            self._trained[name].masked_fill_(removed.to(self._trained[name].device), 0.0)
+        self._held.apply()
         return loss
 
     def _shortening(self, lengths: list[Tensor]) -> Tensor:

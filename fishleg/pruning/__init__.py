@@ -9,6 +9,7 @@ from fishleg.pruning.compensation import (
 )
 from fishleg.pruning.layerwise import greedy_saliency
 from fishleg.pruning.masks import (
+    HeldMasks,
     Masks,
     apply_masks,
     check_masks,
@@ -53,6 +54,7 @@ __all__ = [
     "linear",
     # masks
     "Masks",
+    "HeldMasks",
     "dense_masks",
     "check_masks",
     "count_masks",

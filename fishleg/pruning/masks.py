@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fishleg.errors import FishLegError, ShapeMismatch
 from fishleg.parameters import ParameterGroup, Partition
-from fishleg.parametrised import evaluate, refresh
+from fishleg.parametrised import evaluate, find_parametrised, refresh
 
 Masks = dict[str, Tensor]
 
@@ -61,11 +61,10 @@ def zero_masks(model: nn.Module, partition: Partition, *, at_least: float = 0.01
 def made_zeros(model: nn.Module, group: ParameterGroup) -> Tensor:
     """Return where a module makes zeros of a stored weight that is none, bool in its own shape.
 
-    Such are the masks of `torch.nn.utils.prune`. Weights divided by norms are left out: a norm of 0
-    removes no directions.
+    Such are the masks of `torch.nn.utils.prune`, and weight-normalised rows of norm 0.
     """
     stored = model.get_parameter(group.weight)
-    if group.used == group.weight or group.norm_dim is not None:
+    if group.used == group.weight:
         return torch.zeros_like(stored, dtype=torch.bool)
     return (evaluate(model, group.used) == 0) & (stored != 0)
 
@@ -105,7 +104,6 @@ def count_masks(partition: Partition, masks: Mapping[str, Tensor]) -> tuple[int,
     return removed, prunable
 
 
-@torch.no_grad()
 def apply_masks(model: nn.Module, partition: Partition, masks: Mapping[str, Tensor]) -> None:
     """Set every removed weight of `model` to exactly 0, in place; errors as `check_masks`.
 
@@ -114,12 +112,53 @@ def apply_masks(model: nn.Module, partition: Partition, masks: Mapping[str, Tens
         partition: its groups.
         masks: group name -> bool (rows, columns).
     """
-    parameters = dict(model.named_parameters())
-    for name, mask in weight_masks(partition, masks).items():
-        parameters[name].masked_fill_(~mask.to(parameters[name].device), 0.0)
-    for group in partition.prunable:
-        if group.used != group.weight:
-            refresh(model, group.used)
+    HeldMasks(model, weight_masks(partition, masks)).apply()
+
+
+class HeldMasks:
+    """Masks that are put back whenever the weights have moved, such as after an optimiser's step.
+
+    A weight that is removed is 0 where the forward pass reads it. Where a weight-normalised slice
+    loses all its weights, its norm becomes 0, and its directions 1: 0 / 0 would be no number.
+
+    Args:
+        model: has the weights; parameters may move afterwards, not be replaced.
+        masks: state-dict weight name -> bool in the weight's own shape, True for survivors.
+
+    Attributes:
+        removed: state-dict weight name -> bool in the weight's own shape, True for removed ones.
+    """
+
+    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]):
+        self.removed = {name: ~mask for name, mask in masks.items()}
+        self._model = model
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._weights = [parameters[name] for name in masks]
+        self._made = [
+            one for one in (find_parametrised(model) if masks else ()) if one.stored in masks
+        ]
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Put the masks back. Cost: one pass over the weights that have one."""
+        for weight, removed in zip(self._weights, self.removed.values(), strict=True):
+            weight.masked_fill_(removed.to(weight.device), 0.0)
+        for one in self._made:
+            if one.stored is not None and one.norms is not None:
+                weight = self._model.get_parameter(one.stored)
+                norms = self._model.get_parameter(one.norms)
+                empty = _along(norms.shape, self.removed[one.stored].to(weight.device))
+                weight.masked_fill_(empty, 1.0)
+                norms.masked_fill_(empty, 0.0)
+            refresh(self._model, one.used)
+
+
+def _along(shape: torch.Size, removed: Tensor) -> Tensor:
+    """Return where all that shares one norm is removed, in the norms' `shape`."""
+    for dim, size in enumerate(shape):
+        if size == 1:
+            removed = removed.all(dim, keepdim=True)
+    return removed if shape else removed.all()
 
 
 def weight_masks(partition: Partition, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from fishleg.likelihoods import AbstractLikelihood
 from fishleg.nests import Nest, count_samples, tensors_of
 from fishleg.parameters import Partition
 from fishleg.pruning.compensation import solve_on_survivors
-from fishleg.pruning.masks import apply_masks
+from fishleg.pruning.masks import HeldMasks, weight_masks
 from fishleg.pruning.norms import following_norms, running_norms
 
 RefinementMethod = Literal["sgd", "adam", "natural", "gauss_newton"]
@@ -138,6 +138,7 @@ class Refinement:
         self._moved = {
             name: parameter for name, parameter in model.named_parameters() if name in covered
         }
+        self._held = HeldMasks(model, weight_masks(partition, self.masks))
         self._optimizer = self._build_optimizer()
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
@@ -173,7 +174,7 @@ class Refinement:
         if self.options.method in _PRECONDITIONED:
             self._precondition(inputs, rate)
         self._optimizer.step()
-        apply_masks(self.model, self.partition, self.masks)
+        self._held.apply()
         self.done += 1
         return divergence.detach()
 

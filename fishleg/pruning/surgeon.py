@@ -9,14 +9,22 @@ from math import inf
 import torch
 from torch import Tensor, nn
 
-from fishleg.errors import UnknownName
+from fishleg.errors import FishLegError, UnknownName
 from fishleg.estimators.base import AbstractEstimator
 from fishleg.gradients import GradientSource
 from fishleg.linalg import CGReport
-from fishleg.parameters import Partition
+from fishleg.parameters import ParameterGroup, Partition
+from fishleg.parametrised import evaluate
 from fishleg.pruning.compensation import compensate
 from fishleg.pruning.layerwise import greedy_saliency
-from fishleg.pruning.masks import Masks, apply_masks, count_masks, dense_masks, zero_masks
+from fishleg.pruning.masks import (
+    Masks,
+    apply_masks,
+    count_masks,
+    dense_masks,
+    made_zeros,
+    zero_masks,
+)
 from fishleg.pruning.saliency import saliency
 from fishleg.pruning.selection import check_prunable, listed, select
 
@@ -169,10 +177,7 @@ def _remove(
     )
     # what was removed in earlier steps is 0, and so is its saliency
     scores = saliency(estimator, {name: weights[name] for name in masks})
-    parameters = dict(model.named_parameters())
-    for name, delta in partition.scatter(deltas).items():
-        parameters[name].add_(delta)
-    apply_masks(model, partition, masks)
+    _move(model, partition, deltas, masks)
     removed, prunable = count_masks(partition, masks)
     emptied = tuple(
         group.name
@@ -191,6 +196,54 @@ def _remove(
         unprunable=partition.unprunable,
         emptied=emptied,
         warnings=(*_say_emptied(emptied), *_say_short(report.solves, tolerance)),
+    )
+
+
+def _move(
+    model: nn.Module, partition: Partition, deltas: Mapping[str, Tensor], masks: Masks
+) -> None:
+    """Add the moves, and make what is removed exactly 0 where the forward pass reads it.
+
+    Raises:
+        FishLegError: a weight is not finite afterwards, or a removed one is not 0; all is as it was
+            before, then.
+    """
+    parameters = dict(model.named_parameters())
+    moves = partition.scatter(deltas)
+    for name, move in moves.items():
+        if not (parameters[name] + move).isfinite().all():
+            raise FishLegError(
+                f"{name}: expected finite weights after the step, got others; raise the damping, "
+                "or look for overflow in the curvature."
+            )
+    made = [group for group in partition.prunable if group.used != group.weight]
+    before = {name: value.clone() for name, value in parameters.items()} if made else {}
+    for name, move in moves.items():
+        parameters[name].add_(move)
+    apply_masks(model, partition, masks)
+    try:
+        for group in made:
+            _check_made(evaluate(model, group.used), group, masks[group.name])
+    except FishLegError:
+        for name, value in before.items():
+            parameters[name].copy_(value)
+        raise
+
+
+def _check_made(made: Tensor, group: ParameterGroup, mask: Tensor) -> None:
+    """Check the weight that a module makes of what it stores.
+
+    Raises:
+        FishLegError: it is not finite, or not 0 where it is removed.
+    """
+    removed = ~mask[:, : group.weight_columns].reshape(group.weight_shape)
+    if (made[removed] == 0).all() and made.isfinite().all():
+        return
+    raise FishLegError(
+        f"{group.used}: expected zeros for the removed weights and finite numbers for the others, "
+        f"as the module makes them of {group.weight}, got others; let something of each slice that "
+        "is divided by its norm survive, or remove the parametrization first "
+        "(torch.nn.utils.parametrize.remove_parametrizations)."
     )
 
 
@@ -223,6 +276,12 @@ def _say_short(solves: Mapping[str, CGReport], tolerance: float) -> tuple[str, .
 
 
 def _matrices(model: nn.Module, partition: Partition) -> dict[str, Tensor]:
-    """Return copies of the model's weights as group name -> (rows, columns)."""
+    """Return copies of the model's weights as group name -> (rows, columns).
+
+    Where the module makes zeros of a stored weight (see `made_zeros`), they are 0 here.
+    """
     named = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for group in partition.prunable:
+        if group.used != group.weight:
+            named[group.weight].masked_fill_(made_zeros(model, group), 0.0)
     return partition.gather(named)
