@@ -6,6 +6,7 @@ What other tools leave in the names is undone: the prefix of a wrapper (`module.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -14,7 +15,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from pipeline.stage import StageError
-from stages.tensor_files import load_into, load_tensors
+from stages.tensor_files import MASKED, load_into, load_metadata, load_tensors
 
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 _SHOWN = 5  # names in a message
@@ -26,7 +27,7 @@ class Loaded:
 
     Attributes:
         masks: state-dict name -> bool in the tensor's shape, True for survivors: the masks that
-            torch.nn.utils.prune keeps beside its tensors.
+            torch.nn.utils.prune keeps beside its tensors, and those that an exported model had.
         notes: what was done to the names, a sentence each.
     """
 
@@ -54,7 +55,19 @@ def load_weights(network: nn.Module, path: Path) -> Loaded:
     if problems:
         raise StageError(f"{path.absolute()} does not fit the network: {' '.join(problems)}")
     load_into(network, tensors)
+    for name in _masked_here(path):
+        if name in tensors:
+            masks[name] = tensors[name] != 0
     return Loaded(masks=masks, notes=tuple(notes))
+
+
+def _masked_here(path: Path) -> list[str]:
+    """Return the names of which a file of ours says that all their zeros are a mask, if it does."""
+    try:
+        names = json.loads(load_metadata(path).get(MASKED, "[]"))
+    except ValueError:  # somebody else's text under the same key
+        return []
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def _unwrapped(

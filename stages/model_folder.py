@@ -22,7 +22,7 @@ from pipeline.stage import Context, StageError, write_json
 from stages.data.dataset import DataSet
 from stages.data.source import DataSource
 from stages.reference import Reference, refer
-from stages.tensor_files import load_into, load_tensors, save_tensors
+from stages.tensor_files import MASKED, load_into, load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from stages.catalogue import ImportParams, PretrainParams
@@ -144,7 +144,9 @@ class Model:
 
 def save_model(folder: Path, model: Model) -> None:
     """Write a model folder."""
-    save_tensors(folder / "model.safetensors", model.network.state_dict())
+    masked = sorted(name for name, mask in model.masks.items() if not mask.all())
+    about = {MASKED: json.dumps(masked)} if masked else {}  # an exported file knows its masks
+    save_tensors(folder / "model.safetensors", model.network.state_dict(), about)
     masks = {name: mask.to(torch.uint8) for name, mask in model.masks.items()}
     save_tensors(folder / "masks.safetensors", masks)
     facts = model.facts

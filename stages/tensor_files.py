@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.stage import StageError
 
+MASKED = "masked"  # text of a model's file: the names, in JSON, of tensors whose zeros are a mask
 _PICKLES = (b"\x80", b"PK\x03\x04")  # how pickles begin, and the archives of torch.save
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors to `path`; tied ones are written under each of their names."""
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors to `path`, with texts about them; tied ones go under each of their names."""
     seen: set[int] = set()
     plain = {}
     for name, tensor in tensors.items():
@@ -24,7 +27,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             copy = copy.clone()  # the format refuses tensors that share memory
         seen.add(copy.untyped_storage().data_ptr())
         plain[name] = copy
-    save_file(plain, path, metadata={"format": "pt"})
+    save_file(plain, path, metadata={"format": "pt", **(metadata or {})})
 
 
 def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
@@ -45,6 +48,12 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
             f"{path.absolute()}: expected a safetensors file, got {what}. If you trust the file, "
             "convert it: safetensors.torch.save_file(torch.load(path, weights_only=True), path)."
         ) from None
+
+
+def load_metadata(path: Path) -> dict[str, str]:
+    """Return the texts that a safetensors file holds beside its tensors."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def load_into(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:

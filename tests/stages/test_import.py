@@ -86,6 +86,20 @@ def test_an_exported_model_comes_back_with_its_masks_and_keeps_them_in_fine_tuni
     assert row["sparsity"] == pytest.approx(removed / facts["prunable"])
 
 
+def test_an_exported_model_keeps_also_the_masks_of_layers_that_lost_little(
+    dense: Ran, tmp_path: Path
+) -> None:
+    """Below 1 % of a layer zeros alone would not do: the exported file says what they are."""
+    little = prune(tmp_path, dense.output(), 0.004)
+    export(little, tmp_path / "exported")
+    imported = import_file(tmp_path / "exported" / "model.safetensors", tmp_path / "import")
+    recipe = {"epochs": 1, "batch_size": 32}
+    inputs = {"model": imported.output()}
+    tuned = run_stage("finetune", tmp_path / "tuned", recipe, inputs).output()
+    assert facts_of(tuned)["nonzero"] == facts_of(little)["nonzero"]
+    assert facts_of(tuned)["nonzero"] < facts_of(tuned)["prunable"]
+
+
 def test_zeros_may_be_trained_again(exported: Path, pruned: Path, tmp_path: Path) -> None:
     ran = import_file(exported, tmp_path / "import", zeros="free")
     assert "are 0 and may be trained again" in ran.texts()
