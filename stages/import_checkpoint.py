@@ -15,7 +15,7 @@ from stages.checkpoint_file import load_weights
 from stages.data.dataset import DataSet
 from stages.data.source import DataSource, load_data
 from stages.determinism import compute_deterministically
-from stages.metrics import accuracy_text, log_validation, measure
+from stages.metrics import accuracy_text, log_validation, measure, require_classifier
 from stages.model_folder import Facts, Model, save_model
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def import_checkpoint(ctx: Context) -> None:
     for note in (*dataset.notes, *loaded.notes):
         ctx.say(note)
     network.to(ctx.device).eval()
+    require_classifier(network, dataset)
     found = log_validation(ctx, network, dataset)
     accuracies = {"validation": found["accuracy"]}
     if params.expect_accuracy is not None and params.expect_split == "test":

@@ -1,4 +1,8 @@
-"""How good a classifier is on a split: accuracy and calibration error in percent, loss in nats."""
+"""How good a classifier is on a split: accuracy and calibration error in percent, loss in nats.
+
+Numbers that are not finite have no largest one: a network that gives them is not measured, but is
+an error with the sample's number.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,42 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.stage import Context
+from pipeline.stage import Context, StageError
 from stages.data.dataset import DataSet, Split
 
 _BINS = 15
+
+
+class NotFinite(StageError):
+    """Says which sample a network gives nan or infinity for."""
+
+
+def require_classifier(network: nn.Module, dataset: DataSet) -> None:
+    """Let the network classify two samples, so that what does not fit is said at once.
+
+    Args:
+        network: on any device; nothing of it changes.
+        dataset: the first two validation samples are shown, in eval mode.
+
+    Raises:
+        StageError: it cannot take them, or has not an output for each class.
+    """
+    shown = dataset.validation.take(torch.arange(min(2, len(dataset.validation))))
+    inputs = dataset.normalise(shown.inputs)
+    described = f"{str(inputs.dtype).removeprefix('torch.')} {tuple(inputs.shape)}"
+    try:
+        with torch.random.fork_rng(devices=[]):
+            outputs = classify(network, dataset, shown, batch_size=2)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise StageError(
+            f"the network cannot classify samples of the data set, {described}: {error}. See "
+            "model, model_args and dataset_args."
+        ) from error
+    if outputs.ndim != 2 or outputs.shape[1] < dataset.num_classes:
+        raise StageError(
+            f"the network makes {tuple(outputs.shape)} of samples {described}; expected (samples, "
+            f"classes), with the data set's {dataset.num_classes} classes."
+        )
 
 
 def classify(network: nn.Module, dataset: DataSet, split: Split, batch_size: int) -> Tensor:
@@ -35,8 +71,18 @@ def measure(
 
     ece is the expected calibration error over 15 equal bins of confidence (C. Guo et al., On
     Calibration of Modern Neural Networks, 2017, eq. 5).
+
+    Raises:
+        NotFinite: the network gives nan or infinity for a sample.
     """
     logits = classify(network, dataset, split, batch_size).double()
+    strange = ~logits.isfinite().all(-1)
+    if strange.any():
+        raise NotFinite(
+            f"the network's outputs are not finite (nan or infinity) for {int(strange.sum()):,} of "
+            f"{len(logits):,} samples, the first of them number {int(strange.nonzero()[0])}; it "
+            "has no accuracy. Prune less, or look for weights that have become too large."
+        )
     labels = split.labels.to(logits.device)
     confidence, predicted = logits.softmax(-1).max(-1)
     right = (predicted == labels).double()

@@ -21,7 +21,7 @@ from fishleg.parameters import Partition, partition_parameters
 from pipeline.stage import Context, StageError, write_json
 from stages.data.dataset import DataSet
 from stages.data.source import DataSource
-from stages.reference import Reference, refer
+from stages.reference import Reference, refer, require_options
 from stages.tensor_files import MASKED, load_into, load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -90,9 +90,12 @@ class Facts:
         """Return the network with fresh weights from torch's global generator, on the CPU.
 
         Raises:
-            StageError: what the name stands for builds something else.
+            StageError: what the name stands for builds something else, or has other options.
         """
-        network = self.network.load()(num_classes=self.num_classes, **self.network_args)
+        builder = self.network.load()
+        options = {"num_classes": self.num_classes, **self.network_args}
+        require_options(builder, self.network, "model_args", (), options)
+        network = builder(**options)
         if not isinstance(network, nn.Module):
             raise StageError(
                 f"{self.network.target} returned {type(network).__name__}; expected a "

@@ -10,7 +10,7 @@ from pipeline.stage import Context
 from stages.data.source import DataSource, load_data
 from stages.determinism import compute_deterministically, derive_seed
 from stages.distributed import joined
-from stages.metrics import log_validation
+from stages.metrics import log_validation, require_classifier
 from stages.model_folder import Facts, Model, save_model
 from stages.training import Training
 
@@ -28,6 +28,7 @@ def pretrain(ctx: Context) -> None:
     facts = Facts.from_params(params, dataset, source)
     torch.manual_seed(derive_seed(params.seed, "weights"))
     network = facts.build().to(ctx.device)
+    require_classifier(network, dataset)
     facts.partition(network)  # a pattern that matches nothing is an error now, not after hours
     with joined(ctx) as team:
         training = Training(network, dataset, params, team=team)

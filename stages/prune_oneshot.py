@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -10,16 +11,17 @@ from typing import TYPE_CHECKING, cast
 from fishleg.certificate import pruning_certificate
 from fishleg.estimators.base import AbstractEstimator
 from fishleg.gradients import GradientSource
+from fishleg.pruning import count_masks, group_masks
 from pipeline.stage import Context, StageError
 from stages.data.dataset import DataSet
 from stages.data.source import load_data
 from stages.determinism import compute_deterministically
 from stages.estimate import load_estimate
-from stages.metrics import log_validation, measure
+from stages.metrics import NotFinite, log_validation, measure
 from stages.model_folder import Model, input_model, save_model
 from stages.pruning import prune
 
-_BISECTIONS = 10
+_PARTS = 2**10  # sparsities that are told apart
 
 if TYPE_CHECKING:
     from stages.catalogue import OneshotParams
@@ -69,21 +71,35 @@ def _sparsest_within(
 ) -> float:
     """Return the highest sparsity, to 1/1024, that keeps within the budget of accuracy.
 
-    Bisection takes accuracy to fall with sparsity. Each trial prunes a copy and measures it on the
+    Bisection takes accuracy to fall with sparsity, and begins at the model's own, since removed
+    weights do not come back. Each trial prunes a copy and measures it on the
     validation split; the estimate is the same throughout.
     """
     params: OneshotParams = ctx.params
     points = cast(float, params.within)
+    partition = estimator.partition
+    removed, prunable = count_masks(partition, group_masks(partition, model.masks))
+    best = removed / max(prunable, 1)
     dense = measure(model.network, dataset, dataset.validation)["accuracy"]
-    low, high = 0, 2**_BISECTIONS
-    for done in range(_BISECTIONS):
+    low, high = math.ceil(_PARTS * best), _PARTS
+    trials = max(high - low - 1, 0).bit_length()
+    for done in range(trials):
         middle = (low + high) // 2
         trial = replace(model, network=copy.deepcopy(model.network))
-        pruned = prune(
-            ctx, trial, estimator, source, params=params, sparsity=middle / 2**_BISECTIONS
-        )
-        lost = dense - measure(pruned.network, dataset, dataset.validation)["accuracy"]
-        low, high = (middle, high) if lost <= points else (low, middle)
-        ctx.say(f"sparsity {middle / 2**_BISECTIONS:.4f}: {lost:.2f} points of accuracy lost")
-        ctx.progress(done + 1, _BISECTIONS, "bisection")
-    return low / 2**_BISECTIONS
+        pruned = prune(ctx, trial, estimator, source, params=params, sparsity=middle / _PARTS)
+        lost = dense - _validated(pruned, dataset)
+        if lost <= points:
+            low, best = middle, middle / _PARTS
+        else:
+            high = middle
+        ctx.say(f"sparsity {middle / _PARTS:.4f}: {lost:.2f} points of accuracy lost")
+        ctx.progress(done + 1, trials, "bisection")
+    return best
+
+
+def _validated(model: Model, dataset: DataSet) -> float:
+    """Return a trial's accuracy on the validation split; 0 of one whose outputs are not finite."""
+    try:
+        return measure(model.network, dataset, dataset.validation)["accuracy"]
+    except NotFinite:
+        return 0.0

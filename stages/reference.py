@@ -7,7 +7,8 @@ travels with the parameter class, as its annotation; `refer` reads it from there
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -51,6 +52,37 @@ class Reference:
                 "PYTHONPATH."
             ) from error
         return loaded if self.argument is None else partial(loaded, self.argument)
+
+
+def require_options(
+    function: Callable[..., Any],
+    reference: Reference,
+    field: str,
+    given: Sequence[Any],
+    options: Mapping[str, Any],
+) -> None:
+    """Check options against the signature of the function that will be called with them.
+
+    Args:
+        function: what `reference` stands for.
+        reference: names it, for the message.
+        field: the parameter that holds the options of the user.
+        given: positional arguments of the call.
+        options: keyword arguments of the call.
+
+    Raises:
+        StageError: it has no such option, or needs another one.
+    """
+    signature = inspect.signature(function)
+    try:
+        signature.bind(*given, **options)
+    except TypeError as error:
+        taken = ("num_classes", "download")
+        known = [name for name in [*signature.parameters][len(given) :] if name not in taken]
+        raise StageError(
+            f"{field}: {error}. The options of {reference.name!r} are: "
+            f"{', '.join(known) or 'none'}."
+        ) from None
 
 
 def refer(params: Params, field: str) -> Reference:

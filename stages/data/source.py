@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.stage import StageError
 from stages.data.checks import check
 from stages.data.dataset import DataSet, digest_arrays, spread
-from stages.reference import Reference, refer
+from stages.reference import Reference, refer, require_options
 
 if TYPE_CHECKING:
     from stages.catalogue import DataParams
@@ -87,8 +86,9 @@ def load_data(source: DataSource) -> tuple[DataSet, DataSource]:
 def _load(root: Path, description: str) -> tuple[DataSet, DataSource]:
     source = DataSource.from_json(json.loads(description))
     loader = source.reference.load()
-    _require_options(loader, source)
-    dataset = loader(root, download=source.download, **source.args)
+    options = {"download": source.download, **source.args}
+    require_options(loader, source.reference, "dataset_args", (root,), options)
+    dataset = loader(root, **options)
     if not isinstance(dataset, DataSet):
         raise StageError(
             f"{source.reference.target} returned {type(dataset).__name__}; expected a "
@@ -105,23 +105,6 @@ def _load(root: Path, description: str) -> tuple[DataSet, DataSource]:
         count = source.subset
         dataset = dataset.map_splits(lambda split: spread(split, count))
     return dataset, source
-
-
-def _require_options(loader: Callable[..., Any], source: DataSource) -> None:
-    """Check `dataset_args` against the loader's own signature.
-
-    Raises:
-        StageError: the loader has no such option, or lacks one.
-    """
-    signature = inspect.signature(loader)
-    try:
-        signature.bind(Path(), download=source.download, **source.args)
-    except TypeError as error:
-        known = [name for name in [*signature.parameters][1:] if name != "download"]
-        raise StageError(
-            f"dataset_args: {error}. The options of data set {source.reference.name!r} are: "
-            f"{', '.join(known) or 'none'}."
-        ) from None
 
 
 def _verified(dataset: DataSet, source: DataSource) -> DataSource:

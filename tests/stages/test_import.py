@@ -130,6 +130,21 @@ def test_further_pruning_keeps_the_zeros_that_were_imported(
     assert facts["dense_accuracy"] == facts_of(model)["dense_accuracy"]
 
 
+def test_a_budget_is_spent_from_the_sparsity_that_was_imported(
+    exported: Path, pruned: Path, tmp_path: Path
+) -> None:
+    """The failing case: bisection tried a half first, which is below what was removed already."""
+    model = import_file(exported, tmp_path / "import").output()
+    estimate = run_stage("curvature", tmp_path / "curvature", SHORT, {"model": model})
+    inputs = {"model": model, "curvature": estimate.output("curvature")}
+    for points, nonzero in ((0.0, facts_of(pruned)["nonzero"]), (100.0, 1)):
+        params = {"within": points, "certificate_samples": 0}
+        after = run_stage("prune_oneshot", tmp_path / str(points), params, inputs).output()
+        assert nonzero <= facts_of(after)["nonzero"] <= facts_of(pruned)["nonzero"]
+        assert_zeros_kept(pruned, after)
+    assert facts_of(after)["sparsity"] == 1023 / 1024
+
+
 def test_a_few_zeros_are_no_mask(dense: Ran, tmp_path: Path) -> None:
     """Below 1 % of a layer: chance, an unlucky rectifier, a rounded weight."""
     tensors = load_file(dense.output() / "model.safetensors")

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.stage import StageError
-from stages.catalogue import MODELS, ImportParams
+from stages.catalogue import MODELS, ImportParams, PretrainParams
 from stages.data.source import DataSource, load_data
 from stages.exporter import export, load
-from stages.metrics import measure
+from stages.metrics import NotFinite, measure
 from stages.model_folder import load_model
 from stages.models.resnet_cifar import resnet20
 from stages.reference import refer
@@ -172,3 +173,46 @@ def test_a_model_becomes_a_program_that_takes_any_number_of_samples(tmp_path: Pa
     inputs = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = load_model(made, "cpu").network(inputs)
     torch.testing.assert_close(program.module()(inputs), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "resnet20"}, r"cannot classify samples of the data set, float32 \(2, 1, 8, 8\)"),
+        (
+            {"model": "digits_resnet", "model_args": {"widht": 8}},
+            r"model_args: .*'widht'. The options of 'digits_resnet' are: width, hidden\.",
+        ),
+        (
+            {"model": "test_models:too_few"},
+            r"makes \(2, 3\) of samples .* the data set's 10 classes",
+        ),
+        ({"model": "test_models:too_many_sides"}, r"makes \(2, 10, 8, 8\) of samples"),
+    ],
+)
+def test_a_network_that_does_not_go_with_the_data_is_told_before_it_trains(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    params = {"dataset": "digits", "epochs": 1, **changes}
+    with pytest.raises(StageError, match=message):
+        run_stage("pretrain", tmp_path, params)
+
+
+def too_few(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+
+
+def too_many_sides(num_classes: int) -> nn.Module:
+    return nn.Conv2d(1, num_classes, 1)
+
+
+def test_a_network_whose_outputs_are_not_finite_has_no_accuracy() -> None:
+    """The failing case: nan counts as the largest output, so that it had one class's share."""
+    params = PretrainParams(dataset="digits", model="mlpnet")
+    dataset, _ = load_data(DataSource.from_params(params))
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    assert 0 < measure(network, dataset, dataset.test)["accuracy"] < 40
+    with torch.no_grad():
+        network[1].weight[3] = float("inf")
+    with pytest.raises(NotFinite, match=r"not finite .* for 355 of 355 samples, the first .* 0"):
+        measure(network, dataset, dataset.test)
