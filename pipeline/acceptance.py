@@ -11,11 +11,8 @@ counts as the same.
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
-import os
-import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +21,7 @@ from typing import Any
 
 from pipeline.documents import require_shape
 from pipeline.errors import DamagedDocument
+from pipeline.provenance import this_machine, this_user
 from pipeline.seal import seal, unseal
 from pipeline.store import Store
 
@@ -81,7 +79,7 @@ class Acceptances:
             "stage": stage,
             "code": code,
             "as": as_,
-            "who": _who(),
+            "who": f"{this_user()}@{this_machine()}",
             "why": why,
             "time": time.time(),
             "run": run,
@@ -119,11 +117,3 @@ def describe(accepted: Mapping[str, Any]) -> str:
 def _identify(stage: str, code: Code) -> str:
     text = json.dumps([stage, code], sort_keys=True)
     return f"{hashlib.sha256(text.encode()).hexdigest()}.json"
-
-
-def _who() -> str:
-    try:
-        name = getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have a number only
-        name = str(os.getuid())
-    return f"{name}@{socket.gethostname()}"

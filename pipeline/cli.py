@@ -175,6 +175,7 @@ def run(
         from_=from_,
         only=only,
         until=until,
+        force=force,
         executor=executor,
         tracking=tracking,
         tracking_later=tracking_later,

@@ -140,6 +140,10 @@ class _RunFacts(_Known):
     uri: str
     spec_file: str
     spec_text: str
+    resolved: str = ""
+    overrides: list[str] = []
+    selection: dict[str, list[str]] = {}
+    environment: Texts = {}
     tags: Texts = {}
     folder: str = ""
     driver: dict[str, Any] = {}

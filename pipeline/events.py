@@ -11,7 +11,7 @@ flat JSON object with `type` and `time` (Unix seconds); the types, with their fu
     record      name, params, metrics: one evaluated object
     checkpoint  number; and what the attempt has cost so far, see `pipeline.cost`
     heartbeat   nothing: the stage is alive and has nothing to say
-    end         status: last in every attempt that was not killed
+    end         status: last in every attempt that was not killed; and the cost of one that failed
 """
 
 from __future__ import annotations

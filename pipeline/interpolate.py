@@ -28,12 +28,20 @@ class _Unresolved(Exception):
     """A reference that stands for nothing; without a text, it is already reported."""
 
 
-def interpolate(document: Document, environment: Mapping[str, str]) -> None:
-    """Replace all references in `document`, noting what cannot be replaced as its problems."""
-    document.value = _Resolver(document, environment).value(document.value, ())
+def interpolate(document: Document, environment: Mapping[str, str]) -> dict[str, str]:
+    """Replace all references in `document`, noting what cannot be replaced as its problems.
+
+    Returns:
+        The environment variables that were referred to, with the text that each stood for.
+    """
+    resolver = _Resolver(document, environment)
+    document.value = resolver.value(document.value, ())
+    return resolver.used
 
 
-def override(document: Document, options: Sequence[str], environment: Mapping[str, str]) -> None:
+def override(
+    document: Document, options: Sequence[str], environment: Mapping[str, str]
+) -> dict[str, str]:
     """Apply `--set` options and interpolate.
 
     Variables are set before the references to them are replaced, parameters and axes after.
@@ -43,21 +51,26 @@ def override(document: Document, options: Sequence[str], environment: Mapping[st
         options: each `vars.x=value`, `stage.parameter=value` or `stage.axis=[values]`; the value is
             YAML.
         environment: environment variables.
+
+    Returns:
+        As `interpolate`.
     """
     settings = list(_parse(document, options))
     for position, path, value in settings:
         if path[0] == "vars":
             _set_variable(document, position, path, value)
-    interpolate(document, environment)
+    used = interpolate(document, environment)
     for position, path, value in settings:
         if path[0] != "vars":
-            _set_parameter(document, position, path, value, environment)
+            used |= _set_parameter(document, position, path, value, environment)
+    return used
 
 
 class _Resolver:
     def __init__(self, document: Document, environment: Mapping[str, str]):
         self.document = document
         self.environment = environment
+        self.used: dict[str, str] = {}
         self.open: list[str] = []
         self.budget = Budget()
         self.characters = 0
@@ -160,6 +173,12 @@ class _Resolver:
             )
         if CONTROLS.search(text):
             raise _Unresolved(f"the environment variable {name} holds a control character")
+        if "${" in text:
+            raise _Unresolved(
+                f"the environment variable {name} holds '${{', and references inside of it are "
+                "not replaced; set it to what they stand for"
+            )
+        self.used[name] = text
         return read_scalar(text) if whole else text
 
     def variable(self, expression: str) -> Any:
@@ -236,13 +255,13 @@ def _set_variable(document: Document, position: Position, path: Path, value: Any
 
 def _set_parameter(
     document: Document, position: Position, path: Path, value: Any, environment: Mapping[str, str]
-) -> None:
+) -> dict[str, str]:
     stages = document.value.get("stages")
     name, *inner = path
     if not isinstance(stages, dict) or not isinstance(stages.get(name), dict):
         hint = nearest(str(name), stages if isinstance(stages, dict) else ())
         document.note(position, f"unknown stage {name!r}{hint}")
-        return
+        return {}
     stage = stages[name]
     section = "params"
     axes = stage.get("matrix")
@@ -251,4 +270,6 @@ def _set_parameter(
         value = value if isinstance(value, list) else [value]
     target = ("stages", name, section, *inner)
     document.replace(target, None, position)
-    document.replace(target, _Resolver(document, environment).value(value, target), position)
+    resolver = _Resolver(document, environment)
+    document.replace(target, resolver.value(value, target), position)
+    return resolver.used

@@ -265,12 +265,15 @@ def _facts(
 ) -> RunFacts:
     """Return what tracking is to know; a run that goes on stays where it was tracked."""
     folder, recorded = _lines_folder(store, record.options, console), None
+    resolved = spec.resolved
     try:
         before = load_facts(store, record.run_id)
     except DamagedDocument:  # it goes on without
         before = None
     if before is not None:
         recorded = before.run.uri
+        if before.run.environment == spec.environment:
+            resolved = before.run.resolved or resolved
         folder = before.run.folder if os.path.isdir(before.run.folder) else folder
     return RunFacts(
         run_id=record.run_id,
@@ -279,7 +282,11 @@ def _facts(
         uri=tracking_uri(spec.mlflow.tracking_uri, recorded),
         spec_file=record.options.file,
         spec_text=record.spec_text,
-        tags=source.tags(),
+        resolved=resolved,
+        overrides=record.options.overrides,
+        selection=record.options.selection,
+        environment=spec.environment,
+        tags={**source.tags(), "mlflow.user": source.user},
         driver={
             "platform": platform.platform(),
             "python": source.python,

@@ -6,7 +6,9 @@ says all this, and a run started there reads the file instead of asking Git.
 
 from __future__ import annotations
 
+import getpass
 import json
+import os
 import platform
 import socket
 import subprocess
@@ -33,6 +35,7 @@ class Source:
         diff: the changes of tracked files as a patch, cut where it is very long.
         python: version of Python.
         packages: installed distribution -> version.
+        user: whose process that is; of a packed folder, who packed it.
         submitted_from: the machine that packed the folder, if its local paths are used; or None.
     """
 
@@ -41,6 +44,7 @@ class Source:
     diff: str = ""
     python: str = field(default_factory=platform.python_version)
     packages: Mapping[str, str] = field(default_factory=lambda: _installed())
+    user: str = field(default_factory=lambda: this_user())
     submitted_from: str | None = None
 
     def tags(self) -> dict[str, str]:
@@ -125,6 +129,14 @@ def other_versions(source: Source) -> str | None:
         return None
     more = f", and {len(found) - _SHOWN_VERSIONS} more" if len(found) > _SHOWN_VERSIONS else ""
     return f"Other versions here than where it was submitted: {', '.join(found[:8])}{more}."
+
+
+def this_user() -> str:
+    """Return the name of the user of this process, or the number of one without a name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # as in a container
+        return str(os.getuid())
 
 
 def this_machine() -> str:

@@ -87,6 +87,7 @@ class RunOptions:
         from_: the `--from` options.
         only: the `--only` options.
         until: the `--until` options.
+        force: the `--force` options; what they ask for stays in force, so they are not repeated.
         executor: name of the executor.
         tracking: name of the tracker.
         tracking_later: wait, neither at the beginning nor at the end, for the tracking server.
@@ -98,10 +99,22 @@ class RunOptions:
     from_: Sequence[str] = ()
     only: Sequence[str] = ()
     until: Sequence[str] = ()
+    force: Sequence[str] = ()
     executor: ExecutorName = ExecutorName.RAY
     tracking: TrackerName = TrackerName.MLFLOW
     tracking_later: bool = False
     max_parallel: int | None = None
+
+    @property
+    def selection(self) -> dict[str, Sequence[str]]:
+        """The options that select cells, with what was given."""
+        given = {
+            "--from": self.from_,
+            "--only": self.only,
+            "--until": self.until,
+            "--force": self.force,
+        }
+        return {option: values for option, values in given.items() if values}
 
 
 @dataclass(kw_only=True)

@@ -21,7 +21,8 @@ from pipeline.graph import Cell, Registration, Scalar, StageSpec, cell_name, exp
 from pipeline.interpolate import override
 from pipeline.names import store_around
 from pipeline.params import Issue, Marked, issues_of, marked
-from pipeline.secrets import find_secret
+from pipeline.resolved import resolved_text
+from pipeline.secrets import find_secret, has_credentials, redact
 from pipeline.spec_shape import ClusterShape, FileShape, MlflowShape, ResourcesShape, StageShape
 from pipeline.stage import Catalogue, Params, Registry, Resources, Stage
 from pipeline.yaml_loader import Document, Path
@@ -62,6 +63,9 @@ class Spec:
         name: the pipeline's name.
         path: the file it is from.
         text: what the file says.
+        resolved: the same with all references replaced and all `--set` options applied: a file
+            that repeats it.
+        environment: the variables that it refers to, with the text that each stands for.
         plugins: in the file's order.
         storage: absolute path of a folder, or an fsspec URL.
         storage_given: the same as the environment or the file gives it; perhaps a relative path.
@@ -74,6 +78,8 @@ class Spec:
     name: str
     path: FilePath
     text: str
+    resolved: str
+    environment: Mapping[str, str]
     plugins: Sequence[Plugin]
     storage: str
     storage_given: str
@@ -110,11 +116,34 @@ def load_spec(path: FilePath, overrides: Sequence[str] = ()) -> Spec:
     if not isinstance(document.value, dict):
         document.note(document.root, "expected a mapping with 'name', 'plugins' and 'stages'")
         raise SpecError(document.problems)
-    override(document, overrides, os.environ)
+    given = document.value.get("storage"), document.value.get("mlflow")
+    environment = override(document, overrides, os.environ)
     spec = _Builder(document, FilePath(path), text).build()
     if document.problems:
         raise SpecError(document.problems)
-    return spec
+    return dataclasses.replace(
+        spec, resolved=_resolve(document.value, spec, *given), environment=redact(environment)
+    )
+
+
+def _resolve(value: Mapping[str, Any], spec: Spec, storage: Any, mlflow: Any) -> str:
+    """Return the text that repeats a spec; an address with a password stays as the file gives it.
+
+    Args:
+        value: the spec as data.
+        spec: the spec.
+        storage: what the file gives as `storage:`.
+        mlflow: what it gives as `mlflow:`.
+    """
+    if has_credentials(spec.storage):
+        hidden = STORAGE_VARIABLE in os.environ
+        storage = f"${{env.{STORAGE_VARIABLE}}}" if hidden else storage
+    else:
+        storage = spec.storage
+    changed = {"storage": storage}
+    if has_credentials(spec.mlflow.tracking_uri or ""):
+        changed["mlflow"] = {**value["mlflow"], "tracking_uri": mlflow["tracking_uri"]}
+    return resolved_text({**value, **changed}, spec.path.name)
 
 
 def _read(path: FilePath) -> str:
@@ -216,6 +245,8 @@ class _Builder:
             name=shape.name,
             path=self.path,
             text=self.text,
+            resolved="",
+            environment={},
             plugins=self.plugins,
             storage=storage if "://" in storage else os.path.abspath(storage),
             storage_given=storage,

@@ -181,11 +181,13 @@ def _run_task(task: Task, preemption: Preemption, pass_on: Callable[[], None]) -
     ):
         events.emit({"type": "start", "time": time.time(), **_who(task)})
         events.flush()
-        outcome = _attempt(task, store, attempt, events, preemption)
+        meter = CostMeter()
+        outcome = _attempt(task, store, attempt, events, preemption, meter)
         outcome["seconds"] = round(time.monotonic() - began, 3)
         if outcome["status"] in {"failed", "damaged"}:
             attempt.fail(outcome["error"])
-        events.emit({"type": "end", "time": time.time(), "status": outcome["status"]})
+        cost = {} if outcome["status"] == "ok" else meter.read()  # a result has said its own
+        events.emit({"type": "end", "time": time.time(), "status": outcome["status"], **cost})
         return outcome
 
 
@@ -216,10 +218,14 @@ def _heeding_signals(heed: Callable[[], None]) -> Iterator[None]:
 
 
 def _attempt(
-    task: Task, store: Store, attempt: Attempt, events: EventWriter, preemption: Preemption
+    task: Task,
+    store: Store,
+    attempt: Attempt,
+    events: EventWriter,
+    preemption: Preemption,
+    meter: CostMeter,
 ) -> Outcome:
     try:
-        meter = CostMeter()
         with (
             SystemSampler(events.emit, gpus=task["num_gpus"] > 0),
             LineWriter(events.emit) as lines,

@@ -50,6 +50,10 @@ class RunFacts:
         uri: the tracking server or database.
         spec_file: the spec's path as given.
         spec_text: the spec as it was read.
+        resolved: a spec that repeats the run by itself, see `pipeline.resolved`.
+        overrides: the `--set` options.
+        selection: option, such as `--only` -> what was given with it.
+        environment: the variables that the spec refers to, with what each stood for.
         tags: further facts of all that is recorded, such as the commit.
         driver: facts about the driver's process, as a manifest has them about a worker's.
         folder: where JSON lines are written.
@@ -62,6 +66,10 @@ class RunFacts:
     uri: str
     spec_file: str
     spec_text: str
+    resolved: str = ""
+    overrides: Sequence[str] = ()
+    selection: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     driver: Mapping[str, Any] = field(default_factory=dict)
     folder: str = "tracking"
@@ -110,16 +118,18 @@ class CellEnd:
     """How a cell ended.
 
     Attributes:
-        state: `done`, `failed` or `stopped`.
+        state: `done`, `failed` or `stopped`; `cached` of a result that was there already.
         outputs: output name -> folder whose files are to be kept with the cell.
         facts: about the making of its result, from the manifest.
         output_bytes: size of all its outputs, or None where there is no result.
+        time_s: Unix time of its result's publication; 0 where there is none.
     """
 
     state: CellState
     outputs: Mapping[str, Path] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     output_bytes: int | None = None
+    time_s: float = 0.0
 
 
 class AbstractTracker(ABC):
@@ -164,8 +174,14 @@ class AbstractTracker(ABC):
         """
 
     @abstractmethod
-    def link_cached(self, cell: CellFacts, source: str | None) -> None:
-        """Note a cell whose result was there already; `source` is the id it was recorded under."""
+    def link_cached(self, cell: CellFacts, source: str | None, made: CellEnd) -> None:
+        """Note a cell whose result was there already.
+
+        Args:
+            cell: the cell.
+            source: the id that its making was recorded under, if that is known.
+            made: how its making ended.
+        """
 
     @abstractmethod
     def register(self, cell: CellFacts, folder: Path) -> None:

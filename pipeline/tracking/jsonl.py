@@ -31,9 +31,9 @@ class JsonLinesTracker(AbstractTracker):
             self._path.parent.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
             raise PipelineError(f"JSON lines cannot go into {run.folder}: {error}") from error
-        self._write(
-            "run", state="running", run=run.run_id, name=run.name, file=run.spec_file, **run.tags
-        )
+        about = {"run": run.run_id, "name": run.name, "file": run.spec_file, **run.tags}
+        asked = {"set": run.overrides, "selection": run.selection, "environment": run.environment}
+        self._write("run", state="running", **about, **asked, resolved=run.resolved)
 
     def open_cell(self, cell: CellFacts) -> None:
         """Write that the cell runs, with its parameters."""
@@ -53,9 +53,9 @@ class JsonLinesTracker(AbstractTracker):
     def forget_cell(self, cell: str, *, records: bool = False) -> None:
         """Write nothing: the lines say that it runs again."""
 
-    def link_cached(self, cell: CellFacts, source: str | None) -> None:
-        """Write that the cell's result was there already."""
-        self._write_cell(cell, "cached")
+    def link_cached(self, cell: CellFacts, source: str | None, made: CellEnd) -> None:
+        """Write that the cell's result was there already, and which run made it."""
+        self._write_cell(cell, "cached", made_by=made.facts.get("run"))
 
     def register(self, cell: CellFacts, folder: Path) -> None:
         """Write that the model is to be registered; there is no registry here."""
@@ -82,7 +82,7 @@ class JsonLinesTracker(AbstractTracker):
         """Say yes of a full disk, say, which may have room again."""
         return not isinstance(error, PipelineError)
 
-    def _write_cell(self, cell: CellFacts, state: str) -> None:
+    def _write_cell(self, cell: CellFacts, state: str, **more: Any) -> None:
         self._write(
             "cell",
             cell=cell.cell,
@@ -91,6 +91,7 @@ class JsonLinesTracker(AbstractTracker):
             key=cell.key,
             params=dict(cell.params),
             **cell.tags,
+            **more,
         )
 
     def _write(self, kind: str, **fields: Any) -> None:

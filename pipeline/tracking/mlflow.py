@@ -14,9 +14,12 @@ be taken back in a run (a metric) goes with the run when it is no longer true.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
+import shlex
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -58,7 +61,10 @@ _NOTE = "mlflow.note.content"
 _SPEC_SENT = "fls.spec_sent"
 _FACTS = ("device", "threads", "workers", "platform", "python", "packages")
 _COSTS = ("seconds", "cpu_seconds", "peak_bytes", "gpu_peak_bytes", "output_bytes")
-_SUMS = ("seconds", "output_bytes")  # of a run's own cells, which the parent has as well
+_SUMS = ("seconds", "cpu_seconds", "output_bytes")  # over cells, on the parent
+_PEAKS = ("peak_bytes", "gpu_peak_bytes")
+_SPENT = "spent_"  # by all attempts of this run at a cell, with or without a result
+_CACHED = "cached_"  # what a result that was there already had cost to make
 _IS_RUNNING = "attributes.status = 'RUNNING'"
 
 
@@ -95,16 +101,14 @@ class MLflowTracker(AbstractTracker):
         self.ids = {"cells": {}, "records": {}, "series": self.ids.get("series", {})}
         self._writers = {}
         if found is None:
-            about = _fact_tags(run.driver)
+            about = {**_fact_tags(run.driver), **_asked_tags(run)}
             tags = {**about, "fls.kind": "pipeline", "fls.run": run.run_id}
             self._parent = self._create(f"{run.name} {run.run_id}", tags)
         else:
             self._parent = self._found(found)
             self._parent.reopen()
             self._find_children()
-        if found is None or _SPEC_SENT not in found.data.tags:
-            self._parent.write_text(Path(run.spec_file).name, run.spec_text)
-            self._parent.send(tags={_SPEC_SENT: "true"})
+        self._send_spec("" if found is None else found.data.tags.get(_SPEC_SENT, ""))
         self.ids["run"] = self._parent.run_id
 
     def open_cell(self, cell: CellFacts) -> None:
@@ -142,6 +146,7 @@ class MLflowTracker(AbstractTracker):
                 record = self._writers[run_id]
                 record.send([p for p in cost if p.name not in record.metrics], tags=about)
             writer.send(points, tags=about)
+        writer.send(self._series(cell).spent_points(_SPENT))
         writer.terminate(_STATUS[end.state])
         if end.state is CellState.DONE:
             self.ids["series"].pop(cell, None)
@@ -156,9 +161,17 @@ class MLflowTracker(AbstractTracker):
             if run_id is not None:
                 self._client.delete_run(run_id)
 
-    def link_cached(self, cell: CellFacts, source: str | None) -> None:
-        """Create a light run: parameters, and a tag that leads to the run with the rest."""
-        tags = {"fls.kind": "cached", **({"fls.source_run": source} if source else {})}
+    def link_cached(self, cell: CellFacts, source: str | None, made: CellEnd) -> None:
+        """Create a light run: parameters, what it had cost, and tags that lead to who made it."""
+        tags = {"fls.kind": "cached", **_fact_tags(made.facts)}
+        tags |= {"fls.source_run": source} if source else {}
+        tags |= {"fls.made_by": made.facts["run"]} if "run" in made.facts else {}
+        sums = {**made.facts, "output_bytes": made.output_bytes}
+        points = [
+            Point(_CACHED + name, sums[name], made.time_s, 0)
+            for name in _SUMS
+            if sums.get(name) is not None
+        ]
         run_id = self.ids["cells"].get(cell.cell)
         if run_id is None:
             writer = self._create_cell(cell, tags)
@@ -167,7 +180,7 @@ class MLflowTracker(AbstractTracker):
             writer.send(tags=cell.tags)  # its code may have been accepted since
             return
         # A run that is there already was begun in an earlier life; another made the result.
-        writer.send(params=cell.params, tags={**tags, **cell.tags})
+        writer.send(points, params=cell.params, tags={**tags, **cell.tags})
         writer.terminate("FINISHED")
 
     def register(self, cell: CellFacts, folder: Path) -> None:
@@ -205,18 +218,31 @@ class MLflowTracker(AbstractTracker):
             self._parent.send(tags={_NOTE: text})
 
     def close_run(self, state: str) -> None:
-        """Set the parent's sums and terminal status; no child of it may be left running."""
-        sums = dict.fromkeys(_SUMS, 0.0)
+        """Set the parent's sums and terminal status; no child of it may be left running.
+
+        What its own cells cost, all attempts of all its lives, is apart from what those had cost
+        that it found in the store.
+        """
+        sums = dict.fromkeys((*_SUMS, *(_CACHED + name for name in _SUMS)), 0.0)
+        sums |= {"cells": 0.0, "cached_cells": 0.0}
         for run in self._children():
+            metrics, kind = run.data.metrics, run.data.tags["fls.kind"]
             if run.info.status == "RUNNING":
                 self._client.set_terminated(run.info.run_id, "KILLED")
-            if run.data.tags["fls.kind"] == "stage":
-                for name in _SUMS:
-                    sums[name] += run.data.metrics.get(name, 0.0)
+            if kind == "evaluation":  # which has the cost of its cell
+                continue
+            sums["cells" if kind == "stage" else "cached_cells"] += 1
+            for name in _SUMS:
+                sums[name] += metrics.get(_SPENT + name, metrics.get(name, 0.0))
+                sums[_CACHED + name] += metrics.get(_CACHED + name, 0.0)
+            for name in _PEAKS:
+                if name in metrics:
+                    sums[name] = max(metrics[name], sums.get(name, 0.0))
         known = self._client.get_run(self._parent.run_id).data.metrics
-        for name, value in sums.items():
-            if known.get(name) != value:
-                self._client.log_metric(self._parent.run_id, name, value, step=0)
+        now = time.time()
+        self._parent.send(
+            [Point(name, value, now, 0) for name, value in sums.items() if known.get(name) != value]
+        )
         self._parent.terminate(_STATUS[state])
 
     def close_orphan(self, run: RunFacts, state: str, cells: Mapping[str, str]) -> bool:
@@ -247,6 +273,24 @@ class MLflowTracker(AbstractTracker):
         return True
 
     # -- runs
+
+    def _send_spec(self, sent: str) -> None:
+        """Record on the parent what was asked for; `sent` is the digest of what it has by now."""
+        run, name = self._run, Path(self._run.spec_file).name
+        asked = {"file": run.spec_file, "set": run.overrides, **run.selection}
+        options = json.dumps({**asked, "environment": run.environment}, indent=1)
+        digest = hashlib.sha256("\0".join([run.spec_text, run.resolved, options]).encode())
+        if digest.hexdigest() == sent:
+            return
+        texts = {name: run.spec_text, "options.json": options, "resolved.yaml": run.resolved}
+        if name in {"options.json", "resolved.yaml"}:  # the user's own file comes first
+            texts |= {f"fls-{name}": texts[name], name: run.spec_text}
+        for file, text in texts.items():
+            if text:
+                self._parent.write_text(file, text)
+        settings = [option.partition("=") for option in run.overrides]
+        params = {target: value for target, _, value in settings}
+        self._parent.send(params=params, tags={**_asked_tags(run), _SPEC_SENT: digest.hexdigest()})
 
     def _record(self, cell: str, event: Event) -> None:
         """Make the run of one evaluated object; one that says otherwise is replaced."""
@@ -353,6 +397,17 @@ def _agree(sent: Mapping[str, float], points: Iterable[Point]) -> bool:
         for point in points
         if point.name in sent
     )
+
+
+def _asked_tags(run: RunFacts) -> dict[str, str]:
+    """Return what was asked for beside the spec's file, as tags."""
+    words = [shlex.join([option, one]) for option, given in run.selection.items() for one in given]
+    tags = {
+        "fls.set": "\n".join(run.overrides),
+        "fls.selection": " ".join(words),
+        "fls.environment": json.dumps(run.environment) if run.environment else "",
+    }
+    return {name: text for name, text in tags.items() if text}
 
 
 def _fact_tags(facts: Mapping[str, Any]) -> dict[str, str]:

@@ -76,7 +76,7 @@ class Recorder:
         if state is CellState.CACHED:
             if self._progress.keys.get(name, cell.key) != cell.key:  # another result, another's
                 self._forget(name, records=True)
-            self._tracker.link_cached(cell, source)
+            self._tracker.link_cached(cell, source, self._end(cell, state))
             self._progress.keys[name] = cell.key
             self._step()
             self._register(cell)
@@ -137,11 +137,11 @@ class Recorder:
 
     def _end(self, cell: CellFacts, state: CellState) -> CellEnd:
         """Gather what is kept of a result; one that is damaged by now is recorded without files."""
-        manifest = self._manifest(cell.key) if state is CellState.DONE else None
+        manifest = self._manifest(cell.key) if state in {CellState.DONE, CellState.CACHED} else None
         if manifest is None:
             return CellEnd(state=state)
         folders = {}
-        for output in cell.kept:
+        for output in cell.kept if state is CellState.DONE else ():
             try:
                 folders[output] = self._store.fetch(cell.key, output)
             except Damaged:  # who needs it has it made again, and then it is recorded anew
@@ -152,11 +152,12 @@ class Recorder:
             outputs=folders,
             facts=manifest.facts,
             output_bytes=sum(file["bytes"] for file in files),
+            time_s=manifest.time,
         )
 
     def _manifest(self, key: str) -> Manifest | None:
         try:
-            return self._store.manifest(key)
+            return self._store.manifest(key) or self._store.collected(key)
         except Damaged:
             return None
 

@@ -8,11 +8,13 @@ attempts may contradict, is held back until the attempt that gives the result is
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.events import Event
+
+_COSTS = ("seconds", "cpu_seconds")  # those that add up
 
 
 class Point(NamedTuple):
@@ -33,12 +35,18 @@ class Series:
         now: metric -> last step that is said by now.
         finals: metric -> (value, time) of the attempt that is running.
         samples: how many samples of the system were taken by all attempts.
+        spent: what earlier attempts have cost, as far as they could say.
+        cost: what the attempt that is running has cost, as it said last.
+        heard_s: Unix time at which that was.
     """
 
     before: dict[str, int] = field(default_factory=dict)
     now: dict[str, int] = field(default_factory=dict)
     finals: dict[str, tuple[float, float]] = field(default_factory=dict)
     samples: int = 0
+    spent: dict[str, float] = field(default_factory=dict)
+    cost: dict[str, float] = field(default_factory=dict)
+    heard_s: float = 0.0
 
     def take(self, events: Iterable[Event]) -> list[Point]:
         """Return the points that are new in an attempt's, or several attempts', events."""
@@ -46,12 +54,16 @@ class Series:
         for event in events:
             if event["type"] == "start":
                 self.before, self.finals = dict(self.now), {}
+                self.spent, self.cost = self._all_spent(), {}
             elif event["type"] == "system":
                 self.samples += 1
                 points += _points(event, self.samples)
+            elif event["type"] in {"checkpoint", "end"}:
+                self._note_cost(event, event["time"])
             elif event["type"] == "metrics" and event["step"] is None:
                 for name, value in event["values"].items():
                     self.finals[name] = value, event["time"]
+                self._note_cost(event["values"], event["time"])
             elif event["type"] == "metrics":
                 for point in _points(event, event["step"]):
                     if point.step > self.before.get(point.name, point.step - 1):
@@ -62,6 +74,25 @@ class Series:
     def final_points(self) -> list[Point]:
         """Return the final values, at step 0."""
         return [Point(name, value, time_s, 0) for name, (value, time_s) in self.finals.items()]
+
+    def spent_points(self, prefix: str) -> list[Point]:
+        """Return what all attempts have cost together, at step 0, under names with a prefix."""
+        return [
+            Point(prefix + name, value, self.heard_s, 0)
+            for name, value in self._all_spent().items()
+        ]
+
+    def _note_cost(self, said: Mapping[str, Any], time_s: float) -> None:
+        cost = {name: said[name] for name in _COSTS if name in said}
+        if len(cost) == len(_COSTS):  # a stage's own metric may have the name of one
+            self.cost, self.heard_s = cost, time_s
+
+    def _all_spent(self) -> dict[str, float]:
+        return {
+            name: self.spent.get(name, 0.0) + self.cost.get(name, 0.0)
+            for name in _COSTS
+            if name in self.spent or name in self.cost
+        }
 
 
 def _points(event: Event, step: int) -> list[Point]:

@@ -53,3 +53,28 @@ def test_what_is_remembered_as_json_gives_the_same_points_again() -> None:
     assert again.take(events) == points
     assert [point.step for point in points] == [3, 2, 4]
     assert list(map(tuple, again.final_points())) == [("loss", 0.4, 0.0, 0)]
+
+
+def cost(kind: str, seconds: float, time: float = 0.0) -> dict[str, Any]:
+    return {"type": kind, "time": time, "seconds": seconds, "cpu_seconds": 2 * seconds}
+
+
+def test_what_a_cell_has_cost_is_that_of_all_attempts() -> None:
+    """One was killed after its second checkpoint, one failed, one gave the result."""
+    series = Series()
+    series.take([START, cost("checkpoint", 3.0), cost("checkpoint", 5.0)])
+    series.take([START, cost("checkpoint", 1.0), cost("end", 2.0)])
+    again = Series(**json.loads(json.dumps(asdict(series))))
+    final = {"type": "metrics", "time": 9.0, "step": None}
+    again.take([START, {**final, "values": {"seconds": 4.0, "cpu_seconds": 8.0, "loss": 0.5}}])
+    again.take([{**final, "type": "end", "status": "ok"}])
+    assert list(map(tuple, again.spent_points("spent_"))) == [
+        ("spent_seconds", 11.0, 9.0, 0),
+        ("spent_cpu_seconds", 22.0, 9.0, 0),
+    ]
+
+
+def test_a_metric_of_the_stage_that_is_called_seconds_is_no_cost() -> None:
+    series = Series()
+    series.take([START, {"type": "metrics", "time": 1.0, "step": None, "values": {"seconds": 7.0}}])
+    assert series.spent_points("spent_") == []

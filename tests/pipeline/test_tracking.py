@@ -88,6 +88,8 @@ def test_a_run_its_cells_and_its_records_are_mlflow_runs(client: Any, toy: Path)
     assert parent.data.tags["mlflow.note.content"].startswith("| cell | number |")
     assert files(parent) == {
         "pipeline.yaml",
+        "options.json",
+        "resolved.yaml",
         "report/table.md",
         "report/table.csv",
         "report/figure.png",
@@ -173,6 +175,111 @@ def test_what_was_cached_is_a_light_run_that_names_its_source(client: Any) -> No
     assert cached.data.params == first["stage", "slow"].data.params
     assert cached.info.status == "FINISHED"
     assert second["pipeline", "toy"].data.tags["mlflow.note.content"].startswith("| cell |")
+
+
+def test_what_was_asked_for_beside_the_file_is_recorded_and_can_be_repeated(
+    client: Any, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_spec(
+        """
+        start: {uses: start, params: {value: "${env.START_VALUE}"}}
+        add: {uses: add, inputs: {number: start}}
+        """
+    )
+    monkeypatch.setenv("START_VALUE", "7")
+    monkeypatch.setenv("LOGNAME", "ada")
+    options = ["add.amount=3", "start.seed=1"]
+    assert run_mlflow(overrides=options, selection=Selection(until=["add"]))[0] == 0
+    runs = recorded(client, last_run().run_id)
+    assert {run.data.tags["mlflow.user"] for run in runs.values()} == {"ada"}
+    parent = runs["pipeline", "toy"]
+    assert parent.data.params == {"add.amount": "3", "start.seed": "1"}
+    assert parent.data.tags["fls.set"] == "add.amount=3\nstart.seed=1"
+    assert parent.data.tags["fls.selection"] == "--until add"
+    assert json.loads(parent.data.tags["fls.environment"]) == {"START_VALUE": "7"}
+    assert files(parent) == {"pipeline.yaml", "options.json", "resolved.yaml"}
+    root = Path(parent.info.artifact_uri.removeprefix("file://"))
+    asked = json.loads((root / "options.json").read_text())
+    assert (asked["set"], asked["--until"]) == (options, ["add"])
+    monkeypatch.delenv("START_VALUE")
+    code, output, _ = fls("run", str(root / "resolved.yaml"), "--executor", "local")
+    assert (code, output) == (0, "Nothing to do: all 2 cells are in the store.\n")
+    code, output, _ = fls("plan", str(root / "pipeline.yaml"))
+    assert code == 2, "the file alone says less"
+
+
+def test_a_user_s_file_may_have_the_name_of_the_resolved_one(client: Any, toy: Path) -> None:
+    write_spec("start: {uses: start, params: {value: 1}}").rename("resolved.yaml")
+    path = Path("resolved.yaml")
+    assert run_mlflow(path=path, overrides=["start.value=2"])[0] == 0
+    parent = recorded(client, last_run().run_id)["pipeline", "toy"]
+    root = Path(parent.info.artifact_uri.removeprefix("file://"))
+    assert (root / "resolved.yaml").read_text() == path.read_text()
+    assert "value: 2" in (root / "fls-resolved.yaml").read_text()
+
+
+def test_json_lines_say_what_was_asked_for_and_who_made_what_is_cached(toy: Path) -> None:
+    write_spec(SLOW)
+    run_here(overrides=["slow.steps=5"])
+    first = last_run().run_id
+    run_here(overrides=["slow.steps=5"], selection=Selection(force=["report"]))
+    text = Path(f"tracking/{last_run().run_id}.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert lines[0]["set"] == ["slow.steps=5"]
+    assert lines[0]["selection"] == {"--force": ["report"]}
+    assert "steps: 5" in lines[0]["resolved"]
+    cached = [line for line in lines if line.get("state") == "cached"]
+    assert {line["made_by"] for line in cached} == {first}
+
+
+def test_the_parent_sums_what_the_run_spent_apart_from_what_others_had(client: Any) -> None:
+    write_spec(SLOW)
+    run_mlflow()
+    first = recorded(client, last_run().run_id)
+    sums = first["pipeline", "toy"].data.metrics
+    made = [run.data.metrics for (kind, _), run in first.items() if kind == "stage"]
+    for name in ("seconds", "cpu_seconds", "output_bytes"):
+        assert sums[name] == pytest.approx(sum(one[name] for one in made))
+        assert sums[f"cached_{name}"] == 0
+    assert sums["peak_bytes"] == max(one["peak_bytes"] for one in made)
+    assert (sums["cells"], sums["cached_cells"]) == (3, 0)
+
+    run_id = last_run().run_id
+    run_mlflow(selection=Selection(force=["report"]))
+    second = recorded(client, last_run().run_id)
+    again = second["pipeline", "toy"].data.metrics
+    report = second["stage", "report"].data.metrics
+    assert (again["cells"], again["cached_cells"]) == (1, 2)
+    assert again["cpu_seconds"] == pytest.approx(report["cpu_seconds"])
+    for name in ("seconds", "cpu_seconds", "output_bytes"):
+        there = [first["stage", cell].data.metrics[name] for cell in ("slow", "total")]
+        assert again[f"cached_{name}"] == pytest.approx(sum(there))
+    assert second["cached", "slow"].data.tags["fls.made_by"] == run_id
+    assert second["cached", "slow"].data.tags["fls.device"] == "cpu"
+
+
+def test_a_run_that_went_on_counts_what_its_earlier_attempts_spent(client: Any) -> None:
+    write_spec(
+        """
+        good: {uses: slow, params: {steps: 5}}
+        bad: {uses: fail, inputs: {number: good}, params: {counter: counter, until: 1}}
+        """
+    )
+    assert run_mlflow()[0] == 1
+    before = recorded(client, last_run().run_id)
+    failed = before["stage", "bad"].data.metrics["spent_seconds"]
+    assert failed > 0
+    assert before["pipeline", "toy"].data.metrics["seconds"] == pytest.approx(
+        failed + before["stage", "good"].data.metrics["seconds"]
+    )
+    assert resume_here(last_run())[0] == 0
+    after = recorded(client, last_run().run_id)
+    bad = after["stage", "bad"].data.metrics
+    assert bad["spent_seconds"] == pytest.approx(failed + bad["seconds"])
+    parent = after["pipeline", "toy"].data.metrics
+    good = after["stage", "good"].data.metrics
+    for name in ("seconds", "cpu_seconds"):
+        assert parent[name] == pytest.approx(good[name] + bad[f"spent_{name}"])
 
 
 def test_failures_show_and_a_resumed_run_is_the_same_run(client: Any) -> None:
@@ -690,7 +797,7 @@ class Recording(AbstractTracker):
     def forget_cell(self, cell: str, *, records: bool = False) -> None:
         self._tell("forget", cell)
 
-    def link_cached(self, cell: CellFacts, source: str | None) -> None:
+    def link_cached(self, cell: CellFacts, source: str | None, made: CellEnd) -> None:
         self._tell("cached", cell.cell)
 
     def register(self, cell: CellFacts, folder: Path) -> None:

@@ -69,6 +69,7 @@ def run_here(
         from_=selection.from_,
         only=selection.only,
         until=selection.until,
+        force=selection.force,
         **fields,
     )
     output = io.StringIO()
