@@ -24,6 +24,7 @@ from pipeline.names import store_around
 from pipeline.source import Import, Source, read_source
 
 _RUNNER = "pipeline"
+_SITE = {"site-packages", "dist-packages"}
 
 
 @dataclass(frozen=True)
@@ -160,8 +161,18 @@ def _is_local(place: Place | None) -> bool:
     """Tell whether a top-level module is neither installed nor of the standard library."""
     paths = [str(path) for path in (place.file, *place.folders) if path] if place else []
     return any(path.endswith(".py") or os.path.isdir(path) for path in paths) and not any(
-        path.startswith(folder + os.sep) for path in paths for folder in _installed()
+        map(is_installed, paths)
     )
+
+
+def is_installed(path: str) -> bool:
+    """Tell whether a module's file is the standard library's, or was installed.
+
+    That includes what another environment has installed, which a `.pth` file may lead to.
+    """
+    if not _SITE.isdisjoint(path.split(os.sep)):
+        return True
+    return any(path.startswith(folder + os.sep) for folder in _installed())
 
 
 @functools.cache

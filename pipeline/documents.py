@@ -109,6 +109,7 @@ class _Tracking(_Recorded):
 class _Names(_Document):
     inputs: Lists
     files: Texts
+    unchecked: list[str] = []
 
 
 class _Ingredients(_Document):

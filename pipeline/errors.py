@@ -3,6 +3,7 @@
 PipelineError                 exit code 1
 |-- BadInput                  exit code 2: the spec, an option or the user's own source is wrong
 |   `-- SpecError             all problems of one spec together
+|-- BrokenPromise             what a worker used is not what the key of its cell says
 `-- StoreError                the storage
     |-- StorageUnsupported    the storage cannot create a file exclusively
     |-- StorageUnavailable    the storage is full, broken, or out of reach: perhaps not for long
@@ -69,6 +70,10 @@ class SpecError(BadInput):
         self.problems: Sequence[Problem] = sorted(dict.fromkeys(problems), key=_file_order)
         end = [f"Stopped after {len(self.problems)} problems; there may be more."] if more else []
         super().__init__("\n".join([*map(str, self.problems), *end]))
+
+
+class BrokenPromise(PipelineError):
+    """What a worker used is not what the key of its cell says: it was changed after the plan."""
 
 
 class StoreError(PipelineError):

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from pipeline.acceptance import Code, Equivalence
 from pipeline.code_digest import CodeIndex
-from pipeline.errors import BadInput
 from pipeline.graph import Cell, shorten
-from pipeline.params import marked
+from pipeline.outside import Reading, files_of, folders_of, name_of, read_file, read_folder
+from pipeline.params import Marked, marked
 from pipeline.spec import Plugin
 from pipeline.stage import ExternalFile, Registry
 
@@ -36,7 +38,8 @@ class Identity:
         base: the same without the generation; what `--force` counts generations of.
         ingredients: JSON with `stage`, `code` {module: digest}, `params`, `inputs` {name: [key]},
             `files` {parameter: sha256}, `data` {parameter: digest} and `generation`; and `names`,
-            which is not hashed: `inputs` {name: [cell]} and `files` {parameter: path}. Where code
+            which is not hashed: `inputs` {name: [cell]}, `files` {parameter: path}, and
+            `unchecked` [parameter], which stand for data that the key does not know. Where code
             was accepted as equivalent, `code` is what it counts as, and `accepted`, which is not
             hashed either, says what it is (see `pipeline.acceptance`).
     """
@@ -62,7 +65,7 @@ def identify(
 
     A module that is not there, or no valid Python, and a file that cannot be read are `BadInput`.
 
-    Cost: one read of each source and external file.
+    Cost: one read of each source and external file, and of files in folders of data that are new.
     """
     code = CodeIndex(
         packages={
@@ -72,9 +75,10 @@ def identify(
         declarations=[plugin.module for plugin in plugins],
     )
     digests = functools.cache(code.digests)
+    content = functools.cache(lambda read, path: read(path).digest)
     found: dict[str, Identity] = {}
     for cell in cells:
-        ingredients = _ingredients(cell, digests, found)
+        ingredients = _ingredients(cell, digests, content, found)
         known = equivalent(cell.declaration.name, ingredients["code"])
         if known:
             ingredients |= {"code": known.code, "accepted": known.accepted}
@@ -87,20 +91,25 @@ def identify(
 def _ingredients(
     cell: Cell,
     digests: Callable[[frozenset[str]], Mapping[str, str]],
+    content: Callable[[Callable[[Path], Reading], Path], str],
     upstream: Mapping[str, Identity],
 ) -> dict[str, Any]:
     """Return a cell's ingredients but its generation."""
     params = cell.params.model_dump(mode="json")
-    targets, data, files, paths = {cell.declaration.entry}, {}, {}, {}
+    targets, data, unchecked = {cell.declaration.entry}, {}, []
+    folders, paths = folders_of(cell.params), files_of(cell.params)
     for mark in marked(cell.params):
-        name = ".".join(map(str, mark.path))
+        name = name_of(mark)
         if isinstance(mark.marker, ExternalFile):
-            files[name], paths[name] = digest_file(Path(mark.value)), mark.value
             _blank(params, mark.path)
         elif entry := mark.marker.find(mark.value):
             targets.add(entry.target)
             if entry.digest:
                 data[name] = entry.digest
+            elif name in folders and folders[name].is_dir():
+                data[name] = content(read_folder, folders[name])
+            if mark.marker.data and not (name in data and _is_verified(cell.params, mark)):
+                unchecked.append(name)
     connected = {name: [source.cell for source in found] for name, found in cell.inputs.items()}
     return {
         "stage": cell.declaration.name,
@@ -110,9 +119,13 @@ def _ingredients(
             name: [upstream[source].key for source in sources]
             for name, sources in connected.items()
         },
-        "files": files,
+        "files": {name: content(read_file, path) for name, path in paths.items()},
         "data": data,
-        "names": {"inputs": connected, "files": paths},
+        "names": {
+            "inputs": connected,
+            "files": {name: str(path) for name, path in paths.items()},
+            "unchecked": unchecked,
+        },
     }
 
 
@@ -121,25 +134,14 @@ def base_of(ingredients: Mapping[str, Any]) -> str:
     return _hash({name: value for name, value in ingredients.items() if name != "generation"})
 
 
-def digest_file(path: Path) -> str:
-    """Return the hex sha256 of a file.
-
-    Raises:
-        BadInput: it cannot be read.
-
-    Cost: one read, unless this process has read it before and it is unchanged.
-    """
-    try:
-        stat = path.stat()
-        return _digest_file(path, stat.st_mtime_ns, stat.st_size)
-    except OSError as error:
-        raise BadInput(f"cannot read {path}: {error}") from None
-
-
-@functools.cache
-def _digest_file(path: Path, mtime_ns: int, size: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _is_verified(params: BaseModel, mark: Marked) -> bool:
+    """Tell whether a declared digest is compared, by the parameter beside the name that says so."""
+    beside: Any = params
+    for part in mark.path[:-1]:
+        beside = getattr(beside, str(part)) if isinstance(beside, BaseModel) else beside[part]
+    marker = mark.marker
+    switch = marker.verified_by if isinstance(marker, Registry) else ""
+    return bool(getattr(beside, switch, True)) if switch else True
 
 
 def _blank(params: Any, path: Sequence[str | int]) -> None:

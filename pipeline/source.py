@@ -51,7 +51,7 @@ class Source:
     stars: list[str] = field(default_factory=list)
 
 
-_sources: dict[tuple[str, bool, Path], tuple[tuple[int, int, int], Source]] = {}
+_sources: dict[tuple[str, bool, Path], tuple[tuple[int, ...], Source]] = {}
 
 
 def read_source(file: Path, module: str, is_package: bool) -> Source:
@@ -62,25 +62,40 @@ def read_source(file: Path, module: str, is_package: bool) -> Source:
         module: its full name, which relative imports start from.
         is_package: whether it is an `__init__`.
 
-    Raises:
-        BadInput: no valid Python.
+    What is no valid Python is `BadInput`.
     """
     stat = file.stat()
-    signature = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+    signature = (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino)
     cached = _sources.get((module, is_package, file))
     if cached and cached[0] == signature:
         return cached[1]
+    source = parse_source(file.read_bytes(), file, module, is_package)
+    _sources[module, is_package, file] = signature, source
+    return source
+
+
+@functools.lru_cache(maxsize=1024)
+def parse_source(data: bytes, file: Path, module: str, is_package: bool) -> Source:
+    """Return what source says, as it was read from a file.
+
+    Args:
+        data: the source.
+        file: where it was read, for messages.
+        module: as in `read_source`.
+        is_package: as there.
+
+    Raises:
+        BadInput: no valid Python.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as invalid escapes: Python says so itself
-            tree = ast.parse(file.read_bytes(), filename=str(file))
+            tree = ast.parse(data, filename=str(file))
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None) or 1
         what = getattr(error, "msg", error)
         raise BadInput(f"{file}:{line}: no valid Python: {what}") from None
-    source = _Normaliser(module if is_package else module.rpartition(".")[0]).read(tree)
-    _sources[module, is_package, file] = signature, source
-    return source
+    return _Normaliser(module if is_package else module.rpartition(".")[0]).read(tree)
 
 
 class _Normaliser:

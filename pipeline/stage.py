@@ -46,12 +46,16 @@ class Entry:
         target: `module:attribute` that the name stands for; its code enters the key of each cell
             that names it.
         digest: hex sha256 that stands for the entry's data (a data set's decoded arrays), or None.
+        folder: of data without a declared digest: the name -> the folder that holds them, as this
+            process sees it. A digest of it enters the key where the planner finds it, and workers
+            compare.
         facts: light facts for estimates, for example `{"parameters": 272474}`.
         summary: one line for listings.
     """
 
     target: str
     digest: str | None = None
+    folder: Callable[[str], Path] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     summary: str = ""
 
@@ -68,12 +72,18 @@ class Registry:
         entries: name -> Entry.
         open: also accept `package.module:function` of the user's own.
         prefixes: prefix -> Entry for families of names, for example `{"torchvision/": Entry(...)}`.
+        data: whether the names stand for data; where nothing of them can enter the key, the plan
+            says "data not checked".
+        verified_by: the parameter beside the name, if any, that is false where a declared digest is
+            not compared.
     """
 
     kind: str
     entries: Mapping[str, Entry]
     open: bool = False
     prefixes: Mapping[str, Entry] = field(default_factory=dict)
+    data: bool = False
+    verified_by: str = ""
 
     def find(self, name: str) -> Entry | None:
         """Return the entry of `name`, or None when there is none."""

@@ -32,6 +32,7 @@ from pipeline.attempt import Attempt
 from pipeline.cost import CostMeter
 from pipeline.errors import Damaged, PipelineError, StorageUnavailable
 from pipeline.events import Event, EventWriter, LineWriter
+from pipeline.promise import CodePromise, DataPromise
 from pipeline.secrets import redact
 from pipeline.stage import (
     Artifact,
@@ -105,13 +106,18 @@ class Failure(TypedDict):
     user: bool
 
 
+_NO_ERROR: Failure = {"message": "", "traceback": "", "user": False}
+
+
 class Outcome(TypedDict, total=False):
     """How an attempt ended.
 
     `status` is `ok`; `lost` (another attempt published first, which is as good); `failed`;
     `damaged` (an input is not what its manifest says; `key` is the input's); `preempted` (told to
-    end, it did so behind a checkpoint); or `died` (the executor says so in place of a worker that
-    no longer can). The last four come with an `error`.
+    end, it did so behind a checkpoint); `outdated` (the process ran other code for an earlier task,
+    and did nothing; the executor gives the task to another process, and the driver never hears of
+    it); or `died` (the executor says so in place of a worker that no longer can). The last five
+    come with an `error`.
     """
 
     status: str
@@ -122,13 +128,13 @@ class Outcome(TypedDict, total=False):
 
 def died(message: str) -> Outcome:
     """Return the outcome of a task whose process ended without one."""
-    return {"status": "died", "error": {"message": message, "traceback": "", "user": False}}
+    return {"status": "died", "error": {**_NO_ERROR, "message": message}}
 
 
 def preempted() -> Outcome:
     """Return the outcome of a task that ended because it was told to."""
     message = "it was told to end, and did so behind a checkpoint"
-    return {"status": "preempted", "error": {"message": message, "traceback": "", "user": False}}
+    return {"status": "preempted", "error": {**_NO_ERROR, "message": message}}
 
 
 def threads_of(task: Task) -> int:
@@ -171,8 +177,12 @@ def _run_task(task: Task, preemption: Preemption, pass_on: Callable[[], None]) -
         return {"status": "failed", "error": _unshared(task)}
     if _published(store, task["key"]):
         return {"status": "ok", "seconds": 0.0}
+    code = CodePromise(task["ingredients"])
+    if outdated := code.outdated():
+        message = f"the worker has run other code of {outdated[0]} for an earlier cell"
+        return {"status": "outdated", "error": {**_NO_ERROR, "message": message}}
     if _seat(task)["rank"] > 0:
-        return _help(task, store, pass_on)
+        return _help(task, store, code, pass_on)
     began = time.monotonic()
     with (
         _heeding_signals(preemption.ask),
@@ -182,7 +192,7 @@ def _run_task(task: Task, preemption: Preemption, pass_on: Callable[[], None]) -
         events.emit({"type": "start", "time": time.time(), **_who(task)})
         events.flush()
         meter = CostMeter()
-        outcome = _attempt(task, store, attempt, events, preemption, meter)
+        outcome = _attempt(task, store, code, attempt, events, preemption, meter)
         outcome["seconds"] = round(time.monotonic() - began, 3)
         if outcome["status"] in {"failed", "damaged"}:
             attempt.fail(outcome["error"])
@@ -220,6 +230,7 @@ def _heeding_signals(heed: Callable[[], None]) -> Iterator[None]:
 def _attempt(
     task: Task,
     store: Store,
+    code: CodePromise,
     attempt: Attempt,
     events: EventWriter,
     preemption: Preemption,
@@ -232,11 +243,8 @@ def _attempt(
             redirect_stdout(lines),
             redirect_stderr(lines),
         ):
-            stage = _load(task["entry"])
-            context = _make_context(task, store, attempt.folder, _with_cost(events, meter))
-            context.preemption = preemption
-            with only_targets(task["targets"]):
-                stage(context)
+            emit = _with_cost(events, meter)
+            context = _perform(task, store, code, attempt.folder, emit, preemption)
         cost = meter.read()
         events.emit({"type": "metrics", "time": time.time(), "step": None, "values": cost})
         events.flush()
@@ -249,7 +257,7 @@ def _attempt(
         return _failed(error)
 
 
-def _help(task: Task, store: Store, pass_on: Callable[[], None]) -> Outcome:
+def _help(task: Task, store: Store, code: CodePromise, pass_on: Callable[[], None]) -> Outcome:
     """Run the stage as one of the ranks after the first, in a folder that is deleted.
 
     Told to end it goes on: rank 0 cannot write its checkpoint without it.
@@ -257,15 +265,45 @@ def _help(task: Task, store: Store, pass_on: Callable[[], None]) -> Outcome:
     folder = Path(tempfile.gettempdir(), f"fls-{uuid.uuid4().hex}")  # is there once it is used
     try:
         with _heeding_signals(pass_on):
-            stage = _load(task["entry"])
-            context = _make_context(task, store, folder, lambda event: None)
-            with only_targets(task["targets"]):
-                stage(context)
+            _perform(task, store, code, folder, lambda event: None, Preemption())
         return {"status": "ok"}
     except (Exception, SystemExit) as error:
         return _failed(error)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _perform(
+    task: Task,
+    store: Store,
+    code: CodePromise,
+    folder: Path,
+    emit: EventSink,
+    preemption: Preemption,
+) -> Context:
+    """Run the stage, and check that what it uses is what the key says.
+
+    That is checked at both ends, and before it keeps something to go on from: what is not what the
+    key says raises `BrokenPromise`.
+    """
+    with code.watch(), only_targets(task["targets"]):
+        stage = _load(task["entry"])
+        context = _make_context(task, store, folder, emit)
+        context.preemption = preemption
+        data = DataPromise(task["ingredients"], context.params)
+
+        def emit_checked(event: dict[str, Any]) -> None:
+            if event["type"] == "checkpoint":
+                data.check_untouched()  # before it is stored
+            emit(event)
+
+        context.emit = emit_checked
+        code.check()
+        data.begin()
+        stage(context)
+        code.check()
+        data.check()
+    return context
 
 
 def _failed(error: BaseException) -> Outcome:

@@ -79,9 +79,13 @@ class LocalExecutor(AbstractExecutor):
         finished = []
         for cell, gang in list(self._busy.items()):
             outcome = gang.outcomes.verdict()
-            if outcome is not None:
+            if outcome is None:
+                continue
+            if outcome["status"] == "outdated":  # those workers go, until one has no past
+                self._queue.appendleft((gang.task, gang.resources))
+            else:
                 finished.append((cell, outcome))
-                self._release(cell)
+            self._release(cell)
         self._start_fitting()
         return finished
 
@@ -121,11 +125,11 @@ class LocalExecutor(AbstractExecutor):
                 waiting.append((task, resources))
                 continue
             workers = [self._worker_for(task, share) for share in shares]
-            gang = self._busy[task["cell"]] = _Gang(workers, shares)
+            gang = self._busy[task["cell"]] = _Gang(task, resources, workers, shares)
             for rank, worker in enumerate(workers):
                 place = task["cell"], rank
                 self._selector.register(worker.replies, selectors.EVENT_READ, place)
-            gang.send(task)
+            gang.send()
         self._queue = waiting
 
     def _worker_for(self, task: Task, share: _Share) -> _Worker:
@@ -242,16 +246,24 @@ class _Gang:
     Several meet through a file of their own, see `torch.distributed.FileStore`.
     """
 
-    def __init__(self, workers: Sequence[_Worker], shares: Sequence[_Share]):
+    def __init__(
+        self,
+        task: Task,
+        resources: Resources,
+        workers: Sequence[_Worker],
+        shares: Sequence[_Share],
+    ):
+        self.task = task
+        self.resources = resources
         self.workers = workers
         self.shares = shares
         self.outcomes = RankOutcomes(len(workers))
         self._folder = tempfile.TemporaryDirectory(prefix="fls-") if len(workers) > 1 else None
 
-    def send(self, task: Task) -> None:
+    def send(self) -> None:
         """Hand the task to each worker, with its place."""
         if self._folder is None:
-            self.workers[0].send(task)
+            self.workers[0].send(self.task)
             return
         rendezvous = Path(self._folder.name, "ranks").as_uri()
         for rank, worker in enumerate(self.workers):
@@ -260,7 +272,7 @@ class _Gang:
                 "world_size": len(self.workers),
                 "rendezvous": rendezvous,
             }
-            worker.send({**task, "seat": seat})
+            worker.send({**self.task, "seat": seat})
 
     def read(self, rank: int) -> bool:
         """Read what has come from a worker; tell whether that was its outcome, or its end.
@@ -275,8 +287,13 @@ class _Gang:
         return outcome is not None
 
     def reusable(self, rank: int) -> bool:
-        """Tell whether a worker may run another task: it lives, and has left its group in peace."""
+        """Tell whether a worker may run another task.
+
+        It does if it lives, has left its group in peace, and has not run code that others replaced.
+        """
         if len(self.workers) > 1 and not self.outcomes.ended_well(rank):
+            return False
+        if self.outcomes.outdated:
             return False
         return self.workers[rank].alive
 

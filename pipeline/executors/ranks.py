@@ -32,12 +32,20 @@ class RankOutcomes:
         """Tell whether a rank has ended, and without an error."""
         return rank in self._found and self._found[rank]["status"] in {"ok", "lost"}
 
+    @property
+    def outdated(self) -> Outcome | None:
+        """The outcome of a rank that is to run elsewhere, and all others with it; or None."""
+        found = (one for one in self._found.values() if one["status"] == "outdated")
+        return next(found, None)
+
     def verdict(self) -> Outcome | None:
         """Return how the task ended, once that is known; ranks without an outcome are to be killed.
 
         Rank 0 publishes, so when it has ended well, so has the task. A failure is one of all; until
         every rank has told, or had the time to, the cause may be another one's.
         """
+        if self.outdated:
+            return self.outdated
         if self.ended_well(0) or _preempted(self._found):
             return self._found[0]
         if self._failed_s is None:
@@ -72,10 +80,10 @@ def cause(outcomes: Mapping[int, Outcome], size: int) -> Outcome:
 
 
 def _importance(outcome: Outcome) -> int:
-    """Sort deaths before what the user can mend, that before damage, and bugs last."""
+    """Sort an outdated process first, then deaths, what the user can mend, damage, and bugs."""
     if outcome["status"] == "failed":
-        return 1 if outcome["error"]["user"] else 3
-    return 0 if outcome["status"] == "died" else 2
+        return 2 if outcome["error"]["user"] else 4
+    return {"outdated": 0, "died": 1}.get(outcome["status"], 3)
 
 
 def _preempted(outcomes: Mapping[int, Outcome]) -> bool:

@@ -59,6 +59,7 @@ class RayExecutor(AbstractExecutor):
         self._fresh = ray.remote(max_retries=0, max_calls=1)(run_task)
         self._ranks = ray.remote(max_retries=0, num_cpus=0)(run_ranks)
         self._cells: dict[Any, str] = {}  # object reference -> cell
+        self._given: dict[str, tuple[Task, Resources]] = {}
         self._shared: set[str] = set()  # cells that several workers run
 
     def check(
@@ -87,13 +88,18 @@ class RayExecutor(AbstractExecutor):
 
     def submit(self, task: Task, resources: Resources) -> None:
         """Hand the task to Ray."""
+        self._submit(task, resources, fresh=resources.num_gpus > 0)
+
+    def _submit(self, task: Task, resources: Resources, *, fresh: bool) -> None:
+        """Hand over the task; a `fresh` process has run nothing, or else ends with it."""
+        self._given[task["cell"]] = task, resources
         if resources.workers > 1:
             self._notice.forget.remote(task["cell"])
             ranks = self._ranks.options(name=task["cell"])
             self._cells[ranks.remote(task, resources, self._notice)] = task["cell"]
             self._shared.add(task["cell"])
             return
-        function = self._fresh if resources.num_gpus else self._warm
+        function = self._fresh if fresh else self._warm
         reference = function.options(
             name=task["cell"],
             num_cpus=resources.num_cpus,
@@ -110,7 +116,14 @@ class RayExecutor(AbstractExecutor):
             return []
         ray.wait(list(self._cells), num_returns=1, timeout=timeout_s, fetch_local=False)
         ready, _ = ray.wait(list(self._cells), num_returns=len(self._cells), timeout=0)
-        return [(self._cells.pop(reference), _outcome(reference)) for reference in ready]
+        finished = []
+        for reference in ready:
+            cell, outcome = self._cells.pop(reference), _outcome(reference)
+            if outcome["status"] == "outdated":  # that process ends, until one has no past
+                self._submit(*self._given[cell], fresh=True)
+            else:
+                finished.append((cell, outcome))
+        return finished
 
     def cancel(self, cell: str) -> None:
         """Cancel the cell's task, killing the worker that runs it."""

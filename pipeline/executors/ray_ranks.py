@@ -120,7 +120,7 @@ def _run_rank(given: Any) -> Any:
     outcome = run_task({**task, "seat": seat}, preemption)
     if outcome["status"] in {"ok", "lost"}:
         return outcome
-    if outcome["status"] != "preempted" and not outcome["error"]["user"]:
+    if outcome["status"] not in {"preempted", "outdated"} and not outcome["error"]["user"]:
         time.sleep(WAIT_FOR_THE_CAUSE_S)  # another's death, perhaps, which Ray notices meanwhile
     raise _RankFailed(json.dumps(outcome))
 

@@ -1,0 +1,222 @@
+"""What a cell reads that is neither code nor in the store: files and folders of the user's.
+
+A folder's digest stands for the names, sizes and contents of its files, at any depth, links
+followed; hidden ones (`.name`) are left out. Reading 100,000 images takes minutes, so digests of
+files are kept in the user's cache, and hold as long as size, inode and times are the same. A file
+changed within the last seconds is read again next time: its times may not tell a further change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from pipeline.errors import BadInput
+from pipeline.params import Marked, marked
+from pipeline.stage import ExternalFile
+
+_SETTLED_S = 10.0  # older than the steps of a file system's clock, and than clocks differ
+_VERSION = 1
+
+Signature = tuple[int, ...]
+
+
+def files_of(params: BaseModel) -> dict[str, Path]:
+    """Return parameter -> path, of the files that the parameters name."""
+    found = [mark for mark in marked(params) if isinstance(mark.marker, ExternalFile)]
+    return {name_of(mark): Path(mark.value) for mark in found}
+
+
+def folders_of(params: BaseModel) -> dict[str, Path]:
+    """Return parameter -> folder of the data that it stands for, as this process sees them.
+
+    Of data with a declared digest there is none: whoever reads them compares.
+    """
+    found = {}
+    for mark in marked(params):
+        entry = None if isinstance(mark.marker, ExternalFile) else mark.marker.find(mark.value)
+        if entry and entry.folder and (folder := entry.folder(mark.value)):
+            found[name_of(mark)] = folder
+    return found
+
+
+def name_of(mark: Marked) -> str:
+    """Return what a marked parameter is called in ingredients: `teacher.path`."""
+    return ".".join(map(str, mark.path))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was read of a file or folder.
+
+    Attributes:
+        digest: hex sha256 of the content.
+        state: of what shows that something was written, though the content be the same again:
+            inodes and times of all files, which no user sets at will.
+    """
+
+    digest: str
+    state: str
+
+
+def read_file(path: Path) -> Reading:
+    """Read a file.
+
+    Raises:
+        BadInput: it cannot be read.
+
+    Cost: one read.
+    """
+    state = state_of_file(path)
+    try:
+        with path.open("rb") as file:
+            return Reading(hashlib.file_digest(file, "sha256").hexdigest(), state)
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error}") from None
+
+
+def state_of_file(path: Path) -> str:
+    """Return the `state` of `read_file`, without reading.
+
+    Raises:
+        BadInput: it cannot be looked at.
+    """
+    try:
+        return repr(_sign(path))
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error}") from None
+
+
+def read_folder(folder: Path) -> Reading:
+    """Read a folder.
+
+    Raises:
+        BadInput: it, or something in it, cannot be read.
+
+    Cost: one look at each file, and one read of those that are new or were changed.
+    """
+    found = _walk(folder)
+    cache, content = _Cache(folder), hashlib.sha256()
+    try:
+        for name, signature in found:
+            if not name.endswith(b"/"):
+                digest = cache.digest(name, signature)
+                content.update(name + b"\0" + f"{signature[_SIZE]} {digest}\n".encode())
+    except OSError as error:
+        raise BadInput(f"cannot read {folder}: {error}") from None
+    cache.save()
+    return Reading(content.hexdigest(), _state(found))
+
+
+def state_of_folder(folder: Path) -> str:
+    """Return the `state` of `read_folder`, without reading any file; raises what that does."""
+    return _state(_walk(folder))
+
+
+def _state(found: Iterable[tuple[bytes, Signature]]) -> str:
+    digest = hashlib.sha256()
+    for name, signature in found:
+        digest.update(name + b"\0" + repr(signature).encode() + b"\n")
+    return digest.hexdigest()
+
+
+_SIZE = 2
+
+
+def _sign(path: Path | os.DirEntry[bytes]) -> Signature:
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _walk(folder: Path) -> list[tuple[bytes, Signature]]:
+    """Return the relative name and signature of each file, and of each folder (`name/`), sorted.
+
+    A folder's signature is its inode and when that changed. A link to a folder around itself is
+    left out.
+
+    Raises:
+        BadInput: something cannot be read.
+    """
+    root = os.fsencode(folder)
+    found: list[tuple[bytes, Signature]] = []
+    try:
+        todo: list[tuple[bytes, Signature]] = [(b"", (os.stat(root).st_ino,))]
+        while todo:
+            name, above = todo.pop()
+            with os.scandir(os.path.join(root, name)) as entries:
+                for entry in entries:
+                    if entry.name.startswith(b"."):
+                        continue
+                    inside = name + entry.name
+                    if not entry.is_dir():
+                        found.append((inside, _sign(entry)))
+                        continue
+                    stat = entry.stat()
+                    if stat.st_ino not in above:
+                        found.append((inside + b"/", (stat.st_ino, stat.st_ctime_ns)))
+                        todo.append((inside + b"/", (*above, stat.st_ino)))
+    except OSError as error:
+        raise BadInput(f"cannot read {folder}: {error}") from None
+    return sorted(found)
+
+
+class _Cache:
+    """Digests of the files of one folder, in the user's cache; a damaged or foreign one is none."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        place = hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:32]
+        self._file = _cache_folder() / f"{place}.json"
+        self._before = self._load()
+        self._now: dict[str, tuple[Signature, str]] = {}
+        self._news = False
+
+    def digest(self, name: bytes, signature: Signature) -> str:
+        """Return the sha256 of a file with this signature, read again unless that is known."""
+        key = os.fsdecode(name)
+        known = self._before.get(key)
+        if known is not None and tuple(known[0]) == signature:
+            found = known[1]
+        else:
+            with open(os.path.join(os.fsencode(self._folder), name), "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            self._news = True
+        if time.time() - max(signature[-2:]) / 1e9 > _SETTLED_S:
+            self._now[key] = signature, found
+        return found
+
+    def save(self) -> None:
+        """Keep what is known; where the cache cannot be written, all is read again next time."""
+        if not self._news:
+            return
+        part = self._file.with_name(f"{uuid.uuid4().hex}.part")
+        with suppress(OSError):
+            part.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            part.write_text(json.dumps({"version": _VERSION, "files": self._now}))
+            part.replace(self._file)
+
+    def _load(self) -> dict[str, tuple[list[int], str]]:
+        try:
+            document = json.loads(self._file.read_bytes())
+            files: dict[str, tuple[list[int], str]] = document["files"]
+            valid = document["version"] == _VERSION and all(
+                isinstance(signature, list) and isinstance(digest, str)
+                for signature, digest in files.values()
+            )
+            return files if valid else {}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return {}
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base, "fishleg-surgeon", "folders")

@@ -1,0 +1,303 @@
+"""A key is a promise about what was used: what is changed while a run is on, and what then."""
+
+import os
+import py_compile
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_local_executor import collect, named, pid_of
+from test_worker import KEY, start_task, task_of
+from toy_runs import fls, last_run, numbers, ran, run_here, write_spec
+
+from pipeline.code_digest import CodeIndex
+from pipeline.executors.local import LocalExecutor, _Machine
+from pipeline.runs import State
+from pipeline.stage import Resources
+from pipeline.store import Store
+
+TIMES = Path("toy/operations/times.py")
+
+# `change` runs while the run is on, before `times` does.
+CODE = """
+    start: {uses: start, params: {value: 5}}
+    change: {uses: apply, inputs: {number: start}, params: {operation: "toy.mine:change"}}
+    times: {uses: apply, inputs: {number: change}, params: {operation: times}, retries: 3}
+"""
+
+
+def on_the_way(body: str) -> None:
+    """Have the cell `change` do this, in between."""
+    lines = textwrap.indent(textwrap.dedent(body), "    ")
+    head = "from pathlib import Path\nimport os\ndef change(value, operand):\n"
+    Path("toy/mine.py").write_text(f"{head}{lines}\n    return value\n")
+
+
+def replace(path: Path, old: str, new: str) -> str:
+    """Return a statement that replaces text in a file."""
+    return f"p = Path({str(path)!r}); p.write_text(p.read_text().replace({old!r}, {new!r}))"
+
+
+def plugin(body: str, params: str = "path: Annotated[str, ExternalFile()]") -> None:
+    """Write a plugin with a stage `peek`, whose function has this body."""
+    Path("toy/peeking.py").write_text(
+        "from typing import Annotated\n"
+        "from pathlib import Path\n"
+        "from pipeline.stage import *\n"
+        f"class PeekParams(Params):\n    {params}\n"
+        "peek = Stage(name='peek', entry='toy.peeker:peek', params=PeekParams,\n"
+        "             outputs={'number': Output(kind='number')})\n"
+        "CATALOGUE = Catalogue(stages=[peek], packages=['toy'])\n"
+    )
+    lines = textwrap.indent(textwrap.dedent(body), "    ")
+    head = "import os\nfrom pathlib import Path\nfrom toy.common import save_number\n"
+    Path("toy/peeker.py").write_text(f"{head}def peek(ctx):\n{lines}\n")
+
+
+def peek(body: str, value: str = "number.txt", **options: Any) -> tuple[int, str]:
+    """Run a stage with this body, which is given a path."""
+    plugin(body, **options)
+    path = write_spec(f"peek: {{uses: peek, params: {{path: '{value}'}}, retries: 3}}")
+    path.write_text(path.read_text().replace("[toy]", "[toy, toy.peeking]"))
+    return run_here()
+
+
+def failure(cell: str) -> str:
+    status = last_run().cells[cell]
+    assert status.state is State.FAILED
+    assert Store(".fls").manifest(status.key) is None
+    assert len(Store(".fls").attempts(status.key)) == 1, "it is not tried again"
+    assert status.error is not None
+    return str(status.error["message"])
+
+
+# ------------------------------------------------------------------------------------- code
+
+
+def test_code_changed_on_the_way_is_not_published_under_the_old_key(toy: Path) -> None:
+    on_the_way(replace(TIMES, "*", "+"))
+    write_spec(CODE)
+    code, output = run_here(max_parallel=1)
+    assert code == 1
+    assert failure("times") == (
+        f"Module toy.operations.times ({toy}/toy/operations/times.py) is not what it was when the "
+        "run was planned. Nothing is published under the key that was planned. Put it back as it "
+        "was, or start the run again: it is then planned with what is there."
+    )
+    assert "retry" not in output
+    TIMES.write_text(TIMES.read_text().replace("+", "*"))
+    assert run_here()[0] == 0
+    assert numbers()["times"] == 10
+    assert ran() == {"start": 1, "change": 1, "times": 1}
+    assert fls("verify")[0] == 0
+    TIMES.write_text(TIMES.read_text().replace("*", "+"))
+    assert run_here()[0] == 0
+    assert numbers()["times"] == 7, "started again, the run is planned with what is there"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        replace(TIMES, "return", "# a comment\n    return"),
+        # `plus` is imported with `times`, and is not in the key of it.
+        replace(Path("toy/operations/plus.py"), "+", "-"),
+        # What all stages use was imported long ago, and is edited after that.
+        replace(Path("toy/common.py"), "ctx.log(", "ctx.say("),
+    ],
+)
+def test_what_changes_nothing_that_was_used_loses_nothing(toy: Path, body: str) -> None:
+    on_the_way(body)
+    write_spec(CODE)
+    assert run_here(max_parallel=1)[0] == 0
+    assert numbers()["times"] == 10
+    assert ran() == {"start": 1, "change": 1, "times": 1}
+
+
+def test_a_module_of_the_key_that_is_never_imported_may_be_anything(toy: Path) -> None:
+    on_the_way("if value > 100:\n    import toy.rare\n" + replace(Path("toy/rare.py"), "1", "2"))
+    Path("toy/rare.py").write_text("x = 1\n")
+    write_spec(CODE)
+    assert run_here(max_parallel=1)[0] == 0
+    assert "toy.rare" in Store(".fls").manifest(last_run().cells["change"].key).ingredients["code"]  # type: ignore[union-attr]
+
+
+def test_an_import_late_in_a_stage_is_checked_even_if_the_stage_hides_that_it_failed(
+    toy: Path,
+) -> None:
+    Path("toy/late.py").write_text("x = 1\n")
+    body = """
+        Path("toy/late.py").write_text("x = 2\\n")
+        try:
+            from toy.late import x
+        except Exception:
+            x = 3
+        save_number(ctx, x)
+    """
+    Path("number.txt").write_text("1")
+    assert peek(body)[0] == 1
+    assert f"Module toy.late ({toy}/toy/late.py)" in failure("peek")
+
+
+def test_stale_bytecode_is_never_run(toy: Path) -> None:
+    """Python itself takes it for the source's: the size is the same, and the second."""
+    stat = TIMES.stat()
+    text = TIMES.read_text()
+    TIMES.write_text(text.replace("*", "-"))
+    os.utime(TIMES, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    py_compile.compile(str(TIMES), doraise=True)
+    TIMES.write_text(text)
+    os.utime(TIMES, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    on_the_way("")
+    write_spec(CODE)
+    assert run_here()[0] == 0
+    assert numbers()["times"] == 10
+
+
+def test_of_accepted_code_counts_what_it_is(toy: Path) -> None:
+    on_the_way("")
+    write_spec(CODE)
+    assert run_here()[0] == 0
+    TIMES.write_text(TIMES.read_text().replace("operand\n", "operand + 0\n"))
+    assert fls("accept", "times", "--why", "nothing is added")[0] == 0
+    other = "start.value=6"
+    assert run_here(overrides=[other])[0] == 0
+    assert numbers()["times"] == 12
+    Path("toy/mine.py").unlink()
+    on_the_way(replace(TIMES, "+ 0", "+ 1"))
+    assert run_here(overrides=["start.value=7"], max_parallel=1)[0] == 1
+    assert "Module toy.operations.times" in failure("times")
+
+
+# ---------------------------------------------------------------------------- warm processes
+
+
+@pytest.fixture
+def executor(toy: Path) -> Iterator[LocalExecutor]:
+    executor = LocalExecutor()
+    executor._machine = _Machine(cpus=2, memory=1000, gpus={})
+    yield executor
+    executor.stop()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_process_that_has_run_other_code_is_replaced(
+    executor: LocalExecutor, workers: int
+) -> None:
+    stages = Path("toy/stages.py")
+    text = stages.read_text()
+    for name, source in (("old", text + "\nOLD = 1\n"), ("new", text)):
+        stages.write_text(source)
+        code = CodeIndex(["toy"], ["toy.catalogue"]).digests(["toy.stages:start"])
+        ingredients = {"stage": "start", "code": code}
+        task = named(start_task(ingredients=ingredients), name)
+        executor.submit(task, Resources(workers=workers))
+        assert collect(executor, 1)[name]["status"] == "ok"
+    assert pid_of("old") != pid_of("new")
+    assert Store(".fls").attempts("new".ljust(64, "0")) == [1], "it costs no attempt"
+
+
+def test_no_rank_of_several_may_use_other_code(executor: LocalExecutor) -> None:
+    ranks = Path("toy/ranks.py")
+    ranks.write_text(
+        "import os, time\n"
+        "from pathlib import Path\n"
+        "def ranks(ctx):\n"
+        "    while not Path('go').exists(): time.sleep(0.01)\n"
+        "    import toy.other\n"
+    )
+    Path("toy/other.py").write_text("x = 1\n")
+    code = CodeIndex(["toy"], ["toy.catalogue"]).digests(["toy.ranks:ranks"])
+    Path("toy/other.py").write_text("x = 2\n")
+    Path("go").write_text("")
+    ingredients = {"stage": "ranks", "code": code}
+    executor.submit(
+        task_of("toy.ranks:ranks", "RanksParams", {}, ingredients=ingredients),
+        Resources(workers=2),
+    )
+    outcome = collect(executor, 1)["cell"]
+    assert outcome["error"]["user"]
+    assert "Module toy.other" in outcome["error"]["message"]
+    assert Store(".fls").manifest(KEY) is None
+
+
+# ------------------------------------------------------------------------- files of the user's
+
+READ = """
+    start: {uses: start, params: {value: 5}}
+    change: {uses: apply, inputs: {number: start}, params: {operation: "toy.mine:change"}}
+    total: {uses: total, inputs: {numbers: change}}
+    read: {uses: read, params: {path: number.txt}, retries: 3}
+"""
+
+
+def test_a_file_changed_before_its_cell_began_is_not_published(toy: Path) -> None:
+    file = Path("number.txt")
+    file.write_text("3")
+    on_the_way("Path('number.txt').write_text('4')")
+    write_spec(READ)
+    assert run_here(max_parallel=1)[0] == 1
+    assert failure("read").startswith(
+        "File number.txt (params.path) is not what it was when the run was planned. Nothing"
+    )
+    file.write_text("3")
+    assert run_here()[0] == 0
+    assert numbers()["read"] == 3
+    file.write_text("4")
+    assert run_here()[0] == 0
+    assert numbers()["read"] == 4
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("path.write_text('4')", "was changed while the stage ran"),
+        ("path.write_text('4'); path.write_text('3')", "what the stage has read is not known"),
+        ("path.rename('b'); path.write_text('4'); Path('b').rename(path)", "is not known"),
+        (
+            "stat = path.stat(); path.write_text('4'); path.write_text('3')\n"
+            "os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))",
+            "is not known",
+        ),
+        ("path.unlink()", "File number.txt (params.path) was there when the run was planned, and"),
+    ],
+)
+def test_a_file_changed_while_its_stage_ran_is_not_published(
+    toy: Path, body: str, message: str
+) -> None:
+    Path("number.txt").write_text("3")
+    before = "path = Path(ctx.params.path)\nimport time; time.sleep(0.02)\n"
+    code, _ = peek(f"{before}{body}\nsave_number(ctx, 1)")
+    assert code == 1
+    assert message in failure("peek")
+
+
+def test_a_file_that_is_read_as_it_was_is_published(toy: Path) -> None:
+    Path("number.txt").write_text("3")
+    assert peek("save_number(ctx, int(Path(ctx.params.path).read_text()))")[0] == 0
+    assert numbers()["peek"] == 3
+
+
+def test_no_checkpoint_rests_on_a_changed_file(toy: Path) -> None:
+    """Put back, the file would let the next attempt go on from it."""
+    Path("number.txt").write_text("3")
+    body = """
+        import time
+        number = 0
+        if ctx.last_checkpoint():
+            number = int((ctx.last_checkpoint() / "n").read_text())
+        elif not Path("seen").exists():
+            Path("seen").write_text("")
+            time.sleep(0.02)
+            Path("number.txt").write_text("4")
+            number = int(Path("number.txt").read_text())
+            with ctx.checkpoint() as folder:
+                (folder / "n").write_text(str(number))
+        save_number(ctx, number or int(Path("number.txt").read_text()))
+    """
+    assert peek(body)[0] == 1
+    assert "File number.txt" in failure("peek")
+    Path("number.txt").write_text("3")
+    assert run_here()[0] == 0
+    assert numbers()["peek"] == 3
