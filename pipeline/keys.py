@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,12 +175,15 @@ def known_targets(cells: Iterable[Cell]) -> dict[str, frozenset[str]]:
 # ------------------------------------------------------------------------- what has changed
 
 
-def explain(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+def explain(
+    before: Mapping[str, Any], after: Mapping[str, Any], cached: Container[str] = ()
+) -> list[str]:
     """Say which ingredients differ, one phrase each; nothing if none does.
 
     Args:
         before: ingredients of an earlier run of the cell.
         after: its ingredients now.
+        cached: cells whose results are there, so that nothing of them changes now.
     """
     changes = []
     if before["stage"] != after["stage"]:
@@ -189,7 +192,7 @@ def explain(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     changes += _digests("code of {}", before["code"], after["code"])
     changes += _digests("file of params.{}", before["files"], after["files"])
     changes += _digests("data behind params.{}", before["data"], after["data"])
-    changes += _upstream(before, after)
+    changes += _upstream(before, after, cached)
     if before["generation"] < after["generation"]:
         changes.append("forced")
     return changes
@@ -216,7 +219,9 @@ def _digests(name: str, before: Mapping[str, str], after: Mapping[str, str]) -> 
     ]
 
 
-def _upstream(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+def _upstream(
+    before: Mapping[str, Any], after: Mapping[str, Any], cached: Container[str]
+) -> list[str]:
     """Return which upstream cells changed, came or went.
 
     Cells are told apart by name; a renamed one with the same key in the same place is no change.
@@ -224,7 +229,12 @@ def _upstream(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     if before["inputs"] == after["inputs"]:
         return []
     old, new = _keys_by_name(before), _keys_by_name(after)
+    other = [cell for cell in new if cell in cached and old.get(cell, new[cell]) != new[cell]]
+    for cell in other:
+        del old[cell], new[cell]
     found = _digests("upstream {}", old, new)
+    if other:
+        found.append(f"another stored result of upstream {shorten(other)}")
     return found or ["order of the upstream cells changed"]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -275,7 +275,9 @@ class _Judge:
         """Return state, reason and, if there is one, the manifest."""
         name = cell.name
         if name in self.found:
-            return "cached", "in the store", self.found[name]
+            maker = self.found[name].facts.get("run")
+            made = f", made by run {maker}" if maker else ""
+            return "cached", f"in the store{made}", self.found[name]
         if name in self.collected and name not in self.needed:
             return "cached", "complete; its files were collected", self.collected[name]
         if name not in self.selected:
@@ -287,7 +289,7 @@ class _Judge:
             return "run", "stored result damaged", None
         if name in self.collected:
             return "run", "its files were collected, and are needed again", None
-        return "run", self.history.why(cell.name, identity), None
+        return "run", self.history.why(cell.name, identity, {*self.found, *self.collected}), None
 
 
 class _History:
@@ -297,30 +299,34 @@ class _History:
         self.store = store
         self.pipeline = pipeline
         self.unread: list[str] | None = None  # run ids, the newest last
-        self.known: dict[str, Mapping[str, Any]] = {}
+        self.forgotten = False  # whether there are earlier runs that are not looked at
+        self.known: dict[str, tuple[str, Mapping[str, Any]]] = {}  # cell -> run, ingredients
 
-    def why(self, name: str, identity: Identity) -> str:
-        """Return why the absent result of a cell is to be made."""
-        before = self.find(name)
-        if before is None:
-            return "never ran"
-        changes = explain(before, identity.ingredients)
+    def why(self, name: str, identity: Identity, cached: Container[str]) -> str:
+        """Return why the absent result of a cell is to be made, and compared with which run."""
+        found = self.find(name)
+        if found is None:
+            return f"in none of the last {_MEMORY} runs" if self.forgotten else "never ran"
+        run, before = found
+        changes = explain(before, identity.ingredients, cached)
         if changes:
-            return "; ".join(changes)
+            return f"{'; '.join(changes)} (since run {run})"
         if self.store.damaged(identity.key):
             return "stored result damaged"
         attempts = self.store.attempts(identity.key)
         if attempts and self.store.failure(identity.key, attempts[-1]):
-            return "failed in the last run"
-        return "not finished in the last run"
+            return f"failed in run {run}"
+        return f"not finished in run {run}"
 
-    def find(self, name: str) -> Mapping[str, Any] | None:
-        """Return the ingredients of a cell in the newest run that had it."""
+    def find(self, name: str) -> tuple[str, Mapping[str, Any]] | None:
+        """Return the newest run that had a cell, and the cell's ingredients in it."""
         if self.unread is None:
-            self.unread = self.store.list_runs()[-_MEMORY:]
+            runs = self.store.list_runs()
+            self.unread, self.forgotten = runs[-_MEMORY:], len(runs) > _MEMORY
         while name not in self.known and self.unread:
-            document = self.store.peek_run(self.unread.pop(), _DOCUMENT)
+            run = self.unread.pop()
+            document = self.store.peek_run(run, _DOCUMENT)
             if document and document["pipeline"] == self.pipeline:
                 for cell, entry in document["cells"].items():
-                    self.known.setdefault(cell, entry["ingredients"])
+                    self.known.setdefault(cell, (run, entry["ingredients"]))
         return self.known.get(name)

@@ -101,7 +101,11 @@ def states(planned: Plan) -> dict[str, str]:
 
 
 def why(planned: Plan) -> dict[str, str]:
-    return {one.cell.name: one.why for one in planned.cells if one.state == "run"}
+    """Return why cells are to run; the newest run is called R."""
+    reasons = {one.cell.name: one.why for one in planned.cells if one.state == "run"}
+    for run in Store(planned.spec.storage).list_runs()[-1:]:
+        reasons = {name: one.replace(f"run {run}", "run R") for name, one in reasons.items()}
+    return reasons
 
 
 def test_everything_runs_once(storage: str) -> None:
@@ -115,10 +119,10 @@ def test_a_changed_parameter_reruns_what_follows_and_is_named(storage: str) -> N
     run()
     planned = plan("add.amount=2")
     assert why(planned) == {
-        "add[seed=0]": "params.amount: 1.0 -> 2.0",
-        "add[seed=1]": "params.amount: 1.0 -> 2.0",
-        "total": "upstream add[seed=0], add[seed=1] changed",
-        "report": "upstream total changed",
+        "add[seed=0]": "params.amount: 1.0 -> 2.0 (since run R)",
+        "add[seed=1]": "params.amount: 1.0 -> 2.0 (since run R)",
+        "total": "upstream add[seed=0], add[seed=1] changed (since run R)",
+        "report": "upstream total changed (since run R)",
     }
     assert run("add.amount=2") == ["add[seed=0]", "add[seed=1]", "total", "report"]
     assert run() == []  # the former results are still there
@@ -128,9 +132,9 @@ def test_a_forced_result_stays_in_force(storage: str) -> None:
     run()
     planned = plan(force="add[seed=0]")
     assert why(planned) == {
-        "add[seed=0]": "forced",
-        "total": "upstream add[seed=0] changed",
-        "report": "upstream total changed",
+        "add[seed=0]": "forced (since run R)",
+        "total": "upstream add[seed=0] changed (since run R)",
+        "report": "upstream total changed (since run R)",
     }
     assert states(plan()) == dict.fromkeys(CELLS, "cached")  # a plan alone forces nothing
     assert run(force="add[seed=0]") == ["add[seed=0]", "total", "report"]
@@ -143,9 +147,33 @@ def test_an_interrupted_forced_run_goes_on_without_force(storage: str) -> None:
     planned = plan(force="total")
     planned.commit(Store(planned.spec.storage), f"run-{next(_counter):06d}")
     assert why(plan()) == {
-        "total": "not finished in the last run",
-        "report": "not finished in the last run",
+        "total": "not finished in run R",
+        "report": "not finished in run R",
     }
+
+
+def test_a_reason_names_the_run_and_calls_nothing_changed_that_is_cached(storage: str) -> None:
+    """With a value that an earlier run had, but for one cell whose result is gone."""
+    run()
+    first = Store(plan().spec.storage).list_runs()[-1]
+    run("add.amount=2")
+    Store(plan().spec.storage).storage.remove(f"stages/{plan().cells[-1].key}")
+    reasons = {one.cell.name: one.why for one in plan().cells}
+    newest = Store(plan().spec.storage).list_runs()[-1]
+    assert reasons["report"] == f"another stored result of upstream total (since run {newest})"
+    assert first != newest
+    assert not [one for one in reasons.values() if "changed" in one]
+
+
+def test_what_no_run_of_late_had_is_not_said_to_have_never_run(local: Path) -> None:
+    run()
+    path = local / "p.yaml"
+    text = path.read_text()
+    path.write_text(text.replace("name: toy", "name: other"))
+    for number in range(10):
+        plan().commit(Store(plan().spec.storage), f"run-z{number}")
+    path.write_text(text)
+    assert why(plan("start.value=8"))["report"] == "in none of the last 10 runs"
 
 
 def test_a_failed_and_a_damaged_result_say_so(local: Path) -> None:
@@ -157,7 +185,7 @@ def test_a_failed_and_a_damaged_result_say_so(local: Path) -> None:
     by_name = {one.cell.name: one for one in planned.cells}
     for name in ("start[seed=0]", "side"):
         attempt(store, by_name[name], by_name)
-    assert why(plan())["side"] == "failed in the last run"
+    assert why(plan())["side"] == "failed in run R"
     key = by_name["start[seed=0]"].key
     (local / "results/stages" / key / "manifest.json").write_text("{")
     assert why(plan())["start[seed=0]"] == "stored result damaged"

@@ -158,7 +158,10 @@ def test_accepted_code_keeps_the_results(toy: Path) -> None:
     assert "Nothing to accept" in fls("accept", "apply", "--why", "again")[1]
     _, output, _ = fls("plan", "--why")
     (line,) = [line for line in output.splitlines() if line.startswith("apply:")]
-    assert line.startswith("apply: cached: in the store; its code is accepted as equivalent by ")
+    start = (
+        f"apply: cached: in the store, made by run {run}; its code is accepted as equivalent by "
+    )
+    assert line.startswith(start)
     assert line.endswith(": adding nought changes nothing")
     assert fls("resume", run)[0] == 0
     assert ran() == {"start": 1, "apply": 1, "bad": 1, "end": 1}
