@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from fishleg.errors import FishLegError, ShapeMismatch
 from fishleg.likelihoods import Likelihood, check_targets, given_targets
-from fishleg.loading import Split, hold_batches, split_batch
+from fishleg.loading import Split, hold_batches, read_batch, split_batch
 from fishleg.nests import Nest, as_nest, count_samples, describe, map_tensors, take, tensors_of
 from fishleg.rng import SampleGenerator
 
@@ -183,6 +183,17 @@ def _is_loader(value: Any) -> bool:
     """Tell whether a value is an iterable of batches, and neither a nest nor an array."""
     nest = isinstance(value, Tensor | Mapping | tuple | list | str) or hasattr(value, "__array__")
     return not nest and (isinstance(value, Iterable | Dataset))
+
+
+def inputs_and_targets(batch: Any) -> tuple[Nest, Tensor | None]:
+    """Return the inputs of a batch, and its targets if it has any.
+
+    Args:
+        batch: a `Batch`, or what a loader gives; see `fishleg.loading`.
+    """
+    if isinstance(batch, Batch):
+        return batch.inputs, batch.targets
+    return read_batch(batch, split_batch, "batch")
 
 
 def apply_transform(transform: Transform, inputs: Nest) -> Nest:

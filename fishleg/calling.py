@@ -43,7 +43,7 @@ class Calling:
         Raises:
             FishLegError: the model raised an error, which is the cause of this one.
             CapacityExceeded: it ran out of memory.
-            ShapeMismatch: the outputs are no tensor with n samples.
+            ShapeMismatch: the outputs are no tensor with n samples, or not of real numbers.
         """
         samples = count_samples(inputs, "inputs")
         try:
@@ -69,6 +69,7 @@ class Calling:
                 "`Calling(output=...)` what of the result counts, or wrap the model so that it "
                 "returns one row of outputs a sample."
             )
+        _check_usable(model, found)
         return found
 
     def run(
@@ -135,6 +136,28 @@ def model_device(model: nn.Module) -> torch.device:
     """Return the device of a model's first parameter or buffer; the CPU where it has none."""
     tensors = (*model.parameters(), *model.buffers())
     return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _check_usable(model: nn.Module, outputs: Tensor) -> None:
+    """Check that outputs have values, and a derivative where one is wanted.
+
+    Raises:
+        ShapeMismatch: they have no values, or none of real numbers.
+        FishLegError: they do not depend on the parameters, as far as autograd knows.
+    """
+    if outputs.is_meta or not outputs.is_floating_point():
+        got = "none (device meta)" if outputs.is_meta else str(outputs.dtype)
+        raise ShapeMismatch(
+            f"The model's outputs: expected real numbers, got {got}; load the weights, or say with "
+            "`Calling(output=...)` what of the result counts."
+        )
+    if torch.is_grad_enabled() and not outputs.requires_grad:
+        if trained := [name for name, p in model.named_parameters() if p.requires_grad]:
+            raise FishLegError(
+                f"The model's outputs: expected a derivative by its {len(trained)} trainable "
+                f"parameters ({trained[0]}, ...), got outputs that autograd does not connect with "
+                "them; take torch.no_grad(), detach() and the like out of its forward."
+            )
 
 
 class _Called(nn.Module):

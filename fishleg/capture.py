@@ -140,6 +140,8 @@ def is_supported(module: nn.Module) -> bool:
     """
     if type(module).forward not in _FORWARDS:
         return False
+    if any(0 in parameter.shape for parameter in module.parameters()):
+        return False
     if isinstance(module, nn.Conv2d):
         return module.padding_mode == "zeros" and not isinstance(module.padding, str)
     if isinstance(module, _BatchNorm):

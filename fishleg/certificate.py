@@ -15,12 +15,13 @@ from torch import Tensor
 from fishleg.blocks.base import AbstractBlock
 from fishleg.calibration import Labels
 from fishleg.capture import evaluating
-from fishleg.errors import CapacityExceeded, ShapeMismatch
+from fishleg.errors import CapacityExceeded
 from fishleg.estimators.base import AbstractEstimator
 from fishleg.fisher import fisher_vector_product
 from fishleg.gradients import GradientSource
 from fishleg.likelihoods import check_targets, given_targets
 from fishleg.objective import curvature_and_trace, gradient_product, image_square, masked_product
+from fishleg.parameters import parameters_like
 from fishleg.rng import SampleGenerator
 
 Numbers = dict[str, float]
@@ -54,9 +55,14 @@ def certify(
         groups. Its residual takes the whole F, whose parts between groups no block describes, by
         an exact F-vector product with a single probe.
 
+    Raises:
+        ValueError: `probes` is not positive.
+
     Cost: one pass of gradients with a product with Q each, and one exact F-vector product; memory
     for 3 p vectors of all parameters.
     """
+    if probes < 1:
+        raise ValueError(f"probes: expected at least 1, got {probes}.")
     blocks = estimator.blocks()
     audits = {}
     for index, (name, block) in enumerate(blocks.items()):
@@ -175,17 +181,11 @@ def pruning_certificate(source: GradientSource, after: Mapping[str, Tensor]) -> 
     Returns:
         The numbers, in units of the loss (nats for a categorical likelihood).
 
-    Raises:
-        ShapeMismatch: a tensor has not its parameter's shape.
+    Errors are those of `parameters_like` and `Calling.outputs`.
 
     Cost: one exact F-vector product, a pass of gradients, and some three forwards and backwards.
     """
-    before = {name: source.model.get_parameter(name).detach() for name in after}
-    for name, value in after.items():
-        if value.shape != before[name].shape:
-            raise ShapeMismatch(
-                f"{name}: expected {tuple(before[name].shape)}, got {tuple(value.shape)}."
-            )
+    before = parameters_like(source.model, after)
     change = {name: value.detach() - before[name] for name, value in after.items()}
     product = fisher_vector_product(source, change)
     half = 0.5 * sum(_sum(product[name] * change[name]) for name in change)
@@ -220,20 +220,24 @@ def _measure(
     where labels are enumerated, and for a Gaussian even when they are drawn.
     """
     labels: Labels = "enumerated" if _enumerates(source) else "sampled"
-    parameters = [source.model.get_parameter(name) for name in change]
+    before = parameters_like(source.model, after)
     nll = source.likelihood.nll
     sums = {"measured_kl": 0.0}
     if source.calibration.has_targets:
         sums |= {"loss_slope": 0.0, "measured_loss_change": 0.0}
     for batch in source.batches():
+        # leaves of their own, since some parameters may be frozen
+        leaves = {name: value.detach().requires_grad_() for name, value in before.items()}
         with evaluating(source.model):
-            outputs = source.outputs(batch)
+            outputs = source.run(leaves, batch.inputs)
             with torch.no_grad():
                 changed = source.run(after, batch.inputs)
         if batch.targets is not None:
             check_targets(source.likelihood, outputs, batch.targets)
             losses = nll(outputs, batch.targets)
-            slopes = torch.autograd.grad(losses.sum(), parameters)
+            slopes = torch.autograd.grad(
+                losses.sum(), list(leaves.values()), materialize_grads=True
+            )
             pairs = zip(slopes, change.values(), strict=True)
             sums["loss_slope"] += sum(_sum(slope * d) for slope, d in pairs)
             sums["measured_loss_change"] += _sum(nll(changed, batch.targets) - losses.detach())

@@ -12,13 +12,14 @@ from functools import partial
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fishleg.calibration import Batch
 from fishleg.capture import evaluating, transformable
-from fishleg.errors import ShapeMismatch, UnknownName
+from fishleg.errors import UnknownName
 from fishleg.gradients import GradientSource
 from fishleg.likelihoods import Likelihood, given_targets
+from fishleg.parameters import parameters_like
 
 Form = Literal["exact", "sampled", "enumerated", "empirical"]
 
@@ -41,10 +42,9 @@ def fisher_vector_product(
         F v under the names of `v`.
 
     Raises:
-        UnknownName: a name is no parameter of the model, or `form` is none of the four.
+        UnknownName: `form` is none of the four.
 
-    A ShapeMismatch if a tensor has not its parameter's shape; other errors are those of
-    `Calling.outputs` and `Jacobian.sandwich`.
+    Other errors are those of `parameters_like`, `Calling.outputs` and `Jacobian.sandwich`.
 
     Cost: about six forward passes (three for J v, three for J^T u) over the calibration set; twice
     the memory of an ordinary training step with `source.batch_size` samples. More where the model
@@ -54,7 +54,7 @@ def fisher_vector_product(
         raise UnknownName("form", form, get_args(Form))
     if not v:
         return {}
-    parameters = _parameters(source.model, v)
+    parameters = parameters_like(source.model, v)
     v = {name: value.to(parameters[name]) for name, value in v.items()}
     total = {name: torch.zeros_like(value) for name, value in parameters.items()}
     for batch in source.batches():
@@ -73,23 +73,6 @@ def fisher_vector_product(
         for name, part in found.items():
             total[name] += part
     return {name: value / len(source.calibration) for name, value in total.items()}
-
-
-def _parameters(model: nn.Module, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the parameters under the names of `v`.
-
-    Raises:
-        UnknownName: there is none of a name.
-        ShapeMismatch: a tensor has not its parameter's shape.
-    """
-    known = dict(model.named_parameters())
-    for name, value in v.items():
-        if name not in known:
-            raise UnknownName("parameter", name, known)
-        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        if shape != tuple(known[name].shape):
-            raise ShapeMismatch(f"{name}: expected {tuple(known[name].shape)}, got {shape}.")
-    return {name: known[name].detach() for name in v}
 
 
 def _labelled_product(

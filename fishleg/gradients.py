@@ -86,6 +86,7 @@ class GradientSource:
     Raises:
         UnknownName: `labels` is none of these, or the partition is of another model.
         ShapeMismatch: a parameter has another shape than in the partition.
+        FishLegError: the partition has no group, or samples are given otherwise than as such.
         ValueError: `draws` or `batch_size` is out of range.
     """
 
@@ -112,6 +113,11 @@ class GradientSource:
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}.")
         _check_partition(model, partition)
+        if not hasattr(calibration, "batches"):
+            raise FishLegError(
+                f"calibration: expected a Calibration, got {type(calibration).__name__}; wrap it, "
+                "`Calibration(inputs=...)`."
+            )
         self.model = model
         self.likelihood = likelihood
         self.partition = partition
@@ -189,6 +195,8 @@ class GradientSource:
 
     def hold(self, groups: Sequence[str]) -> dict[str, Tensor]:
         """Return group name -> all gradients of a pass, (self.rows, rows, columns)."""
+        if not groups:
+            return {}
         held: dict[str, Tensor] = {}
         start = 0
         for gradients in self.stream(groups):
@@ -507,11 +515,35 @@ def _pick(
 
 
 def _check_partition(model: nn.Module, partition: Partition) -> None:
+    """Check that a partition has groups, and that they are the model's.
+
+    Raises:
+        FishLegError: there is no group, or one has no values, or none of real numbers.
+        UnknownName: the model has no such parameter.
+        ShapeMismatch: a parameter has another shape.
+    """
+    if not partition.groups:
+        why = "; ".join(f"{name}: {reason}" for name, reason in partition.uncovered[:5])
+        raise FishLegError(
+            "partition: expected at least one parameter to take gradients by, got none "
+            f"({why or 'the model has no parameters'}); give the model trainable parameters "
+            "(requires_grad_(True)), and do not skip them all."
+        )
     parameters = dict(model.named_parameters())
     for group in partition.groups:
         for name in group.tensors:
             if name not in parameters:
                 raise UnknownName("parameter", name, parameters)
+            parameter = parameters[name]
+            if parameter.is_meta:
+                raise FishLegError(
+                    f"{name}: expected values, got none (device meta); load the model's weights."
+                )
+            if not parameter.is_floating_point():
+                raise FishLegError(
+                    f"{name}: expected real numbers, got {parameter.dtype}; leave it out with "
+                    f"partition_parameters(skip=[{name!r}])."
+                )
         if tuple(parameters[group.weight].shape) != group.weight_shape:
             raise ShapeMismatch(
                 f"{group.weight}: expected {group.weight_shape} as in the partition, "

@@ -46,6 +46,32 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
     return (batch[0], batch[1] if len(batch) == 2 else None) if len(batch) else (batch, None)
 
 
+def read_batch(batch: Any, split: Split, what: str) -> Pair:
+    """Return the inputs and targets of a batch, as tensors.
+
+    Args:
+        batch: what a loader gave.
+        split: tells inputs and targets apart.
+        what: it is, for messages.
+
+    Raises:
+        ShapeMismatch: it is no nest of samples.
+    """
+    try:
+        given, wanted = split(batch)
+    except ShapeMismatch as error:
+        raise ShapeMismatch(f"{what}: {error}") from error
+    inputs = as_nest(given, f"{what}, inputs")
+    targets = None if wanted is None else as_nest(wanted, f"{what}, targets")
+    if targets is not None and not isinstance(targets, Tensor):
+        raise ShapeMismatch(
+            f"{what}, targets: expected one tensor, got {describe(targets)}; say which they are: "
+            "`split=lambda batch: (inputs, targets)`."
+        )
+    count_samples(inputs if targets is None else (inputs, targets), what)
+    return inputs, targets
+
+
 def read_batches(batches: Iterable[Any], split: Split) -> Iterator[Pair]:
     """Yield the inputs and targets of each batch, as tensors.
 
@@ -53,31 +79,18 @@ def read_batches(batches: Iterable[Any], split: Split) -> Iterator[Pair]:
         batches: such as a DataLoader; a data set is read through one.
         split: tells inputs and targets apart.
 
-    Raises:
-        ShapeMismatch: a batch is no nest of samples, or not like the first one.
+    A ShapeMismatch if a batch is no nest of samples, or not like the first one.
     """
     if isinstance(batches, Dataset):
         batches = DataLoader(batches, batch_size=_AT_ONCE)
     first: Pair | None = None
     for number, batch in enumerate(batches):
         what = f"batch {number}"
-        try:
-            given, wanted = split(batch)
-        except ShapeMismatch as error:
-            raise ShapeMismatch(f"{what}: {error}") from error
-        inputs = as_nest(given, f"{what}, inputs")
-        targets = None if wanted is None else as_nest(wanted, f"{what}, targets")
-        if targets is not None and not isinstance(targets, Tensor):
-            raise ShapeMismatch(
-                f"{what}, targets: expected one tensor, got {describe(targets)}; say which they "
-                "are: `split=lambda batch: (inputs, targets)`."
-            )
-        found = count_samples((inputs, targets) if targets is not None else inputs, what)
-        if found == 0:
-            continue
-        first = first or (inputs, targets)
-        _check_alike(first, (inputs, targets), what)
-        yield inputs, targets
+        pair = read_batch(batch, split, what)
+        if count_samples(pair[0], what):
+            first = first or pair
+            _check_alike(first, pair, what)
+            yield pair
 
 
 def hold_batches(

@@ -16,7 +16,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from fishleg.errors import FishLegError, ShapeMismatch
+from fishleg.errors import FishLegError, ShapeMismatch, UnknownName
 from fishleg.weights import WeightTensor, find_tensors
 
 
@@ -97,8 +97,12 @@ class ParameterGroup:
             tensors: holds (..., *weight_shape) and, with a bias, (..., rows); same leading shape.
 
         Raises:
+            UnknownName: a tensor is missing.
             ShapeMismatch: a trailing shape is not the parameter's.
         """
+        for name in self.tensors:
+            if name not in tensors:
+                raise UnknownName("parameter", name, tensors)
         weight = tensors[self.weight]
         lead = weight.shape[: weight.ndim - len(self.weight_shape)]
         if tuple(weight.shape[len(lead) :]) != self.weight_shape:
@@ -147,6 +151,8 @@ class Partition:
         object.__setattr__(self, "_by_name", {group.name: group for group in self.groups})
 
     def __getitem__(self, name: str) -> ParameterGroup:
+        if name not in self._by_name:
+            raise UnknownName("parameter group", name, self._by_name)
         return self._by_name[name]
 
     @property
@@ -169,6 +175,23 @@ class Partition:
         for name, matrix in matrices.items():
             out.update(self[name].scatter(matrix))
         return out
+
+
+def parameters_like(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the model's parameters under the names of `tensors`, detached.
+
+    Raises:
+        UnknownName: there is none of a name.
+        ShapeMismatch: a tensor has not its parameter's shape.
+    """
+    known = dict(model.named_parameters())
+    for name, value in tensors.items():
+        if name not in known:
+            raise UnknownName("parameter", name, known)
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if shape != tuple(known[name].shape):
+            raise ShapeMismatch(f"{name}: expected {tuple(known[name].shape)}, got {shape}.")
+    return {name: known[name].detach() for name in tensors}
 
 
 def partition_parameters(
@@ -247,6 +270,8 @@ def _check_pattern(pattern: str, tensors: Sequence[WeightTensor]) -> None:
 def _why_uncovered(tensor: WeightTensor, skip: Sequence[str]) -> str | None:
     if not tensor.trainable:
         return "frozen: requires_grad is False"
+    if 0 in tensor.shape:
+        return "no entries"
     return "skipped on request" if tensor.matches(skip) else None
 
 
@@ -254,8 +279,6 @@ def _why_dense(tensor: WeightTensor, prunable: Sequence[str], keep: Sequence[str
     """Return why a parameter is not prunable, or None if it is."""
     if len(tensor.shape) < 2:
         return _FLAT
-    if 0 in tensor.shape:
-        return "no entries"
     if tensor.matches(keep):
         return "kept dense on request"
     if tensor.zeros_lost:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fishleg.blocks import BLOCKS, AbstractBlock
 from fishleg.calling import model_device
-from fishleg.errors import CapacityExceeded, FishLegError, NotFitted
+from fishleg.errors import CapacityExceeded, FishLegError, NotFitted, UnknownName
 from fishleg.gradients import GradientSource
 from fishleg.memory import Footprint, available_bytes, peak, show_bytes
 from fishleg.parameters import Partition
@@ -105,8 +105,15 @@ class AbstractEstimator(ABC):
         return self._blocks
 
     def block(self, name: str) -> AbstractBlock:
-        """Return the block of group `name`."""
-        return self.blocks()[name]
+        """Return the block of group `name`.
+
+        Raises:
+            UnknownName: there is no such group.
+        """
+        blocks = self.blocks()
+        if name not in blocks:
+            raise UnknownName("parameter group", name, blocks)
+        return blocks[name]
 
     def matvec(self, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return Q v for group name -> matrix (..., rows, columns)."""
@@ -142,8 +149,15 @@ class AbstractEstimator(ABC):
         """Check, before anything is allocated, that a fit to `source` fits the memory.
 
         Raises:
+            FishLegError: the source is of another partition.
             CapacityExceeded: the peak exceeds `memory_limit`, or what is free on the device.
         """
+        groups = [(group.name, group.shape) for group in self.partition.groups]
+        if groups != [(group.name, group.shape) for group in source.partition.groups]:
+            raise FishLegError(
+                f"{self.name}: expected gradients of its own groups, {list(self.partition.names)}, "
+                f"got a source of {list(source.partition.names)}; make both from one partition."
+            )
         limit = self.memory_limit
         if limit is None:
             limit = available_bytes(model_device(source.model))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ class Likelihood(Protocol):
 
     def fisher_product(self, outputs: Tensor, v: Tensor) -> Tensor:
         """Return H(f_n) v_n for each sample, in the shape of `outputs`."""
+
+
+_Likelihood = TypeVar("_Likelihood", bound=Likelihood)
 
 
 class AbstractLikelihood(ABC):
@@ -78,7 +81,7 @@ class AbstractLikelihood(ABC):
         """
         return self.sample(outputs, generator)
 
-    def given(self, targets: Tensor | None) -> Likelihood:
+    def given(self, targets: Tensor | None) -> Self:
         """Return the likelihood for samples of which the data's targets are these.
 
         It differs where targets say which outputs count at all.
@@ -99,7 +102,7 @@ class AbstractLikelihood(ABC):
             )
 
 
-def given_targets(likelihood: Likelihood, targets: Tensor | None) -> Likelihood:
+def given_targets(likelihood: _Likelihood, targets: Tensor | None) -> _Likelihood:
     """Return `likelihood.given(targets)`, or the likelihood where it has no such method."""
     given = getattr(likelihood, "given", None)
     return likelihood if given is None else given(targets)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import copy
 from math import prod
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class Categorical(AbstractLikelihood):
         self.ignore_index = ignore_index
         self._counts: Tensor | None = None
 
-    def given(self, targets: Tensor | None) -> Categorical:
+    def given(self, targets: Tensor | None) -> Self:
         """Return the likelihood for samples with these targets, some of whose positions count.
 
         Args:

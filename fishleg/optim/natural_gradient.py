@@ -90,6 +90,7 @@ class FishLeg(torch.optim.Optimizer):
     Raises:
         ValueError: a number is out of range.
         UnknownName: an option is none of its choices, or a mask names no weight.
+        FishLegError: nothing is trainable.
 
     Cost: a step 2 rows columns (rows + columns) FLOPs a group; an update a forward and backward
     pass of the samples, and `fishleg.optim.tracking.update`. Memory: 5 rows^2 + 5 columns^2 numbers
@@ -156,6 +157,10 @@ class FishLeg(torch.optim.Optimizer):
         self._held = HeldMasks(model, held)
         self._uncovered = {name for name, _ in self.partition.uncovered}
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self._trained:
+            raise FishLegError(
+                "model: expected trainable parameters, got none; requires_grad_(True) thaws them."
+            )
         super().__init__(
             self._cut_groups(lr if fallback_lr is None else fallback_lr),
             {"lr": lr, "momentum": momentum, "weight_decay": weight_decay},
@@ -240,7 +245,7 @@ class FishLeg(torch.optim.Optimizer):
         Args:
             lengths: lr^2 m^T Q m, a scalar each tensor.
         """
-        length = torch.stack(lengths).sum()
+        length = torch.stack(lengths).sum() if lengths else torch.zeros(())
         if self.trust is None:
             return torch.ones_like(length)
         return (2 * self.trust / length.clamp(min=_TINY)).sqrt().clamp(max=1.0)

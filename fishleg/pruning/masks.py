@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fishleg.errors import FishLegError, ShapeMismatch
-from fishleg.parameters import ParameterGroup, Partition
+from fishleg.parameters import ParameterGroup, Partition, parameters_like
 from fishleg.parametrised import evaluate, find_parametrised, refresh
 
 Masks = dict[str, Tensor]
@@ -98,21 +98,29 @@ def check_masks(partition: Partition, masks: Mapping[str, Tensor]) -> None:
 
 
 def count_masks(partition: Partition, masks: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Return (removed, prunable): how many weights are removed, and of how many (no biases)."""
+    """Return (removed, prunable): how many weights are removed, and of how many (no biases).
+
+    Errors are those of `check_masks`.
+    """
+    check_masks(partition, masks)
     removed = sum(int((~masks[group.name]).sum()) for group in partition.prunable)
     prunable = sum(group.rows * group.weight_columns for group in partition.prunable)
     return removed, prunable
 
 
 def apply_masks(model: nn.Module, partition: Partition, masks: Mapping[str, Tensor]) -> None:
-    """Set every removed weight of `model` to exactly 0, in place; errors as `check_masks`.
+    """Set every removed weight of `model` to exactly 0, in place.
+
+    Errors are those of `check_masks` and `parameters_like`.
 
     Args:
         model: the module that `partition` was made from.
         partition: its groups.
         masks: group name -> bool (rows, columns).
     """
-    HeldMasks(model, weight_masks(partition, masks)).apply()
+    wanted = weight_masks(partition, masks)
+    parameters_like(model, wanted)
+    HeldMasks(model, wanted).apply()
 
 
 class HeldMasks:

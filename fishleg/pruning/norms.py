@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fishleg.calling import PLAIN, Calling
+from fishleg.errors import FishLegError
 from fishleg.nests import Nest
 
 
@@ -44,7 +45,7 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Nest], calling: Calling
     Args:
         model: on any device, left in evaluation mode. One without batch norms stays as it is.
         batches: of the model's inputs, on its device; large ones, since small ones make noise; a
-            single value a channel has no variance, and is a ValueError.
+            single value a channel has no variance, and is a FishLegError.
         calling: how the model is called.
 
     Cost: a forward pass. Memory: two float64 numbers a channel.
@@ -63,6 +64,42 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Nest], calling: Calling
         one.write()
 
 
+def need_several_values(norm: nn.Module, values: Tensor) -> None:
+    """Check that a norm can divide by the moments of `values`.
+
+    Raises:
+        FishLegError: there is one value a channel.
+    """
+    if _values_a_channel(values) < 2:
+        raise FishLegError(
+            f"{type(norm).__name__}: a batch of inputs {tuple(values.shape)} has one value a "
+            "channel, and so no variance; leave out a last batch of one sample (drop_last=True), "
+            "or cut the samples into batches of about equal size."
+        )
+
+
+def _values_a_channel(values: Tensor) -> int:
+    return values.numel() // max(values.shape[1], 1)
+
+
+@contextmanager
+def normalising_by_batch(norms: Iterable[_BatchNorm]) -> Iterator[None]:
+    """Let norms normalise by the batch at hand, as in training; then put them in evaluation mode.
+
+    A batch with a single value a channel is a FishLegError.
+    """
+    chosen = list(norms)
+    with ExitStack() as stack:
+        for norm in chosen:
+            stack.enter_context(_watched(norm, partial(need_several_values, norm)))
+            norm.train()
+        try:
+            yield
+        finally:
+            for norm in chosen:
+                norm.eval()
+
+
 @contextmanager
 def following_norms(model: nn.Module) -> Iterator[None]:
     """Let the running statistics follow each forward pass, while the norms normalise by them.
@@ -73,6 +110,8 @@ def following_norms(model: nn.Module) -> Iterator[None]:
     on batches of 128 the dense ResNet20 itself is 0.008 nats away from its own outputs, which is a
     floor under every divergence measured so. Here a network that equals the dense one is at 0.
 
+    A batch with a single value a channel, which has no variance, leaves the statistics alone.
+
     Args:
         model: in evaluation mode.
 
@@ -80,6 +119,8 @@ def following_norms(model: nn.Module) -> Iterator[None]:
     """
 
     def follow(norm: _BatchNorm, values: Tensor) -> None:
+        if _values_a_channel(values) < 2:
+            return  # they have no variance
         momentum = 0.1 if norm.momentum is None else norm.momentum
         nn.functional.batch_norm(values, *_statistics(norm), training=True, momentum=momentum)
 
@@ -104,9 +145,10 @@ class _Sums:
         self.second = torch.zeros_like(self.first)
 
     def add(self, values: Tensor) -> None:
+        need_several_values(self.norm, values)
         others = [0, *range(2, values.ndim)]
         variance, mean = torch.var_mean(values.double(), others, correction=0)
-        number = values.numel() // values.shape[1]
+        number = _values_a_channel(values)
         self.count += number
         self.first += number * mean
         self.second += number * (variance + mean.square())

@@ -18,17 +18,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fishleg.calibration import Calibration
+from fishleg.calibration import Calibration, inputs_and_targets
 from fishleg.calling import PLAIN, Calling
 from fishleg.errors import FishLegError, UnknownName
 from fishleg.estimators.base import AbstractEstimator
 from fishleg.gradients import GradientSource
-from fishleg.likelihoods import AbstractLikelihood
-from fishleg.nests import Nest, count_samples, tensors_of
+from fishleg.likelihoods import AbstractLikelihood, given_targets
+from fishleg.nests import count_samples, tensors_of
 from fishleg.parameters import Partition
 from fishleg.pruning.compensation import solve_on_survivors
 from fishleg.pruning.masks import HeldMasks, weight_masks
-from fishleg.pruning.norms import following_norms, running_norms
+from fishleg.pruning.norms import following_norms, normalising_by_batch, running_norms
 
 RefinementMethod = Literal["sgd", "adam", "natural", "gauss_newton"]
 Statistics = Literal["running", "batch", "frozen"]
@@ -104,7 +104,7 @@ class Refinement:
         begin: D at the beginning, in nats.
 
     Raises:
-        FishLegError: the method needs an estimator, and there is none.
+        FishLegError: the method needs an estimator, and there is none; or nothing can be moved.
     """
 
     def __init__(
@@ -139,6 +139,11 @@ class Refinement:
             name: parameter for name, parameter in model.named_parameters() if name in covered
         }
         self._held = HeldMasks(model, weight_masks(partition, self.masks))
+        if not self._moved:
+            raise FishLegError(
+                "refinement: expected parameters to move, got a partition without groups; give the "
+                "model trainable ones (requires_grad_(True))."
+            )
         self._optimizer = self._build_optimizer()
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
@@ -157,8 +162,12 @@ class Refinement:
 
     # -- steps
 
-    def step(self, inputs: Nest) -> Tensor:
-        """Take one step on a batch of the model's inputs, and return D on it before the step.
+    def step(self, batch: Any) -> Tensor:
+        """Take one step on a batch, and return D on it before the step.
+
+        Args:
+            batch: of the model's inputs, or a `Batch`, or (inputs, targets); see
+                `fishleg.loading`. Of targets only matters which positions they ignore.
 
         Cost: a forward pass of the dense network, a forward and backward one of the model; beside
         it a product with Q ("natural"), or `cg_iterations` exact F-vector products on the batch.
@@ -168,25 +177,26 @@ class Refinement:
             group["lr"] = rate
         self.model.eval()
         with self._statistics():
-            divergence = self.divergence(inputs)
+            divergence = self.divergence(batch)
         self._optimizer.zero_grad()
         divergence.backward()
         if self.options.method in _PRECONDITIONED:
-            self._precondition(inputs, rate)
+            self._precondition(batch, rate)
         self._optimizer.step()
         self._held.apply()
         self.done += 1
         return divergence.detach()
 
-    def divergence(self, inputs: Nest) -> Tensor:
+    def divergence(self, batch: Any) -> Tensor:
         """Return the mean over the batch of T^2 KL(dense_T || model_T), a scalar, in nats."""
+        inputs, targets = inputs_and_targets(batch)
         kind = tensors_of(inputs)[0].device.type
         with torch.autocast(kind, torch.bfloat16, enabled=self.options.bfloat16):
             with torch.no_grad():
                 wanted = self.calling.outputs(self.reference, inputs)
             outputs = self.calling.outputs(self.model, inputs)
         temperature = self.options.temperature
-        found = self.likelihood.divergence(
+        found = given_targets(self.likelihood, targets).divergence(
             wanted.float() / temperature, outputs.float() / temperature
         )
         return temperature**2 * found.mean()
@@ -208,16 +218,11 @@ class Refinement:
                 yield
             return
         norms = running_norms(self.model) if self.options.statistics == "batch" else []
-        for norm in norms:
-            norm.train()
-        try:
+        with normalising_by_batch(norms):
             yield
-        finally:
-            for norm in norms:
-                norm.eval()
 
     @torch.no_grad()
-    def _precondition(self, inputs: Nest, rate: float) -> None:
+    def _precondition(self, batch: Any, rate: float) -> None:
         """Put the step's direction in place of each gradient."""
         found = {
             name: torch.zeros_like(one) if one.grad is None else one.grad
@@ -229,7 +234,7 @@ class Refinement:
         if self.options.method == "natural":
             moves = self._natural(gradients, rate)
         else:
-            moves = self._gauss_newton(gradients, inputs)
+            moves = self._gauss_newton(gradients, batch)
         for name, move in self.partition.scatter(moves).items():
             self._moved[name].grad = move
 
@@ -246,12 +251,13 @@ class Refinement:
         scale = (longest / length.clamp(min=1e-30)).sqrt().clamp(max=1.0)
         return {name: scale * move for name, move in moves.items()}
 
-    def _gauss_newton(self, gradients: Mapping[str, Tensor], inputs: Nest) -> dict[str, Tensor]:
+    def _gauss_newton(self, gradients: Mapping[str, Tensor], batch: Any) -> dict[str, Tensor]:
+        inputs, targets = inputs_and_targets(batch)
         source = GradientSource(
             self.model,
             self.likelihood,
             self.partition,
-            Calibration(inputs=inputs),
+            Calibration(inputs=inputs, targets=targets),
             batch_size=count_samples(inputs, "inputs"),
             calling=self.calling,
         )
@@ -302,10 +308,13 @@ def mean_divergence(
     model: nn.Module,
     reference: nn.Module,
     likelihood: AbstractLikelihood,
-    batches: Iterable[Nest],
+    batches: Iterable[Any],
     calling: Calling = PLAIN,
 ) -> float:
     """Return D over all inputs of `batches`, in nats, both networks in evaluation mode.
+
+    Raises:
+        FishLegError: there is no sample.
 
     Cost: a forward pass of each network.
     """
@@ -313,21 +322,24 @@ def mean_divergence(
     reference.eval()
     total, count = 0.0, 0
     with torch.no_grad():
-        for inputs in batches:
+        for batch in batches:
+            inputs, targets = inputs_and_targets(batch)
             wanted, outputs = (calling.outputs(one, inputs).float() for one in (reference, model))
-            found = likelihood.divergence(wanted, outputs)
+            found = given_targets(likelihood, targets).divergence(wanted, outputs)
             total, count = total + found.double().sum().item(), count + len(found)
+    if not count:
+        raise FishLegError("batches: expected at least one sample, got none.")
     return total / count
 
 
 def refine(
-    refinement: Refinement, batches: Iterable[Nest], every: int = _CHECK_EVERY
+    refinement: Refinement, batches: Iterable[Any], every: int = _CHECK_EVERY
 ) -> Iterator[float]:
     """Go on with a run to its last step; yield the mean divergence of every few steps.
 
     Args:
         refinement: the run, from wherever it is.
-        batches: of the model's inputs; at least as many as steps are left.
+        batches: as `Refinement.step` takes them; at least as many as steps are left.
         every: steps between looks.
 
     Yields:
@@ -338,12 +350,13 @@ def refine(
     """
     stream, total, since = iter(batches), torch.zeros(()), 0
     while refinement.done < refinement.steps:
-        inputs = next(stream, None)
-        if inputs is None:
+        batch = next(stream, None)
+        if batch is None:
             raise FishLegError(
                 f"The batches ended after step {refinement.done} of {refinement.steps}."
             )
-        total, since = total.to(tensors_of(inputs)[0].device) + refinement.step(inputs), since + 1
+        divergence = refinement.step(batch)
+        total, since = total.to(divergence.device) + divergence, since + 1
         if refinement.done % every == 0 or refinement.done == refinement.steps:
             mean = total.item() / since
             if not math.isfinite(mean):
