@@ -406,7 +406,29 @@ class PretrainParams(DataParams, ModelParams, TrainingParams):
     """Of `pretrain`."""
 
 
-class ImportParams(DataParams, ModelParams):
+class ExpectationParams(Params):
+    """How accurate a dense network is known to be."""
+
+    expect_accuracy: float | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="in percent; a dense network that is more or less accurate is an error",
+    )
+    expect_margin: float = Field(
+        default=1.0, ge=0, description="points that expect_accuracy may be missed by"
+    )
+
+    @model_validator(mode="after")
+    def _forget_margin(self) -> ExpectationParams:
+        """Reset the margin of no expectation: what is not used must not enter the key."""
+        if self.expect_accuracy is None:
+            default = ExpectationParams.model_fields["expect_margin"].default
+            object.__setattr__(self, "expect_margin", default)
+        return self
+
+
+class ImportParams(DataParams, ModelParams, ExpectationParams):
     """Of `import_checkpoint`."""
 
     path: Annotated[str, ExternalFile()] = Field(
@@ -417,15 +439,6 @@ class ImportParams(DataParams, ModelParams):
         description="weights that the file has at exactly 0: of a layer with at least 1 % of them "
         "they are a mask, which all later stages keep; or they may be trained again",
     )
-    expect_accuracy: float | None = Field(
-        default=None,
-        ge=0,
-        le=100,
-        description="in percent; an imported network whose accuracy is another is an error",
-    )
-    expect_margin: float = Field(
-        default=1.0, ge=0, description="points that expect_accuracy may be missed by"
-    )
     expect_split: Literal["test", "validation"] = Field(
         default="test",
         description="split that expect_accuracy is of; the test split is read only where it is "
@@ -434,11 +447,11 @@ class ImportParams(DataParams, ModelParams):
     seed: int = Field(default=0, ge=0, description="axis: tells copies apart")
 
     @model_validator(mode="after")
-    def _forget_expectations(self) -> ImportParams:
-        """Reset what belongs to no expectation: what is not used must not enter the key."""
+    def _forget_split(self) -> ImportParams:
+        """Reset the split of no expectation: what is not used must not enter the key."""
         if self.expect_accuracy is None:
-            for name in ("expect_margin", "expect_split"):
-                object.__setattr__(self, name, ImportParams.model_fields[name].default)
+            default = ImportParams.model_fields["expect_split"].default
+            object.__setattr__(self, "expect_split", default)
         return self
 
 
@@ -657,8 +670,8 @@ class SelectParams(MethodAxes):
     seed: int = Field(default=0, ge=0, description="axis: the inputs' seed")
 
 
-class EvaluateParams(MethodAxes):
-    """Of `evaluate`."""
+class EvaluateParams(MethodAxes, ExpectationParams):
+    """Of `evaluate`; the expectation is of the dense networks, on `split`."""
 
     sparsity: float | None = Field(default=None, description="axis: the inputs' sparsity")
     seed: int | None = Field(default=None, description="axis: the inputs' seed")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.stage import Artifact, Context, write_json
+from pipeline.stage import Artifact, Context, StageError, write_json
 from stages.data.source import load_data
 from stages.determinism import compute_deterministically
+from stages.expectation import require_accuracy
 from stages.metrics import accuracy_text, measure
-from stages.model_folder import load_facts, load_model
+from stages.model_folder import Facts, load_facts, load_model
 
 if TYPE_CHECKING:
     from stages.catalogue import EvaluateParams
@@ -22,14 +23,18 @@ _PARAMS = ("method", "structure", "mode", "finetuned", "sparsity", "seed", "damp
 def evaluate(ctx: Context) -> None:
     """Write output `results`: `rows.json`, and `failed.json` with the models that are not there.
 
-    What is known of the dense networks is said first. Rows found so far are checkpointed, so that a
-    kill costs the model at hand.
+    What is known of the dense networks is said first, and they are measured first: one that is not
+    as accurate as expected is a StageError. Rows found so far are checkpointed, so that a kill
+    costs the model at hand.
     """
     compute_deterministically(ctx.device)
     rows = _rows_so_far(ctx)
     models = [(one, one.path) for one in ctx.inputs["models"] if one.path is not None]
-    _say_dense_accuracies(ctx, [folder for _, folder in models])
-    for done, (model, folder) in enumerate(models, start=1):
+    facts = {model.cell: load_facts(folder) for model, folder in models}
+    _say_dense_accuracies(ctx, facts.values())
+    _require_known_accuracies(ctx, facts)
+    dense_first = sorted(models, key=lambda one: facts[one[0].cell].mode != "dense")
+    for done, (model, folder) in enumerate(dense_first, start=1):
         if model.cell not in rows:
             rows[model.cell] = _evaluate(ctx, model, folder)
             if ctx.checkpoint_due():
@@ -48,11 +53,43 @@ def evaluate(ctx: Context) -> None:
     write_json(results / "failed.json", failed)
 
 
-def _say_dense_accuracies(ctx: Context, folders: Sequence[Path]) -> None:
+def _say_dense_accuracies(ctx: Context, models: Iterable[Facts]) -> None:
     """Say how accurate the dense networks were that the models began as, each of them once."""
-    known = [load_facts(folder).dense_accuracy for folder in folders]
-    for line in dict.fromkeys(accuracy_text(one) for one in known if one):
-        ctx.say(f"dense accuracy: {line}")
+    for line in dict.fromkeys(accuracy_text(one.dense_accuracy) for one in models):
+        if line:
+            ctx.say(f"dense accuracy: {line}")
+
+
+def _require_known_accuracies(ctx: Context, models: Mapping[str, Facts]) -> None:
+    """Compare what pruned models know of their dense networks with the accuracy expected.
+
+    Args:
+        ctx: its parameters hold the expectation, if any.
+        models: cell -> facts of its model.
+
+    Raises:
+        StageError: it is another, or nothing here tells what it is.
+    """
+    params: EvaluateParams = ctx.params
+    if params.expect_accuracy is None:
+        return
+    compared = any(_is_dense(facts) for facts in models.values())
+    for cell, facts in models.items():
+        known = facts.dense_accuracy.get(params.split)
+        if known is not None:
+            compared = True
+            origin = f"the dense network of {cell}"
+            require_accuracy(params, known, params.split, load_data(facts.data)[0], origin)
+    if models and not compared:
+        raise StageError(
+            f"expect_accuracy: no dense network is among the models, and none of them knows the "
+            f"accuracy of its own on the {params.split} split. Connect the dense network as well, "
+            "or expect the accuracy where it is imported."
+        )
+
+
+def _is_dense(facts: Facts) -> bool:
+    return facts.mode == "dense" and not facts.finetuned
 
 
 def _rows_so_far(ctx: Context) -> dict[str, dict[str, Any]]:
@@ -65,6 +102,9 @@ def _evaluate(ctx: Context, artifact: Artifact, folder: Path) -> dict[str, Any]:
     model = load_model(folder, ctx.device)
     facts = model.facts
     dataset, _ = load_data(facts.data)
+    found = measure(model.network, dataset, dataset.split(params.split), params.batch_size)
+    if _is_dense(facts):
+        require_accuracy(params, found["accuracy"], params.split, dataset, artifact.cell)
     return {
         "model_cell": artifact.cell,
         "key": artifact.key,
@@ -76,7 +116,7 @@ def _evaluate(ctx: Context, artifact: Artifact, folder: Path) -> dict[str, Any]:
         "seed": facts.seed,
         "damping": facts.damping,
         "split": params.split,
-        **measure(model.network, dataset, dataset.split(params.split), params.batch_size),
+        **found,
         **model.counts(),
     }
 

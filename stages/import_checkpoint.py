@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fishleg.parameters import Partition
 from fishleg.pruning import count_masks, weight_masks, zero_masks
-from pipeline.stage import Context, StageError
+from pipeline.stage import Context
 from stages.checkpoint_file import load_weights
-from stages.data.dataset import DataSet
 from stages.data.source import DataSource, load_data
 from stages.determinism import compute_deterministically
+from stages.expectation import require_accuracy
 from stages.metrics import accuracy_text, log_validation, measure, require_classifier
 from stages.model_folder import Facts, Model, save_model
 
@@ -44,34 +44,13 @@ def import_checkpoint(ctx: Context) -> None:
     if params.expect_accuracy is not None and params.expect_split == "test":
         accuracies["test"] = measure(network, dataset, dataset.test)["accuracy"]
     ctx.say(f"accuracy as imported: {accuracy_text(accuracies)}")
-    _require_accuracy(params, accuracies, dataset)
+    if params.expect_accuracy is not None:
+        split = params.expect_split
+        require_accuracy(
+            params, accuracies[split], split, dataset, str(Path(params.path).absolute())
+        )
     model = Model(network=network, masks={}, facts=facts).with_facts(dense_accuracy=accuracies)
     save_model(ctx.output("model"), _with_zeros(ctx, model, loaded.masks))
-
-
-def _require_accuracy(
-    params: ImportParams, accuracies: Mapping[str, float], dataset: DataSet
-) -> None:
-    """Compare the accuracy with the one that the user expects.
-
-    Raises:
-        StageError: they differ by more than the margin.
-    """
-    expected = params.expect_accuracy
-    if expected is None:
-        return
-    found = accuracies[params.expect_split]
-    if abs(found - expected) <= params.expect_margin:
-        return
-    raise StageError(
-        f"expect_accuracy: found {found:.2f} % on the {len(dataset.split(params.expect_split)):,} "
-        f"samples of the {params.expect_split} split, expected {expected:g} % within "
-        f"{params.expect_margin:g} (expect_margin). Likely causes: the network was trained on "
-        f"inputs that were normalised otherwise than here, where they are {dataset.formula()} (set "
-        f"mean and std as it was trained); its classes are others than the {dataset.num_classes} "
-        f"here, or in another order; {Path(params.path).absolute()} is another file; or model and "
-        "model_args build another network of the same names."
-    )
 
 
 def _with_zeros(ctx: Context, model: Model, given: Mapping[str, Tensor]) -> Model:

@@ -79,8 +79,9 @@ def load(
     names = [name for name in ("train", "val", "test") if (tree / name).is_dir()]
     if "train" not in names or len(names) < 2:
         raise MissingData(f"The tree of images {path!r}", tree, _LAYOUT, downloadable=False)
-    classes = _classes(tree / "train")
-    notes: list[str] = []
+    classes = _folders(tree / "train")
+    others = [name for name in _folders(tree) if name not in names]
+    notes = [f"{tree}: {_some(others)}: no train, val or test, and left out"] if others else []
     splits = {name: _labelled(tree / name, classes, notes) for name in names}
     without = sorted(set(range(len(classes))) - {label for _, label in splits["train"]})
     if without:
@@ -131,7 +132,7 @@ def load_tiny_imagenet(root: Path, *, download: bool = False) -> DataSet:
             "tiny-imagenet-200/val/images/*.JPEG and tiny-imagenet-200/val/val_annotations.txt"
         )
         raise MissingData("Tiny ImageNet", root, layout)
-    classes = _classes(tree / "train")
+    classes = _folders(tree / "train")
     train = _labelled(tree / "train", classes, [])
     test = _annotated(tree / "val", classes)
     decoded = _decode_cached(tree, {"train": train, "test": test}, Reading())
@@ -179,7 +180,7 @@ def _data_set(
     )
 
 
-def _classes(folder: Path) -> list[str]:
+def _folders(folder: Path) -> list[str]:
     """Return the names of the folders in `folder` that are not hidden, sorted."""
     found = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
     return sorted(name for name in found if not name.startswith(_HIDDEN))
@@ -196,7 +197,7 @@ def _labelled(folder: Path, classes: Sequence[str], notes: list[str]) -> _Labell
     Raises:
         StageError: the split has a folder that is no class, no image at all, or a link to nothing.
     """
-    here = _classes(folder)
+    here = _folders(folder)
     for name in here:
         if name not in classes:
             near = get_close_matches(name, classes, 1)

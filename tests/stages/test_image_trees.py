@@ -113,6 +113,13 @@ def test_files_that_are_left_out_are_told(tmp_path: Path) -> None:
     assert str(tmp_path / "train" / "stray.png") in note
 
 
+def test_folders_that_are_no_split_are_told(tmp_path: Path) -> None:
+    """The failing case: `validation` was passed over, training images set apart in its place."""
+    tree(tmp_path, {"train": "ab", "validation": "ab", "test": "ab"})
+    (note,) = load(tmp_path).notes
+    assert "'validation': no train, val or test, and left out" in note
+
+
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_an_empty_split_is_an_error_with_its_path(tmp_path: Path, split: str) -> None:
     splits = {"train": "ab", "val": "ab", "test": "ab"}

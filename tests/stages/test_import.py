@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from running_stages import TINY, Ran, run_stage
+from running_stages import TINY, Ran, artifact, run_stage
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import prune as torch_prune
 
@@ -255,6 +255,28 @@ def test_evaluate_says_the_dense_accuracy_first(dense: Ran, pruned: Path, tmp_pa
     ran = run_stage("evaluate", tmp_path, {}, {"models": pruned})
     first = next(event for event in ran.events if event["type"] != "metrics")
     assert first["text"] == f"dense accuracy: {found:.2f} % on the validation split"
+
+
+def test_evaluate_requires_the_accuracy_expected_of_dense_networks(
+    dense: Ran, pruned: Path, exported: Path, tmp_path: Path
+) -> None:
+    """Of those that it measures, and of those that pruned models know of; of no pruned one."""
+    run_stage("evaluate", tmp_path / "measured", {}, {"models": dense.output()})
+    rows = json.loads((tmp_path / "measured/outputs/results/rows.json").read_text())
+    found = rows[0]["accuracy"]
+    right, wrong = {"expect_accuracy": found}, {"expect_accuracy": found - 3}
+    many = [artifact(pruned, "pruned"), artifact(dense.output(), "dense")]
+    ran = run_stage("evaluate", tmp_path / "right", right, {"models": many})
+    rows = json.loads((ran.output("results") / "rows.json").read_text())
+    assert [row["model_cell"] for row in rows] == ["pruned", "dense"]
+    with pytest.raises(StageError, match=r"expect_accuracy: found .* test split.*; dense is anoth"):
+        run_stage("evaluate", tmp_path / "wrong", wrong, {"models": many})
+    known = facts_of(pruned)["dense_accuracy"]["validation"]
+    of_validation = {"split": "validation", "expect_accuracy": known - 3}
+    with pytest.raises(StageError, match="the dense network of up is another network"):
+        run_stage("evaluate", tmp_path / "known", of_validation, {"models": pruned})
+    with pytest.raises(StageError, match="no dense network is among the models"):
+        run_stage("evaluate", tmp_path / "unknown", right, {"models": pruned})
 
 
 def test_the_test_images_are_read_only_where_something_is_expected_of_them(
