@@ -104,11 +104,12 @@ def _ingredients(
             _blank(params, mark.path)
         elif entry := mark.marker.find(mark.value):
             targets.add(entry.target)
+            checked = False
             if entry.digest:
-                data[name] = entry.digest
+                data[name], checked = entry.digest, _is_verified(cell.params, mark)
             elif name in folders and folders[name].is_dir():
-                data[name] = content(read_folder, folders[name])
-            if mark.marker.data and not (name in data and _is_verified(cell.params, mark)):
+                data[name], checked = content(read_folder, folders[name]), True
+            if mark.marker.data and not checked:
                 unchecked.append(name)
     connected = {name: [source.cell for source in found] for name, found in cell.inputs.items()}
     return {

@@ -44,8 +44,8 @@ def folders_of(params: BaseModel) -> dict[str, Path]:
     found = {}
     for mark in marked(params):
         entry = None if isinstance(mark.marker, ExternalFile) else mark.marker.find(mark.value)
-        if entry and entry.folder and (folder := entry.folder(mark.value)):
-            found[name_of(mark)] = folder
+        if entry and entry.folder and not entry.digest:
+            found[name_of(mark)] = entry.folder(mark.value)
     return found
 
 

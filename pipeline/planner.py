@@ -107,6 +107,19 @@ class Plan:
             lines = [f"{one.cell.name} {one.why}" for one in stuck]
             raise BadInput("\n".join(["cannot run what is selected:", *lines]))
 
+    @property
+    def unchecked(self) -> str:
+        """Say of which cells the data are not in the key; "" if there are none."""
+        stages = dict.fromkeys(
+            one.cell.stage for one in self.cells if one.ingredients["names"]["unchecked"]
+        )
+        if not stages:
+            return ""
+        return (
+            f"Data not checked: {shorten(list(stages))}. No digest of them enters the key, so "
+            "what is cached stays so when they change."
+        )
+
     def commit(self, store: Store, run_id: str) -> None:
         """Record that this plan is being run: once, before the first cell runs.
 
@@ -237,6 +250,8 @@ class _Judge:
         state, why, manifest = self.state(cell, identity)
         if accepted := identity.ingredients.get("accepted"):
             why += f"; its code is {describe(accepted)}"
+        if unchecked := identity.ingredients["names"]["unchecked"]:
+            why += f"; data not checked: {shorten([f'params.{name}' for name in unchecked])}"
         if state == "blocked":
             self.blocked.add(cell.name)
         return PlannedCell(

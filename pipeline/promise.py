@@ -32,6 +32,8 @@ from pipeline.outside import (
 
 _T = TypeVar("_T")
 
+_spoilt: list[str] = []  # why this process is not to run another task
+
 _WHAT_NOW = (
     "Nothing is published under the key that was planned. Put it back as it was, or start the run "
     "again: it is then planned with what is there."
@@ -50,9 +52,12 @@ class CodePromise:
         self._code: Mapping[str, str] = accepted.get("code") or ingredients.get("code", {})
         watch_imports({module.partition(".")[0] for module in self._code})
 
-    def outdated(self) -> list[str]:
-        """Return the modules that this process has run otherwise, for an earlier cell."""
-        return [module for module in self._code if any(self._differing(module))]
+    def outdated(self) -> str | None:
+        """Say why the task needs another process, because of what this one ran before; or None."""
+        for module in self._code:
+            if any(self._differing(module)):
+                return f"the worker has run other code of {module} for an earlier cell"
+        return _spoilt[0] if _spoilt else None
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -129,35 +134,34 @@ class DataPromise:
         ]
         self._begun: dict[Path, str] = {}
 
-    def begin(self) -> None:
-        """Read everything before the stage does.
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Read everything before the stage does, and again when it has ended.
 
-        What is not there is left to the stage, which knows what to say of it.
-
-        Raises:
-            BrokenPromise: something is not what the key says.
-        """
-        for one in self._things:
-            if not one.path.exists():
-                continue
-            reading = one.read(one.path)
-            if reading.digest != one.promised:
-                raise BrokenPromise(
-                    f"{one.what} is not what it was when the run was planned. {_WHAT_NOW}"
-                )
-            self._begun[one.path] = reading.state
-
-    def check(self) -> None:
-        """Read everything again.
+        What is not there is left to the stage, which knows what to say of it. A process in which
+        a stage failed is not used again: it may keep what it read of changed data.
 
         Raises:
-            BrokenPromise: something was changed, even if it is by now what it was.
+            BrokenPromise: something is not what the key says, or was written to.
         """
         for one in self._things:
-            reading = self._heed(one, one.read)
-            if reading.digest != one.promised:
-                raise BrokenPromise(f"{one.what} was changed while the stage ran. {_WHAT_NOW}")
-            self._check_state(one, reading.state)
+            if one.path.exists():
+                reading = one.read(one.path)
+                if reading.digest != one.promised:
+                    raise BrokenPromise(
+                        f"{one.what} is not what it was when the run was planned. {_WHAT_NOW}"
+                    )
+                self._begun[one.path] = reading.state
+        try:
+            yield
+            for one in self._things:
+                reading = self._heed(one, one.read)
+                if reading.digest != one.promised:
+                    raise BrokenPromise(f"{one.what} was changed while the stage ran. {_WHAT_NOW}")
+                self._check_state(one, reading.state)
+        except BaseException:
+            _spoilt.extend(f"the worker may keep what it read of {o.what}" for o in self._things)
+            raise
 
     def check_untouched(self) -> None:
         """Check that nothing was written since the beginning, without reading anything.

@@ -114,10 +114,10 @@ class Outcome(TypedDict, total=False):
 
     `status` is `ok`; `lost` (another attempt published first, which is as good); `failed`;
     `damaged` (an input is not what its manifest says; `key` is the input's); `preempted` (told to
-    end, it did so behind a checkpoint); `outdated` (the process ran other code for an earlier task,
-    and did nothing; the executor gives the task to another process, and the driver never hears of
-    it); or `died` (the executor says so in place of a worker that no longer can). The last five
-    come with an `error`.
+    end, it did so behind a checkpoint); `outdated` (the process has run other code for an earlier
+    task, or may keep other data, and did nothing; the executor gives the task to another one, and
+    the driver never hears of it); or `died` (the executor says so in place of a worker that no
+    longer can). The last five come with an `error`.
     """
 
     status: str
@@ -178,9 +178,8 @@ def _run_task(task: Task, preemption: Preemption, pass_on: Callable[[], None]) -
     if _published(store, task["key"]):
         return {"status": "ok", "seconds": 0.0}
     code = CodePromise(task["ingredients"])
-    if outdated := code.outdated():
-        message = f"the worker has run other code of {outdated[0]} for an earlier cell"
-        return {"status": "outdated", "error": {**_NO_ERROR, "message": message}}
+    if why := code.outdated():
+        return {"status": "outdated", "error": {**_NO_ERROR, "message": why}}
     if _seat(task)["rank"] > 0:
         return _help(task, store, code, pass_on)
     began = time.monotonic()
@@ -299,10 +298,9 @@ def _perform(
 
         context.emit = emit_checked
         code.check()
-        data.begin()
-        stage(context)
+        with data.watch():
+            stage(context)
         code.check()
-        data.check()
     return context
 
 

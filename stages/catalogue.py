@@ -26,6 +26,7 @@ from pipeline.stage import (
     Results,
     Stage,
 )
+from stages.data.place import data_folder
 
 # -------------------------------------------------------------------------------- registries
 
@@ -103,10 +104,13 @@ DATASETS = Registry(
     prefixes={
         "folder:": Entry(
             target="stages.data.image_folder:load",
+            folder=lambda name: data_folder() / name.removeprefix("folder:"),
             summary="a tree of images, PATH/{train,val,test}/CLASS/*; options image_size (pixels), "
             "background (grey level behind transparent pixels), upright (turned by EXIF)",
         )
     },
+    data=True,
+    verified_by="verify",
 )
 
 METHODS = Registry(

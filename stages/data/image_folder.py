@@ -245,12 +245,12 @@ def _some(names: Sequence[str]) -> str:
 def _decode_cached(tree: Path, splits: Mapping[str, _Labelled], reading: Reading) -> _Decoded:
     """Decode all splits, or take them from `.decoded-HASH.safetensors` in the tree.
 
-    The hash covers every path, size and modification time, how images are read, and the version of
+    The hash covers every path, size, time and inode, how images are read, and the version of
     the rules, so a changed tree is decoded again. A tree that cannot be written to is decoded each
     time.
     """
     listing = [
-        [name, str(path.relative_to(tree)), *_size_and_time(path)]
+        [name, str(path.relative_to(tree)), *_signature(path)]
         for name, images in splits.items()
         for path, _ in images
     ]
@@ -275,8 +275,10 @@ def _decode_cached(tree: Path, splits: Mapping[str, _Labelled], reading: Reading
     )
 
 
-def _size_and_time(path: Path) -> tuple[int, int]:
-    """Return size and modification time.
+def _signature(path: Path) -> tuple[int, ...]:
+    """Return what tells that a file was changed: size, times and inode.
+
+    The modification time alone is anyone's to set, as tools that copy files do.
 
     Raises:
         StageError: the path is a link to nothing.
@@ -285,7 +287,7 @@ def _size_and_time(path: Path) -> tuple[int, int]:
         found = path.stat()
     except FileNotFoundError:
         raise StageError(f"{path} is a link to a file that is not there.") from None
-    return found.st_size, found.st_mtime_ns
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 def _decode_all(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.stage import StageError
 from stages.data.checks import check
 from stages.data.dataset import DataSet, digest_arrays, spread
+from stages.data.place import data_folder
 from stages.reference import Reference, refer, require_options
 
 if TYPE_CHECKING:
@@ -78,8 +78,7 @@ def load_data(source: DataSource) -> tuple[DataSet, DataSource]:
     Data that are missing, that are not those declared, or that `stages.data.checks` refuses, are a
     StageError.
     """
-    root = Path(os.environ.get("FISHLEG_DATA", "data"))
-    return _load(root.absolute(), json.dumps(source.to_json(), sort_keys=True))
+    return _load(data_folder().absolute(), json.dumps(source.to_json(), sort_keys=True))
 
 
 @lru_cache(maxsize=1)  # a warm worker runs many cells on the same data

@@ -2,10 +2,10 @@
 
 import os
 import py_compile
+import shutil
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from test_local_executor import collect, named, pid_of
@@ -28,6 +28,11 @@ CODE = """
 """
 
 
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def on_the_way(body: str) -> None:
     """Have the cell `change` do this, in between."""
     lines = textwrap.indent(textwrap.dedent(body), "    ")
@@ -40,13 +45,19 @@ def replace(path: Path, old: str, new: str) -> str:
     return f"p = Path({str(path)!r}); p.write_text(p.read_text().replace({old!r}, {new!r}))"
 
 
-def plugin(body: str, params: str = "path: Annotated[str, ExternalFile()]") -> None:
+FILE = "Annotated[str, ExternalFile()]"
+DATA = "Annotated[str, DATA]"
+
+
+def plugin(body: str, annotation: str) -> None:
     """Write a plugin with a stage `peek`, whose function has this body."""
     Path("toy/peeking.py").write_text(
         "from typing import Annotated\n"
         "from pathlib import Path\n"
         "from pipeline.stage import *\n"
-        f"class PeekParams(Params):\n    {params}\n"
+        "data = Entry(target='toy.common:load_number', folder=lambda name: Path(name[7:]))\n"
+        "DATA = Registry(kind='data', entries={}, prefixes={'folder:': data}, data=True)\n"
+        f"class PeekParams(Params):\n    path: {annotation}\n"
         "peek = Stage(name='peek', entry='toy.peeker:peek', params=PeekParams,\n"
         "             outputs={'number': Output(kind='number')})\n"
         "CATALOGUE = Catalogue(stages=[peek], packages=['toy'])\n"
@@ -56,9 +67,9 @@ def plugin(body: str, params: str = "path: Annotated[str, ExternalFile()]") -> N
     Path("toy/peeker.py").write_text(f"{head}def peek(ctx):\n{lines}\n")
 
 
-def peek(body: str, value: str = "number.txt", **options: Any) -> tuple[int, str]:
+def peek(body: str, value: str = "number.txt", annotation: str = FILE) -> tuple[int, str]:
     """Run a stage with this body, which is given a path."""
-    plugin(body, **options)
+    plugin(body, annotation)
     path = write_spec(f"peek: {{uses: peek, params: {{path: '{value}'}}, retries: 3}}")
     path.write_text(path.read_text().replace("[toy]", "[toy, toy.peeking]"))
     return run_here()
@@ -301,3 +312,89 @@ def test_no_checkpoint_rests_on_a_changed_file(toy: Path) -> None:
     Path("number.txt").write_text("3")
     assert run_here()[0] == 0
     assert numbers()["peek"] == 3
+
+
+# -------------------------------------------------------------------------- folders of data
+
+
+def tree() -> Path:
+    """Make a folder of data, and return a file in it."""
+    file = Path("data/train/cat/1")
+    file.parent.mkdir(parents=True)
+    file.write_text("3")
+    return file
+
+
+READ_TREE = """
+    file = Path("data/train/cat/1")
+    {before}
+    save_number(ctx, int(file.read_text()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "message"),
+    [
+        ("file.write_text('4')", "was changed while the stage ran"),
+        ("file.with_name('2').write_text('4')", "was changed while the stage ran"),
+        ("file.write_text('4'); file.write_text('3')", "what the stage has read is not known"),
+        (
+            "cat = file.parent; cat.rename('data/train/c'); Path('data/train/c').rename(cat)",
+            "what the stage has read is not known",
+        ),
+    ],
+)
+def test_data_changed_while_their_stage_ran_are_not_published(
+    toy: Path, before: str, message: str
+) -> None:
+    tree()
+    body = READ_TREE.format(before=f"import time; time.sleep(0.02); {before}")
+    assert peek(body, "folder:data", DATA)[0] == 1
+    assert failure("peek").startswith("Folder data (params.path) ")
+    assert message in failure("peek")
+
+
+def test_data_enter_the_key_by_names_and_contents(toy: Path) -> None:
+    file = tree()
+    assert peek(READ_TREE.format(before=""), "folder:data", DATA)[0] == 0
+    Path("data/.decoded").write_text("what is hidden is no data")
+    shutil.copytree("data", "copy")
+    shutil.rmtree("data")
+    shutil.move("copy", "data")
+    assert "Nothing to do" in run_here()[1]
+    file.write_text("4")
+    assert "data behind params.path changed" in fls("plan", "--why")[1]
+    assert run_here()[0] == 0
+    assert numbers()["peek"] == 4
+
+
+def test_what_a_process_keeps_of_changed_data_is_not_found_by_the_next_cell(toy: Path) -> None:
+    tree()
+    body = """
+        import functools, toy.common, time
+        if not hasattr(toy.common, "kept"):  # as a stage may, of large data
+            time.sleep(0.02)
+            if not Path("seen").exists():
+                Path("data/train/cat/1").write_text("4")
+            toy.common.kept = int(Path("data/train/cat/1").read_text())
+            Path("data/train/cat/1").write_text("3") if not Path("seen").exists() else None
+            Path("seen").write_text("")
+        save_number(ctx, toy.common.kept)
+    """
+    plugin(body, DATA)
+    path = write_spec("peek: {uses: peek, matrix: {name: [a, b]}, params: {path: 'folder:data'}}")
+    text = path.read_text().replace("[toy]", "[toy, toy.peeking]")
+    path.write_text(text)
+    peeking = Path("toy/peeking.py")
+    peeking.write_text(peeking.read_text().replace("    path:", "    name: str\n    path:"))
+    assert run_here(max_parallel=1)[0] == 1
+    assert sorted(numbers().values()) == [3]
+
+
+def test_data_that_the_planner_does_not_see_are_said_to_be_unchecked(toy: Path) -> None:
+    assert peek("save_number(ctx, 3)", "folder:nowhere", DATA)[0] == 0
+    _, output, _ = fls("plan", "--why")
+    assert "peek: cached: in the store" in output
+    assert "; data not checked: params.path\n" in output
+    assert "Data not checked: peek. No digest of them enters the key" in output
+    assert "data not checked" in fls("plan", "--json")[1]

@@ -1,0 +1,11 @@
+"""Where data are looked for. The catalogue imports this, so it imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def data_folder() -> Path:
+    """Return the folder that data sets are under: `FISHLEG_DATA`, by default `data`."""
+    return Path(os.environ.get("FISHLEG_DATA", "data"))
