@@ -22,6 +22,7 @@ from fishleg.likelihoods import Categorical
 from fishleg.pruning import (
     Refinement,
     RefinementOptions,
+    RefinementReport,
     group_masks,
     mean_divergence,
     refine,
@@ -127,14 +128,26 @@ class MultistepPruning(StepwisePruning):
                 )
                 if self.ctx.checkpoint_due():
                     self.checkpoint(step, refinement)
+        report = self._settle(refinement)
+        for warning in report.warnings:
+            self.ctx.say(f"step {step + 1}: {warning}")
+        if report.held_out:
+            found = {
+                "refinement/kept": report.kept,
+                "refinement/held_out_divergence": report.divergence,
+            }
+            self.ctx.log(found, step=step + 1)
+
+    def _settle(self, refinement: Refinement) -> RefinementReport:
+        """Go back to the best point of the way, if samples are held out to tell it by."""
         if len(self.held_out):
-            kept, divergence = settle(
-                network, self.unrefined, lambda _: self._divergence(self.held_out)
+            return settle(
+                self.model.network, self.unrefined, lambda _: self._divergence(self.held_out)
             )
-            self.ctx.log(
-                {"refinement/kept": kept, "refinement/held_out_divergence": divergence},
-                step=step + 1,
-            )
+        end = self._divergence(self.calibration.train)
+        return RefinementReport(
+            kept=1.0, begin=refinement.begin, end=end, divergence=end, held_out=False
+        )
 
     def keep(self, step: int) -> None:
         """Keep the model as it is after `step`, and report what it took so far."""

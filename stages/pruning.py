@@ -63,7 +63,6 @@ def prune(
     if report.predicted is not None:
         found["pruned/predicted"] = report.predicted
     ctx.log(found, step=step)
-    for name, solve in report.solves.items():
-        if not solve.converged:
-            ctx.say(f"compensation of {name}: conjugate gradients stopped short: {solve}")
+    for warning in report.warnings:
+        ctx.say(warning)
     return replace(model, masks=weight_masks(partition, report.masks))

@@ -12,10 +12,14 @@ from fishleg.blocks.diagonal import DiagonalBlock
 from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
 from fishleg.gradients import GradientSource
 from fishleg.memory import Footprint
+from fishleg.parametrised import evaluate
 
 
 class Identity(AbstractOnePassEstimator):
     """Q = I, whatever the damping: saliency w^2 / 2, and no compensation. Reads no data.
+
+    A parametrised weight w(v) is judged by what the forward pass reads: Q = (v / w)^2 entry by
+    entry, so that v^2 / 2Q = w^2 / 2, whatever the scale of what is stored.
 
     Time: O(P). Memory: s P bytes.
 
@@ -37,8 +41,12 @@ class Identity(AbstractOnePassEstimator):
         blocks: dict[str, AbstractBlock] = {}
         for group in self.partition.groups:
             weight = source.model.get_parameter(group.weight)
-            ones = torch.ones(group.shape, dtype=weight.dtype, device=weight.device)
-            blocks[group.name] = DiagonalBlock(ones)
+            values = torch.ones(group.shape, dtype=weight.dtype, device=weight.device)
+            if group.prunable and group.used != group.weight:
+                scale = (weight.detach() / evaluate(source.model, group.used)).square()
+                scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
+                values[:, : group.weight_columns] = scale.reshape(group.rows, -1)
+            blocks[group.name] = DiagonalBlock(values)
         return blocks
 
     def footprint(self, source: GradientSource, name: str) -> Footprint:

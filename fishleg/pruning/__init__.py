@@ -29,7 +29,7 @@ from fishleg.pruning.refinement import (
 from fishleg.pruning.saliency import group_saliency, saliency
 from fishleg.pruning.schedule import cubic, geometric, linear
 from fishleg.pruning.selection import DISTRIBUTIONS, removal_count, select, select_n_of_m
-from fishleg.pruning.settling import FRACTIONS, settle
+from fishleg.pruning.settling import FRACTIONS, RefinementReport, settle
 from fishleg.pruning.surgeon import SELECTIONS, ZEROS, PruneReport, prune_once, prune_to
 
 __all__ = [
@@ -72,6 +72,7 @@ __all__ = [
     "mean_divergence",
     "refine",
     "FRACTIONS",
+    "RefinementReport",
     "settle",
     # the surgeon
     "SELECTIONS",

@@ -252,13 +252,19 @@ def select_n_of_m(
     Cost: O(rows columns / m) Cholesky factors of size m - n for each of the C(m, n) subsets.
     """
     inputs = group.weight_columns // group.kernel
+    if group.transposed:
+        inputs = group.rows // group.heads
     if not 1 <= n < m or inputs % m:
         raise FishLegError(
             f"{group.name}: {n}:{m} needs 1 <= n < m and inputs divisible by m, got {inputs} "
             "inputs; leave the weight dense by `keep=` of partition_parameters."
         )
     flat = torch.arange(group.rows * group.columns, device=weights.device).reshape(group.shape)
-    index = flat[:, : group.weight_columns].reshape(group.rows, inputs // m, m, group.kernel)
+    index = flat[:, : group.weight_columns]
+    if group.transposed:  # the inputs are the rows
+        index = index.reshape(group.rows // m, m, group.weight_columns)
+    else:
+        index = index.reshape(group.rows, inputs // m, m, group.kernel)
     index = index.mT.reshape(-1, m)
     subsets = torch.tensor(list(combinations(range(m), m - n)), device=weights.device)
     scores = [group_saliency(block, weights, index[:, subset]) for subset in subsets]
