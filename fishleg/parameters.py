@@ -223,9 +223,8 @@ def partition_parameters(
         The partition; frozen parameters (`requires_grad=False`) and skipped ones are `uncovered`,
         and every weight that is not prunable is in `unprunable`, with the reason.
 
-    Raises:
-        FishLegError: a pattern matches no parameter; one of `prunable` none that can be pruned; or
-            the model has lazy parameters without a shape.
+    A pattern that matches no parameter is a FishLegError, as is one of `prunable` that matches none
+    that can be pruned; for others see `find_tensors`.
     """
     tensors = find_tensors(model)
     for pattern in (*prunable, *keep, *skip):
@@ -242,29 +241,44 @@ def partition_parameters(
             uncovered.append((tensor.name, why_uncovered))
         else:
             covered.append((tensor, why_dense is None))
-    chosen = {tensor.name for tensor, chosen in covered if chosen}
     for pattern in prunable:
-        matches = [tensor for tensor in tensors if tensor.matches([pattern])]
-        if not any(tensor.name in chosen for tensor in matches):
-            reasons = dict(unprunable)
-            raise FishLegError(
-                f"prunable={pattern!r} names nothing that can be pruned: "
-                + "; ".join(f"{one.name}: {reasons.get(one.name, _FLAT)}" for one in matches[:5])
-                + "."
-            )
+        _check_prunable(pattern, tensors, dict(unprunable))
     return Partition(_groups(covered), tuple(uncovered), tuple(unprunable))
 
 
 _FLAT = "fewer than two dimensions"
+_KEPT = "kept dense on request"
 
 
 def _check_pattern(pattern: str, tensors: Sequence[WeightTensor]) -> None:
+    """Check that a pattern matches a parameter.
+
+    Raises:
+        FishLegError: it matches none.
+    """
     if any(tensor.matches([pattern]) for tensor in tensors):
         return
     known = [name for tensor in tensors for name in tensor.aliases]
     near = get_close_matches(pattern, known, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise FishLegError(f"Pattern {pattern!r} matches no parameter of the model{hint}.")
+
+
+def _check_prunable(
+    pattern: str, tensors: Sequence[WeightTensor], unprunable: Mapping[str, str]
+) -> None:
+    """Check that a pattern of `prunable` names a weight that is prunable, or would be but for keep.
+
+    Raises:
+        FishLegError: it names none.
+    """
+    matches = [tensor for tensor in tensors if tensor.matches([pattern])]
+    reasons = {
+        one.name: _FLAT if len(one.shape) < 2 else unprunable.get(one.name) for one in matches
+    }
+    if not any(reason in (None, _KEPT) for reason in reasons.values()):
+        found = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:5])
+        raise FishLegError(f"prunable={pattern!r} names nothing that can be pruned: {found}.")
 
 
 def _why_uncovered(tensor: WeightTensor, skip: Sequence[str]) -> str | None:
@@ -280,7 +294,7 @@ def _why_dense(tensor: WeightTensor, prunable: Sequence[str], keep: Sequence[str
     if len(tensor.shape) < 2:
         return _FLAT
     if tensor.matches(keep):
-        return "kept dense on request"
+        return _KEPT
     if tensor.zeros_lost:
         return tensor.zeros_lost
     if tensor.matches(prunable):

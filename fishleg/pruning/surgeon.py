@@ -26,7 +26,7 @@ from fishleg.pruning.masks import (
     zero_masks,
 )
 from fishleg.pruning.saliency import saliency
-from fishleg.pruning.selection import check_prunable, listed, select
+from fishleg.pruning.selection import check_prunable, listed, removal_count, select
 
 SELECTIONS = ("single", "greedy")
 ZEROS = ("keep", "free")
@@ -110,6 +110,7 @@ def prune_once(
         of `greedy_saliency`, `select` and `compensate`, and leave the model unchanged.
 
     Raises:
+        FishLegError: more weights are 0 already than are to be removed.
         UnknownName: no such selection, or `zeros` is neither.
     """
     if selection not in SELECTIONS:
@@ -126,6 +127,13 @@ def prune_once(
         if gone := int((before[name] & ~mask).sum()):
             found[name] = gone
             before[name] = before[name] & mask
+    removed, count = count_masks(partition, before)
+    if found and removal_count(count, sparsity) < removed:
+        raise FishLegError(
+            f"sparsity {sparsity}: expected at least {removed / count:.6g}, since {removed} of "
+            f"{count} weights are 0 already ({listed(found)}) and stay removed; ask for more, or "
+            "let them go with zeros='free'."
+        )
     prunable = {group.name: weights[group.name] for group in partition.prunable}
     if selection == "greedy":
         scores = greedy_saliency(estimator, prunable, before)

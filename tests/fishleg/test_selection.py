@@ -192,3 +192,78 @@ def test_n_of_m_runs_along_input_channels_at_one_kernel_position():
 def test_n_of_m_refuses_inputs_that_do_not_divide():
     with pytest.raises(FishLegError, match="a: 2:4 needs .* got 3 inputs"):
         select_n_of_m(group("a", 1, 3), ExactBlock(torch.eye(3), (1, 3)), torch.ones(1, 3), 2, 4)
+
+
+def test_n_of_m_of_a_transposed_weight_runs_along_its_rows():
+    """In a transposed convolution the first dimension is the inputs'."""
+    (transposed, _) = partition_parameters(nn.ConvTranspose1d(4, 1, 2)).groups
+    weights = torch.tensor([[1.0, 9.0], [2.0, 8.0], [3.0, 7.0], [4.0, 6.0]])
+    mask = select_n_of_m(transposed, ExactBlock(torch.eye(8), (4, 2)), weights, 1, 4)
+    assert mask.int().tolist() == [[0, 1], [0, 0], [0, 0], [1, 0]]
+    (grouped, _) = partition_parameters(nn.ConvTranspose1d(4, 2, 2, groups=2)).groups
+    mask = select_n_of_m(grouped, ExactBlock(torch.eye(8), (4, 2)), weights, 1, 2)
+    assert mask.int().tolist() == [[0, 1], [1, 0], [0, 1], [1, 0]]
+    with pytest.raises(FishLegError, match="weight: 2:4 needs .* got 2 inputs"):
+        select_n_of_m(grouped, ExactBlock(torch.eye(8), (4, 2)), weights, 2, 4)
+
+
+# ----------------------------------------------------------------------------------- min_kept
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4),
+    thousandths=st.integers(0, 999),
+    hundredths=st.integers(0, 60),
+    distribution=st.sampled_from(["global", "uniform"]),
+    seed=st.integers(0, 99),
+)
+def test_each_group_keeps_its_share_and_the_count_stays_exact(
+    shapes, thousandths, hundredths, distribution, seed
+):
+    partition = Partition(tuple(group(f"g{i}", r, c) for i, (r, c) in enumerate(shapes)))
+    generator = torch.Generator().manual_seed(seed)
+    saliencies = {
+        g.name: torch.randint(0, 4, g.shape, generator=generator).float() for g in partition.groups
+    }
+    dense, sparsity, share = dense_masks(partition), thousandths / 1000, hundredths / 100
+    sizes = {g.name: g.size for g in partition.groups}
+    wanted = {name: -(-size * hundredths // 100) for name, size in sizes.items()}
+    count, total = removal_count(sum(sizes.values()), sparsity), sum(sizes.values())
+    if count > total - sum(wanted.values()):
+        with pytest.raises(FishLegError, match=f"remove {count} of {total} weights, but"):
+            select(partition, saliencies, dense, sparsity, distribution, min_kept=share)
+        return
+    masks = select(partition, saliencies, dense, sparsity, distribution, min_kept=share)
+    assert count_masks(partition, masks)[0] == count
+    plain = select(partition, saliencies, dense, sparsity, distribution)
+    for name, mask in masks.items():
+        assert int(mask.sum()) >= wanted[name]
+        kept, gone = saliencies[name][mask], saliencies[name][~mask]
+        assert not len(gone) or not len(kept) or kept.min() >= gone.max()
+        if hundredths == 0:
+            assert torch.equal(mask, plain[name])
+
+
+def test_min_kept_by_hand():
+    partition = Partition((group("a", 1, 4), group("b", 1, 4)))
+    saliencies = {"a": torch.tensor([[1.0, 4.0, 3.0, 2.0]]), "b": torch.tensor([[5.0, 6, 7, 8]])}
+    masks = select(partition, saliencies, dense_masks(partition), 0.5)
+    assert removed_flat(partition, masks) == [("a", 0), ("a", 1), ("a", 2), ("a", 3)]
+    masks = select(partition, saliencies, dense_masks(partition), 0.5, min_kept=0.26)
+    assert removed_flat(partition, masks) == [("a", 0), ("a", 3), ("b", 0), ("b", 1)]
+    ties = {"a": torch.ones(1, 4), "b": torch.full((1, 4), 2.0)}
+    masks = select(partition, ties, dense_masks(partition), 0.5, min_kept=0.25)
+    assert removed_flat(partition, masks) == [("a", 0), ("a", 1), ("a", 2), ("b", 0)]
+
+
+def test_min_kept_that_cannot_be_is_refused_with_the_numbers():
+    partition = Partition((group("a", 1, 4), group("b", 1, 4)))
+    saliencies, masks = {name: torch.ones(1, 4) for name in "ab"}, dense_masks(partition)
+    with pytest.raises(FishLegError, match=r"remove 6 of 8 weights, but 4 have to stay \(a 2, b 2"):
+        select(partition, saliencies, masks, 0.75, min_kept=0.5)
+    with pytest.raises(ValueError, match="min_kept: expected a fraction"):
+        select(partition, saliencies, masks, 0.5, min_kept=5)
+    masks["a"][0, :3] = False
+    with pytest.raises(FishLegError, match="a: min_kept=0.5 keeps 2 of its 4 weights, but only 1"):
+        select(partition, saliencies, masks, 0.5, min_kept=0.5)
