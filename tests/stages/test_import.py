@@ -11,7 +11,10 @@ from running_stages import TINY, Ran, artifact, run_stage
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import prune as torch_prune
 
+from pipeline.errors import BadInput
+from pipeline.spec import load_spec
 from pipeline.stage import StageError
+from stages.catalogue import EvaluateParams, ImportParams
 from stages.exporter import export
 from stages.model_folder import load_model
 
@@ -229,6 +232,42 @@ def test_numbers_that_are_no_weights_are_refused(
 
 
 # ------------------------------------------------------------------------------- accuracy
+
+
+def test_values_out_of_range_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").touch()
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(
+        "name: x\n"
+        "plugins: [stages]\n"
+        "stages:\n"
+        "  dense:\n"
+        "    uses: import_checkpoint\n"
+        "    params:\n"
+        f"      path: {tmp_path}/x.safetensors\n"
+        "      model: digits_resnet\n"
+        "      dataset: digits\n"
+        "      zeros: kep\n"
+        "      expect_accuracy: 101\n"
+        "      expect_split: train\n"
+        "      std: [0.5, 0]\n"
+    )
+    with pytest.raises(BadInput) as raised:
+        load_spec(path)
+    for expected in (
+        ":10:14: zeros: expected 'keep' or 'free'",
+        ":11:24: expect_accuracy: expected less than or equal to 100",
+        ":12:21: expect_split: expected 'test' or 'validation'",
+        ":13:18: std.1: expected greater than 0",
+    ):
+        assert expected in str(raised.value)
+
+
+def test_what_belongs_to_no_expectation_enters_no_key() -> None:
+    plain = {**TINY, "path": "-"}
+    idle = {**plain, "expect_margin": 3.0, "expect_split": "validation"}
+    assert ImportParams.model_validate(idle) == ImportParams.model_validate(plain)
+    assert EvaluateParams(expect_margin=3.0) == EvaluateParams()
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])
