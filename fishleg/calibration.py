@@ -106,6 +106,16 @@ class Calibration:
                         f"{name}: expected {count} samples as in inputs, got {len(tensor)}."
                     )
                 object.__setattr__(self, name, tensor)
+        if self.indices is not None and (
+            self.indices.ndim != 1
+            or self.indices.is_floating_point()
+            or self.indices.is_complex()
+            or bool((self.indices < 0).any())
+        ):
+            raise ShapeMismatch(
+                f"indices: expected whole numbers from 0 on, one a sample, got "
+                f"{describe(self.indices)}."
+            )
 
     @classmethod
     def from_batches(
@@ -201,9 +211,17 @@ def apply_transform(transform: Transform, inputs: Nest) -> Nest:
 
     Raises:
         ShapeMismatch: it is no nest of as many samples.
+        FishLegError: the transform raised an error, which is the cause of this one.
     """
-    samples = count_samples(inputs, "inputs")
-    found = as_nest(transform(inputs), "transform(inputs)")
+    samples, given = count_samples(inputs, "inputs"), describe(inputs)
+    try:
+        made = transform(inputs)
+    except Exception as error:  # a user's function may raise whatever it likes
+        raise FishLegError(
+            f"transform(inputs) raised {type(error).__name__} for {given}: "
+            f"{str(error).rstrip('.')}. It is given a batch of inputs on the model's device."
+        ) from error
+    found = as_nest(made, "transform(inputs)")
     if count_samples(found, "transform(inputs)") != samples:
         raise ShapeMismatch(
             f"transform(inputs): expected {samples} samples in the first dimension, as in inputs, "

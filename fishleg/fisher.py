@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fishleg.calibration import Batch
 from fishleg.capture import evaluating, transformable
-from fishleg.errors import UnknownName
+from fishleg.errors import FishLegError, UnknownName
 from fishleg.gradients import GradientSource
 from fishleg.likelihoods import Likelihood, given_targets
 from fishleg.parameters import parameters_like
@@ -72,7 +72,30 @@ def fisher_vector_product(
             )
         for name, part in found.items():
             total[name] += part
+    _check_finite(source, total)
     return {name: value / len(source.calibration) for name, value in total.items()}
+
+
+def _check_finite(source: GradientSource, product: Mapping[str, Tensor]) -> None:
+    """Check a product, and look for the sample that spoils it.
+
+    Raises:
+        FishLegError: it is not finite.
+    """
+    wrong = [name for name, value in product.items() if not bool(value.isfinite().all())]
+    if not wrong:
+        return
+    where = ""
+    for batch in source.batches():
+        with evaluating(source.model), torch.no_grad():
+            finite = source.outputs(batch).isfinite().reshape(len(batch.indices), -1).all(1)
+        if not bool(finite.all()):
+            where = f"; the outputs of sample {int(batch.indices[~finite][0])} are not"
+            break
+    raise FishLegError(
+        f"F v: expected finite numbers, got others for {', '.join(wrong[:5])}{where}. Look for "
+        "samples, weights or a v that are not finite, or divisions by 0 in the model."
+    )
 
 
 def _labelled_product(

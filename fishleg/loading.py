@@ -59,8 +59,13 @@ def read_batch(batch: Any, split: Split, what: str) -> Pair:
     """
     try:
         given, wanted = split(batch)
-    except ShapeMismatch as error:
-        raise ShapeMismatch(f"{what}: {error}") from error
+    except Exception as error:  # a user's function may raise whatever it likes
+        own = isinstance(error, ShapeMismatch)
+        why = str(error) if own else f"split raised {type(error).__name__}: {error}"
+        raise ShapeMismatch(
+            f"{what}: {why}"
+            + ("" if own else f"; expected (inputs, targets) of {describe(batch)}.")
+        ) from error
     inputs = as_nest(given, f"{what}, inputs")
     targets = None if wanted is None else as_nest(wanted, f"{what}, targets")
     if targets is not None and not isinstance(targets, Tensor):

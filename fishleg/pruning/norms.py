@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fishleg.calibration import inputs_and_targets
 from fishleg.calling import PLAIN, Calling
 from fishleg.errors import FishLegError
-from fishleg.nests import Nest
 
 
 def running_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -31,7 +31,7 @@ def running_norms(model: nn.Module) -> list[_BatchNorm]:
 
 
 @torch.no_grad()
-def reestimate_norms(model: nn.Module, batches: Iterable[Nest], calling: Calling = PLAIN) -> None:
+def reestimate_norms(model: nn.Module, batches: Iterable[Any], calling: Calling = PLAIN) -> None:
     """Set the running statistics of all batch norms to those over `batches`, in place.
 
     With m_b and v_b a channel's mean and variance over the n_b values of batch b, N their sum:
@@ -44,8 +44,8 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Nest], calling: Calling
 
     Args:
         model: on any device, left in evaluation mode. One without batch norms stays as it is.
-        batches: of the model's inputs, on its device; large ones, since small ones make noise; a
-            single value a channel has no variance, and is a FishLegError.
+        batches: on the model's device, as `Refinement.step` takes them; large ones, since small
+            ones make noise; a single value a channel has no variance, and is a FishLegError.
         calling: how the model is called.
 
     Cost: a forward pass. Memory: two float64 numbers a channel.
@@ -58,8 +58,8 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Nest], calling: Calling
         for one in sums:
             stack.enter_context(_watched(one.norm, one.add))
             stack.enter_context(_by_batch(one.norm))
-        for inputs in batches:
-            calling.outputs(model, inputs)
+        for batch in batches:
+            calling.outputs(model, inputs_and_targets(batch)[0])
     for one in sums:
         one.write()
 

@@ -1,15 +1,33 @@
+import copy
 from collections import UserDict, namedtuple
 
 import numpy
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from fishleg import Calibration, Calling, GradientSource, fisher_vector_product
+from fishleg import (
+    Calibration,
+    Calling,
+    GradientSource,
+    Identity,
+    fisher_vector_product,
+    pruning_certificate,
+)
 from fishleg.errors import FishLegError, ShapeMismatch, UnknownName
 from fishleg.likelihoods import Categorical
 from fishleg.nests import map_tensors
+from fishleg.optim import FishLeg as FishLegOptimizer
 from fishleg.parameters import partition_parameters
+from fishleg.pruning import (
+    Refinement,
+    RefinementOptions,
+    dense_masks,
+    mean_divergence,
+    reestimate_norms,
+    refine,
+)
 from tests.fishleg.networks import CLASSES, shake
 from tests.reference import dense_fisher, flat_vector
 
@@ -237,3 +255,137 @@ def test_an_error_of_the_model_is_the_cause_of_one_that_says_how_it_was_called()
     ) as error:
         next(source.stream())
     assert isinstance(error.value.__cause__, TypeError)
+
+
+# ------------------------------------------------------- whoever else calls a model
+
+
+class Auxiliary(Base):
+    """Two inputs by keyword, a batch norm, and the output that counts beside another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, left, right):
+        hidden = self.norm(self.left(left) + self.gain * self.right(right)).tanh()
+        return {"aside": hidden, "logits": self.head(hidden)}
+
+
+class Plain(Auxiliary):
+    def forward(self, x):
+        return super().forward(x[:, :3], x[:, 3:])["logits"]
+
+
+NEST, ROWS = {"left": LEFT, "right": RIGHT}, torch.cat([LEFT, RIGHT], dim=1)
+LOGITS = Calling(output="logits")
+
+
+def twins() -> tuple[nn.Module, nn.Module]:
+    """Return two equal networks, one of a nest and one of rows."""
+    torch.manual_seed(0)
+    one, other = shake(Auxiliary()), Plain().double()
+    other.load_state_dict(one.state_dict())
+    return one, other
+
+
+def assert_equal_states(one: nn.Module, other: nn.Module) -> None:
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(value, other.state_dict()[name], **EXACT)
+
+
+def halves(inputs):
+    return [map_tensors(lambda leaf, part=part: leaf[part], inputs) for part in PARTS]
+
+
+PARTS = [slice(0, 3), slice(3, N)]
+
+
+@pytest.mark.parametrize("method", ["adam", "gauss_newton"])
+@pytest.mark.parametrize("statistics", ["running", "batch"])
+def test_refinement_takes_nests_and_is_told_which_output_counts(method, statistics):
+    results = []
+    for model, inputs, calling in zip(twins(), (NEST, ROWS), (LOGITS, Calling()), strict=True):
+        dense = copy.deepcopy(model)
+        estimator = Identity(partition_parameters(model), damping=0.1)
+        estimator.fit(source_over(model, inputs, calling))
+        with torch.no_grad():
+            model.head.weight.mul_(0.5)
+        refinement = Refinement(
+            model,
+            dense,
+            Categorical(),
+            estimator.partition,
+            dense_masks(estimator.partition),
+            steps=2,
+            options=RefinementOptions(method=method, statistics=statistics),
+            estimator=estimator,
+            calling=calling,
+        )
+        divergences = list(refine(refinement, halves(inputs), every=1))
+        divergences.append(mean_divergence(model, dense, Categorical(), [inputs], calling))
+        results.append((model, divergences))
+    assert_equal_states(results[0][0], results[1][0])
+    assert results[0][1] == pytest.approx(results[1][1])
+
+
+def test_batch_norms_are_measured_on_nests():
+    one, other = twins()
+    reestimate_norms(one, halves(NEST), LOGITS)
+    reestimate_norms(other, halves(ROWS))
+    assert not torch.equal(one.norm.running_mean, twins()[0].norm.running_mean)
+    assert_equal_states(one, other)
+
+
+def test_the_optimiser_observes_nests():
+    for model, inputs, calling in zip(
+        found := twins(), (NEST, ROWS), (LOGITS, Calling()), strict=True
+    ):
+        optimizer = FishLegOptimizer(model, Categorical(), samples=4, calling=calling)
+        for _ in range(3):
+            optimizer.observe(inputs)
+            optimizer.zero_grad()
+            outputs = calling.outputs(model, inputs)
+            nn.functional.cross_entropy(outputs, torch.arange(N) % CLASSES).backward()
+            optimizer.step()
+    assert_equal_states(*found)
+
+
+def test_certificates_take_nests():
+    found = []
+    for model, inputs, calling in zip(twins(), (NEST, ROWS), (LOGITS, Calling()), strict=True):
+        source = source_over(model, inputs, calling)
+        after = {name: 1.1 * p for name, p in model.named_parameters()}
+        found.append(pruning_certificate(source, after))
+    assert found[0] == pytest.approx(found[1])
+
+
+def test_a_loader_refines_and_measures():
+    """Its batches are (inputs, targets), and a class number that is ignored does not count."""
+
+    def tokens(targets):
+        torch.manual_seed(0)
+        model = shake(nn.Linear(2, CLASSES))
+        dense = shake(nn.Linear(2, CLASSES), seed=1)
+        partition = partition_parameters(model)
+        masks = dense_masks(partition)
+        inputs = torch.randn(6, 4, 2, dtype=torch.float64)
+        likelihood = Categorical(ignore_index=-1)
+        options = RefinementOptions(learning_rate=0.1)
+        loader = DataLoader(TensorDataset(inputs, targets), batch_size=3)
+        run = Refinement(model, dense, likelihood, partition, masks, steps=2, options=options)
+        last = list(refine(run, loader))[-1]
+        p, q = (one(inputs[:, :2]).softmax(-1) for one in (dense, model))
+        by_hand = (p * (p / q).log()).sum((1, 2)).mean().item()
+        return last, mean_divergence(model, dense, likelihood, loader), by_hand, model
+
+    none = torch.zeros(6, 4, dtype=torch.int64)
+    padded = none.clone()
+    padded[:, 2:] = -1
+    whole, half = tokens(none), tokens(padded)
+    assert whole[0] > half[0] > 0
+    assert half[1] == pytest.approx(half[2], rel=1e-4) and whole[1] > 1.1 * whole[2]
+    with pytest.raises(FishLegError, match="ignore_index=-1: which positions count"):
+        mean_divergence(
+            whole[3], whole[3], Categorical(ignore_index=-1), [torch.zeros(1, 4, 2).double()]
+        )

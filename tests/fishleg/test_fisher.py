@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from fishleg.errors import ShapeMismatch, UnknownName
+from fishleg.errors import FishLegError, ShapeMismatch, UnknownName
 from fishleg.fisher import fisher_vector_product
 from fishleg.gradients import Calibration, GradientSource
 from fishleg.likelihoods import Gaussian
@@ -147,6 +147,14 @@ def test_model_and_vector_are_left_as_they_were():
     for name, tensor in v.items():
         assert torch.equal(tensor, copies[name])
         assert not product[name].requires_grad
+
+
+def test_what_is_not_finite_is_said_with_its_sample():
+    source = mixed_source()
+    v = random_vector(source)
+    source.calibration.inputs[4] = torch.inf
+    with pytest.raises(FishLegError, match="finite numbers.*conv.weight.*outputs of sample 4"):
+        fisher_vector_product(source, v)
 
 
 def test_arguments_are_checked():

@@ -193,6 +193,22 @@ def test_split_says_which_are_the_targets():
         assert torch.equal(found.inputs, X) and torch.equal(found.targets, Y)
 
 
+def test_what_a_function_of_the_user_raises_is_the_cause_of_one_that_says_where():
+    for make in (Calibration.from_batches, StreamedCalibration):
+        with pytest.raises(ShapeMismatch, match="batch 0: split raised KeyError: 'x'") as error:
+            make([{"y": X}], split=lambda batch: (batch["x"], None))
+        assert isinstance(error.value.__cause__, KeyError)
+    calibration = Calibration(inputs=X, transform=lambda x: x["a"])
+    with pytest.raises(FishLegError, match=r"transform\(inputs\) raised .* for float64\[11, 2, 5"):
+        batches(calibration)
+
+
+@pytest.mark.parametrize("indices", [torch.rand(N), -torch.arange(N), torch.zeros(N, 1).long()])
+def test_samples_are_numbered_by_whole_numbers(indices):
+    with pytest.raises(ShapeMismatch, match="indices: expected whole numbers"):
+        Calibration(inputs=X, indices=indices)
+
+
 @pytest.mark.parametrize("make", [Calibration.from_batches, StreamedCalibration])
 @pytest.mark.parametrize(
     ("data", "message"),
