@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,11 +83,10 @@ def _with_zeros(ctx: Context, model: Model, given: Mapping[str, Tensor]) -> Mode
         f"zeros: {params.zeros}: {removed:,} of {prunable:,} prunable weights ({share:.2%}) are 0 "
         f"and {stay}: {_layers(partition, masks)}"
     )
+    imported = model.with_facts(method="imported", mode="imported")
     if params.zeros == "free":
-        return model
-    kept_masks = weight_masks(partition, masks)
-    facts = {"method": "imported", "mode": "imported", "sparsity": share}
-    return Model(network=model.network, masks=kept_masks, facts=model.facts).with_facts(**facts)
+        return imported
+    return replace(imported.with_facts(sparsity=share), masks=weight_masks(partition, masks))
 
 
 def _layers(partition: Partition, masks: Mapping[str, Tensor]) -> str:
