@@ -26,7 +26,7 @@ from pipeline.stage import (
     Results,
     Stage,
 )
-from stages.data.place import data_folder
+from stages.data.place import data_folder, tree_folder
 
 # -------------------------------------------------------------------------------- registries
 
@@ -104,7 +104,7 @@ DATASETS = Registry(
     prefixes={
         "folder:": Entry(
             target="stages.data.image_folder:load",
-            folder=lambda name: data_folder() / name.removeprefix("folder:"),
+            folder=lambda name: tree_folder(data_folder(), name.removeprefix("folder:")),
             summary="a tree of images, PATH/{train,val,test}/CLASS/*; options image_size (pixels), "
             "background (grey level behind transparent pixels), upright (turned by EXIF)",
         )

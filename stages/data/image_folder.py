@@ -27,6 +27,7 @@ from pipeline.stage import StageError
 from stages.data.dataset import DataSet, Split, hold_out_per_class
 from stages.data.images import RULES, SUFFIXES, Reading, read_image
 from stages.data.missing import MissingData, find_or_fetch
+from stages.data.place import tree_folder
 from stages.torchvision_import import import_torchvision
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -75,7 +76,7 @@ def load(
             differ in size, or one is damaged or refused; the message has its path.
     """
     del download
-    tree = root / path
+    tree = tree_folder(root, path)
     names = [name for name in ("train", "val", "test") if (tree / name).is_dir()]
     if "train" not in names or len(names) < 2:
         raise MissingData(f"The tree of images {path!r}", tree, _LAYOUT, downloadable=False)
@@ -214,9 +215,7 @@ def _labelled(folder: Path, classes: Sequence[str], notes: list[str]) -> _Labell
         )
     labelled, others = [], [path for path in sorted(folder.iterdir()) if not path.is_dir()]
     for number, name in enumerate(classes):
-        for path in sorted((folder / name).rglob("*")):
-            if path.is_dir():
-                continue
+        for path in _files(folder / name):
             if path.suffix.lower() in SUFFIXES and not _is_hidden(path.relative_to(folder)):
                 labelled.append((path, number))
             else:
@@ -230,6 +229,20 @@ def _labelled(folder: Path, classes: Sequence[str], notes: list[str]) -> _Labell
     if not labelled:
         raise StageError(f"{folder} has no image. Expected {_LAYOUT}.")
     return labelled
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return all files below a folder, sorted; links are followed, but for those around themselves.
+
+    `Path.rglob` follows links to folders in some versions of Python only.
+    """
+    found: list[Path] = []
+    for here, folders, names in os.walk(folder, followlinks=True):
+        inside = os.path.realpath(here) + os.sep
+        paths = {name: os.path.realpath(os.path.join(here, name)) + os.sep for name in folders}
+        folders[:] = [name for name in folders if not inside.startswith(paths[name])]
+        found += [Path(here, name) for name in names]
+    return sorted(found)
 
 
 def _is_hidden(path: Path) -> bool:

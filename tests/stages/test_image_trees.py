@@ -143,6 +143,23 @@ def test_a_link_to_nothing_is_an_error_with_its_path(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_links_to_folders_are_followed_and_those_around_themselves_are_not(tmp_path: Path) -> None:
+    """The failing case: what lay behind a link was left out, in some versions of Python."""
+    root = tree(tmp_path / "tree", {"train": "ab", "test": "ab"})
+    save(tmp_path / "elsewhere" / "9.png", ord("a"))
+    (root / "test" / "a" / "more").symlink_to(tmp_path / "elsewhere")
+    (root / "test" / "a" / "round").symlink_to(root / "test")
+    dataset = load(root)
+    assert dataset.test.labels.tolist() == [0, 0, 0, 1, 1]
+    assert_labels_are_right(dataset, "ab")
+
+
+def test_a_tree_may_lie_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tree(tmp_path / "pets", {"train": "ab", "test": "ab"})
+    assert image_folder.load("~/pets", Path("data")).num_classes == 2
+
+
 def test_tiny_imagenet_names_the_line_that_is_wrong(tmp_path: Path) -> None:
     root = tmp_path / "tiny-imagenet-200"
     for number in range(2):
