@@ -25,7 +25,7 @@ class Categorical(AbstractLikelihood):
     `class_dim=1`. The loss is the sum over a sample's positions, which given the outputs are
     independent, so that H is block-diagonal. Targets are class numbers in the outputs' shape
     without the classes, (n) or (n, T) or (n, H, W); or weights of the classes of sum 1, floating
-    point, in the outputs' shape.
+    point, in the outputs' shape. A logit of -inf rules a class out.
 
     Args:
         class_dim: the outputs' dimension that counts classes. By default the last one, but outputs
@@ -86,7 +86,9 @@ class Categorical(AbstractLikelihood):
                     f"{tuple(targets.shape)}."
                 )
             weights = self._classes_last(targets).movedim(-1, 1)
-            losses = functional.cross_entropy(logits, weights, reduction="none")
+            # a class that is ruled out has -inf, and weight 0
+            logs = logits.log_softmax(1).where(weights != 0, 0)
+            losses = -(logs * weights).sum(1)
         else:
             if targets.shape != shape:
                 raise ShapeMismatch(
@@ -134,14 +136,15 @@ class Categorical(AbstractLikelihood):
         """Return sum_tc p_tc (log p_tc - log q_tc), (n,), with p = softmax(reference)."""
         wanted = self._classes_last(at_least_float32(reference)).log_softmax(-1)
         found = self._classes_last(at_least_float32(outputs)).log_softmax(-1)
-        return _over_positions(self._restrict(wanted.exp() * (wanted - found)).sum(-1))
+        p = wanted.exp()
+        return _over_positions(self._restrict(p * (wanted - found).where(p > 0, 0)).sum(-1))
 
     def enumerate(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return all classes of all positions, T C batches of targets, and their probabilities.
 
         Given the outputs positions are independent, and H has a block diag(p_t) - p_t p_t^T for
         each. So each target has a class at one position, and none at the others; for each position
-        the weights sum to 1, or to 0 where it does not count.
+        the weights sum to 1, or to 0 where it does not count. What has no weight has no target.
 
         Raises:
             CapacityExceeded: they would take more memory than there is.
@@ -151,7 +154,7 @@ class Categorical(AbstractLikelihood):
         weights = self._restrict(logits.softmax(-1)).reshape(n, -1)
         numbers = torch.arange(classes, device=logits.device)
         if not positions:
-            return numbers[:, None].expand(classes, n), weights
+            return torch.where(weights.mT > 0, numbers[:, None], self._ignored), weights
         count = prod(positions)
         needed, room = 8 * n * count * count * classes, available_bytes(logits.device)
         if room is not None and needed > room:
@@ -163,7 +166,8 @@ class Categorical(AbstractLikelihood):
         here = torch.eye(count, dtype=torch.bool, device=logits.device)[:, None, None, :]
         targets = torch.where(here, numbers[:, None, None], self._ignored)
         targets = targets.expand(count, classes, n, count).reshape(-1, n, *positions)
-        return targets, weights
+        possible = (weights.mT > 0).reshape(-1, n, *[1] * len(positions))
+        return targets.where(possible, self._ignored), weights
 
     def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
         """Check that class numbers are among the outputs' classes, and weights finite.

@@ -101,6 +101,41 @@ def test_categorical_never_draws_an_impossible_class():
     assert (Categorical().sample(logits, SampleGenerator(0, torch.arange(1000))) == 0).all()
 
 
+def test_a_class_that_is_ruled_out_is_as_if_it_were_not_there(outputs):
+    ruled = torch.cat([outputs[:, :1], torch.full((N, 1), -math.inf), outputs[:, 1:]], dim=1)
+    kept, generator = [0, 2, 3], lambda: SampleGenerator(0, torch.arange(N))  # noqa: E731
+    v = torch.randn(N, D + 1, dtype=torch.float64)
+    found = Categorical().fisher_product(ruled, v)
+    torch.testing.assert_close(found[:, kept], Categorical().fisher_product(outputs, v[:, kept]))
+    assert (found[:, 1] == 0).all()
+    flipped = ruled.flip(0)
+    torch.testing.assert_close(
+        Categorical().divergence(ruled, flipped),
+        Categorical().divergence(outputs, outputs.flip(0)),
+    )
+    leaf = ruled.clone().requires_grad_()
+    matched = Categorical().match(ruled, generator())
+    targets, weights = Categorical().enumerate(ruled)
+    total = torch.zeros(N, D + 1, D + 1, dtype=torch.float64)
+    for target, weight in [(matched, torch.ones(N)), *zip(targets, weights.unbind(1), strict=True)]:
+        losses = Categorical().nll(leaf, target)
+        (g,) = torch.autograd.grad(losses.sum(), leaf)
+        assert losses.isfinite().all() and g.isfinite().all() and (g[:, 1] == 0).all()
+        if target is not matched:
+            total += weight[:, None, None] * g[:, :, None] * g[:, None, :]
+    for found, f in zip(total, outputs, strict=True):
+        torch.testing.assert_close(found[kept][:, kept], softmax_hessian(f))
+    divergence = Categorical().divergence(ruled, leaf)
+    assert torch.autograd.grad(divergence.sum(), leaf)[0].isfinite().all()
+
+
+def test_weighted_classes_have_the_loss_that_torch_gives_them(outputs):
+    for logits in (outputs, outputs.float()):
+        weights = Categorical().match(logits, SampleGenerator(0, torch.arange(N)))
+        expected = torch.nn.functional.cross_entropy(logits, weights, reduction="none")
+        assert torch.equal(Categorical().nll(logits, weights), expected)
+
+
 def test_matched_labels_have_exactly_the_moments_of_sampled_ones(outputs, monkeypatch):
     """Over all sign vectors, each equally likely, the mean gradient is 0 and its covariance H."""
     generator = SampleGenerator(0, torch.arange(N))
