@@ -31,7 +31,7 @@ from fishleg.estimators import (
 from fishleg.fisher import fisher_vector_product
 from fishleg.gradients import GradientSource
 from fishleg.likelihoods import AbstractLikelihood, Bernoulli, Categorical, Gaussian, Likelihood
-from fishleg.parameters import ParameterGroup, Partition, partition_parameters
+from fishleg.parameters import ParameterGroup, Partition, partition_parameters, used_weight
 from fishleg.pruning import (
     PruneReport,
     apply_masks,
@@ -51,6 +51,7 @@ __all__ = [
     "ParameterGroup",
     "Partition",
     "partition_parameters",
+    "used_weight",
     # likelihoods and gradients
     "AbstractLikelihood",
     "Bernoulli",

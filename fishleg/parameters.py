@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fishleg.errors import FishLegError, ShapeMismatch, UnknownName
+from fishleg.parametrised import evaluate
 from fishleg.weights import WeightTensor, find_tensors
 
 
@@ -244,6 +245,16 @@ def partition_parameters(
     for pattern in prunable:
         _check_prunable(pattern, tensors, dict(unprunable))
     return Partition(_groups(covered), tuple(uncovered), tuple(unprunable))
+
+
+def used_weight(model: nn.Module, group: ParameterGroup) -> Tensor:
+    """Return a group's weight as the forward pass in evaluation mode reads it, without a graph.
+
+    That is the parameter itself, or what a parametrization makes of it.
+    """
+    if group.used == group.weight:
+        return model.get_parameter(group.weight).detach()
+    return evaluate(model, group.used).detach()
 
 
 _FLAT = "fewer than two dimensions"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fishleg.errors import FishLegError
-from fishleg.parameters import Partition, partition_parameters
+from fishleg.parameters import Partition, partition_parameters, used_weight
 from pipeline.stage import Context, StageError, write_json
 from stages.data.dataset import DataSet
 from stages.data.source import DataSource
@@ -131,9 +131,12 @@ class Model:
     facts: Facts
 
     def counts(self) -> dict[str, int]:
-        """Return `nonzero` and `prunable`, over prunable weights, and `parameters`, over all."""
-        state = self.network.state_dict()
-        weights = [state[group.weight] for group in self.facts.partition(self.network).prunable]
+        """Return `nonzero` and `prunable`, over prunable weights, and `parameters`, over all.
+
+        A parametrised weight is counted as the forward pass reads it.
+        """
+        groups = self.facts.partition(self.network).prunable
+        weights = [used_weight(self.network, group) for group in groups]
         return {
             "nonzero": sum(int(torch.count_nonzero(weight)) for weight in weights),
             "prunable": sum(weight.numel() for weight in weights),

@@ -12,7 +12,7 @@ from fishleg.blocks.diagonal import DiagonalBlock
 from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
 from fishleg.gradients import GradientSource
 from fishleg.memory import Footprint
-from fishleg.parametrised import evaluate
+from fishleg.parameters import used_weight
 
 
 class Identity(AbstractOnePassEstimator):
@@ -43,7 +43,7 @@ class Identity(AbstractOnePassEstimator):
             weight = source.model.get_parameter(group.weight)
             values = torch.ones(group.shape, dtype=weight.dtype, device=weight.device)
             if group.prunable and group.used != group.weight:
-                scale = (weight.detach() / evaluate(source.model, group.used)).square()
+                scale = (weight.detach() / used_weight(source.model, group)).square()
                 scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
                 values[:, : group.weight_columns] = scale.reshape(group.rows, -1)
             blocks[group.name] = DiagonalBlock(values)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fishleg.errors import FishLegError, ShapeMismatch
-from fishleg.parameters import ParameterGroup, Partition, parameters_like
-from fishleg.parametrised import evaluate, find_parametrised, refresh
+from fishleg.parameters import ParameterGroup, Partition, parameters_like, used_weight
+from fishleg.parametrised import find_parametrised, refresh
 
 Masks = dict[str, Tensor]
 
@@ -66,7 +66,7 @@ def made_zeros(model: nn.Module, group: ParameterGroup) -> Tensor:
     stored = model.get_parameter(group.weight)
     if group.used == group.weight:
         return torch.zeros_like(stored, dtype=torch.bool)
-    return (evaluate(model, group.used) == 0) & (stored != 0)
+    return (used_weight(model, group) == 0) & (stored != 0)
 
 
 def check_masks(partition: Partition, masks: Mapping[str, Tensor]) -> None:

@@ -13,13 +13,13 @@ from fishleg.errors import FishLegError, UnknownName
 from fishleg.estimators.base import AbstractEstimator
 from fishleg.gradients import GradientSource
 from fishleg.linalg import CGReport
-from fishleg.parameters import ParameterGroup, Partition
-from fishleg.parametrised import evaluate
+from fishleg.parameters import ParameterGroup, Partition, used_weight
 from fishleg.pruning.compensation import compensate
 from fishleg.pruning.layerwise import greedy_saliency
 from fishleg.pruning.masks import (
     Masks,
     apply_masks,
+    check_masks,
     count_masks,
     dense_masks,
     made_zeros,
@@ -120,6 +120,7 @@ def prune_once(
     partition = estimator.partition
     weights = _matrices(model, partition)
     before = masks or estimator.masks or dense_masks(partition)
+    check_masks(partition, before)
     before = {name: mask.to(weights[name].device) for name, mask in before.items()}
     found: dict[str, int] = {}
     options = {} if zeros == "keep" and not masks else {"at_least": inf}
@@ -129,10 +130,11 @@ def prune_once(
             before[name] = before[name] & mask
     removed, count = count_masks(partition, before)
     if found and removal_count(count, sparsity) < removed:
+        remedy = "" if "at_least" in options else ", or let them go with zeros='free'"
         raise FishLegError(
             f"sparsity {sparsity}: expected at least {removed / count:.6g}, since {removed} of "
-            f"{count} weights are 0 already ({listed(found)}) and stay removed; ask for more, or "
-            "let them go with zeros='free'."
+            f"{count} weights are 0 already ({listed(found)}) and stay removed; ask for more"
+            f"{remedy}."
         )
     prunable = {group.name: weights[group.name] for group in partition.prunable}
     if selection == "greedy":
@@ -231,7 +233,7 @@ def _move(
     apply_masks(model, partition, masks)
     try:
         for group in made:
-            _check_made(evaluate(model, group.used), group, masks[group.name])
+            _check_made(used_weight(model, group), group, masks[group.name])
     except FishLegError:
         for name, value in before.items():
             parameters[name].copy_(value)
