@@ -285,7 +285,11 @@ def label(
     outputs = outputs.detach()
     if labels == "empirical":
         if batch.targets is None:
-            raise FishLegError("Empirical labels need targets; the calibration set has none.")
+            raise FishLegError(
+                "Empirical labels need targets; the calibration set has none. Give them, "
+                "`Calibration(inputs=..., targets=...)`; of a loader, `from_batches(split=...)` "
+                "says which they are."
+            )
         check_targets(likelihood, outputs, batch.targets)
         return batch.targets[None], outputs.new_ones(len(outputs), 1)
     likelihood = given_targets(likelihood, batch.targets)

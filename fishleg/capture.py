@@ -56,15 +56,28 @@ class Call:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put `model` in evaluation mode with autograd on; restore every module's flag afterwards."""
+    """Put `model` in evaluation mode with autograd on; restore every module's flag afterwards.
+
+    Recurrent layers do without cuDNN, which takes no gradient in evaluation mode, nor a second one.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), _without_cudnn(model):
             yield
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def _without_cudnn(model: nn.Module) -> Iterator[None]:
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    if not recurrent or not torch.cuda.is_available():
+        yield
+        return
+    with torch.backends.cudnn.flags(enabled=False):
+        yield
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from fishleg import Calibration, fisher_vector_product
+from fishleg.capture import evaluating
 from fishleg.errors import FishLegError
 from tests.fishleg.networks import CLASSES, reference_groups, shake, source_of
 from tests.reference import dense_fisher, flat_vector
@@ -147,6 +148,15 @@ def test_a_float32_lstm_has_products_as_well():
     exact = fisher @ flat_vector(v, groups).double()
     found = flat_vector(fisher_vector_product(source, v), groups)
     assert (found - exact).norm() < 1e-5 * exact.norm()
+
+
+def test_recurrent_layers_do_without_cudnn_where_there_is_a_gpu(monkeypatch):
+    """It raises an error at a backward pass in evaluation mode."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for model, enabled in ((Recurrent(nn.LSTM), False), (nn.Linear(2, 2), True)):
+        with evaluating(model):
+            assert torch.backends.cudnn.enabled == enabled
+        assert torch.backends.cudnn.enabled
 
 
 def test_a_network_without_any_derivative_is_refused_in_plain_words():
