@@ -1,7 +1,7 @@
 """How good a classifier is on a split: accuracy and calibration error in percent, loss in nats.
 
 Numbers that are not finite have no largest one: a network that gives them is not measured, but is
-an error with the sample's number.
+an error with the sample's number. A class may be ruled out by a logit of -inf, a label may not.
 """
 
 from __future__ import annotations
@@ -76,14 +76,14 @@ def measure(
         NotFinite: the network gives nan or infinity for a sample.
     """
     logits = classify(network, dataset, split, batch_size).double()
-    strange = ~logits.isfinite().all(-1)
+    labels = split.labels.to(logits.device)
+    strange = ~logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).isfinite().squeeze(-1)
     if strange.any():
         raise NotFinite(
             f"the network's outputs are not finite (nan or infinity) for {int(strange.sum()):,} of "
             f"{len(logits):,} samples, the first of them number {int(strange.nonzero()[0])}; it "
             "has no accuracy. Prune less, or look for weights that have become too large."
         )
-    labels = split.labels.to(logits.device)
     confidence, predicted = logits.softmax(-1).max(-1)
     right = (predicted == labels).double()
     bins = (confidence * _BINS).long().clamp(max=_BINS - 1)

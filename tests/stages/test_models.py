@@ -213,6 +213,12 @@ def test_a_network_whose_outputs_are_not_finite_has_no_accuracy() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     assert 0 < measure(network, dataset, dataset.test)["accuracy"] < 40
     with torch.no_grad():
-        network[1].weight[3] = float("inf")
+        network[1].bias[3] = -float("inf")  # rules class 3 out
+    others = dataset.test.take((dataset.test.labels != 3).nonzero().flatten())
+    assert measure(network, dataset, others)["nll"] < 10
+    with pytest.raises(NotFinite, match=f"for {len(dataset.test) - len(others)} of 355 samples"):
+        measure(network, dataset, dataset.test)
+    with torch.no_grad():
+        network[1].weight[3] = float("nan")
     with pytest.raises(NotFinite, match=r"not finite .* for 355 of 355 samples, the first .* 0"):
         measure(network, dataset, dataset.test)
