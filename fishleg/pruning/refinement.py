@@ -157,7 +157,8 @@ class Refinement:
     def peak_rate(self) -> float:
         """The learning rate at its peak."""
         options = self.options
-        scale = min(1.0, math.sqrt(self.begin)) if options.method == "adam" else 1.0
+        begin = max(self.begin, 0.0)  # of networks that hardly differ it is below 0 by rounding
+        scale = min(1.0, math.sqrt(begin)) if options.method == "adam" else 1.0
         return scale * (options.learning_rate or _RATES[options.method])
 
     # -- steps

@@ -199,6 +199,8 @@ def test_rate_of_adam_is_scaled_by_the_root_of_the_divergence(method: Any, expec
     given: dict[str, Any] = {"steps": 3, "options": options, "begin": 1 / 16}
     run = Refinement(pruned, dense, Categorical(), partition, masks, **given)
     assert run.peak_rate == expected
+    level = Refinement(pruned, dense, Categorical(), partition, masks, **given | {"begin": -1e-9})
+    assert level.peak_rate == (0.0 if method == "adam" else 2.0)  # below 0 by rounding
     again = Refinement(pruned, dense, Categorical(), partition, masks, **given | {"begin": 9.0})
     assert again.peak_rate == 2.0
     again.load_state_dict(run.state_dict())
