@@ -27,6 +27,11 @@ from pipeline.stage import (
     Stage,
 )
 from stages.data.place import data_folder, tree_folder
+from stages.lineage import Role
+
+# -------------------------------------------------------------------------------- roles
+
+Seed = Annotated[int, Role.SEED]
 
 # -------------------------------------------------------------------------------- registries
 
@@ -163,7 +168,7 @@ class DataParams(Params):
         default={},
         description="options of the data set's loader; of folder: image_size, background, upright",
     )
-    download: bool = Field(
+    download: Annotated[bool, Role.NEUTRAL] = Field(
         default=False, description="fetch missing data into the data folder (FISHLEG_DATA)"
     )
     verify: bool = Field(
@@ -243,7 +248,7 @@ class TrainingParams(Params):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="of forward and backward; auto: bfloat16 on a GPU that has it"
     )
-    seed: int = Field(default=0, ge=0, description="of weights, batches, crops and dropout")
+    seed: Seed = Field(default=0, ge=0, description="of weights, batches, crops and dropout")
 
     @model_validator(mode="after")
     def _forget_other_optimizers(self) -> TrainingParams:
@@ -268,7 +273,7 @@ class CalibrationParams(Params):
         default=1, ge=1, description="labels drawn for each sample (sampled, matched)"
     )
     batch_size: int = Field(default=125, ge=1, description="samples in a gradient batch")
-    seed: int = Field(default=0, ge=0, description="of the samples and the labels drawn")
+    seed: Seed = Field(default=0, ge=0, description="of the samples and the labels drawn")
 
 
 class FishLegParams(Params):
@@ -312,7 +317,7 @@ class FishLegParams(Params):
     )
     learning_rate: float = Field(default=0.02, gt=0, description="relative (adam)")
     probes: int = Field(default=16, ge=1, description="a step (objective probe)")
-    memory_bytes: int = Field(
+    memory_bytes: Annotated[int, Role.NEUTRAL] = Field(
         default=2 << 30, ge=1 << 20, description="for gradients held at once; more passes if less"
     )
 
@@ -402,8 +407,12 @@ class PruningParams(Params):
 class MethodAxes(Params):
     """Axes that tell cells apart, where what they name is known from the inputs already."""
 
-    method: str | None = Field(default=None, description="axis: the inputs' curvature method")
-    damping: float | None = Field(default=None, description="axis: the inputs' damping")
+    method: Annotated[str | None, Role.AXIS] = Field(
+        default=None, description="axis: the inputs' curvature method"
+    )
+    damping: Annotated[float | None, Role.AXIS] = Field(
+        default=None, description="axis: the inputs' damping"
+    )
 
 
 class PretrainParams(DataParams, ModelParams, TrainingParams):
@@ -413,13 +422,13 @@ class PretrainParams(DataParams, ModelParams, TrainingParams):
 class ExpectationParams(Params):
     """How accurate a dense network is known to be."""
 
-    expect_accuracy: float | None = Field(
+    expect_accuracy: Annotated[float | None, Role.NEUTRAL] = Field(
         default=None,
         ge=0,
         le=100,
         description="in percent; a dense network that is more or less accurate is an error",
     )
-    expect_margin: float = Field(
+    expect_margin: Annotated[float, Role.NEUTRAL] = Field(
         default=1.0, ge=0, description="points that expect_accuracy may be missed by"
     )
 
@@ -443,12 +452,12 @@ class ImportParams(DataParams, ModelParams, ExpectationParams):
         description="weights that the file has at exactly 0: of a layer with at least 1 % of them "
         "they are a mask, which all later stages keep; or they may be trained again",
     )
-    expect_split: Literal["test", "validation"] = Field(
+    expect_split: Annotated[Literal["test", "validation"], Role.NEUTRAL] = Field(
         default="test",
         description="split that expect_accuracy is of; the test split is read only where it is "
         "expected on it",
     )
-    seed: int = Field(default=0, ge=0, description="axis: tells copies apart")
+    seed: Seed = Field(default=0, ge=0, description="axis: tells copies apart")
 
     @model_validator(mode="after")
     def _forget_split(self) -> ImportParams:
@@ -462,7 +471,7 @@ class ImportParams(DataParams, ModelParams, ExpectationParams):
 class CurvatureParams(EstimatorParams):
     """Of `curvature`."""
 
-    certificate_samples: int = Field(
+    certificate_samples: Annotated[int, Role.NEUTRAL] = Field(
         default=250,
         ge=0,
         description="held-out training samples that the estimate is certified on; 0: none",
@@ -472,7 +481,7 @@ class CurvatureParams(EstimatorParams):
 class OneshotParams(PruningParams, MethodAxes):
     """Of `prune_oneshot`: a sparsity, or a budget."""
 
-    sparsity: float | None = Field(
+    sparsity: Annotated[float | None, Role.TARGET] = Field(
         default=None, ge=0, lt=1, description="fraction of the prunable weights removed"
     )
     within: float | None = Field(
@@ -481,8 +490,8 @@ class OneshotParams(PruningParams, MethodAxes):
         description="instead of a sparsity: the highest one that costs at most so many points of "
         "accuracy on the validation split, by bisection",
     )
-    seed: int = Field(default=0, ge=0, description="axis: the inputs' seed")
-    certificate_samples: int = Field(
+    seed: Seed = Field(default=0, ge=0, description="axis: the inputs' seed")
+    certificate_samples: Annotated[int, Role.NEUTRAL] = Field(
         default=250,
         ge=0,
         description="calibration samples on which predicted and measured change are compared; "
@@ -497,7 +506,9 @@ class OneshotParams(PruningParams, MethodAxes):
 class StepwiseParams(PruningParams, EstimatorParams):
     """Of pruning in steps."""
 
-    sparsity: float = Field(gt=0, lt=1, description="fraction removed after the last step")
+    sparsity: Annotated[float, Role.TARGET] = Field(
+        gt=0, lt=1, description="fraction removed after the last step"
+    )
     initial_sparsity: float = Field(
         default=0.0, ge=0, lt=1, description="where the schedule begins"
     )
@@ -516,7 +527,7 @@ class StepwiseParams(PruningParams, EstimatorParams):
         description="between steps: take the new weights and masks into the estimate, or start "
         "it anew (methods without a state always do)",
     )
-    seed: int = Field(default=0, ge=0, description="of samples, labels, batches and crops")
+    seed: Seed = Field(default=0, ge=0, description="of samples, labels, batches and crops")
 
     @model_validator(mode="after")
     def _rising(self) -> StepwiseParams:
@@ -533,7 +544,7 @@ class GradualParams(StepwiseParams, TrainingParams):
 
     epochs: int = Field(default=1, ge=0, description="of training after each step")
     batch_size: int = Field(default=128, ge=1, description="samples in an optimiser step")
-    seed: int = Field(default=0, ge=0, description="of samples, labels, batches and crops")
+    seed: Seed = Field(default=0, ge=0, description="of samples, labels, batches and crops")
 
 
 class RefinementParams(Params):
@@ -629,7 +640,7 @@ class MultistepParams(StepwiseParams):
 class PickParams(MethodAxes):
     """Of `pick`: a sparsity, or a budget."""
 
-    sparsity: float | None = Field(
+    sparsity: Annotated[float | None, Role.TARGET] = Field(
         default=None, ge=0, lt=1, description="one of those that the pruning stopped at"
     )
     within: float | None = Field(
@@ -638,7 +649,7 @@ class PickParams(MethodAxes):
         description="instead of a sparsity: the sparsest step that costs at most so many points of "
         "accuracy on the validation split",
     )
-    seed: int = Field(default=0, ge=0, description="axis: the input's seed")
+    seed: Seed = Field(default=0, ge=0, description="axis: the input's seed")
 
     @model_validator(mode="after")
     def _one_target(self) -> PickParams:
@@ -661,7 +672,9 @@ class FinetuneParams(TrainingParams, MethodAxes):
         default=0.5, ge=0, le=1, description="weight of the teacher, where one is connected"
     )
     temperature: float = Field(default=2.0, gt=0, description="of the teacher's outputs")
-    sparsity: float | None = Field(default=None, description="axis: the input's sparsity")
+    sparsity: Annotated[float | None, Role.AXIS] = Field(
+        default=None, description="axis: the input's sparsity"
+    )
 
 
 class SelectParams(MethodAxes):
@@ -670,19 +683,27 @@ class SelectParams(MethodAxes):
     metric: Literal["accuracy", "nll"] = Field(
         default="accuracy", description="highest accuracy or lowest nll on the validation split"
     )
-    sparsity: float | None = Field(default=None, description="axis: the inputs' sparsity")
-    seed: int = Field(default=0, ge=0, description="axis: the inputs' seed")
+    sparsity: Annotated[float | None, Role.AXIS] = Field(
+        default=None, description="axis: the inputs' sparsity"
+    )
+    seed: Seed = Field(default=0, ge=0, description="axis: the inputs' seed")
 
 
 class EvaluateParams(MethodAxes, ExpectationParams):
     """Of `evaluate`; the expectation is of the dense networks, on `split`."""
 
-    sparsity: float | None = Field(default=None, description="axis: the inputs' sparsity")
-    seed: int | None = Field(default=None, description="axis: the inputs' seed")
+    sparsity: Annotated[float | None, Role.AXIS] = Field(
+        default=None, description="axis: the inputs' sparsity"
+    )
+    seed: Annotated[int | None, Role.SEED] = Field(
+        default=None, description="axis: the inputs' seed"
+    )
     split: Literal["test", "validation", "train"] = Field(
         default="test", description="what is measured on"
     )
-    batch_size: int = Field(default=500, ge=1, description="samples at a time; no result changes")
+    batch_size: Annotated[int, Role.NEUTRAL] = Field(
+        default=500, ge=1, description="samples at a time; no result changes"
+    )
 
 
 class Published(Params):

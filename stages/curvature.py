@@ -11,6 +11,7 @@ from stages.data.source import load_data
 from stages.determinism import compute_deterministically
 from stages.distributed import joined
 from stages.estimate import Recipe, load_state, save_state, share_state, user_errors
+from stages.lineage import Step
 from stages.model_folder import input_model
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def curvature(ctx: Context) -> None:
         ctx.output("curvature"),
         estimator,
         recipe=recipe.to_json(),
+        step=Step.of("curvature", params).to_json(),
         model_key=ctx.input("model").key,
         certificate=certificate,
     )

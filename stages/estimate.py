@@ -19,6 +19,7 @@ from fishleg.parameters import Partition
 from fishleg.team import Team
 from pipeline.stage import StageError, write_json
 from stages.calibration import CalibrationPlan
+from stages.lineage import Step
 from stages.reference import Reference, refer
 from stages.tensor_files import load_tensors, save_tensors
 
@@ -67,14 +68,14 @@ class Recipe:
         """Return a JSON-able description."""
         return asdict(self)
 
-    def facts(self, *, mode: str, sparsity: float) -> dict[str, Any]:
-        """Return the facts of a model that was pruned by an estimate made like this."""
+    def facts(self, *, mode: str, target: float) -> dict[str, Any]:
+        """Return the facts of a model that was pruned to `target` by an estimate made like this."""
         return {
             "method": self.method.name,
             "damping": self.damping,
             "structure": self.options.get("structure"),
             "mode": mode,
-            "sparsity": sparsity,
+            "target": target,
             "finetuned": False,
         }
 
@@ -124,12 +125,34 @@ def share_state(team: Team, estimator: AbstractEstimator, device: str) -> None:
     estimator.load_state_dict({"tensors": tensors, "meta": meta})
 
 
-def load_estimate(
-    folder: Path, partition: Partition, device: str
-) -> tuple[AbstractEstimator, Recipe, str]:
-    """Return the estimate in a curvature folder, its recipe, and the key of its model's cell."""
+@dataclass(frozen=True, kw_only=True)
+class StoredEstimate:
+    """What a curvature folder holds.
+
+    Attributes:
+        estimator: fitted.
+        recipe: how it was made.
+        step: the same for the lineage of what is made by it.
+        model_key: key of the cell whose model it was fitted on.
+    """
+
+    estimator: AbstractEstimator
+    recipe: Recipe
+    step: Step
+    model_key: str
+
+
+def load_estimate(folder: Path, partition: Partition, device: str) -> StoredEstimate:
+    """Return the estimate in a curvature folder."""
     facts = json.loads((folder / "curvature.json").read_text("utf-8"))
     recipe = Recipe.from_json(facts["recipe"])
     estimator = recipe.build(partition)
     load_state(folder, estimator, device)
-    return estimator, recipe, facts["model_key"]
+    # those made before there were lineages have no step
+    step = facts.get("step", Step(stage="curvature", params=facts["recipe"]).to_json())
+    return StoredEstimate(
+        estimator=estimator,
+        recipe=recipe,
+        step=Step.from_json(step),
+        model_key=facts["model_key"],
+    )

@@ -17,7 +17,17 @@ from stages.model_folder import Facts, load_facts, load_model
 if TYPE_CHECKING:
     from stages.catalogue import EvaluateParams
 
-_PARAMS = ("method", "structure", "mode", "finetuned", "sparsity", "seed", "damping", "split")
+_PARAMS = (
+    "method",
+    "structure",
+    "mode",
+    "finetuned",
+    "target",
+    "sparsity",
+    "seed",
+    "damping",
+    "split",
+)
 
 
 def evaluate(ctx: Context) -> None:
@@ -112,18 +122,28 @@ def _evaluate(ctx: Context, artifact: Artifact, folder: Path) -> dict[str, Any]:
         "structure": facts.structure,
         "mode": facts.mode,
         "finetuned": facts.finetuned,
-        "sparsity": facts.sparsity,
+        "target": facts.target,
         "seed": facts.seed,
         "damping": facts.damping,
         "split": params.split,
         **found,
-        **model.counts(),
+        **model.findings(),
     }
 
 
 def _record(ctx: Context, name: str, row: dict[str, Any]) -> None:
     """Give the model a tracked run; sparsity, seed and damping also as numbers, which sort."""
-    numbers = ("accuracy", "nll", "ece", "nonzero", "prunable", "parameters", "sparsity", "seed")
+    numbers = (
+        "accuracy",
+        "nll",
+        "ece",
+        "nonzero",
+        "prunable",
+        "parameters",
+        "target",
+        "sparsity",
+        "seed",
+    )
     metrics = {key: row[key] for key in numbers}
     if row["damping"] is not None:
         metrics["damping"] = row["damping"]

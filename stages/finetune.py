@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from pipeline.stage import Context
 from stages.data.source import load_data
 from stages.determinism import compute_deterministically
 from stages.distributed import joined
+from stages.lineage import Step, teacher_of
 from stages.metrics import log_validation
-from stages.model_folder import input_model, save_model
+from stages.model_folder import Model, input_model, load_facts, save_model
 from stages.training import Teacher, Training
 
 if TYPE_CHECKING:
@@ -30,8 +32,18 @@ def finetune(ctx: Context) -> None:
         training.resume(ctx)
         training.run(ctx)
     if ctx.rank == 0:
-        save_model(ctx.output("model"), model.with_facts(finetuned=True))
+        save_model(ctx.output("model"), model.after(_step(ctx, model), finetuned=True))
         log_validation(ctx, model.network, dataset)
+
+
+def _step(ctx: Context, model: Model) -> Step:
+    """Return what was done, and by which teacher."""
+    if not ctx.inputs.get("teacher"):
+        return Step.of("finetune", ctx.params)
+    lineage = load_facts(cast(Path, ctx.input("teacher").path)).lineage
+    return Step.of(
+        "finetune", ctx.params, further={"teacher": teacher_of(model.facts.lineage, lineage)}
+    )
 
 
 def _teacher(ctx: Context, params: FinetuneParams) -> Teacher | None:

@@ -33,7 +33,7 @@ def import_checkpoint(ctx: Context) -> None:
     params: ImportParams = ctx.params
     compute_deterministically(ctx.device)
     dataset, source = load_data(DataSource.from_params(params))
-    facts = Facts.from_params(params, dataset, source)
+    facts = Facts.from_params("import_checkpoint", params, dataset, source)
     network = facts.build()
     loaded = load_weights(network, Path(params.path))
     for note in (*dataset.notes, *loaded.notes):
@@ -86,7 +86,7 @@ def _with_zeros(ctx: Context, model: Model, given: Mapping[str, Tensor]) -> Mode
     imported = model.with_facts(method="imported", mode="imported")
     if params.zeros == "free":
         return imported
-    return replace(imported.with_facts(sparsity=share), masks=weight_masks(partition, masks))
+    return replace(imported.with_facts(target=share), masks=weight_masks(partition, masks))
 
 
 def _layers(partition: Partition, masks: Mapping[str, Tensor]) -> str:

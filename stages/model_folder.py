@@ -8,7 +8,7 @@ On disk, a folder: `model.safetensors` (the network's own state dict, zeros in p
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -21,6 +21,7 @@ from fishleg.parameters import Partition, partition_parameters, used_weight
 from pipeline.stage import Context, StageError, write_json
 from stages.data.dataset import DataSet
 from stages.data.source import DataSource
+from stages.lineage import Step
 from stages.reference import Reference, refer, require_options
 from stages.tensor_files import MASKED, load_into, load_tensors, save_tensors
 
@@ -44,12 +45,14 @@ class Facts:
         mode: "dense", "imported", "oneshot" (one step), "multistep" (several, nothing between),
             "refined" (several, refined without labels) or "gradual" (several, trained between).
         finetuned: trained after the last pruning step by a fine-tuning stage.
-        sparsity: the fraction of prunable weights removed, as requested, in [0, 1).
+        target: the fraction of prunable weights that was to be removed, in [0, 1); what is
+            measured is in `model.json`, too.
         seed: of the model's training, or of the calibration samples for an imported one.
         damping: of the curvature, or None for a dense model.
         structure: of the curvature's blocks where the method has several, or None.
         dense_accuracy: split -> accuracy in percent, on it, of the network that everything began
             with, as it was trained or imported: "validation", and "test" where that was measured.
+        lineage: what the stages on the way did, and with which parameters.
     """
 
     network: Reference
@@ -61,11 +64,17 @@ class Facts:
     method: str = "dense"
     mode: Literal["dense", "imported", "oneshot", "multistep", "refined", "gradual"] = "dense"
     finetuned: bool = False
-    sparsity: float = 0.0
+    target: float = 0.0
     seed: int = 0
     damping: float | None = None
     structure: str | None = None
     dense_accuracy: Mapping[str, float] = field(default_factory=dict)
+    lineage: tuple[Step, ...] = ()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a person should know about how the model was made, a sentence each."""
+        return tuple(dict.fromkeys(text for step in self.lineage for text in step.warnings))
 
     def dense_accuracy_on(self, split: str) -> float | None:
         """Return the dense network's accuracy on `split`, or else on validation, where known."""
@@ -73,9 +82,9 @@ class Facts:
 
     @classmethod
     def from_params(
-        cls, params: PretrainParams | ImportParams, dataset: DataSet, source: DataSource
+        cls, stage: str, params: PretrainParams | ImportParams, dataset: DataSet, source: DataSource
     ) -> Facts:
-        """Return the facts of the dense network that a stage's parameters describe."""
+        """Return the facts of the dense network that the parameters of a stage describe."""
         return cls(
             network=refer(params, "model"),
             network_args=params.model_args,
@@ -84,6 +93,7 @@ class Facts:
             keep=tuple(params.keep),
             also_prune=tuple(params.also_prune),
             seed=params.seed,
+            lineage=(Step.of(stage, params),),
         )
 
     def build(self) -> nn.Module:
@@ -143,19 +153,52 @@ class Model:
             "parameters": sum(parameter.numel() for parameter in self.network.parameters()),
         }
 
+    def findings(self) -> dict[str, Any]:
+        """Return what the weights themselves say, as JSON; it stands on every row of results.
+
+        Returns:
+            The `counts`; `sparsity`, the fraction of prunable weights that are 0; `unprunable`,
+            weight -> why it is not prunable, for all with two or more dimensions; `emptied`, the
+            layers of which no weight is left; and `warnings` about how the model was made.
+        """
+        counts = self.counts()
+        partition = self.facts.partition(self.network)
+        removed = counts["prunable"] - counts["nonzero"]
+        return {
+            **counts,
+            "sparsity": removed / counts["prunable"] if counts["prunable"] else 0.0,
+            "unprunable": dict(partition.unprunable),
+            "emptied": [
+                group.name
+                for group in partition.prunable
+                if group.weight in self.masks and not self.masks[group.weight].any()
+            ],
+            "warnings": list(self.facts.warnings),
+        }
+
     def with_facts(self, **changes: Any) -> Model:
         """Return the same model with some facts changed."""
         return replace(self, facts=replace(self.facts, **changes))
 
+    def after(self, *steps: Step, **changes: Any) -> Model:
+        """Return the same model with further steps in its lineage, and some facts changed."""
+        return self.with_facts(lineage=(*self.facts.lineage, *steps), **changes)
 
-def save_model(folder: Path, model: Model) -> None:
-    """Write a model folder."""
+
+def save_model(folder: Path, model: Model, warnings: Sequence[str] = ()) -> None:
+    """Write a model folder.
+
+    Args:
+        folder: where to.
+        model: what.
+        warnings: about the model as it is, which what is made of it does not inherit.
+    """
     masked = sorted(name for name, mask in model.masks.items() if not mask.all())
     about = {MASKED: json.dumps(masked)} if masked else {}  # an exported file knows its masks
     save_tensors(folder / "model.safetensors", model.network.state_dict(), about)
     masks = {name: mask.to(torch.uint8) for name, mask in model.masks.items()}
     save_tensors(folder / "masks.safetensors", masks)
-    facts = model.facts
+    facts, found = model.facts, model.findings()
     write_json(
         folder / "model.json",
         {
@@ -165,7 +208,7 @@ def save_model(folder: Path, model: Model) -> None:
             "method": facts.method,
             "mode": facts.mode,
             "finetuned": facts.finetuned,
-            "sparsity": facts.sparsity,
+            "target": facts.target,
             "seed": facts.seed,
             "damping": facts.damping,
             "structure": facts.structure,
@@ -175,15 +218,26 @@ def save_model(folder: Path, model: Model) -> None:
             "num_classes": facts.num_classes,
             "network": asdict(facts.network),
             "data": facts.data.to_json(),
-            **model.counts(),
+            "lineage": [step.to_json() for step in facts.lineage],
+            **found,
+            "warnings": [*found["warnings"], *warnings],
         },
     )
 
 
+def add_step(folder: Path, step: Step, **notes: Any) -> None:
+    """Add a step that leaves a model as it is to the lineage in its folder, and further notes."""
+    facts = load_facts(folder)
+    known = json.loads((folder / "model.json").read_text("utf-8"))
+    lineage = [one.to_json() for one in (*facts.lineage, step)]
+    write_json(folder / "model.json", {**known, "lineage": lineage, **notes})
+
+
 def load_facts(folder: Path) -> Facts:
-    """Return the facts in a model folder."""
+    """Return the facts in a model folder; also in one of before there were targets and lineages."""
     value = json.loads((folder / "model.json").read_text("utf-8"))
-    plain = ("method", "mode", "finetuned", "sparsity", "seed", "damping", "structure")
+    plain = ("method", "mode", "finetuned", "seed", "damping", "structure")
+    target = value.get("target", value["sparsity"])
     return Facts(
         network=Reference(**value["network"]),
         network_args=value["model_args"],
@@ -191,9 +245,34 @@ def load_facts(folder: Path) -> Facts:
         num_classes=value["num_classes"],
         keep=tuple(value["keep"]),
         also_prune=tuple(value["also_prune"]),
-        dense_accuracy=value.get("dense_accuracy", {}),  # models made before it was kept lack it
+        dense_accuracy=value.get("dense_accuracy", {}),
+        target=target,
+        lineage=tuple(
+            Step.from_json(step) for step in value.get("lineage", [_unknown_past(value, target)])
+        ),
         **{name: value[name] for name in plain},
     )
+
+
+def _unknown_past(value: Mapping[str, Any], target: float) -> dict[str, Any]:
+    """Return the step that stands for all that came before, as far as it is known."""
+    known = (
+        "model",
+        "model_args",
+        "dataset",
+        "method",
+        "mode",
+        "finetuned",
+        "damping",
+        "structure",
+    )
+    step = Step(
+        stage="unknown",
+        params={name: value[name] for name in known},
+        seeds={"seed": value["seed"]},
+        target={"sparsity": target},
+    )
+    return step.to_json()
 
 
 def load_model(folder: Path, device: str) -> Model:

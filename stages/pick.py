@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from pipeline.stage import Context, StageError, write_json
+from pipeline.stage import Context, StageError
+from stages.lineage import Step
+from stages.model_folder import add_step
 
 if TYPE_CHECKING:
     from stages.catalogue import PickParams
@@ -27,8 +29,7 @@ def pick(ctx: Context) -> None:
     model = ctx.output("model")
     shutil.copytree(folder / f"{number + 1:03d}", model, dirs_exist_ok=True)
     note: dict[str, Any] = {**steps[number], "step": number + 1}
-    known = json.loads((model / "model.json").read_text("utf-8"))
-    write_json(model / "model.json", {**known, "picked": note})
+    add_step(model, Step.of("pick", params), picked=note)
     ctx.log(note)
 
 
@@ -39,9 +40,9 @@ def _of_sparsity(steps: Sequence[dict[str, float]], sparsity: float) -> int:
         StageError: none did.
     """
     for number, step in enumerate(steps):
-        if step["sparsity"] == sparsity:
+        if _target(step) == sparsity:
             return number
-    known = ", ".join(f"{step['sparsity']:g}" for step in steps)
+    known = ", ".join(f"{_target(step):g}" for step in steps)
     raise StageError(
         f"pick: no step stopped at sparsity {sparsity:g}; the steps are {known}. Add it to `stops` "
         "of the multi-step pruning."
@@ -60,7 +61,12 @@ def _within(steps: Sequence[dict[str, float]], dense: float, points: float) -> i
     if not good:
         raise StageError(
             f"pick: no step is within {points:g} points of the dense model's {dense:.2f} % on the "
-            f"validation split; the first, at sparsity {steps[0]['sparsity']:g}, has "
+            f"validation split; the first, at sparsity {_target(steps[0]):g}, has "
             f"{steps[0]['validation_accuracy']:.2f} %. Begin with a lower sparsity."
         )
     return good[-1]
+
+
+def _target(step: Mapping[str, float]) -> float:
+    """Return the sparsity that a step aimed at; once it was noted under the other name."""
+    return step.get("target", step["sparsity"])

@@ -25,7 +25,7 @@ def pretrain(ctx: Context) -> None:
     dataset, source = load_data(DataSource.from_params(params))
     for note in dataset.notes:
         ctx.say(note)
-    facts = Facts.from_params(params, dataset, source)
+    facts = Facts.from_params("pretrain", params, dataset, source)
     torch.manual_seed(derive_seed(params.seed, "weights"))
     network = facts.build().to(ctx.device)
     require_classifier(network, dataset)

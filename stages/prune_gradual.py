@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.stage import Context
 from stages.determinism import compute_deterministically
+from stages.lineage import Step
 from stages.metrics import log_validation
 from stages.model_folder import save_model
 from stages.stepwise import StepwisePruning
@@ -40,8 +41,8 @@ def prune_gradual(ctx: Context) -> None:
             run.prune(step)
         _train(ctx, run, step, resumed)
     mode = "gradual" if params.epochs else "multistep"
-    facts = run.recipe.facts(mode=mode, sparsity=params.sparsity)
-    save_model(ctx.output("model"), run.model.with_facts(**facts))
+    facts = run.recipe.facts(mode=mode, target=params.sparsity)
+    save_model(ctx.output("model"), run.model.after(Step.of("prune_gradual", params), **facts))
     log_validation(ctx, run.model.network, run.dataset)
 
 

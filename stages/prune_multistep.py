@@ -34,6 +34,7 @@ from stages.data.dataset import DataSet, Split
 from stages.data.mixing import cutmix
 from stages.determinism import compute_deterministically, derive_seed, generator
 from stages.estimate import user_errors
+from stages.lineage import Step
 from stages.metrics import log_validation, measure
 from stages.model_folder import Model, save_model
 from stages.stepwise import StepwisePruning
@@ -151,11 +152,13 @@ class MultistepPruning(StepwisePruning):
 
     def keep(self, step: int) -> None:
         """Keep the model as it is after `step`, and report what it took so far."""
-        save_model(self._folder(step), self.present(step))
+        model = self.present(step)
+        save_model(self._folder(step), model)
         found = measure(self.model.network, self.dataset, self.dataset.validation)
         self.steps.append(
             {
-                "sparsity": self.sparsities[step],
+                "target": self.sparsities[step],
+                "sparsity": model.findings()["sparsity"],
                 "validation_accuracy": found["accuracy"],
                 "validation_nll": found["nll"],
             }
@@ -167,8 +170,10 @@ class MultistepPruning(StepwisePruning):
     def present(self, step: int) -> Model:
         """Return the model with the facts of `step`."""
         mode = "multistep" if self.params.refine == "none" else "refined"
-        return self.model.with_facts(
-            **self.recipe.facts(mode=mode, sparsity=self.sparsities[step]), seed=self.params.seed
+        return self.model.after(
+            Step.of("prune_multistep", self.params),
+            **self.recipe.facts(mode=mode, target=self.sparsities[step]),
+            seed=self.params.seed,
         )
 
     def checkpoint(

@@ -17,6 +17,7 @@ from stages.data.dataset import DataSet
 from stages.data.source import load_data
 from stages.determinism import compute_deterministically
 from stages.estimate import load_estimate
+from stages.lineage import Step
 from stages.metrics import NotFinite, log_validation, measure
 from stages.model_folder import Model, input_model, save_model
 from stages.pruning import prune
@@ -39,20 +40,22 @@ def prune_oneshot(ctx: Context) -> None:
     dataset, _ = load_data(model.facts.data)
     partition = model.facts.partition(model.network)
     folder = cast(Path, ctx.input("curvature").path)
-    estimator, recipe, model_key = load_estimate(folder, partition, ctx.device)
-    if model_key != ctx.input("model").key:
+    estimate = load_estimate(folder, partition, ctx.device)
+    if estimate.model_key != ctx.input("model").key:
         raise StageError(
             f"{ctx.input('curvature').cell} is the curvature of another model than "
             f"{ctx.input('model').cell}; connect both to the same one."
         )
+    estimator, recipe = estimate.estimator, estimate.recipe
     source = recipe.calibration.gradients(model, partition, dataset)
     before = copy.deepcopy(model.network)
     sparsity = params.sparsity
     if sparsity is None:
         sparsity = _sparsest_within(ctx, model, estimator, source, dataset)
     pruned = prune(ctx, model, estimator, source, params=params, sparsity=sparsity)
-    facts = recipe.facts(mode="oneshot", sparsity=sparsity)
-    save_model(ctx.output("model"), pruned.with_facts(**facts))
+    step = Step.of("prune_oneshot", params)
+    facts = recipe.facts(mode="oneshot", target=sparsity)
+    save_model(ctx.output("model"), pruned.after(estimate.step, step, **facts))
     chosen = recipe.calibration.indices(dataset)[: params.certificate_samples]
     if len(chosen):
         dense = replace(model, network=before)

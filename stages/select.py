@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.stage import Context, StageError, write_json
+from pipeline.stage import Context, StageError
 from stages.data.source import load_data
 from stages.determinism import compute_deterministically
+from stages.lineage import Step, differences
 from stages.metrics import measure
-from stages.model_folder import load_model
+from stages.model_folder import add_step, load_facts, load_model
 
 if TYPE_CHECKING:
     from stages.catalogue import SelectParams
@@ -39,14 +40,14 @@ def select(ctx: Context) -> None:
         ctx.progress(len(scores), len(folders), "model")
     sign = 1 if params.metric == "accuracy" else -1
     best = max(scores, key=lambda cell: sign * scores[cell][params.metric])
-    _pass_on(ctx, best, folders[best])
+    _pass_on(ctx, best, folders)
     ctx.log({f"validation/{name}": value for name, value in scores[best].items()})
     ctx.say(f"chosen: {best}")
 
 
-def _pass_on(ctx: Context, cell: str, source: Path) -> None:
-    """Copy the chosen model's folder, and note in its facts where it comes from."""
+def _pass_on(ctx: Context, cell: str, folders: Mapping[str, Path]) -> None:
+    """Copy the chosen model's folder, and note in its facts what it was chosen from."""
     folder = ctx.output("model")
-    shutil.copytree(source, folder, dirs_exist_ok=True)
-    facts = json.loads((folder / "model.json").read_text("utf-8"))
-    write_json(folder / "model.json", {**facts, "selected": cell})
+    shutil.copytree(folders[cell], folder, dirs_exist_ok=True)
+    among = differences([load_facts(one).lineage for one in folders.values()])
+    add_step(folder, Step.of("select", ctx.params, among=among), selected=cell)

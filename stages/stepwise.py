@@ -47,7 +47,7 @@ class StepwisePruning:
         self.recipe = Recipe.from_params(self.params)
         self.source = self.recipe.calibration.gradients(self.model, self.partition, self.dataset)
         self.estimator = self.recipe.build(self.partition)
-        self.sparsities = _schedule(self.params, self.model.facts.sparsity)
+        self.sparsities = _schedule(self.params, self.model.facts.target)
         self.fitting = False
 
     def update_curvature(self, step: int, checkpoint: Callable[[], None] | None = None) -> None:

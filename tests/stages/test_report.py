@@ -78,6 +78,7 @@ ROW: dict[str, Any] = {
     "structure": None,
     "mode": "oneshot",
     "finetuned": False,
+    "target": 0.9,
     "sparsity": 0.9,
     "seed": 0,
     "damping": 1e-4,

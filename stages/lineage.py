@@ -1,0 +1,212 @@
+"""How a model came to be, step by step, and in which settings two models differ.
+
+Each stage that makes a model adds a `Step` to what it got: its type and all its parameters, those
+apart that have a `Role`. So no parameter can be forgotten, and whoever compares models learns from
+`settings` what tells them apart, and from `seeds` over what they may be averaged.
+
+Light: the catalogue, which declares the roles, imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from pipeline.stage import ExternalFile
+
+PATH = "path"
+"""The setting that names the stages on the way."""
+
+
+class Role(Enum):
+    """What a parameter is to whoever compares models; mark a field as `Annotated[int, Role.SEED]`.
+
+    A parameter without a role is a setting: models that differ in it are told apart.
+    """
+
+    SEED = "a seed: models that differ in it alone are averaged"
+    TARGET = "the sparsity that is asked for, which has its own place in every table"
+    AXIS = "repeats what is known of the inputs, to tell cells apart"
+    NEUTRAL = "changes no model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one stage did on the way to a model.
+
+    Attributes:
+        stage: the stage's type.
+        params: its settings; an external file as the beginning of its sha256.
+        seeds: its parameters that are seeds.
+        target: its parameter that asks for a sparsity, if it has one.
+        among: of a choice: setting -> the values that the candidates had, where they differ.
+        warnings: what a person should know about what was done, a sentence each.
+    """
+
+    stage: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    seeds: Mapping[str, int] = field(default_factory=dict)
+    target: Mapping[str, float | None] = field(default_factory=dict)
+    among: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        stage: str,
+        params: BaseModel,
+        *,
+        further: Mapping[str, Any] | None = None,
+        among: Mapping[str, Sequence[Any]] | None = None,
+        warnings: Sequence[str] = (),
+    ) -> Step:
+        """Return the step of a stage.
+
+        Args:
+            stage: its type.
+            params: its parameters; the roles are those that their class declares.
+            further: settings beside the parameters.
+            among: see `Step`.
+            warnings: see `Step`.
+
+        Cost: one read of each external file.
+        """
+        plain = _plain(params)
+        return cls(
+            stage=stage,
+            params={**plain[None], **(further or {})},
+            seeds=plain[Role.SEED],
+            target=plain[Role.TARGET],
+            among=among or {},
+            warnings=tuple(warnings),
+        )
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Step:
+        """Return the step that `to_json` described."""
+        return cls(**{**value, "warnings": tuple(value["warnings"])})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-able description."""
+        return asdict(self)
+
+
+Lineage = Sequence[Step]
+"""The steps to a model, the first one first."""
+
+
+def settings(lineage: Lineage) -> dict[str, Any]:
+    """Return what tells a model from others, but its seeds and its target.
+
+    Returns:
+        `path` with the stages' types; and for each setting of each stage `STAGE.PARAMETER`, with
+        the number in the way if there were several such stages: `finetune-2.lr`. A value is what
+        JSON has. Where one of several candidates was chosen, the settings in which they differed
+        are `best of` theirs, whichever it was.
+    """
+    last_target = max((i for i, step in enumerate(lineage) if step.target), default=-1)
+    found: dict[str, Any] = {PATH: path(lineage)}
+    for number, (name, step) in enumerate(_named(lineage)):
+        asked = step.target if number != last_target else {}
+        for key, value in _leaves({**step.params, **asked}):
+            found[f"{name}.{key}"] = value
+        for key, values in step.among.items():
+            found[key] = "best of " + ", ".join(shown(value) for value in values)
+    return found
+
+
+def seeds(lineage: Lineage) -> dict[str, int]:
+    """Return `STAGE.PARAMETER` -> seed of each stage; a seed that was chosen is none."""
+    chosen = {key for step in lineage for key in step.among}
+    return {
+        f"{name}.{key}": value
+        for name, step in _named(lineage)
+        for key, value in step.seeds.items()
+        if f"{name}.{key}" not in chosen
+    }
+
+
+def path(lineage: Lineage) -> str:
+    """Return the types of the stages on the way, in words."""
+    return " > ".join(step.stage for step in lineage)
+
+
+def differences(lineages: Sequence[Lineage]) -> dict[str, list[Any]]:
+    """Return setting, or seed -> the values that the models have, where they are not equal."""
+    known = [{**settings(one), **seeds(one)} for one in lineages]
+    keys = dict.fromkeys(key for one in known for key in one)
+    found = {
+        key: list({json.dumps(one.get(key)): one.get(key) for one in known}.values())
+        for key in keys
+    }
+    return {key: values for key, values in found.items() if len(values) > 1}
+
+
+def teacher_of(own: Lineage, other: Lineage) -> Any:
+    """Return the setting that says which teacher a model had.
+
+    That is its path where the teacher is an earlier state of the model itself, else its settings.
+    """
+    return path(other) if list(own[: len(other)]) == list(other) else settings(other)
+
+
+def shown(value: Any) -> str:
+    """Return a setting's value for people.
+
+    >>> [shown(value) for value in (1e-4, "global", True, None, [0.5, 0.8])]
+    ['0.0001', 'global', 'true', 'none', '0.5/0.8']
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return "/".join(shown(one) for one in value)
+    return "none" if value is None else str(value)
+
+
+def _named(lineage: Lineage) -> list[tuple[str, Step]]:
+    """Return each step with a name that no other one has."""
+    seen: dict[str, int] = {}
+    named = []
+    for step in lineage:
+        seen[step.stage] = count = seen.get(step.stage, 0) + 1
+        named.append((step.stage if count == 1 else f"{step.stage}-{count}", step))
+    return named
+
+
+def _leaves(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _plain(params: BaseModel) -> dict[Role | None, dict[str, Any]]:
+    """Return role -> the parameters that have it, as JSON; None for settings."""
+    found: dict[Role | None, dict[str, Any]] = {None: {}, **{role: {} for role in Role}}
+    dumped = params.model_dump(mode="json")
+    for name, info in type(params).model_fields.items():
+        role = next((mark for mark in info.metadata if isinstance(mark, Role)), None)
+        value = getattr(params, name)
+        if isinstance(value, BaseModel):
+            found[role][name] = _plain(value)[None]
+        elif any(isinstance(mark, ExternalFile) for mark in info.metadata):
+            found[role][name] = _digest(Path(value))
+        else:
+            found[role][name] = dumped[name]
+    return found
+
+
+def _digest(file: Path) -> str:
+    """Return what stands for a file, wherever it lies."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()[:12]
