@@ -55,7 +55,8 @@ def result_rows(spec: Spec, store: Store) -> tuple[list[str], list[Row], list[st
 
 
 def _row(results: Results, cell: str, records: Mapping[str, str], row: Row) -> Row:
-    full = {**row, "cell": cell, "run_id": records.get(row["model_cell"])}
+    earlier = {name: row[other] for name, other in results.before.items() if other in row}
+    full = {**earlier, **row, "cell": cell, "run_id": records.get(row["model_cell"])}
     return {column: full.get(column) for column in results.columns}
 
 

@@ -17,9 +17,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
-from pipeline.stage import ExternalFile
+from pipeline.stage import ExternalFile, Params
 
 PATH = "path"
 """The setting that names the stages on the way."""
@@ -61,7 +59,7 @@ class Step:
     def of(
         cls,
         stage: str,
-        params: BaseModel,
+        params: Params,
         *,
         further: Mapping[str, Any] | None = None,
         among: Mapping[str, Sequence[Any]] | None = None,
@@ -190,14 +188,14 @@ def _leaves(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + name, value
 
 
-def _plain(params: BaseModel) -> dict[Role | None, dict[str, Any]]:
+def _plain(params: Params) -> dict[Role | None, dict[str, Any]]:
     """Return role -> the parameters that have it, as JSON; None for settings."""
     found: dict[Role | None, dict[str, Any]] = {None: {}, **{role: {} for role in Role}}
     dumped = params.model_dump(mode="json")
     for name, info in type(params).model_fields.items():
         role = next((mark for mark in info.metadata if isinstance(mark, Role)), None)
         value = getattr(params, name)
-        if isinstance(value, BaseModel):
+        if isinstance(value, Params):
             found[role][name] = _plain(value)[None]
         elif any(isinstance(mark, ExternalFile) for mark in info.metadata):
             found[role][name] = _digest(Path(value))

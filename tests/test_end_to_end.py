@@ -44,8 +44,8 @@ stages:
     inputs: {results: evaluate}
 """
 PROMISED = {
-    "cell", "model_cell", "key", "method", "mode", "finetuned", "sparsity", "seed", "accuracy",
-    "nll", "nonzero", "prunable", "parameters", "run_id",
+    "cell", "model_cell", "key", "method", "mode", "finetuned", "target", "sparsity", "seed",
+    "accuracy", "nll", "nonzero", "prunable", "parameters", "run_id",
 }  # fmt: skip
 
 
@@ -104,13 +104,14 @@ def test_a_changed_parameter_reruns_what_depends_on_it(finished: Path) -> None:
 def test_results_have_every_model(finished: Path) -> None:
     rows = json.loads(fls(finished, "results", "pipeline.yaml", "--json"))
     assert all(set(row) >= PROMISED for row in rows)
-    found = {(row["method"], row["finetuned"], row["sparsity"]) for row in rows}
+    found = {(row["method"], row["finetuned"], row["target"]) for row in rows}
     pruned = {(method, tuned, 0.9) for method in ("fishleg", "magnitude") for tuned in (0, 1)}
     assert found == {("dense", False, 0.0), *pruned}
     for row in rows:
         assert row["run_id"] is None
-        removed = int(row["sparsity"] * row["prunable"] + 0.5)
+        removed = int(row["target"] * row["prunable"] + 0.5)
         assert row["nonzero"] == row["prunable"] - removed
+        assert row["sparsity"] == removed / row["prunable"]
 
 
 def test_a_kill_in_the_middle_of_training_changes_no_bit(finished: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from benchmarks.harness.suite import BENCHMARKS, Benchmark, list_benchmarks, loa
 from pipeline import yaml_loader
 from stages.catalogue import Published
 from stages.report.figure import draw
+from stages.report.rows import target_of
 from stages.report.summary import PUBLISHED, Lines, Point, labels_of, summarise
 
 RESULTS = BENCHMARKS / "results"
@@ -93,11 +94,11 @@ def _certificates(rows: Sequence[Document]) -> list[str]:
     """Return the table of certificates, one row for each estimate that has one."""
     label = labels_of(rows)
     models: dict[tuple[str, ...], list[str]] = {}
-    for row in sorted(rows, key=lambda row: (row["method"], row["sparsity"], row["seed"])):
+    for row in sorted(rows, key=lambda row: (row["method"], target_of(row), row["seed"])):
         if "certificate" in row:
             numbers = [f"{row['certificate'][name]:.4g}" for name in _CERTIFICATE]
             estimate = (label(row), f"{row['damping']:g}", *numbers)
-            models.setdefault(estimate, []).append(f"{row['sparsity']:g}")
+            models.setdefault(estimate, []).append(f"{target_of(row):g}")
     if not models:
         return []
     lines = [

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Row = Mapping[str, Any]
+from stages.report.rows import Row, target_of
 
 SECTIONS = {
     ("imported", False): "As imported",
@@ -87,7 +87,7 @@ def summarise(
         section = SECTIONS.get((row["mode"], row["finetuned"]))
         if section is not None:
             line = found.setdefault(section, {}).setdefault(label(row), {})
-            line.setdefault(row["sparsity"], []).append(row["accuracy"])
+            line.setdefault(target_of(row), []).append(row["accuracy"])
     for method, values in published:
         line = found.setdefault(SECTIONS["oneshot", False], {}).setdefault(method + PUBLISHED, {})
         line.update({sparsity: [accuracy] for sparsity, accuracy in values.items()})
@@ -126,7 +126,7 @@ def _lines(
 def labels_of(rows: Sequence[Row]) -> Callable[[Row], str]:
     """Return what names a row's line: its method, and as much else as tells lines apart."""
     of_structures = _methods_with_several(rows, "structure", ("method",))
-    place = ("method", "structure", "mode", "finetuned", "sparsity", "seed")
+    place = ("method", "structure", "mode", "finetuned", "target", "seed")
     of_dampings = _methods_with_several(rows, "damping", place)
 
     def label(row: Row) -> str:
@@ -145,7 +145,8 @@ def _methods_with_several(rows: Sequence[Row], name: str, place: Sequence[str]) 
     """Return the methods of which two rows that are equal in `place` differ in `name`."""
     found: dict[tuple[Any, ...], set[Any]] = {}
     for row in rows:
-        found.setdefault(tuple(row.get(key) for key in place), set()).add(row.get(name))
+        at = {**row, "target": target_of(row)}
+        found.setdefault(tuple(at.get(key) for key in place), set()).add(row.get(name))
     return {key[place.index("method")] for key, values in found.items() if len(values) > 1}
 
 

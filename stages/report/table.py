@@ -6,7 +6,8 @@ import csv
 import io
 from collections.abc import Sequence
 
-from stages.report.summary import PUBLISHED, Lines, Point, Row, Summary
+from stages.report.rows import Row, target_of
+from stages.report.summary import PUBLISHED, Lines, Point, Summary
 
 _COLUMNS = (
     "model_cell",
@@ -15,6 +16,7 @@ _COLUMNS = (
     "structure",
     "mode",
     "finetuned",
+    "target",
     "sparsity",
     "seed",
     "damping",
@@ -87,5 +89,5 @@ def csv_text(rows: Sequence[Row]) -> str:
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, _COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({**row, "target": target_of(row)} for row in rows)
     return buffer.getvalue()

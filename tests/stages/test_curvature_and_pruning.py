@@ -66,7 +66,7 @@ def test_every_method_prunes_to_the_exact_count(
     model = load_model(ran.output(), "cpu")
     assert_sparsity(model, 0.777)
     facts = model.facts
-    assert (facts.method, facts.mode, facts.sparsity) == (method, "oneshot", 0.777)
+    assert (facts.method, facts.mode, facts.target) == (method, "oneshot", 0.777)
     assert (facts.damping, facts.finetuned) == (1e-3, False)
     assert (
         json.loads((ran.output() / "model.json").read_text())["nonzero"]

@@ -141,7 +141,7 @@ def remove_weights(dense: Path, folder: Path) -> None:
         weight.masked_fill_(~mask, 0)
     model.masks["conv2.weight"] = mask
     folder.mkdir()
-    save_model(folder, model.with_facts(sparsity=0.1, method="magnitude", mode="oneshot"))
+    save_model(folder, model.with_facts(target=0.1, method="magnitude", mode="oneshot"))
 
 
 @pytest.mark.parametrize("name", ["pretrain", "natural", "finetune"])

@@ -38,10 +38,11 @@ def refined(dense: Ran, tmp_path_factory: pytest.TempPathFactory) -> Ran:
 
 def test_every_step_has_its_exact_count_and_is_kept(refined: Ran, tmp_path: Path) -> None:
     steps = json.loads((refined.output("steps") / "steps.json").read_text())["steps"]
-    assert [step["sparsity"] for step in steps] == [0.5, 0.8, 0.9]
+    assert [step["target"] for step in steps] == [0.5, 0.8, 0.9]
     for number, step in enumerate(steps, start=1):
         model = load_model(refined.output("steps") / f"{number:03d}", "cpu")
-        assert_sparsity(model, step["sparsity"])
+        assert_sparsity(model, step["target"])
+        assert step["sparsity"] == model.findings()["sparsity"]
         assert (model.facts.mode, model.facts.method) == ("refined", "fishleg")
     assert_same_model(refined.output("steps") / "003", refined.output())
 
@@ -129,14 +130,14 @@ def test_pick_takes_the_sparsest_step_within_a_budget(refined: Ran, tmp_path: Pa
     assert lost[0] < lost[2], "the tiny network loses accuracy on the way"
     inputs = {"steps": refined.output("steps")}
     ran = run_stage("pick", tmp_path / "a", {"within": max(lost[0], 0.0)}, inputs)
-    sparsity = load_model(ran.output(), "cpu").facts.sparsity
-    assert sparsity == max(
-        step["sparsity"]
+    target = load_model(ran.output(), "cpu").facts.target
+    assert target == max(
+        step["target"]
         for step, points in zip(facts["steps"], lost, strict=True)
         if points <= max(lost[0], 0.0)
     )
     ran = run_stage("pick", tmp_path / "b", {"within": 100.0}, inputs)
-    assert load_model(ran.output(), "cpu").facts.sparsity == 0.9
+    assert load_model(ran.output(), "cpu").facts.target == 0.9
 
 
 @pytest.mark.parametrize("stage", ["pick", "prune_oneshot"])

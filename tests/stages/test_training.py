@@ -139,7 +139,7 @@ def test_removed_weights_are_zero_after_every_step(
     with torch.no_grad():
         weight.masked_fill_(~mask, 0)
     model.masks["block.conv2.weight"] = mask
-    save_model(tmp_path, model.with_facts(sparsity=0.1, method="magnitude", mode="oneshot"))
+    save_model(tmp_path, model.with_facts(target=0.1, method="magnitude", mode="oneshot"))
     ran = run_stage(
         "finetune",
         tmp_path / "run",
