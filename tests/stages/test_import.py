@@ -145,7 +145,7 @@ def test_a_budget_is_spent_from_the_sparsity_that_was_imported(
         after = run_stage("prune_oneshot", tmp_path / str(points), params, inputs).output()
         assert nonzero <= facts_of(after)["nonzero"] <= facts_of(pruned)["nonzero"]
         assert_zeros_kept(pruned, after)
-    assert facts_of(after)["sparsity"] == 1023 / 1024
+    assert facts_of(after)["target"] == 1023 / 1024
 
 
 def test_a_few_zeros_are_no_mask(dense: Ran, tmp_path: Path) -> None:
