@@ -17,8 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from fishleg.errors import FishLegError
-from fishleg.parameters import Partition, partition_parameters
-from fishleg.pruning import count_masks, zero_masks
 from fishleg.parameters import Partition, partition_parameters, used_weight
 from pipeline.stage import Context, StageError, write_json
 from stages.data.dataset import DataSet
@@ -145,17 +143,13 @@ class Model:
     def counts(self) -> dict[str, int]:
         """Return `nonzero` and `prunable`, over prunable weights, and `parameters`, over all.
 
-        A weight counts as it is where the network reads it.
-        """
-        partition = self.facts.partition(self.network)
-        survivors = zero_masks(self.network, partition, at_least=0.0)
-        removed, prunable = count_masks(partition, survivors)
         A parametrised weight is counted as the forward pass reads it.
+        """
         groups = self.facts.partition(self.network).prunable
         weights = [used_weight(self.network, group) for group in groups]
         return {
-            "nonzero": prunable - removed,
-            "prunable": prunable,
+            "nonzero": sum(int(torch.count_nonzero(weight)) for weight in weights),
+            "prunable": sum(weight.numel() for weight in weights),
             "parameters": sum(parameter.numel() for parameter in self.network.parameters()),
         }
 

