@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fishleg.parameters import Partition
+from fishleg.parameters import ParameterGroup, Partition
 from fishleg.pruning import count_masks, weight_masks, zero_masks
 from pipeline.stage import Context
 from stages.checkpoint_file import load_weights
@@ -69,7 +69,7 @@ def _with_zeros(ctx: Context, model: Model, given: Mapping[str, Tensor]) -> Mode
     for group in partition.prunable:
         for name in masked.intersection(group.names):
             kept = given[name].to(masks[group.name].device)
-            masks[group.name][:, : group.weight_columns] &= kept.reshape(group.rows, -1)
+            _survivors(group, masks).logical_and_(kept.reshape(group.rows, -1))
             masked.remove(name)
     if masked:
         names = ", ".join(sorted(masked))
@@ -83,6 +83,12 @@ def _with_zeros(ctx: Context, model: Model, given: Mapping[str, Tensor]) -> Mode
         f"zeros: {params.zeros}: {removed:,} of {prunable:,} prunable weights ({share:.2%}) are 0 "
         f"and {stay}: {_layers(partition, masks)}"
     )
+    empty = [group.name for group in partition.prunable if not _survivors(group, masks).any()]
+    if empty and params.zeros == "keep":
+        ctx.say(
+            f"zeros: {', '.join(empty)}: every weight is 0, so that nothing of it can be trained; "
+            "where that is how the layer begins, and not what was pruned, set `zeros: free`"
+        )
     imported = model.with_facts(method="imported", mode="imported")
     if params.zeros == "free":
         return imported
@@ -93,7 +99,12 @@ def _layers(partition: Partition, masks: Mapping[str, Tensor]) -> str:
     """Return how many weights of each layer are removed, and of how many."""
     found = []
     for group in partition.prunable:
-        removed = int((~masks[group.name]).sum())
+        removed = int((~_survivors(group, masks)).sum())
         if removed:
             found.append(f"{group.name} {removed:,} of {group.rows * group.weight_columns:,}")
     return ", ".join(found)
+
+
+def _survivors(group: ParameterGroup, masks: Mapping[str, Tensor]) -> Tensor:
+    """Return the mask of a group's weights, without the column of its bias."""
+    return masks[group.name][:, : group.weight_columns]

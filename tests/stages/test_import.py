@@ -148,6 +148,18 @@ def test_a_budget_is_spent_from_the_sparsity_that_was_imported(
     assert facts_of(after)["target"] == 1023 / 1024
 
 
+def test_a_layer_that_is_0_all_over_is_told_to_be_dead(dense: Ran, tmp_path: Path) -> None:
+    """Some heads begin at 0; a mask of all of it would keep them there."""
+    tensors = load_file(dense.output() / "model.safetensors")
+    tensors["fc2.weight"].zero_()
+    save_file(tensors, tmp_path / "x.safetensors")
+    told = "zeros: fc2: every weight is 0, so that nothing of it can be trained"
+    kept = import_file(tmp_path / "x.safetensors", tmp_path / "kept")
+    free = import_file(tmp_path / "x.safetensors", tmp_path / "free", zeros="free")
+    assert told in kept.texts()
+    assert told not in free.texts()
+
+
 def test_a_few_zeros_are_no_mask(dense: Ran, tmp_path: Path) -> None:
     """Below 1 % of a layer: chance, an unlucky rectifier, a rounded weight."""
     tensors = load_file(dense.output() / "model.safetensors")
