@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from fishleg.errors import FishLegError, ShapeMismatch
 from fishleg.likelihoods import Likelihood, check_targets, given_targets
-from fishleg.loading import Split, hold_batches, read_batch, split_batch
+from fishleg.loading import Split, check_iterable, hold_batches, read_batch, split_batch
 from fishleg.nests import Nest, as_nest, count_samples, describe, map_tensors, take, tensors_of
 from fishleg.rng import SampleGenerator
 
@@ -204,6 +204,12 @@ def inputs_and_targets(batch: Any) -> tuple[Nest, Tensor | None]:
     if isinstance(batch, Batch):
         return batch.inputs, batch.targets
     return read_batch(batch, split_batch, "batch")
+
+
+def each_batch(batches: Iterable[Any]) -> Iterator[tuple[Nest, Tensor | None]]:
+    """Yield the inputs and targets of each batch; see `inputs_and_targets`."""
+    check_iterable(batches)
+    yield from map(inputs_and_targets, batches)
 
 
 def apply_transform(transform: Transform, inputs: Nest) -> Nest:

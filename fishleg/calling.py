@@ -23,9 +23,9 @@ class Calling:
     """How a model is called, and which of its outputs counts.
 
     By default a batch's inputs are passed as `forward` is declared to take them: a dict whose keys
-    are all names of its arguments, as keywords; a tuple or list, as positional arguments if
-    `forward` cannot do with fewer than two and takes that many; anything else, a lone tensor above
-    all, as the one argument.
+    are all names of its arguments (or some of them, if it takes any others, too), as keywords; a
+    tuple or list, as positional arguments if `forward` cannot do with fewer than two and takes that
+    many; anything else, a lone tensor above all, as the one argument.
 
     Attributes:
         call: called as call(model, inputs) in place of all that.
@@ -189,18 +189,26 @@ def _arguments(model: nn.Module, inputs: Nest) -> tuple[Sequence[Any], Mapping[s
     """Return the positional and keyword arguments that inputs are passed as; see `Calling`."""
     if not isinstance(inputs, dict | tuple | list):
         return (inputs,), {}
-    declared = inspect.signature(model.forward).parameters.values()
+    declared = _declared(model)
+    kinds = {one.kind for one in declared}
     if isinstance(inputs, dict):
-        named = {
-            one.name
-            for one in declared
-            if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
-        }
-        return ((), inputs) if named.issuperset(inputs) else ((inputs,), {})
-    places = [
-        one for one in declared if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
-    ]
+        named = {one.name for one in declared if one.kind in (_EITHER, _KEYWORD)}
+        strays = inputs.keys() - named
+        fits = not strays or (inspect.Parameter.VAR_KEYWORD in kinds and strays != inputs.keys())
+        return ((), inputs) if fits else ((inputs,), {})
+    places = [one for one in declared if one.kind in (inspect.Parameter.POSITIONAL_ONLY, _EITHER)]
     needed = sum(one.default is one.empty for one in places)
-    anything = any(one.kind is one.VAR_POSITIONAL for one in declared)
-    spread = 2 <= needed <= len(inputs) and (anything or len(inputs) <= len(places))
-    return (inputs, {}) if spread else ((inputs,), {})
+    room = len(inputs) <= len(places) or inspect.Parameter.VAR_POSITIONAL in kinds
+    return (inputs, {}) if 2 <= needed <= len(inputs) and room else ((inputs,), {})
+
+
+_EITHER, _KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+
+
+def _declared(model: nn.Module) -> Sequence[inspect.Parameter]:
+    """Return the arguments of `forward`; of a wrapper that takes anything, the inner model's."""
+    found = list(inspect.signature(model.forward).parameters.values())
+    inner = getattr(model, "module", getattr(model, "_orig_mod", None))
+    if isinstance(inner, nn.Module) and not any(one.kind in (_EITHER, _KEYWORD) for one in found):
+        return _declared(inner)
+    return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -77,6 +77,20 @@ def read_batch(batch: Any, split: Split, what: str) -> Pair:
     return inputs, targets
 
 
+def check_iterable(batches: Any) -> None:
+    """Check that something is an iterable of batches, and not a batch itself.
+
+    Raises:
+        ShapeMismatch: it is not.
+    """
+    alone = isinstance(batches, Tensor | Mapping | str) or hasattr(batches, "__array__")
+    if alone or not isinstance(batches, Iterable | Dataset):
+        raise ShapeMismatch(
+            f"batches: expected an iterable of batches, such as a DataLoader, got "
+            f"{describe(batches)}; a batch by itself goes into a list."
+        )
+
+
 def read_batches(batches: Iterable[Any], split: Split) -> Iterator[Pair]:
     """Yield the inputs and targets of each batch, as tensors.
 
@@ -86,6 +100,7 @@ def read_batches(batches: Iterable[Any], split: Split) -> Iterator[Pair]:
 
     A ShapeMismatch if a batch is no nest of samples, or not like the first one.
     """
+    check_iterable(batches)
     if isinstance(batches, Dataset):
         batches = DataLoader(batches, batch_size=_AT_ONCE)
     first: Pair | None = None

@@ -12,6 +12,7 @@ from fishleg.errors import FishLegError, ShapeMismatch
 from fishleg.loading import (
     Pair,
     Split,
+    check_iterable,
     checksum,
     join_pairs,
     read_batches,
@@ -48,7 +49,8 @@ class StreamedCalibration:
         split: Split = split_batch,
         transform: Transform | None = None,
     ):
-        if iter(batches) is batches:
+        check_iterable(batches)
+        if isinstance(batches, Iterator):
             raise FishLegError(
                 f"batches: expected what may be iterated over in each pass, got "
                 f"{type(batches).__name__}, which gives its samples once; hold them instead, "

@@ -96,8 +96,9 @@ class Categorical(AbstractLikelihood):
                     f"{tuple(outputs.shape)}, got {tuple(targets.shape)}; class_dim says which "
                     "dimension of the outputs counts classes."
                 )
+            ignored = _NO_TARGET if self.ignore_index is None else self.ignore_index
             losses = functional.cross_entropy(
-                logits, targets.long(), reduction="none", ignore_index=self._ignored
+                logits, targets.long(), reduction="none", ignore_index=ignored
             )
         return _over_positions(losses)
 
@@ -109,7 +110,9 @@ class Categorical(AbstractLikelihood):
         # The last sum may fall short of 1 by rounding.
         drawn = below.clamp_(max=logits.shape[-1] - 1)
         counts = self._counted(logits)
-        return drawn if counts is None else drawn.masked_fill_(~counts, self._ignored)
+        if counts is None:
+            return drawn
+        return self._as_targets(drawn.masked_fill_(~counts, _NO_TARGET), logits)
 
     def match(self, outputs: Tensor, generator: SampleGenerator) -> Tensor:
         """Return weights of the classes with the mean and covariance of one-hot labels.
@@ -154,9 +157,11 @@ class Categorical(AbstractLikelihood):
         weights = self._restrict(logits.softmax(-1)).reshape(n, -1)
         numbers = torch.arange(classes, device=logits.device)
         if not positions:
-            return torch.where(weights.mT > 0, numbers[:, None], self._ignored), weights
+            targets = torch.where(weights.mT > 0, numbers[:, None], _NO_TARGET)
+            return self._as_targets(targets, logits), weights
         count = prod(positions)
         needed, room = 8 * n * count * count * classes, available_bytes(logits.device)
+        needed *= classes if self._is_class(classes) else 1
         if room is not None and needed > room:
             raise CapacityExceeded(
                 f"Enumerated labels: {classes} classes at {count} positions take "
@@ -164,10 +169,10 @@ class Categorical(AbstractLikelihood):
                 "labels 'matched', or 'sampled'."
             )
         here = torch.eye(count, dtype=torch.bool, device=logits.device)[:, None, None, :]
-        targets = torch.where(here, numbers[:, None, None], self._ignored)
+        targets = torch.where(here, numbers[:, None, None], _NO_TARGET)
         targets = targets.expand(count, classes, n, count).reshape(-1, n, *positions)
         possible = (weights.mT > 0).reshape(-1, n, *[1] * len(positions))
-        return targets.where(possible, self._ignored), weights
+        return self._as_targets(targets.where(possible, _NO_TARGET), logits), weights
 
     def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
         """Check that class numbers are among the outputs' classes, and weights finite.
@@ -194,9 +199,27 @@ class Categorical(AbstractLikelihood):
 
     # -- layout
 
-    @property
-    def _ignored(self) -> int:
-        return _NO_TARGET if self.ignore_index is None else self.ignore_index
+    def _is_class(self, classes: int) -> bool:
+        """Tell whether the number that is ignored is also that of a class, which may be drawn."""
+        return self.ignore_index is not None and 0 <= self.ignore_index < classes
+
+    def _as_targets(self, numbers: Tensor, logits: Tensor) -> Tensor:
+        """Return drawn class numbers as `nll` takes them.
+
+        As weights of the classes, where numbers could not be told from what is ignored.
+
+        Args:
+            numbers: (..., n, *positions), `_NO_TARGET` for none.
+            logits: (n, *positions, C).
+        """
+        if self.ignore_index is None:
+            return numbers
+        none, classes = numbers == _NO_TARGET, logits.shape[-1]
+        if not self._is_class(classes):
+            return numbers.masked_fill(none, self.ignore_index)
+        weights = functional.one_hot(numbers.clamp(min=0), classes).to(logits.dtype)
+        weights = weights.masked_fill(none.unsqueeze(-1), 0)
+        return self._as_outputs(weights, lead=numbers.ndim - logits.ndim + 1)
 
     def _dimension(self, outputs: Tensor) -> int:
         """Return which dimension counts classes.
@@ -228,9 +251,10 @@ class Categorical(AbstractLikelihood):
     def _classes_last(self, outputs: Tensor) -> Tensor:
         return outputs.movedim(self._dimension(outputs), -1)
 
-    def _as_outputs(self, values: Tensor) -> Tensor:
-        """Undo `_classes_last`."""
-        return values.movedim(-1, -1 if self.class_dim is None else self.class_dim)
+    def _as_outputs(self, values: Tensor, lead: int = 0) -> Tensor:
+        """Undo `_classes_last`, behind `lead` further dimensions."""
+        dim = -1 if self.class_dim is None else self.class_dim
+        return values.movedim(-1, dim if dim < 0 else dim + lead)
 
     def _counted(self, logits: Tensor) -> Tensor | None:
         """Return which positions count, bool (n, *positions), or None for all.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fishleg.calibration import inputs_and_targets
+from fishleg.calibration import each_batch
 from fishleg.calling import PLAIN, Calling
 from fishleg.errors import FishLegError
 
@@ -58,8 +58,8 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Any], calling: Calling 
         for one in sums:
             stack.enter_context(_watched(one.norm, one.add))
             stack.enter_context(_by_batch(one.norm))
-        for batch in batches:
-            calling.outputs(model, inputs_and_targets(batch)[0])
+        for inputs, _ in each_batch(batches):
+            calling.outputs(model, inputs)
     for one in sums:
         one.write()
 

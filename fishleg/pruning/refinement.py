@@ -18,12 +18,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fishleg.calibration import Calibration, inputs_and_targets
+from fishleg.calibration import Calibration, each_batch, inputs_and_targets
 from fishleg.calling import PLAIN, Calling
 from fishleg.errors import FishLegError, UnknownName
 from fishleg.estimators.base import AbstractEstimator
 from fishleg.gradients import GradientSource
 from fishleg.likelihoods import AbstractLikelihood, given_targets
+from fishleg.loading import check_iterable
 from fishleg.nests import count_samples, tensors_of
 from fishleg.parameters import Partition
 from fishleg.pruning.compensation import solve_on_survivors
@@ -323,8 +324,7 @@ def mean_divergence(
     reference.eval()
     total, count = 0.0, 0
     with torch.no_grad():
-        for batch in batches:
-            inputs, targets = inputs_and_targets(batch)
+        for inputs, targets in each_batch(batches):
             wanted, outputs = (calling.outputs(one, inputs).float() for one in (reference, model))
             found = given_targets(likelihood, targets).divergence(wanted, outputs)
             total, count = total + found.double().sum().item(), count + len(found)
@@ -349,6 +349,7 @@ def refine(
     Raises:
         FishLegError: the divergence is not finite, or the batches have ended too early.
     """
+    check_iterable(batches)
     stream, total, since = iter(batches), torch.zeros(()), 0
     while refinement.done < refinement.steps:
         batch = next(stream, None)

@@ -70,6 +70,23 @@ class OneTuple(Base):
         return self.mix(pair[0], pair[1]) * scale
 
 
+class Anything(Base):
+    def forward(self, left=None, right=None, **others):
+        assert set(others) <= {"unused"}
+        return self.mix(left, right)
+
+
+class Wrapper(nn.Module):
+    """Takes anything, as nn.DataParallel does."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs, **kwargs):
+        return self.module(*inputs, **kwargs)
+
+
 class OneNamed(Base):
     def forward(self, pair):
         return self.mix(pair.left, pair.right)
@@ -90,6 +107,11 @@ RIGHT = torch.randn(N, 2, dtype=torch.float64, generator=torch.Generator().manua
 WAYS = {
     "a dict as keywords": (Keywords, {"right": RIGHT, "left": LEFT}, Calling()),
     "a dict as one argument": (OneDict, {"left": LEFT, "right": RIGHT}, Calling()),
+    "a dict with keys that only **kwargs takes": (
+        Anything,
+        {"left": LEFT, "right": RIGHT, "unused": LEFT},
+        Calling(),
+    ),
     "a mapping": (Keywords, UserDict(left=LEFT, right=RIGHT), Calling()),
     "a tuple as arguments": (Positional, (LEFT, RIGHT), Calling()),
     "a list as arguments": (Positional, [LEFT, RIGHT], Calling()),
@@ -132,6 +154,19 @@ def test_curvature_is_the_same_however_the_inputs_are_nested(way):
     v = {name: torch.randn_like(p) for name, p in model.named_parameters()}
     product = flat_vector(fisher_vector_product(source, v), groups)
     torch.testing.assert_close(product, fisher @ flat_vector(v, groups), **EXACT)
+
+
+def test_a_wrapper_passes_inputs_as_its_model_takes_them():
+    model = shake(Positional())
+    wrapped = {
+        "keywords": (Keywords, {"left": LEFT, "right": RIGHT}),
+        "places": (Positional, (LEFT, RIGHT)),
+    }
+    for make, inputs in wrapped.values():
+        inner = make().double()
+        inner.load_state_dict(model.state_dict())
+        outputs = Calling().outputs(Wrapper(inner), inputs)
+        assert torch.equal(outputs, model(LEFT, RIGHT))
 
 
 def test_arrays_that_cannot_be_written_to_are_taken_as_they_are():

@@ -51,7 +51,15 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 TOKENS = random(N, T, C)
 IMAGES = TOKENS.reshape(N, 2, 2, C).movedim(-1, 1)
 """The same numbers as pixels, (n, C, 2, 2)."""
+ZERO = torch.where(TARGETS == PAD, 0, TARGETS.where(TARGETS > 0, 1))
+"""Padding that has the number of a class, as in texts where it is a token."""
 CASES = [
+    (Categorical(ignore_index=0).given(ZERO), TOKENS, ZERO != 0),
+    (
+        Categorical(class_dim=1, ignore_index=0).given(ZERO.reshape(N, 2, 2)),
+        IMAGES,
+        ZERO != 0,
+    ),
     (Categorical(), TOKENS, torch.ones(N, T, dtype=torch.bool)),
     (Categorical(class_dim=1), IMAGES, torch.ones(N, T, dtype=torch.bool)),
     (Categorical(class_dim=-3), IMAGES, torch.ones(N, T, dtype=torch.bool)),
@@ -67,6 +75,19 @@ CASES = [
 def as_tokens(values: torch.Tensor) -> torch.Tensor:
     """Return (n, T C) of values in either layout."""
     return values.flatten(1) if values.ndim == 3 else values.movedim(1, -1).flatten(1)
+
+
+def draw(outputs: torch.Tensor) -> torch.Tensor:
+    """Return class numbers where all positions count."""
+    return Categorical().sample(outputs, SampleGenerator(0, torch.arange(len(outputs))))
+
+
+def numbers(likelihood: Categorical, targets: torch.Tensor) -> torch.Tensor:
+    """Return drawn class numbers (n, T), negative where there is none."""
+    if targets.is_floating_point():  # the number that is ignored is a class as well
+        weights = as_tokens(targets).unflatten(1, (T, C))
+        return weights.argmax(-1).where(weights.any(-1), PAD)
+    return targets.flatten(1)
 
 
 def hessians(outputs: torch.Tensor, counts: torch.Tensor) -> list[torch.Tensor]:
@@ -117,9 +138,9 @@ def test_matched_labels_have_exactly_the_moments_of_sampled_ones_at_all_position
 
 @pytest.mark.parametrize(("likelihood", "outputs", "counts"), CASES)
 def test_drawn_labels_have_the_frequencies_of_each_position(likelihood, outputs, counts):
-    targets = likelihood.sample(outputs, SampleGenerator(0, torch.arange(N)))
-    assert targets.shape == outputs.select(likelihood.class_dim or -1, 0).shape
-    assert torch.equal(targets.flatten(1) >= 0, counts)
+    targets = numbers(likelihood, likelihood.sample(outputs, SampleGenerator(0, torch.arange(N))))
+    assert torch.equal(targets >= 0, counts)
+    assert torch.equal(targets[counts], draw(TOKENS)[counts])
     many = Categorical().sample(
         TOKENS[:1].expand(DRAWS, T, C), SampleGenerator(0, torch.arange(DRAWS))
     )
@@ -137,7 +158,7 @@ def test_losses_and_divergences_are_sums_over_the_positions_that_count(likelihoo
     expected = ((p * (p / q).log()).sum(-1) * counts).sum(1)
     torch.testing.assert_close(likelihood.divergence(outputs, outputs.flip(0)), expected)
     targets = likelihood.sample(outputs, SampleGenerator(0, torch.arange(N)))
-    chosen = targets.flatten(1).clamp(min=0)[..., None]
+    chosen = numbers(likelihood, targets).clamp(min=0)[..., None]
     losses = -(p.log().gather(2, chosen).squeeze(2) * counts).sum(1)
     torch.testing.assert_close(likelihood.nll(outputs, targets), losses)
     weights = nn.functional.one_hot(chosen.squeeze(2), C).double() * counts[..., None]
@@ -176,7 +197,7 @@ class Pixels(nn.Module):
 def tokens_source(**options) -> GradientSource:
     torch.manual_seed(0)
     model = shake(Tokens())
-    calibration = Calibration(inputs=random(N, T, 2), targets=TARGETS)
+    calibration = Calibration(inputs=random(N, T, 2), targets=TARGETS.clone())
     likelihood = Categorical(ignore_index=PAD)
     return GradientSource(model, likelihood, partition_parameters(model), calibration, **options)
 
@@ -250,6 +271,18 @@ def test_empirical_labels_are_the_datas_over_positions(make):
     held = source.hold(source.partition.names)
     rows = torch.cat([held[name].flatten(1) for name in source.partition.names], dim=1)
     torch.testing.assert_close(rows, expected, **EXACT)
+
+
+@pytest.mark.parametrize("labels", ["sampled", "matched", "enumerated"])
+def test_padding_may_have_the_number_of_a_class(labels):
+    """A drawn label of that number counts; a position that is padding does not."""
+    recoded, plain = (tokens_source(labels=labels, batch_size=2 * T * C) for _ in range(2))
+    recoded.likelihood = Categorical(ignore_index=0)
+    recoded.calibration.targets.copy_(torch.where(TARGETS == PAD, 0, 1))
+    plain.calibration.targets.copy_(torch.where(TARGETS == PAD, PAD, 1))
+    found, expected = (source.hold(source.partition.names) for source in (recoded, plain))
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], **EXACT)
 
 
 def test_certificates_count_the_positions_that_count():
