@@ -1,9 +1,14 @@
 """What the source of one module says: its normal form as a digest, its imports and its names.
 
-The normal form is the syntax tree without what has no effect on what the module computes: layout,
-comments, docstrings, annotations, imports for typing, `if TYPE_CHECKING` blocks, `pass`. It is the
-same on every supported Python. (In a class body, `x: int = 1` differs from `x = 1`, since
-dataclasses and pydantic tell them apart; which type it is has no effect here either.)
+The normal form is the syntax tree without what no program can read when it runs, or that hardly any
+does: layout, comments, `pass`, `if TYPE_CHECKING` blocks, and
+- annotations, but for those in class bodies (dataclasses and pydantic read them) and of decorated
+  functions (`functools.singledispatch` does): annotations of plain functions and of variables are
+  left out;
+- docstrings, but for those in a module that reads `__doc__`;
+- imports for typing, type aliases and `from __future__ import annotations`, unless something that
+  is left in needs them.
+It is the same on every supported Python.
 """
 
 from __future__ import annotations
@@ -20,10 +25,14 @@ from typing import Any
 from pipeline.errors import BadInput
 
 _TYPING = {"__future__", "collections.abc", "numpy.typing", "typing", "typing_extensions"}
-_WITHOUT_EFFECT = {
-    "annotation", "ctx", "kind", "returns", "simple", "type_comment", "type_ignores", "type_params",
-}  # fmt: skip
+_WITHOUT_EFFECT = {"ctx", "kind", "type_comment", "type_ignores"}
+_SIGNATURE = {"args", "returns", "type_params"}
 _BODIES = {"body", "orelse", "finalbody"}
+_FUTURE = "__future__.annotations"
+
+# The rule by which digests are made, kept beside them. Rule 1 left out all annotations, docstrings
+# and imports for typing.
+RULE = 2
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,23 @@ def parse_source(data: bytes, file: Path, module: str, is_package: bool) -> Sour
         line = getattr(error, "lineno", None) or 1
         what = getattr(error, "msg", error)
         raise BadInput(f"{file}:{line}: no valid Python: {what}") from None
-    return _Normaliser(module if is_package else module.rpartition(".")[0]).read(tree)
+    docstrings = _docstrings(tree) if b"__doc__" in data or b"getdoc" in data else set()
+    package, needed = module if is_package else module.rpartition(".")[0], set[str]()
+    while True:  # a type alias that is needed may need an import for typing
+        normaliser = _Normaliser(package, docstrings, needed)
+        source = normaliser.read(tree)
+        if normaliser.needed == needed:
+            return source
+        needed = normaliser.needed
+
+
+def _docstrings(tree: ast.Module) -> set[int]:
+    """Return the ids of the docstrings, if anything in the module reads docstrings."""
+    nodes = list(ast.walk(tree))
+    if not any(map(_reads_docstrings, nodes)):
+        return set()
+    scopes = [node for node in nodes if isinstance(node, (ast.Module, *_DEFINITIONS)) and node.body]
+    return {id(node.body[0]) for node in scopes if _is_text(node.body[0])}
 
 
 class _Normaliser:
@@ -103,13 +128,23 @@ class _Normaliser:
 
     Args:
         package: the package that relative imports start from.
+        docstrings: ids of the statements that count though they do nothing.
+        needed: names that typing brings, and something that counts needs.
+
+    Attributes:
+        needed: the same, as it was found on the way.
     """
 
-    def __init__(self, package: str):
+    def __init__(self, package: str, docstrings: set[int], needed: set[str]):
         self.package = package
+        self.docstrings = docstrings
+        self.kept = needed
         self.out: list[str] = []
         self.imports: list[Import] = []
         self.in_class = False
+        self.in_signature = False  # of a decorated function
+        self.used: set[str] = set()
+        self.offered: set[str] = set()
 
     def read(self, tree: ast.Module) -> Source:
         """Return what the tree says."""
@@ -118,6 +153,11 @@ class _Normaliser:
         source = Source(hashlib.sha256(text).hexdigest(), self.imports)
         self.bind(tree.body, source)
         return source
+
+    @property
+    def needed(self) -> set[str]:
+        """Of the names that typing brings, those that were used."""
+        return self.used & self.offered
 
     # -- normal form: (Class field value ...), where fields that are None or empty are left out
 
@@ -137,10 +177,37 @@ class _Normaliser:
                 self.imports += [Import(alias.name) for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 self.imports += self.edges(node)
-            for name in _fields(kind):
-                self.field(name, getattr(node, name, None))
+            elif isinstance(node, ast.Name):
+                self.used.add(node.id)
+            if isinstance(node, _FUNCTIONS):
+                self.function(node)
+            else:
+                for name in _fields(kind):
+                    value = getattr(node, name, None)
+                    if name == "annotation":
+                        self.annotation(name, value)
+                    else:
+                        self.field(name, value)
             self.in_class = outer
         self.out.append(")")
+
+    def function(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        """Append a function's fields; what its signature says of types, if it is decorated."""
+        outer = self.in_signature
+        for name in _fields(type(node).__name__):
+            self.in_signature = bool(node.decorator_list) and name in _SIGNATURE
+            value = getattr(node, name, None)
+            if name == "returns":
+                self.annotation(name, value)
+            elif name != "type_params" or self.in_signature:
+                self.field(name, value)
+        self.in_signature = outer
+
+    def annotation(self, name: str, value: ast.expr | None) -> None:
+        """Append an annotation that counts: in a class body, or of a decorated function."""
+        if value is not None and (self.in_signature or self.in_class):
+            self.used |= {_FUTURE, *_names_in_texts(value)}
+            self.field(name, value)
 
     def field(self, name: str, value: Any) -> None:
         """Append a field unless it is None or empty."""
@@ -186,11 +253,31 @@ class _Normaliser:
                 if statement.value is not None:
                     yield ast.Assign(targets=[statement.target], value=statement.value)
             elif isinstance(statement, ast.Import):
-                names = [alias for alias in statement.names if alias.name not in _TYPING]
+                names = [alias for alias in statement.names if self.counts(alias, alias.name)]
                 if names:
                     yield ast.Import(names=names)
-            elif not _is_idle(statement):
+            elif isinstance(statement, ast.ImportFrom) and not statement.level:
+                module = statement.module or ""
+                names = [alias for alias in statement.names if self.counts(alias, module)]
+                if names:
+                    yield ast.ImportFrom(module=module, names=names, level=0)
+            elif type(statement).__name__ == "TypeAlias":
+                if self.is_needed(getattr(statement, "name").id):  # noqa: B009 - since 3.12
+                    yield statement
+            elif id(statement) in self.docstrings or not _is_idle(statement):
                 yield statement
+
+    def counts(self, alias: ast.alias, module: str) -> bool:
+        """Tell whether an import counts: if it is for typing, only where its name is needed."""
+        if module == "__future__":
+            return alias.name == "annotations" and self.is_needed(_FUTURE)
+        name = alias.asname or alias.name.partition(".")[0]
+        return module not in _TYPING or alias.name == "*" or self.is_needed(name)
+
+    def is_needed(self, name: str) -> bool:
+        """Tell whether something that counts needs a name that serves typing."""
+        self.offered.add(name)
+        return name in self.kept
 
     # -- imports and names
 
@@ -243,6 +330,7 @@ class _Normaliser:
 
 
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _SCOPES = (*_DEFINITIONS, ast.Lambda)
 
 
@@ -257,12 +345,36 @@ def _is_type_checking(test: ast.expr) -> bool:
 
 
 def _is_idle(statement: ast.stmt) -> bool:
-    """Tell whether a statement does nothing: a docstring, `pass`, an import for typing."""
+    """Tell whether a statement does nothing: a docstring, `pass`."""
     if isinstance(statement, ast.Expr):
         return isinstance(statement.value, ast.Constant)
-    if isinstance(statement, ast.ImportFrom):
-        return not statement.level and statement.module in _TYPING
-    return type(statement).__name__ in {"Pass", "TypeAlias"}
+    return isinstance(statement, ast.Pass)
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    value = statement.value if isinstance(statement, ast.Expr) else None
+    return isinstance(value, ast.Constant) and isinstance(value.value, str)
+
+
+def _reads_docstrings(node: ast.AST) -> bool:
+    """Tell whether a node is `__doc__`, `x.__doc__`, `"__doc__"`, or a use of `inspect.getdoc`."""
+    names = {"__doc__", "getdoc"}
+    return (
+        (isinstance(node, ast.Name) and node.id in names)
+        or (isinstance(node, ast.Attribute) and node.attr in names)
+        or (isinstance(node, ast.Constant) and node.value == "__doc__")
+    )
+
+
+def _names_in_texts(annotation: ast.expr) -> Iterator[str]:
+    """Yield the names in an annotation's strings, which are evaluated by whoever reads them."""
+    for part in ast.walk(annotation):
+        if isinstance(part, ast.Constant) and isinstance(part.value, str):
+            try:
+                inner = ast.parse(part.value, mode="eval")
+            except (SyntaxError, ValueError):  # it is no annotation, as in Literal["a b"]
+                continue
+            yield from (node.id for node in ast.walk(inner) if isinstance(node, ast.Name))
 
 
 def _atom(value: Any) -> str:

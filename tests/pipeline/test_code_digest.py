@@ -2,6 +2,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from pipeline.source import Import, Source, read_source
 
 FIXTURE = Path(__file__).parent / "fixtures" / "syntax.txt"
 # Equal on Python 3.11 to 3.14; a change of it reruns everybody's pipelines.
-FIXTURE_DIGEST = "f773d446747d51d1345e4e358a88be1d54f60b9702d6b008a0c40a7dc38db5f6"
+FIXTURE_DIGEST = "79f4c030e19433230243d4e14626c64a83532f69b9054072d30983193ae0620e"
 
 
 def source_of(tmp_path: Path, text: str) -> Source:
@@ -68,20 +69,19 @@ BASE = """
         """,
         # annotations and what serves them alone
         """
-        from __future__ import annotations
         import typing
         from typing import TYPE_CHECKING, Any
         from collections.abc import Sequence
         import os
         if TYPE_CHECKING:
             import heavy
-        def f(x: Sequence[heavy.Thing], y: int = 1) -> Any:
+        def f(x: 'Sequence[heavy.Thing]', y: int = 1) -> Any:
             local: int
             if x:
                 y: int = x + 2
             return y
         class C:
-            z: typing.ClassVar[Any] = 1
+            z: int = 1
         """,
     ],
 )
@@ -108,6 +108,102 @@ def test_what_has_no_effect_leaves_the_digest(tmp_path: Path, text: str) -> None
 )
 def test_what_has_an_effect_changes_the_digest(tmp_path: Path, old: str, new: str) -> None:
     assert digest(tmp_path, BASE.replace(old, new)) != digest(tmp_path, BASE)
+
+
+# ------------------------------------------------- what a program can read when it runs
+
+DISPATCH = """
+    from functools import singledispatch
+    from typing import Any
+    @singledispatch
+    def kind(x: Any, *more: int, key: int = 1) -> str:
+        return "any"
+    @kind.register
+    def of_int(x: int):
+        return "int"
+"""
+MODEL = """
+    from __future__ import annotations
+    from typing import Any, ClassVar, Optional
+    class Model:
+        a: int = 1
+        b: "ClassVar[int]"
+        if True:
+            c: Optional[int]
+        @property
+        def d(self) -> int: ...
+        def plain(self, x: Any): ...
+"""
+READS = """
+    def f():
+        "one"
+        return f.__doc__
+    class C:
+        "two"
+"""
+
+
+def kind_of_one(text: str) -> str:
+    """Run `DISPATCH`, or what became of it."""
+    names: dict[str, Any] = {}
+    exec(textwrap.dedent(text), names)  # noqa: S102 - it stands above
+    found: str = names["kind"](1)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("base", "old", "new"),
+    [
+        (DISPATCH, "x: int", "x: float"),
+        (DISPATCH, "*more: int", "*more: float"),
+        (DISPATCH, "key: int", "key: float"),
+        (DISPATCH, "-> str", "-> bytes"),
+        (DISPATCH, "x: Any", "x: 'Any'"),
+        (DISPATCH, "from typing", "from typing_extensions"),
+        (MODEL, "a: int", "a: float"),
+        (MODEL, "a: int", "(a): int"),  # no field
+        (MODEL, "ClassVar[int]", "ClassVar[float]"),
+        (MODEL, "c: Optional[int]", "c: int"),
+        (MODEL, "d(self) -> int", "d(self) -> float"),
+        (MODEL, "typing import Any, ClassVar", "typing_extensions import Any, ClassVar"),
+        (MODEL, "from __future__ import annotations", ""),
+        (READS, '"one"', '"1"'),
+        (READS, '"two"', '"2"'),
+        (READS, '"two"', "pass"),
+        (READS.replace("f.__doc__", "__doc__"), '"one"', '"1"'),
+        (READS.replace("f.__doc__", "getattr(f, '__doc__')"), '"one"', '"1"'),
+        (READS.replace("f.__doc__", "inspect.getdoc(f)"), '"one"', '"1"'),
+    ],
+)
+def test_what_can_be_read_at_run_time_changes_the_digest(
+    tmp_path: Path, base: str, old: str, new: str
+) -> None:
+    assert old in base
+    assert digest(tmp_path, base.replace(old, new)) != digest(tmp_path, base)
+
+
+def test_a_program_that_dispatches_otherwise_has_another_digest(tmp_path: Path) -> None:
+    other = DISPATCH.replace("x: int", "x: float")
+    assert (kind_of_one(DISPATCH), kind_of_one(other)) == ("int", "any")
+    assert digest(tmp_path, DISPATCH) != digest(tmp_path, other)
+
+
+@pytest.mark.parametrize(
+    ("base", "old", "new"),
+    [
+        (DISPATCH, "import Any", "import Any, Sequence"),  # which nothing needs
+        (MODEL, "x: Any", "x: Optional[Any]"),
+        (MODEL, "import Any, ", "import "),  # plain functions alone need it
+        (MODEL, "class Model", "if TYPE_CHECKING:\n        import heavy\n    class Model"),
+        (READS.replace(".__doc__", "()  # no __doc__"), '"one"', '"1"'),
+        (READS, "def f():", "x: int\n    def f() -> str:"),
+    ],
+)
+def test_what_nothing_reads_leaves_the_digest(
+    tmp_path: Path, base: str, old: str, new: str
+) -> None:
+    assert old in base
+    assert digest(tmp_path, base.replace(old, new)) == digest(tmp_path, base)
 
 
 def test_texts_that_look_alike_are_told_apart(tmp_path: Path) -> None:
