@@ -115,6 +115,7 @@ class _Names(_Document):
 class _Ingredients(_Document):
     stage: str
     code: Texts
+    rule: Count = 1
     params: dict[str, Any]
     inputs: Lists
     files: Texts

@@ -23,10 +23,12 @@ from pipeline.code_digest import CodeIndex
 from pipeline.graph import Cell, shorten
 from pipeline.outside import Reading, files_of, folders_of, name_of, read_file, read_folder
 from pipeline.params import Marked, marked
+from pipeline.source import RULE
 from pipeline.spec import Plugin
 from pipeline.stage import ExternalFile, Registry
 
-_NOT_HASHED = {"names", "accepted"}
+CODE_CHANGED = ("code of ", "the rule for code digests")  # how phrases of `explain` begin
+_NOT_HASHED = {"names", "accepted", "rule"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +41,10 @@ class Identity:
         ingredients: JSON with `stage`, `code` {module: digest}, `params`, `inputs` {name: [key]},
             `files` {parameter: sha256}, `data` {parameter: digest} and `generation`; and `names`,
             which is not hashed: `inputs` {name: [cell]}, `files` {parameter: path}, and
-            `unchecked` [parameter], which stand for data that the key does not know. Where code
-            was accepted as equivalent, `code` is what it counts as, and `accepted`, which is not
-            hashed either, says what it is (see `pipeline.acceptance`).
+            `unchecked` [parameter], which stand for data that the key does not know. Nor is `rule`,
+            by which the digests of code are made (1, if absent). Where code was accepted as
+            equivalent, `code` is what it counts as, and `accepted`, which is not hashed either,
+            says what it is (see `pipeline.acceptance`).
     """
 
     key: str
@@ -115,6 +118,7 @@ def _ingredients(
     return {
         "stage": cell.declaration.name,
         "code": digests(frozenset(targets)),
+        "rule": RULE,
         "params": params,
         "inputs": {
             name: [upstream[source].key for source in sources]
@@ -190,13 +194,28 @@ def explain(
     if before["stage"] != after["stage"]:
         changes.append(f"stage type: {before['stage']} -> {after['stage']}")
     changes += _entries("params", before["params"], after["params"])
-    changes += _digests("code of {}", before["code"], after["code"])
+    changes += _code(before, after)
     changes += _digests("file of params.{}", before["files"], after["files"])
     changes += _digests("data behind params.{}", before["data"], after["data"])
     changes += _upstream(before, after, cached)
     if before["generation"] < after["generation"]:
         changes.append("forced")
     return changes
+
+
+def _code(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Return which code changed; behind what was accepted, the code that it was."""
+    if before["code"] == after["code"]:
+        return []
+    rules = before.get("rule", 1), after.get("rule", 1)
+    if rules[0] != rules[1]:  # by which the same code has other digests
+        return [
+            f"the rule for code digests changed ({rules[0]} -> {rules[1]}); `fls accept` keeps the "
+            "results"
+        ]
+    old, new = (one.get("accepted", one)["code"] for one in (before, after))
+    name = "code of {}"
+    return _digests(name, old, new) or _digests(name, before["code"], after["code"])
 
 
 def _entries(name: str, before: Any, after: Any) -> Iterator[str]:

@@ -195,8 +195,8 @@ def _execute(
             f"on {options.executor}, into {options.tracking}",
             soft_wrap=True,
         )
-        if plan.unchecked:
-            console.print(plan.unchecked, soft_wrap=True)
+        for note in plan.notes:
+            console.print(note, soft_wrap=True)
         plan.commit(store, record.run_id)
         record.save_request(store)
         store.write_run(record.run_id, "source", asdict(source))

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.acceptance import Acceptances, describe
 from pipeline.errors import BadInput, Damaged
 from pipeline.graph import Cell, resolve, shorten
-from pipeline.keys import Identity, explain, identify
+from pipeline.keys import CODE_CHANGED, Identity, explain, identify
 from pipeline.spec import Spec
 from pipeline.stage import Estimate, Params
 from pipeline.store import Manifest, Store
@@ -108,17 +108,24 @@ class Plan:
             raise BadInput("\n".join(["cannot run what is selected:", *lines]))
 
     @property
-    def unchecked(self) -> str:
-        """Say of which cells the data are not in the key; "" if there are none."""
-        stages = dict.fromkeys(
+    def notes(self) -> list[str]:
+        """Return what is to be known of the plan besides its cells, a sentence or two each."""
+        unchecked = dict.fromkeys(
             one.cell.stage for one in self.cells if one.ingredients["names"]["unchecked"]
         )
-        if not stages:
-            return ""
-        return (
-            f"Data not checked: {shorten(list(stages))}. No digest of them enters the key, so "
-            "what is cached stays so when they change."
-        )
+        ruled = sum(CODE_CHANGED[1] in one.why for one in self.cells)
+        notes = []
+        if unchecked:
+            notes.append(
+                f"Data not checked: {shorten(list(unchecked))}. No digest of them enters the key, "
+                "so what is cached stays so when they change."
+            )
+        if ruled:
+            notes.append(
+                f"{ruled} cells run because the digests of their code are made by a newer rule. "
+                "`fls accept` keeps the results that there are, if their code is the same."
+            )
+        return notes
 
     def commit(self, store: Store, run_id: str) -> None:
         """Record that this plan is being run: once, before the first cell runs.

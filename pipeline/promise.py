@@ -29,6 +29,7 @@ from pipeline.outside import (
     state_of_file,
     state_of_folder,
 )
+from pipeline.source import RULE
 
 _T = TypeVar("_T")
 
@@ -45,9 +46,18 @@ class CodePromise:
 
     Args:
         ingredients: of the key; where its code was accepted, the code behind that is used.
+
+    Raises:
+        BrokenPromise: the key was made by another version of the runner, with other digests.
     """
 
     def __init__(self, ingredients: Mapping[str, Any]):
+        if ingredients.get("rule", RULE) != RULE:
+            raise BrokenPromise(
+                f"The worker's runner makes digests of code by rule {RULE}, the driver's by rule "
+                f"{ingredients['rule']}: they are different versions. Install the same one on all "
+                "nodes, and start the run again."
+            )
         accepted = ingredients.get("accepted") or {}
         self._code: Mapping[str, str] = accepted.get("code") or ingredients.get("code", {})
         watch_imports({module.partition(".")[0] for module in self._code})

@@ -41,8 +41,8 @@ def print_plan(plan: Plan, console: Console, *, why: bool) -> None:
     if why:
         for planned in plan.cells:
             _say(console, f"{planned.cell.name}: {planned.state}: {planned.why}")
-    if plan.unchecked:
-        _say(console, plan.unchecked)
+    for note in plan.notes:
+        _say(console, note)
     todo_count = sum(one.state == "run" for one in plan.cells)
     _say(console, f"{todo_count} of {len(plan.cells)} cells to run.")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.acceptance import Acceptances
 from pipeline.errors import BadInput, Damaged, nearest
-from pipeline.keys import explain
+from pipeline.keys import CODE_CHANGED, explain
 from pipeline.planner import Plan, PlannedCell, Selection, make_plan
 from pipeline.runs import RunRecord, RunState
 from pipeline.spec import Spec, load_spec
@@ -110,7 +110,7 @@ def find_drift(plan: Plan, record: RunRecord, store: Store) -> Drift:
             dict.fromkeys(
                 one.cell.stage
                 for one in touched
-                if any(cause.startswith("code of") for cause in causes.get(one.cell.name, ()))
+                if any(cause.startswith(CODE_CHANGED) for cause in causes.get(one.cell.name, ()))
             )
         ),
     )

@@ -35,7 +35,7 @@ def test_a_tree_of_images_enters_by_its_content(tmp_path: Path, path: str) -> No
     name = f"folder:{tmp_path / 'data'}{path}" if path.startswith("/") else f"folder:{path}"
     before = plan(name)
     assert list(before.cells[0].ingredients["data"]) == ["dataset"]
-    assert before.unchecked == ""
+    assert before.notes == []
     assert plan(name).cells[0].key == before.cells[0].key
     Path("data/pets/test/cat/2.png").write_text("other")
     assert plan(name).cells[0].key != before.cells[0].key
@@ -55,5 +55,7 @@ def test_a_tree_of_images_enters_by_its_content(tmp_path: Path, path: str) -> No
 )
 def test_what_is_not_checked_is_said(dataset: str, extra: str, unchecked: bool) -> None:
     made = plan(dataset, extra)
-    assert made.unchecked.startswith("Data not checked: dense. ") is unchecked
+    assert [note.partition(". ")[0] for note in made.notes] == (
+        ["Data not checked: dense"] if unchecked else []
+    )
     assert made.cells[0].why.endswith("; data not checked: params.dataset") is unchecked
