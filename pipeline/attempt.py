@@ -9,9 +9,11 @@ import hashlib
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pipeline import logs
 from pipeline.errors import StorageUnavailable, StoreError
 from pipeline.names import numbers, require_inside
 from pipeline.seal import seal, seal_lines, unseal
@@ -56,7 +58,7 @@ class Attempt:
     Attributes:
         key: the cell's key.
         number: the attempt's fencing number, unique under the key.
-        folder: local folder for the stage's context; holds `checkpoints/` and `outputs/`.
+        folder: local folder for the stage's context; holds `checkpoints/`, `outputs/` and `log/`.
     """
 
     def __init__(self, storage: AbstractStorage, key: str, number: int):
@@ -65,6 +67,7 @@ class Attempt:
         self._storage = storage
         self._path = attempt_folder(key, number)
         self._segments = 0
+        self._log: dict[str, tuple[int, int]] = {}  # what is stored of it: size and time of writing
         self.folder = storage.workspace(self._path)
         try:
             self._take_over_checkpoint()
@@ -86,6 +89,19 @@ class Attempt:
             self._segments += 1
             path = event_segment(self.key, self.number, self._segments)
             self._storage.write(path, seal_lines(events))
+
+    def save_log(self) -> None:
+        """Store what is new in `log/`, and delete what was left out there; see `pipeline.logs`."""
+        folder, found = self.folder / logs.FOLDER, {}
+        for path in folder.iterdir() if folder.is_dir() else ():
+            with suppress(FileNotFoundError):  # left out meanwhile
+                about = path.stat()
+                found[path.name] = about.st_size, about.st_mtime_ns
+                if self._log.get(path.name) != found[path.name]:
+                    self._storage.save_file(path, f"{self._path}/{logs.FOLDER}/{path.name}")
+        for name in self._log.keys() - found.keys():
+            self._storage.remove(f"{self._path}/{logs.FOLDER}/{name}")
+        self._log = found
 
     def publish(
         self, ingredients: Mapping[str, Any], outputs: Iterable[str], facts: Mapping[str, Any]

@@ -401,7 +401,7 @@ def sync(
 
 @command(
     "fls logs 'pretrain[seed=0]'",
-    "fls logs 'pretrain[seed=0]' --follow",
+    "fls logs 'pretrain[seed=0]' --tail 20 --follow",
     "fls logs compare --run 20260730-101500-042-1f2e",
 )
 def logs(
@@ -410,14 +410,20 @@ def logs(
     file: FileOption = DEFAULT_FILE,
     storage: StorageOption = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Until it has ended.")] = False,
+    tail: Annotated[
+        int | None,
+        typer.Option(
+            "--tail", "-n", metavar="N", min=0, help="The last N lines of the newest attempt alone."
+        ),
+    ] = None,
 ) -> None:
     """Print what a cell had to say, and the traceback if it failed."""
     store = open_store(file, storage)
     record = find_run(store, run)
     if follow:
-        follow_log(store, record.run_id, cell, console_here())
+        follow_log(store, record.run_id, cell, console_here(), tail=tail)
     else:
-        print_log(store, record.status(cell), console_here())
+        print_log(store, record.status(cell), console_here(), tail=tail)
 
 
 @command(

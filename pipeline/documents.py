@@ -67,6 +67,9 @@ class _Cell(_Document):
     began: Time | None
     seconds: float | None
     progress: tuple[float, float, str] | None
+    moved: Time | None = None
+    gap_s: float | None = None
+    said: str | None = None
     error: _Failure | None
 
 

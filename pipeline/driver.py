@@ -13,12 +13,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
+from pipeline.activity import Pace, first_line
 from pipeline.errors import Damaged, PipelineError, StorageUnavailable
-from pipeline.events import Event, EventTail
+from pipeline.events import EVENTS_AT_ONCE, Event, EventTail
 from pipeline.executors import AbstractExecutor
 from pipeline.facts import cell_facts
 from pipeline.leases import LeaseWatch, lease_s
@@ -33,6 +34,7 @@ from pipeline.worker import Outcome, died
 
 _WAIT_S = 0.2
 _LISTEN_EVERY_S = 1.0
+_LISTEN_S = 0.5  # at a time, to all cells together: signals and deadlines wait meanwhile
 _LOOK_EVERY_S = 30.0  # whether there still is a node for what waits
 # Leases that a worker may be silent; it gives signs of life far more often, but for a long call.
 _SILENT_LEASES = 6
@@ -51,11 +53,15 @@ class _Flight:
         started_s: when its attempt was first heard of, by this process's monotonic clock, or None.
         heard_s: when it was last heard of.
         advanced: whether it has written a checkpoint.
+        pace: how fast it gets on.
+        outcome: how it has ended, while not all of its events are taken in; else None.
     """
 
     started_s: float | None = None
     heard_s: float = 0.0
     advanced: bool = False
+    pace: Pace = field(default_factory=Pace)
+    outcome: Outcome | None = None
 
 
 class Driver:
@@ -102,6 +108,7 @@ class Driver:
         self._repairs: Counter[str] = Counter()
         self._retry_s: dict[str, float] = {}
         self._listened_s = 0.0
+        self._unheard: list[str] = []
         self._looked_s = time.monotonic()
         self._lacking: set[str] = set()
         self._saved_s = 0.0
@@ -192,6 +199,9 @@ class Driver:
             self._wind_down(state)
         for name in list(self._flights):
             self._listen(name)
+            if (outcome := self._flights[name].outcome) is not None:
+                self._settle(name, outcome)
+                continue
             self._end_flight(name, State.WAITING)
             self._tracking.note(self._facts(name), CellState.STOPPED)
         for folder in () if self.signal else self._promoted():
@@ -243,9 +253,7 @@ class Driver:
                 )
             self._executor.preempt()
             while self._working() and time.monotonic() < end_s:
-                for name, outcome in self._executor.wait(_WAIT_S):
-                    if name in self._flights:
-                        self._settle(name, outcome)
+                self._take_outcomes(_WAIT_S)
         except KeyboardInterrupt:
             return  # what is not at a checkpoint goes on from the one before
 
@@ -292,13 +300,12 @@ class Driver:
             self.signal = signal.SIGTERM
             return
         self._submit_ready()
-        for name, outcome in self._executor.wait(_WAIT_S):
-            self._settle(name, outcome)
+        ended = any(flight.outcome is not None for flight in self._flights.values())
+        self._take_outcomes(0.0 if ended or self._unheard else _WAIT_S)
         now = time.monotonic()
-        if now - self._listened_s >= _LISTEN_EVERY_S:
+        if self._unheard or now - self._listened_s >= _LISTEN_EVERY_S:
             self._listened_s = now
-            for name in self._flights:
-                self._listen(name)
+            self._listen_to_all()
             self._check_deadlines()
         if now - self._looked_s >= _LOOK_EVERY_S:
             self._looked_s = now
@@ -352,8 +359,17 @@ class Driver:
         self._statuses[name].state = State.CACHED
         self._tracking.note(self._facts(name), CellState.CACHED)
 
-    def _listen(self, name: str) -> None:
-        """Take in what a cell has to say."""
+    def _listen_to_all(self) -> None:
+        """Listen to the cells in flight, in turn, for as long as one may; the rest comes next."""
+        end_s = time.monotonic() + _LISTEN_S
+        self._unheard = self._unheard or list(self._flights)
+        while self._unheard and time.monotonic() < end_s:
+            name = self._unheard.pop(0)
+            if name in self._flights:
+                self._listen(name)
+
+    def _listen(self, name: str) -> bool:
+        """Take in what a cell has to say, up to a bound; tell whether that was all."""
         flight = self._flights[name]
         events, _ = self._tail.read(name, self._statuses[name].key)
         for event in events:
@@ -361,21 +377,36 @@ class Driver:
         if events:
             flight.heard_s = time.monotonic()
             self._tracking.note(self._facts(name), CellState.RUNNING)
+        return len(events) < EVENTS_AT_ONCE
 
     def _take(self, name: str, flight: _Flight, event: Event) -> None:
         status = self._statuses[name]
         if event["type"] == "start":
             flight.started_s = time.monotonic()
             status.state, status.began = State.RUNNING, event["time"]
+            flight.pace.begin(event)
         elif event["type"] == "progress":
             status.progress = (event["done"], event["total"], event["unit"])
+            status.moved, status.gap_s = time.time(), flight.pace.move(event)
+        elif event["type"] == "text":
+            status.said = first_line(event["text"])
         elif event["type"] == "checkpoint":
             flight.advanced = True
 
     # -- ends of attempts
 
+    def _take_outcomes(self, timeout_s: float) -> None:
+        """Settle what has ended, once all that it said is taken in; see `_listen_to_all`."""
+        end_s = time.monotonic() + timeout_s + _LISTEN_S
+        for name, outcome in self._executor.wait(timeout_s):
+            if name in self._flights:
+                self._flights[name].outcome = outcome
+        for name, flight in list(self._flights.items()):
+            late = time.monotonic() > end_s
+            if flight.outcome is not None and not late and self._listen(name):
+                self._settle(name, flight.outcome)
+
     def _settle(self, name: str, outcome: Outcome) -> None:
-        self._listen(name)
         self._statuses[name].seconds = outcome.get("seconds")
         if outcome["status"] == "damaged":
             self._repair(name, outcome)
@@ -393,7 +424,8 @@ class Driver:
     def _end_flight(self, name: str, state: State) -> None:
         del self._flights[name]
         status = self._statuses[name]
-        status.state, status.began, status.progress = state, None, None
+        status.state, status.began = state, None
+        status.progress = status.moved = status.gap_s = status.said = None
 
     def _fail(self, name: str, outcome: Outcome) -> None:
         """Let a cell try again after a pause, or give it up."""
@@ -442,7 +474,7 @@ class Driver:
         now = time.monotonic()
         for name, flight in list(self._flights.items()):
             limit_s = self._schedule.cell(name).timeout_s
-            if flight.started_s is None:
+            if flight.started_s is None or flight.outcome is not None:
                 continue
             if limit_s is not None and now - flight.started_s > limit_s:
                 outcome = died(f"timed out after {limit_s:g} s (timeout_s)")
@@ -452,7 +484,7 @@ class Driver:
             else:
                 continue
             self._executor.cancel(name)
-            self._settle(name, outcome)
+            flight.outcome = outcome
 
     def _check_room(self) -> None:
         """Say, once of each stage, that what waits fits on no node: one may have been lost."""

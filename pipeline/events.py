@@ -1,22 +1,24 @@
 """Events: what a running stage tells the world, on its way through the store.
 
-A worker appends events to its attempt in numbered segments; the driver tails them. One event is a
-flat JSON object with `type` and `time` (Unix seconds); the types, with their further fields:
+A worker appends events to its attempt in numbered segments; the driver tails them, so many at a
+time that it stays awake. What a stage prints is no event, see `pipeline.logs`. One event is a flat
+JSON object with `type` and `time` (Unix seconds); the types, with their further fields:
 
     start       run, host, pid: first in every attempt
     metrics     values (name -> number), step (None: a final value)
     system      values (name -> number): a sample of what the process uses, see `pipeline.system`
     progress    done, total, unit
-    text        text: one line of the cell's log
+    text        text: a line that the stage said, which is also in its log
     record      name, params, metrics: one evaluated object
     checkpoint  number; and what the attempt has cost so far, see `pipeline.cost`
     heartbeat   nothing: the stage is alive and has nothing to say
     end         status: last in every attempt that was not killed; and the cost of one that failed
+
+Of `progress` and `text`, which tell how a stage stands, a segment holds the latest one alone.
 """
 
 from __future__ import annotations
 
-import io
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -29,6 +31,8 @@ Event = dict[str, Any]
 
 _FIRST_INTERVAL_S = 1.0
 _LAST_INTERVAL_S = 10.0
+_LATEST_ALONE = {"progress", "text"}
+EVENTS_AT_ONCE = 5000  # in a segment, and of a cell in one turn of its reader
 
 
 class EventWriter:
@@ -39,11 +43,18 @@ class EventWriter:
 
     Args:
         append: takes the events of one segment.
+        meanwhile: called before each look for events, also when there are none.
     """
 
-    def __init__(self, append: Callable[[list[Event]], None]):
+    def __init__(
+        self,
+        append: Callable[[list[Event]], None],
+        meanwhile: Callable[[], object] = lambda: None,
+    ):
         self._append = append
-        self._pending: list[Event] = []
+        self._meanwhile = meanwhile
+        self._pending: list[Event | None] = []
+        self._latest: dict[str, int] = {}  # type -> where in `_pending` the latest one is
         self._lock = threading.Lock()
         self._writing = threading.Lock()  # apart, so that a slow storage does not slow the stage
         self._stopping = threading.Event()
@@ -70,18 +81,25 @@ class EventWriter:
         """
         if self._error is not None:
             raise OSError(f"Events cannot be written: {self._error}") from self._error
+        kind = event["type"]
         with self._lock:
+            if kind in _LATEST_ALONE:
+                if kind in self._latest:
+                    self._pending[self._latest[kind]] = None
+                self._latest[kind] = len(self._pending)
             self._pending.append(event)
         if event["type"] == "checkpoint":
             self.flush()
 
     def flush(self) -> None:
-        """Write what is pending as one segment."""
+        """Write what is pending, as one segment unless that is a great deal."""
         with self._writing:
+            self._meanwhile()
             with self._lock:
-                events, self._pending = self._pending, []
-            if events:
-                self._append(events)
+                events = [event for event in self._pending if event is not None]
+                self._pending, self._latest = [], {}
+            for start in range(0, len(events), EVENTS_AT_ONCE):
+                self._append(events[start : start + EVENTS_AT_ONCE])
 
     def _work(self) -> None:
         last_written = time.monotonic()
@@ -104,38 +122,18 @@ class EventWriter:
         return min(longest_s, max(_FIRST_INTERVAL_S, elapsed / 60))
 
 
-class LineWriter(io.TextIOBase):
-    """A text stream that makes one `text` event of every line printed to it.
+def words(event: Mapping[str, Any]) -> str:
+    """Return what an event says to people, or "".
 
-    A line that is overwritten by a carriage return, as progress bars do, counts only as it ends.
+    >>> words({"type": "metrics", "step": 3, "values": {"loss": 0.25}})
+    'step 3: loss 0.25'
     """
-
-    def __init__(self, emit: Callable[[Event], None]):
-        self._emit = emit
-        self._line = ""
-
-    def writable(self) -> bool:
-        """Say that this stream may be written to."""
-        return True
-
-    def write(self, text: str) -> int:
-        """Take text; every line that it completes becomes an event."""
-        *lines, rest = (self._line + text).split("\n")
-        for line in lines:
-            self._emit_line(line)
-        self._line = rest[rest.rstrip("\r").rfind("\r") + 1 :]
-        return len(text)
-
-    def close(self) -> None:
-        """Make an event of a last line without an end."""
-        if not self.closed:
-            self._emit_line(self._line)
-        super().close()
-
-    def _emit_line(self, line: str) -> None:
-        shown = line.rstrip().rpartition("\r")[2]
-        if shown:
-            self._emit({"type": "text", "time": time.time(), "text": shown})
+    if event["type"] == "text":
+        return str(event["text"])
+    if event["type"] == "metrics":
+        values = "  ".join(f"{name} {value:.6g}" for name, value in event["values"].items())
+        return values if event["step"] is None else f"step {event['step']}: {values}"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -152,8 +150,10 @@ class EventSource(Protocol):
     def attempts(self, key: str) -> list[int]:
         """Return the numbers of the key's attempts, ascending."""
 
-    def read_events(self, key: str, attempt: int, after: int) -> tuple[list[Event], int]:
-        """Return the events after segment `after`, and the last segment's number."""
+    def read_events(
+        self, key: str, attempt: int, after: int, *, limit: int
+    ) -> tuple[list[Event], int]:
+        """Return `limit` events or so after segment `after`, and the last segment's number."""
 
 
 class EventTail:
@@ -180,14 +180,17 @@ class EventTail:
         self._cursors[cell] = Cursor(attempts[-1] + 1 if attempts else 0)
 
     def read(self, cell: str, key: str) -> tuple[list[Event], Cursor]:
-        """Return the cell's events that are new since the last call, and how far they go."""
+        """Return the cell's next events, and how far they go.
+
+        Fewer than `EVENTS_AT_ONCE` are all that there are.
+        """
         cursor = self._cursors.get(cell, Cursor())
         found: list[Event] = []
         for attempt in self._source.attempts(key):
             if attempt < cursor.attempt or (key, attempt) in self._foreign:
                 continue
             after = cursor.segment if attempt == cursor.attempt else 0
-            events, last = self._source.read_events(key, attempt, after)
+            events, last = self._source.read_events(key, attempt, after, limit=EVENTS_AT_ONCE)
             if not events:
                 continue
             if after == 0 and events[0].get("run", self._run_id) != self._run_id:
@@ -195,5 +198,7 @@ class EventTail:
                 continue
             cursor = Cursor(attempt, last)
             found += events
+            if len(found) >= EVENTS_AT_ONCE:
+                break
         self._cursors[cell] = cursor
         return found, cursor

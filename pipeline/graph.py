@@ -53,6 +53,7 @@ class StageSpec:
         retries: how often the driver tries again after a failure that is not the user's.
         timeout_s: seconds after which an attempt is stopped, or None.
         checkpoint_every_s: seconds between in-stage checkpoints.
+        log_bytes: how much is kept of an attempt's log: half of its beginning, half of its end.
         keep: "all", or "results": its files may go once all that follows is there.
         registration: of its cells' models, or None.
     """
@@ -66,6 +67,7 @@ class StageSpec:
     retries: int
     timeout_s: float | None
     checkpoint_every_s: float
+    log_bytes: int
     keep: str
     registration: Registration | None = None
 
@@ -102,6 +104,7 @@ class Cell:
         retries: see `StageSpec`.
         timeout_s: see `StageSpec`.
         checkpoint_every_s: see `StageSpec`.
+        log_bytes: see `StageSpec`.
         keep: see `StageSpec`.
         registration: see `StageSpec`.
     """
@@ -116,6 +119,7 @@ class Cell:
     retries: int
     timeout_s: float | None
     checkpoint_every_s: float
+    log_bytes: int
     keep: str
     registration: Registration | None = None
 
@@ -326,6 +330,7 @@ def _cell(
         registration=stage.registration,
         timeout_s=stage.timeout_s,
         checkpoint_every_s=stage.checkpoint_every_s,
+        log_bytes=stage.log_bytes,
         keep=stage.keep,
     )
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
+from datetime import datetime
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from pipeline.activity import describe, stalled_since, unfinished
 from pipeline.runs import CellStatus, State
 from pipeline.secrets import presentable
+from pipeline.text import clock
 
 _COLUMNS = (State.WAITING, State.RUNNING, State.DONE, State.CACHED, State.FAILED, State.SKIPPED)
 _STYLES = {
@@ -67,17 +70,6 @@ class LiveView:
             self._live.stop()
 
 
-def clock(seconds: float) -> str:
-    """Return a duration as `m:ss` or `h:mm:ss`.
-
-    >>> clock(75), clock(3675)
-    ('1:15', '1:01:15')
-    """
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 def _board(cells: Mapping[str, CellStatus], elapsed_s: float, width: int) -> Text:
     """Draw a row for each stage, and below them a bar for each running cell.
 
@@ -104,11 +96,12 @@ def _board(cells: Mapping[str, CellStatus], elapsed_s: float, width: int) -> Tex
 
 def _bar(status: CellStatus, name_width: int) -> Text:
     """Draw how far a running cell is."""
-    done, total, unit = status.progress or (0.0, 0.0, "")
-    filled = round(_BAR * min(1.0, done / total)) if total else 0
     line = Text(f"{_shorten(status.cell, name_width):<{name_width}}  ")
-    line.append("━" * filled, "cyan").append("━" * (_BAR - filled), "dim")
-    line.append(presentable(f"  {done:g}/{total:g} {unit}") if unit else "")
+    if progress := unfinished(status):
+        filled = round(_BAR * max(0.0, progress[0] / progress[1]))
+        line.append("━" * filled, "cyan").append("━" * (_BAR - filled) + "  ", "dim")
+    style = "yellow" if stalled_since(status) is not None else ""
+    line.append(presentable(describe(status)), style)
     if status.began is not None:
         line.append(f"  {clock(time.time() - status.began)}", "dim")
     return line
@@ -125,13 +118,21 @@ def _line(cells: Mapping[str, CellStatus]) -> str:
     running = []
     for status in cells.values():
         if status.state is State.RUNNING:
-            progress = ""
-            if status.progress:
-                done, total, unit = status.progress
-                progress = f" {done:g}/{total:g} {unit}"
-            running.append(status.cell + progress)
+            running.append(status.cell + _standing(status))
     more = f", and {len(running) - 3} more" if len(running) > 3 else ""
     return ", ".join(parts) + (": " + ", ".join(running[:3]) + more if running else "")
+
+
+def _standing(status: CellStatus) -> str:
+    """Return how far a cell is, in words that change only when that does."""
+    if status.progress is None:
+        return ""
+    done, total, unit = status.progress
+    if not unfinished(status):
+        return f" ({total:g} {unit} done)"
+    since = stalled_since(status)
+    stalled = f" (no progress since {datetime.fromtimestamp(since):%H:%M})" if since else ""
+    return f" {done:g}/{total:g} {unit}{stalled}"
 
 
 def _by_stage(cells: Mapping[str, CellStatus]) -> dict[str, Counter[State]]:

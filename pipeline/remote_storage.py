@@ -206,6 +206,10 @@ class RemoteStorage(AbstractStorage):
         if files:
             self._write("write", path, stored, lambda: self.fs.put(list(map(str, files)), stored))
 
+    def save_file(self, file: Path, path: str) -> None:
+        """See `AbstractStorage.save_file`."""
+        self.write(path, file.read_bytes())
+
     def load(self, path: str, folder: Path) -> None:
         """See `AbstractStorage.load`."""
         names = self._find(path)

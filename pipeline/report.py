@@ -12,12 +12,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.events import EventTail
-from pipeline.live import clock
+from pipeline.activity import describe
+from pipeline.events import EVENTS_AT_ONCE, words
+from pipeline.logs import last_lines, read_text
 from pipeline.planner import Plan, PlannedCell
 from pipeline.runs import CellStatus, RunRecord, RunState, State, load_run
+from pipeline.secrets import presentable
 from pipeline.spec import Spec
 from pipeline.store import Store
+from pipeline.text import clock
 from pipeline.tracking import TrackerName
 
 _FOLLOW_EVERY_S = 1.0
@@ -121,46 +124,58 @@ def print_run(record: RunRecord, console: Console) -> None:
         table.add_row(stage, *(str(states.count(column) or "·") for column in columns))
     console.print(table)
     for name, status in record.cells.items():
-        if record.observed_cell_state(status) is State.RUNNING and status.progress:
-            done, total, unit = status.progress
-            _say(console, f"{name}: {done:g}/{total:g} {unit}")
+        if record.observed_cell_state(status) is State.RUNNING and (at := describe(status)):
+            _say(console, f"{name}: {at}")
     print_failures(record, console)
     if state not in {"running", "done"}:
         _say(console, f"`{record.resume_command}` goes on with it.")
 
 
-def print_log(store: Store, status: CellStatus, console: Console) -> None:
-    """Print what a cell's attempts had to say, with the traceback of those that failed."""
-    key = status.key
-    for attempt in store.attempts(key):
-        events, _ = store.read_events(key, attempt)
-        began = events[0] if events else {}
-        _say(console, f"attempt {attempt} on {began.get('host', '?')}")
-        for event in events:
-            text = _event_text(event)
-            if text:
-                _say(console, f"{_since(began, event):>8}  {text}")
-        failure = store.failure(key, attempt)
+def print_log(
+    store: Store, status: CellStatus, console: Console, *, tail: int | None = None
+) -> None:
+    """Print what a cell's attempts had to say, with the traceback of those that failed.
+
+    With `tail`, print that many lines of the newest attempt's at most.
+    """
+    attempts = store.attempts(status.key)
+    for attempt in attempts if tail is None else attempts[-1:]:
+        _say(console, _attempt_head(store, status.key, attempt))
+        found = store.log_segments(status.key, attempt)
+        if not found:
+            _print_events(store, status.key, attempt, console)
+        elif tail is None:
+            for text, _ in read_text(store.storage, found):
+                _stream(console, text)
+        else:
+            _stream(console, last_lines(store.storage, found, tail))
+        failure = store.failure(status.key, attempt)
         if failure:
             _say(console, failure.get("traceback") or failure["message"])
     if status.error:
         _say(console, f"{status.state}: {status.error['message']}")
 
 
-def follow_log(store: Store, run_id: str, cell: str, console: Console) -> None:
-    """Print what a cell of a run has to say as it says it, until it or the run has ended."""
-    tail = EventTail(store, run_id, {})
-    began = 0.0
+def follow_log(
+    store: Store, run_id: str, cell: str, console: Console, *, tail: int | None = None
+) -> None:
+    """Print what a cell of a run has to say as it says it, until it or the run has ended.
+
+    With `tail`, begin with that many lines at most of what it has said so far.
+    """
+    at: dict[int, int] = {}  # attempt -> how many bytes of its log are printed
     while True:
         record = load_run(store, run_id)
         status = record.status(cell)
-        for event in tail.read(cell, status.key)[0]:
-            if event["type"] == "start":
-                began = event["time"]
-                _say(console, f"attempt on {event['host']}")
-            text = _event_text(event)
-            if text:
-                _say(console, f"{clock(event['time'] - began):>8}  {text}")
+        for attempt in store.attempts(status.key):
+            if at and attempt < max(at):
+                continue
+            first = _first_event(store, status.key, attempt)
+            if first is None or first.get("run", run_id) != run_id:
+                continue
+            if attempt not in at:
+                _say(console, _attempt_head(store, status.key, attempt))
+            at[attempt] = _follow(store, status.key, attempt, at.get(attempt), tail, console)
         unsettled = status.state in {State.WAITING, State.RUNNING}
         if not (unsettled and record.is_at_work()):
             break
@@ -169,6 +184,51 @@ def follow_log(store: Store, run_id: str, cell: str, console: Console) -> None:
         _say(console, f"{status.state}: {status.error.get('traceback') or status.error['message']}")
     else:
         _say(console, f"{cell}: {record.observed_cell_state(status)}")
+
+
+def _follow(
+    store: Store, key: str, attempt: int, at: int | None, tail: int | None, console: Console
+) -> int:
+    """Print the whole lines of an attempt's log behind `at`; return how far that is."""
+    found = store.log_segments(key, attempt)
+    if at is None and tail is not None and found:
+        whole, _, unfinished = last_lines(store.storage, found, tail).rpartition("\n")
+        if whole:
+            _stream(console, f"{whole}\n")
+        return found[-1].end - len(unfinished.encode())
+    at = at or 0
+    for text, end in read_text(store.storage, found, at):
+        if text.endswith("\n"):
+            _stream(console, text)
+            at = end
+    return at
+
+
+def _first_event(store: Store, key: str, attempt: int) -> Mapping[str, Any] | None:
+    events, _ = store.read_events(key, attempt, limit=1)
+    return events[0] if events else None
+
+
+def _attempt_head(store: Store, key: str, attempt: int) -> str:
+    host = (_first_event(store, key, attempt) or {}).get("host", "?")
+    return f"attempt {attempt} on {host}"
+
+
+def _print_events(store: Store, key: str, attempt: int, console: Console) -> None:
+    """Print what an attempt said that is older than logs: then its lines were events."""
+    events, last = store.read_events(key, attempt, limit=EVENTS_AT_ONCE)
+    began = events[0] if events else {}
+    while events:
+        for event in events:
+            text = _event_text(event)
+            if text:
+                _say(console, f"{_since(began, event):>8}  {text}")
+        events, last = store.read_events(key, attempt, last, limit=EVENTS_AT_ONCE)
+
+
+def _stream(console: Console, text: str) -> None:
+    """Print a piece of a log: past rich, which takes a hundred times as long."""
+    console.file.write(presentable(text))
 
 
 def _since(began: Mapping[str, Any], event: Mapping[str, Any]) -> str:
@@ -181,18 +241,9 @@ def _since(began: Mapping[str, Any], event: Mapping[str, Any]) -> str:
 def _event_text(event: Mapping[str, Any]) -> str:
     """Return what an event says to people; one that is not as ours are, as it is."""
     try:
-        return _event_words(event)
+        return words(event)
     except (KeyError, TypeError, ValueError, AttributeError):
         return str(event)
-
-
-def _event_words(event: Mapping[str, Any]) -> str:
-    if event["type"] == "text":
-        return str(event["text"])
-    if event["type"] == "metrics":
-        values = "  ".join(f"{name} {value:.6g}" for name, value in event["values"].items())
-        return values if event["step"] is None else f"step {event['step']}: {values}"
-    return ""
 
 
 def print_tracking(record: RunRecord, folder: str, console: Console) -> None:

@@ -64,6 +64,9 @@ class CellStatus:
         began: Unix time at which its running attempt began, or None.
         seconds: how long its last attempt took, or None.
         progress: (done, total, unit) inside the stage, or None.
+        moved: Unix time at which that was last heard of, or None.
+        gap_s: seconds that usually lie between two signs of progress, or None.
+        said: what the stage last said, or None.
         error: `message`, and mostly `traceback`, of what failed or why it was skipped; or None.
     """
 
@@ -74,6 +77,9 @@ class CellStatus:
     began: float | None = None
     seconds: float | None = None
     progress: tuple[float, float, str] | None = None
+    moved: float | None = None
+    gap_s: float | None = None
+    said: str | None = None
     error: Mapping[str, Any] | None = None
 
 

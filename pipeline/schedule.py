@@ -83,6 +83,7 @@ class Schedule:
             "num_cpus": cell.resources.num_cpus,
             "num_gpus": cell.resources.num_gpus,
             "checkpoint_every_s": cell.checkpoint_every_s,
+            "log_bytes": cell.log_bytes,
             "directory": os.getcwd(),
         }
 

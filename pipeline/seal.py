@@ -72,9 +72,9 @@ def _parse(data: bytes) -> Any:
     level = [document]
     for _ in range(_DEPTH):
         level = [inner for one in level for inner in _inside(one)]
-    if level:
-        raise ValueError(too_deep)
-    return document
+        if not level:
+            return document
+    raise ValueError(too_deep)
 
 
 def _inside(value: Any) -> Iterable[Any]:

@@ -129,8 +129,9 @@ def redact(value: Any, environment: Mapping[str, str] | None = None) -> Any:
         value: a text, or mappings and lists of texts and other values.
         environment: whose secrets are looked for; None for this process's.
     """
-    given = os.environ if environment is None else environment
-    return _redactor(frozenset(given.items())).data(value)
+    if environment is None:
+        return _redactor_here().data(value)
+    return _redactor(frozenset(environment.items())).data(value)
 
 
 def presentable(text: str) -> str:
@@ -141,6 +142,22 @@ def presentable(text: str) -> str:
 @functools.lru_cache(maxsize=4)
 def _redactor(environment: frozenset[tuple[str, str]]) -> _Redactor:
     return _Redactor(dict(environment))
+
+
+_here: tuple[Mapping[Any, Any], _Redactor] | None = None
+
+
+def _redactor_here() -> _Redactor:
+    """Return the redactor of this process's environment, made anew whenever that has changed.
+
+    The variables as `os.environ` holds them are compared: decoding all of them, for each line that
+    a stage prints, would take ten times as long as the redaction.
+    """
+    global _here
+    held: Mapping[Any, Any] = getattr(os.environ, "_data", os.environ)
+    if _here is None or _here[0] != held:
+        _here = dict(held), _Redactor(dict(os.environ))
+    return _here[1]
 
 
 def _forms(value: str) -> set[str]:

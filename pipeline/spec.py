@@ -323,6 +323,7 @@ class _Builder:
                     retries=shape.retries,
                     timeout_s=shape.timeout_s,
                     checkpoint_every_s=shape.checkpoint_every_s,
+                    log_bytes=shape.log_bytes,
                     keep=shape.keep,
                     registration=self.registration(name, shape, declaration),
                 ),

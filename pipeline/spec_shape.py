@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from pipeline import limits
+from pipeline import limits, logs
 from pipeline.graph import show
 from pipeline.text import cut
 
@@ -172,6 +172,9 @@ class StageShape(_Shape):
     retries: int = Field(default=2, ge=0)
     timeout_s: float | None = Field(default=None, gt=0)
     checkpoint_every_s: float = Field(default=30.0, ge=0)
+    log_bytes: Annotated[Annotated[int, Field(ge=1000)], BeforeValidator(_size)] = (
+        logs.DEFAULT_BYTES
+    )
     keep: Literal["all", "results"] = "all"
     # `register` itself is a method of every abstract class.
     registered: Annotated[str | None, AfterValidator(_optional_name)] = Field(

@@ -130,6 +130,13 @@ class AbstractStorage(ABC):
         """Store a local folder as `path`; nothing to do if it is already there."""
 
     @abstractmethod
+    def save_file(self, file: Path, path: str) -> None:
+        """Store a file of a workspace as `path`, in place of any that is there.
+
+        Nothing to do if it is already there; unlike `save` this does not wait for the disk.
+        """
+
+    @abstractmethod
     def load(self, path: str, folder: Path) -> None:
         """Copy the stored folder `path` to the local `folder`, which must not exist yet."""
 
@@ -321,6 +328,9 @@ class LocalStorage(AbstractStorage):
             for parent in sorted(above, reverse=True):
                 if parent.is_relative_to(self.root):
                     _sync(parent)
+
+    def save_file(self, file: Path, path: str) -> None:
+        """See `AbstractStorage.save_file`; workspaces are in place."""
 
     def load(self, path: str, folder: Path) -> None:
         """See `AbstractStorage.load`; by hard links, since whole folders are never changed."""

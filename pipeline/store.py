@@ -2,8 +2,8 @@
 
     <storage>/storage.json                       format, and a token that tells storages apart
     <storage>/stages/<key>/manifest.json         present means complete; names the attempt that won
-    <storage>/stages/<key>/attempts/<number>/    attempt.json, events/, checkpoints/, outputs/ and,
-                                                 if it failed, failure.json
+    <storage>/stages/<key>/attempts/<number>/    attempt.json, events/, log/, checkpoints/, outputs/
+                                                 and, if it failed, failure.json
     <storage>/stages/<key>/collected.json        was the manifest of a result whose files are gone
     <storage>/stages/<key>.damaged-<n>/          set aside
     <storage>/generations/<base>.<n>             how often --force was asked for
@@ -47,6 +47,7 @@ from pipeline.errors import (
     StorageUnsupported,
     StoreError,
 )
+from pipeline.logs import Segment, segments
 from pipeline.names import numbers, run_ids
 from pipeline.seal import seal, unseal, unseal_lines
 from pipeline.secrets import redact
@@ -320,16 +321,22 @@ class Store:
         except DamagedDocument as error:
             return {"message": f"it failed, and the record of how is lost: {error}"}
 
+    def log_segments(self, key: str, attempt: int) -> list[Segment]:
+        """Return the segments of an attempt's log, see `pipeline.logs`; none of an old attempt."""
+        return segments(self.storage, attempt_folder(key, attempt))
+
     def read_events(
-        self, key: str, attempt: int, after: int = 0
+        self, key: str, attempt: int, after: int = 0, *, limit: int | None = None
     ) -> tuple[list[dict[str, Any]], int]:
         """Return an attempt's events after segment `after`, and the number of the last segment.
+
+        With a `limit`, no further segment is read once there are as many events.
 
         In place of a damaged segment comes a `text` event that says so; before it, where the
         `start` is lost with the first segment, one that does not say whose the attempt is.
         """
         events: list[dict[str, Any]] = []
-        while True:
+        while limit is None or len(events) < limit:
             try:
                 data = self.storage.read(event_segment(key, attempt, after + 1))
             except FileNotFoundError:
@@ -343,6 +350,7 @@ class Store:
                     events.append({"type": "start", "time": now})
                 text = f"segment {after} of the events of attempt {attempt} is damaged ({error})"
                 events.append({"type": "text", "time": now, "text": text})
+        return events, after
 
     # -- generations
 

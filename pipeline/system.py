@@ -80,6 +80,31 @@ class SystemSampler:
         return time.monotonic(), ours, _machine_s()
 
 
+def oom_kills() -> int | None:
+    """Return how many processes the kernel has killed here for want of memory; None if unknown.
+
+    Of this process's control group where it has one, as in a container; else of the machine.
+    """
+    try:
+        group = (_PROC / "self/cgroup").read_text().rpartition("::")[2].strip()
+    except OSError:
+        group = "/"
+    groups = Path("/sys/fs/cgroup")
+    places = [
+        groups / group.lstrip("/") / "memory.events",
+        groups / "memory.events",
+        groups / "memory/memory.oom_control",
+        _PROC / "vmstat",
+    ]
+    for place in places:
+        try:
+            counts = dict(line.split()[:2] for line in place.read_text().splitlines())
+            return int(counts["oom_kill"])
+        except (OSError, KeyError, ValueError):
+            continue
+    return None
+
+
 def _family(*, children_only: bool = False) -> Iterator[tuple[float, int]]:
     """Yield (processor seconds, bytes of resident memory) of this process and its descendants."""
     pids = _descendants(os.getpid())

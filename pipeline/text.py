@@ -37,6 +37,17 @@ def cut(text: str, limit: int) -> str:
     return f"{text[:half]}...{text[-half:]}"
 
 
+def clock(seconds: float) -> str:
+    """Return a duration as `m:ss` or `h:mm:ss`.
+
+    >>> clock(75), clock(3675)
+    ('1:15', '1:01:15')
+    """
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def _escape(character: str) -> str:
     code = ord(character)
     return f"\\x{code:02x}" if code < 0x80 else f"\\u{code:04x}"

@@ -8,6 +8,7 @@ between END and TOLD.
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
 import os
@@ -16,6 +17,7 @@ import queue
 import shutil
 import signal
 import socket
+import stat
 import sys
 import tempfile
 import threading
@@ -30,8 +32,11 @@ from typing import Any, NotRequired, TypedDict
 
 from pipeline.attempt import Attempt
 from pipeline.cost import CostMeter
-from pipeline.errors import Damaged, PipelineError, StorageUnavailable
-from pipeline.events import Event, EventWriter, LineWriter
+from pipeline.errors import Damaged, PipelineError
+from pipeline.events import Event, EventWriter, words
+from pipeline.failures import is_lasting
+from pipeline.logs import FOLDER as LOG_FOLDER
+from pipeline.logs import LogStream, LogWriter, OutputFile
 from pipeline.promise import CodePromise, DataPromise
 from pipeline.secrets import redact
 from pipeline.stage import (
@@ -46,9 +51,11 @@ from pipeline.stage import (
 )
 from pipeline.store import Store
 from pipeline.system import SystemSampler
+from pipeline.text import cut
 
 END = "end"  # to a local worker: its task is to end behind a checkpoint
 TOLD = "told"  # from one that only helps: it was told to end, and the first rank should
+_TEXT_CHARACTERS = 500  # of what a stage says, as far as it is not for the log
 
 
 class TaskInput(TypedDict):
@@ -94,12 +101,13 @@ class Task(TypedDict):
     num_cpus: float
     num_gpus: float
     checkpoint_every_s: float
+    log_bytes: int
     directory: str
     seat: NotRequired[Seat]
 
 
 class Failure(TypedDict):
-    """Why an attempt failed; `user` marks what the user can act on and no retry can mend."""
+    """Why an attempt failed; `user` marks what no retry can mend, see `pipeline.failures`."""
 
     message: str
     traceback: str
@@ -146,6 +154,7 @@ def run_task(
     task: Task,
     preemption: Preemption | None = None,
     pass_on: Callable[[], None] = lambda: None,
+    output: int | None = None,
 ) -> Outcome:
     """Run one attempt at a cell and publish what it made.
 
@@ -158,19 +167,17 @@ def run_task(
         preemption: how the caller tells the stage to end; signals do, too, on the main thread.
         pass_on: called, by a signal, when a rank after the first is told to end: the first one is
             to write a checkpoint, behind which all end.
+        output: descriptor of the file where output lands that goes past Python, see `OutputFile`.
     """
     try:
-        return _run_task(task, preemption or Preemption(), pass_on)
+        return _run_task(task, preemption or Preemption(), pass_on, output)
     except (PipelineError, OSError) as error:
-        return {"status": "failed", "error": _error(str(error), user=_is_lasting(error))}
+        return {"status": "failed", "error": _error(str(error), user=is_lasting(error))}
 
 
-def _is_lasting(error: Exception) -> bool:
-    """Tell whether an error of the runner stays until the user acts; a full disk may pass."""
-    return isinstance(error, PipelineError) and not isinstance(error, StorageUnavailable)
-
-
-def _run_task(task: Task, preemption: Preemption, pass_on: Callable[[], None]) -> Outcome:
+def _run_task(
+    task: Task, preemption: Preemption, pass_on: Callable[[], None], output: int | None
+) -> Outcome:
     _prepare_process(task)
     store = Store(task["storage"])
     if store.prepare() != task["token"]:
@@ -186,12 +193,15 @@ def _run_task(task: Task, preemption: Preemption, pass_on: Callable[[], None]) -
     with (
         _heeding_signals(preemption.ask),
         store.begin_attempt(task["key"]) as attempt,
-        EventWriter(_redacted(attempt)) as events,
+        LogWriter(attempt.folder / LOG_FOLDER, task["log_bytes"]) as log,
+        OutputFile(output, log) as past_python,
+        EventWriter(_redacted(attempt), _keeping(attempt, past_python)) as events,
     ):
         events.emit({"type": "start", "time": time.time(), **_who(task)})
         events.flush()
         meter = CostMeter()
-        outcome = _attempt(task, store, code, attempt, events, preemption, meter)
+        outcome = _attempt(task, store, code, attempt, events, log, preemption, meter)
+        past_python.close()
         outcome["seconds"] = round(time.monotonic() - began, 3)
         if outcome["status"] in {"failed", "damaged"}:
             attempt.fail(outcome["error"])
@@ -232,20 +242,21 @@ def _attempt(
     code: CodePromise,
     attempt: Attempt,
     events: EventWriter,
+    log: LogWriter,
     preemption: Preemption,
     meter: CostMeter,
 ) -> Outcome:
+    emit = _sink(events, log, meter)
     try:
         with (
             SystemSampler(events.emit, gpus=task["num_gpus"] > 0),
-            LineWriter(events.emit) as lines,
+            LogStream(log) as lines,
             redirect_stdout(lines),
             redirect_stderr(lines),
         ):
-            emit = _with_cost(events, meter)
             context = _perform(task, store, code, attempt.folder, emit, preemption)
         cost = meter.read()
-        events.emit({"type": "metrics", "time": time.time(), "step": None, "values": cost})
+        emit({"type": "metrics", "time": time.time(), "step": None, "values": cost})
         events.flush()
         facts = {**_facts(task, context), **cost}
         published = attempt.publish(task["ingredients"], task["outputs"], facts)
@@ -308,11 +319,9 @@ def _failed(error: BaseException) -> Outcome:
     """Return the outcome of a stage that raised the error, which is being handled."""
     if isinstance(error, Damaged):
         return {"status": "damaged", "key": error.key, "error": _error(str(error), user=False)}
-    if isinstance(error, StageError | PipelineError):
-        lasting = isinstance(error, StageError) or _is_lasting(error)
-        return {"status": "failed", "error": _error(str(error), user=lasting)}
-    message = f"{type(error).__name__}: {error}"
-    return {"status": "failed", "error": _error(message, user=False)}
+    own = isinstance(error, StageError | PipelineError)
+    message = str(error) if own else f"{type(error).__name__}: {error}"
+    return {"status": "failed", "error": _error(message, user=is_lasting(error))}
 
 
 def _seat(task: Task) -> Seat:
@@ -328,13 +337,29 @@ def _redacted(attempt: Attempt) -> Callable[[list[Event]], None]:
     return append
 
 
-def _with_cost(events: EventWriter, meter: CostMeter) -> EventSink:
-    """Return what takes a stage's events: a checkpoint says what the attempt has cost so far.
+def _keeping(attempt: Attempt, past_python: OutputFile) -> Callable[[], None]:
+    """Return what brings the log up to date: here, and where the attempt is stored."""
 
-    So the work behind a checkpoint is known when a later attempt goes on from it.
+    def keep() -> None:
+        past_python.drain()
+        attempt.save_log()
+
+    return keep
+
+
+def _sink(events: EventWriter, log: LogWriter, meter: CostMeter) -> EventSink:
+    """Return what takes a stage's events, of which the log shows those that people read.
+
+    A checkpoint says what the attempt has cost so far. So the work behind a checkpoint is known
+    when a later attempt goes on from it.
     """
 
     def emit(event: dict[str, Any]) -> None:
+        shown = words(event).splitlines()
+        if shown:
+            log.write(shown)
+        if event["type"] == "text":  # a secret is hidden before it could be cut in two
+            event = {**event, "text": cut(redact(event["text"]), _TEXT_CHARACTERS)}
         events.emit({**event, **meter.read()} if event["type"] == "checkpoint" else event)
 
     return emit
@@ -479,6 +504,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    faulthandler.enable(all_threads=False)  # tells where the process was when a signal ends it
+    output = 2 if stat.S_ISREG(os.fstat(2).st_mode) else None
     tasks: queue.SimpleQueue[tuple[Task, Preemption]] = queue.SimpleQueue()
 
     def receive() -> None:
@@ -498,7 +525,7 @@ def main() -> None:
         os.write(replies.fileno(), json.dumps(TOLD).encode() + b"\n")
 
     while True:
-        outcome = run_task(*tasks.get(), pass_on)
+        outcome = run_task(*tasks.get(), pass_on, output)
         replies.write(json.dumps(outcome).encode() + b"\n")
         replies.flush()
 

@@ -9,6 +9,7 @@ children, so no worker outlives the driver, however the driver died.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import selectors
@@ -31,9 +32,14 @@ from pipeline.executors.base import (
 )
 from pipeline.executors.ranks import RankOutcomes
 from pipeline.stage import Resources
+from pipeline.system import oom_kills
 from pipeline.worker import END, TOLD, Outcome, Seat, Task, died, threads_of
 
 _LOG_TAIL_BYTES = 2000
+_OUT_OF_MEMORY = (
+    ": the kernel was out of memory and killed it. Lower what the stage needs, or how many run at "
+    "once (--max-parallel, or `resources: {memory: ...}`)"
+)
 
 
 class LocalExecutor(AbstractExecutor):
@@ -167,6 +173,10 @@ class _Worker:
         self.told = False  # to end, by others than us, as one that only helps with its task
         self._buffer = b""
         self._log: IO[bytes] = tempfile.TemporaryFile()
+        fcntl.fcntl(
+            self._log, fcntl.F_SETFL, os.O_APPEND
+        )  # the worker begins it anew, see OutputFile
+        self._oom_kills = oom_kills()
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(threads),
@@ -233,7 +243,10 @@ class _Worker:
     def _obituary(self) -> str:
         code = self._process.returncode
         how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        hint = "; out of memory?" if code == -signal.SIGKILL else ""
+        hint = ""
+        if code == -signal.SIGKILL:
+            starved = (oom_kills() or 0) > (self._oom_kills or 0)
+            hint = _OUT_OF_MEMORY if starved else "; out of memory?"
         self._log.seek(0, os.SEEK_END)
         self._log.seek(max(0, self._log.tell() - _LOG_TAIL_BYTES))
         tail = self._log.read().decode(errors="replace").strip()

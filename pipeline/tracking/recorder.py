@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.errors import Damaged
-from pipeline.events import Cursor, EventTail
+from pipeline.events import EVENTS_AT_ONCE, Cursor, EventTail
 from pipeline.store import Manifest, Store
 from pipeline.tracking.base import (
     AbstractTracker,
@@ -84,10 +84,13 @@ class Recorder:
         self._begin(cell)
         cursors = self._progress.cursors
         tail = EventTail(self._store, self._run.run_id, cursors)
-        events, cursor = tail.read(name, cell.key)
-        self._tracker.log(name, events)
-        cursors[name] = cursor
-        self._step()
+        behind = True
+        while behind:
+            events, cursor = tail.read(name, cell.key)
+            self._tracker.log(name, events)
+            cursors[name] = cursor
+            self._step()
+            behind = len(events) >= EVENTS_AT_ONCE
         if state is not CellState.RUNNING:
             self._tracker.close_cell(name, self._end(cell, state))
             self._open.discard(name)

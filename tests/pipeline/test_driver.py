@@ -150,23 +150,26 @@ def test_a_partial_result_does_not_stand_for_the_whole(toy: Path) -> None:
     assert (ran()["good"], ran()["other"], ran()["total"]) == (1, 1, 2)
 
 
-def test_bugs_and_deaths_are_retried_but_not_a_users_error(toy: Path) -> None:
+def test_outages_and_deaths_are_retried_but_neither_bugs_nor_a_users_error(toy: Path) -> None:
     write_spec(
         """
-        bug: {uses: fail, params: {how: bug, counter: bugs, until: 2}}
+        outage: {uses: fail, params: {how: outage, counter: outages, until: 2}}
         death: {uses: fail, params: {how: exit, counter: deaths, until: 1}, retries: 1}
+        bug: {uses: fail, params: {how: bug, counter: bugs}}
         user: {uses: fail, params: {how: user, counter: users}}
         """
     )
     code, output = run_here()
     assert code == 1
     assert states(last_run()) == {
-        "bug": State.DONE,
+        "outage": State.DONE,
         "death": State.DONE,
+        "bug": State.FAILED,
         "user": State.FAILED,
     }
-    assert Path("users").read_text() == "1"
-    assert "bug: ZeroDivisionError: a bug on purpose; retry 2 of 2 in 2 s" in output
+    assert (Path("users").read_text(), Path("bugs").read_text()) == ("1", "1")
+    assert "outage: ConnectionError: an outage on purpose; retry 2 of 2 in 2 s" in output
+    assert "bug failed: ZeroDivisionError: a bug on purpose" in output
     assert "death: The worker process died with exit code 3.; retry 1 of 1 in 1 s" in output
 
 
@@ -193,10 +196,10 @@ def test_a_stage_that_gets_on_may_die_more_often(toy: Path) -> None:
 
 
 def test_retries_end(toy: Path) -> None:
-    write_spec("bug: {uses: fail, params: {how: bug, counter: bugs}, retries: 1}")
+    write_spec("bad: {uses: fail, params: {how: outage, counter: outages}, retries: 1}")
     code, output = run_here()
-    assert (code, Path("bugs").read_text()) == (1, "2")
-    error = last_run().cells["bug"].error
+    assert (code, Path("outages").read_text()) == (1, "2")
+    error = last_run().cells["bad"].error
     assert error is not None
     assert "toy/slow.py" in error["traceback"]
 

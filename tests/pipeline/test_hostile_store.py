@@ -405,10 +405,29 @@ def test_damaged_results_run_again(toy: Path) -> None:
         Path(f".fls/stages/{last_run().cells['start'].key}/manifest.json").write_text(text)
 
 
-def test_damaged_events_are_told_among_the_others(toy: Path) -> None:
+def test_whatever_a_log_holds_is_shown_without_harm(toy: Path) -> None:
+    write_spec(ONE)
+    run_here()
+    (first,) = Path(f".fls/stages/{last_run().cells['start'].key}").rglob("*.log")
+    first.write_bytes(b"\x1b]0;title\x07 \xff\xfe no end\n" + b"\0" * 3)
+    for name in ("9" * 30, "x", "²", "000000000005"):
+        first.with_name(f"{name}.log").write_bytes(b"of another\n")
+    code, output, errors = fls("logs", "start")
+    assert (code, errors) == (0, "")
+    assert "\x1b" not in output and "\\x1b]0;title\\x07" in output
+    Path("outside").write_text("secret")
+    first.unlink()
+    first.symlink_to(Path("outside").absolute())
+    code, output, errors = fls("logs", "start")
+    assert (code, "secret" in output) == (1, False)
+    assert "leads out of the storage by a symbolic link" in errors
+
+
+def test_damaged_events_of_before_there_were_logs_are_told_among_the_others(toy: Path) -> None:
     write_spec(ONE)
     run_here()
     segment = next(Path(f".fls/stages/{last_run().cells['start'].key}").rglob("000001.jsonl"))
+    Store(".fls").storage.remove(f"{segment.parents[1].relative_to('.fls')}/log")
     deep = b"[" * 100_000
     sealed = (
         seal_lines([])

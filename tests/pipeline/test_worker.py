@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_runs import ROOT
+from toy_runs import ROOT, log_lines
 
 from pipeline.events import EventTail
 from pipeline.store import Store
@@ -42,6 +42,7 @@ def task_of(entry: str, params_model: str, params: dict[str, Any], **fields: Any
         "num_cpus": 1,
         "num_gpus": 0,
         "checkpoint_every_s": 30.0,
+        "log_bytes": 2**20,
         "directory": str(Path.cwd()),
     }
     return {**task, **fields}  # type: ignore[typeddict-item]
@@ -92,13 +93,32 @@ def test_a_result_that_is_there_is_not_made_again(toy: Path) -> None:
     assert Store(".fls").attempts(KEY) == [1]
 
 
+@pytest.mark.parametrize(
+    ("raised", "lasting"),
+    [
+        ("TypeError('of')", True),
+        ("ValueError('of')", True),
+        ("KeyError('of')", True),
+        ("ModuleNotFoundError('of')", True),
+        ("MemoryError()", True),
+        ("type('OutOfMemoryError', (RuntimeError,), {})('CUDA out of memory')", True),  # torch's
+        ('RuntimeError("DefaultCPUAllocator: can\'t allocate memory: you tried")', True),
+        ("ConnectionResetError('of')", False),
+        ("type('Answer', (OSError, ValueError), {})('no JSON')", False),  # such as requests'
+        ("RuntimeError('NCCL timed out')", False),
+    ],
+)
+def test_what_would_come_again_is_not_tried_again(toy: Path, raised: str, lasting: bool) -> None:
+    outcome = run_task(plugin(f"raise {raised}"))
+    assert (outcome["status"], outcome["error"]["user"]) == ("failed", lasting)
+
+
 def test_a_users_error_is_told_from_a_bug(toy: Path) -> None:
     user = run_task(fail_task("user"))
     assert user["status"] == "failed"
     assert user["error"]["user"]
     assert user["error"]["message"].startswith("this stage fails on purpose")
     bug = run_task(fail_task("bug"))
-    assert not bug["error"]["user"]
     assert bug["error"]["message"] == "ZeroDivisionError: a bug on purpose"
     assert "toy/slow.py" in bug["error"]["traceback"]
     assert Store(".fls").failure(KEY, 2) == bug["error"]
@@ -125,8 +145,8 @@ def test_what_a_stage_prints_becomes_its_log(toy: Path) -> None:
         "print('no end', end='')"
     )
     assert run_task(plugin(body))["status"] == "ok"
-    texts = [event["text"] for event in events_of() if event["type"] == "text"]
-    assert texts == ["one", "two", "2 of 2", "no end"]
+    lines = [line for line in log_lines(KEY) if "seconds" not in line]
+    assert lines == ["one", "two", "2 of 2", "number 1", "no end"]
 
 
 def test_parameters_are_validated(toy: Path) -> None:

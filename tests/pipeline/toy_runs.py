@@ -23,6 +23,7 @@ from pipeline.console import PlainConsole
 from pipeline.executors import ExecutorName, make_executor
 from pipeline.executors.base import AbstractExecutor
 from pipeline.launch import resume_run, start_run
+from pipeline.logs import read_text
 from pipeline.planner import Selection
 from pipeline.runs import RunOptions, RunRecord, State, load_run
 from pipeline.spec import load_spec
@@ -92,6 +93,13 @@ def last_run(storage: str = ".fls") -> RunRecord:
 
 def states(record: RunRecord) -> dict[str, State]:
     return {name: status.state for name, status in record.cells.items()}
+
+
+def log_lines(key: str, attempt: int = 1, storage: str = ".fls") -> list[str]:
+    """Return the lines of an attempt's log, without the times before them."""
+    store = Store(storage)
+    pieces = read_text(store.storage, store.log_segments(key, attempt))
+    return [line[10:] for text, _ in pieces for line in text.splitlines()]
 
 
 def ran() -> Counter[str]:

@@ -77,8 +77,8 @@ class RanksParams(Params):
 class FailParams(Params):
     """Of `fail`."""
 
-    how: Literal["user", "bug", "exit", "nothing"] = Field(
-        "user", description="a StageError, a bug, the death of the process, no output"
+    how: Literal["user", "bug", "outage", "exit", "nothing"] = Field(
+        "user", description="a StageError, a bug, a lost connection, the process's death, no output"
     )
     until: int = Field(1_000_000, description="attempts that fail before one succeeds")
     counter: str = Field("", description="a file that counts the attempts")

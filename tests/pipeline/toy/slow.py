@@ -42,5 +42,7 @@ def fail(ctx: Context) -> None:
         raise StageError("this stage fails on purpose; remove it from the spec.")
     if ctx.params.how == "bug":
         raise ZeroDivisionError("a bug on purpose")
+    if ctx.params.how == "outage":
+        raise ConnectionError("an outage on purpose")
     if ctx.params.how == "exit":
         os._exit(3)
