@@ -395,6 +395,8 @@ def sync(
     """Send to the tracking server what it missed of a run, and how the run ended."""
     store = open_store(file, storage)
     records = load_runs(store)[0] if run is None else [find_run(store, run)]
+    for record in records:
+        record.storage = storage
     complete = sync_runs(store, records, console_here())
     sys.exit(0 if complete else 1)
 
@@ -447,7 +449,7 @@ def results(
     else:
         typer.echo(presentable(to_csv(columns, rows)), nl=False)
     if absent:
-        typer.echo(f"No results yet of: {', '.join(absent)}; `fls run {file}`.", err=True)
+        typer.echo(f"No results yet of: {', '.join(absent)}; `{spec.command()}`.", err=True)
 
 
 @command(

@@ -67,7 +67,8 @@ def start_run(
     """
     store = Store(spec.storage)
     if run_id is not None and run_id in store.list_runs():
-        raise BadInput(f"{store.url} has a run {run_id} already; `fls resume {run_id}`.")
+        before = RunRecord(run_id=run_id, options=options, spec_text="")
+        raise BadInput(f"{store.url} has a run {run_id} already; `{before.resume_command}`.")
     plan = make_plan(spec, store, selection)
     plan.require_runnable()
     while not (_to_run(plan) or unregistered(store, plan, options.tracking)):

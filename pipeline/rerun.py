@@ -6,7 +6,6 @@ import dataclasses
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from shlex import quote
 from typing import Any
 
 from pipeline.attempt import attempt_folder, manifest_path
@@ -18,6 +17,7 @@ from pipeline.planner import Plan, PlannedCell
 from pipeline.runs import load_run
 from pipeline.schedule import Schedule
 from pipeline.seal import seal
+from pipeline.spec import Spec
 from pipeline.store import Manifest, Store
 from pipeline.worker import Outcome, Task
 
@@ -71,7 +71,7 @@ def rerun(plan: Plan, store: Store, address: str, storage: str | None = None) ->
         copy = Store(folder)
         task = schedule.task(name, run="rerun", storage=copy.url, token=copy.prepare())
         for source in [one for found in task["inputs"].values() for one in found]:
-            _require_files(store, name, source["cell"], source["key"])
+            _require_files(plan.spec, store, name, source["cell"], source["key"])
             _copy_result(store, copy, source["key"], source["output"])
         facts = stored.facts
         outcome = _run(task, planned, threads=facts["threads"], workers=facts["workers"])
@@ -129,7 +129,7 @@ def _find_earlier(plan: Plan, store: Store, planned: PlannedCell) -> tuple[Manif
     raise BadInput(f"{name} is not in the store{why}, so there is nothing to compare.")
 
 
-def _require_files(store: Store, name: str, source: str, key: str) -> None:
+def _require_files(spec: Spec, store: Store, name: str, source: str, key: str) -> None:
     """Check that the files of an input are there.
 
     Raises:
@@ -138,7 +138,8 @@ def _require_files(store: Store, name: str, source: str, key: str) -> None:
     if store.manifest(key) is None:
         collected = store.collected(key) is not None
         why = "whose files fls gc collected (keep: results)" if collected else "which is not there"
-        raise BadInput(f"{name} needs {source}, {why}; `fls run --until {quote(source)}` makes it.")
+        command = spec.command("--until", source)
+        raise BadInput(f"{name} needs {source}, {why}; `{command}` makes it.")
 
 
 def _copy_result(store: Store, copy: Store, key: str, output: str) -> None:

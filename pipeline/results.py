@@ -6,7 +6,6 @@ import csv
 import importlib
 import io
 import json
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,7 +113,7 @@ def export(spec: Spec, store: Store, address: str, destination: Path) -> None:
         for cell, output in _with_output(cells, catalogue.exports):
             key = _keys(make_plan(spec, store), store, [cell.name]).get(cell.name)
             if key is None:
-                command = f"fls run {spec.path} --until {shlex.quote(cell.name)}"
+                command = spec.command("--until", cell.name)
                 raise BadInput(f"{cell.name} is not in the store; `{command}` makes it.")
             module, _, attribute = catalogue.exporter.partition(":")
             destination.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ import shlex
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ def spec_of(record: RunRecord) -> Spec:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / Path(record.options.file).name
         path.write_text(record.spec_text, encoding="utf-8")
-        return load_spec(path, record.options.overrides)
+        spec = load_spec(path, record.options.overrides)
+    return replace(spec, path=Path(record.options.file))  # where a hint says it is
 
 
 def plan_of(record: RunRecord, store: Store) -> Plan:

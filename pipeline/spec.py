@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import shlex
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -66,6 +67,7 @@ class Spec:
         resolved: the same with all references replaced and all `--set` options applied: a file
             that repeats it.
         environment: the variables that it refers to, with the text that each stands for.
+        overrides: the `--set` options.
         plugins: in the file's order.
         storage: absolute path of a folder, or an fsspec URL.
         storage_given: the same as the environment or the file gives it; perhaps a relative path.
@@ -80,6 +82,7 @@ class Spec:
     text: str
     resolved: str
     environment: Mapping[str, str]
+    overrides: Sequence[str]
     plugins: Sequence[Plugin]
     storage: str
     storage_given: str
@@ -87,6 +90,11 @@ class Spec:
     mlflow: MlflowSpec
     stages: Mapping[str, StageSpec]
     cells: Sequence[Cell]
+
+    def command(self, *arguments: str) -> str:
+        """Return the command that runs it, with further arguments, for a shell."""
+        settings = [word for option in self.overrides for word in ("--set", option)]
+        return shlex.join(["fls", "run", str(self.path), *settings, *arguments])
 
 
 def load_spec(path: FilePath, overrides: Sequence[str] = ()) -> Spec:
@@ -122,7 +130,10 @@ def load_spec(path: FilePath, overrides: Sequence[str] = ()) -> Spec:
     if document.problems:
         raise SpecError(document.problems)
     return dataclasses.replace(
-        spec, resolved=_resolve(document.value, spec, *given), environment=redact(environment)
+        spec,
+        resolved=_resolve(document.value, spec, *given),
+        environment=redact(environment),
+        overrides=tuple(overrides),
     )
 
 
@@ -247,6 +258,7 @@ class _Builder:
             text=self.text,
             resolved="",
             environment={},
+            overrides=(),
             plugins=self.plugins,
             storage=storage if "://" in storage else os.path.abspath(storage),
             storage_given=storage,

@@ -143,7 +143,7 @@ def _sync(
         raise PipelineError(
             f"Run {record.run_id} could not be sent to {redact(facts.run.uri)} "
             f"({type(error).__name__}: {redact(str(error))}). "
-            "Nothing is lost: `fls sync` goes on from there."
+            f"Nothing is lost: `{record.sync_command}` goes on from there."
         ) from error
     finally:
         record.tracked = record.tracking.ended and not refused

@@ -57,7 +57,7 @@ def test_a_cell_whose_input_was_collected_is_computed_again_once_that_is_back(to
     assert (
         "twice[seed=0] needs add[seed=0], whose files fls gc collected (keep: results); " in errors
     )
-    assert "`fls run --until 'add[seed=0]'` makes it." in errors
+    assert "`fls run pipeline.yaml --until 'add[seed=0]'` makes it." in errors
     run_here(selection=Selection(until=["add[seed=0]"]))
     assert fls("verify", "--rerun", "twice[seed=0]")[0] == 0
 

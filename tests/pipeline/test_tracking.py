@@ -866,7 +866,7 @@ def test_a_server_that_stays_away_gets_it_all_later(
     assert (record.tracking.closed, record.tracked) == (["slow"], False)
     code, _, errors = fls("sync", "last")
     assert code == 1
-    assert "Nothing is lost: `fls sync` goes on from there." in errors
+    assert f"Nothing is lost: `fls sync {record.run_id}` goes on from there." in errors
     here, first = True, len(tracker.told)
     code, output, _ = fls("sync")
     assert (code, output) == (0, f"{record.run_id} is complete: 2 cells sent.\n")

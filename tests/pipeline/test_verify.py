@@ -159,7 +159,10 @@ def test_what_cannot_be_computed_again_is_told(toy: Path) -> None:
         ("add", "stands for 4 cells"),
         ("ad", "did you mean 'add'?"),
         ("add[amount=1,seed=0]", "is not in the store, so there is nothing to compare"),
-        ("add[amount=2,seed=0]", "needs start[seed=0], which is not there; `fls run --until"),
+        (
+            "add[amount=2,seed=0]",
+            "needs start[seed=0], which is not there; `fls run pipeline.yaml --until",
+        ),
     ):
         code, _, errors = fls("verify", "--rerun", cell)
         assert (code, message in errors) == (2, True), errors
