@@ -52,6 +52,8 @@ def curvature(ctx: Context) -> None:
         estimator.fit(source, report, resume=resume)
     if ctx.rank > 0:
         return
+    for warning in estimator.warnings:
+        ctx.say(warning)
     ctx.log({"memory_bytes": estimator.memory_bytes()})
     certificate = None
     held_out = recipe.calibration.held_out(dataset, params.certificate_samples)

@@ -123,6 +123,31 @@ class AbstractEstimator(ABC):
         """Return diag(Q) as group name -> (rows, columns)."""
         return {name: block.diagonal() for name, block in self.blocks().items()}
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a person should know of the fitted estimate, a sentence each.
+
+        Prunable groups of which no sample's gradient is left beside the damping: their weights are
+        judged by magnitude alone.
+        """
+        blind = [group.name for group in self.partition.prunable if self._is_blind(group.name)]
+        if not blind:
+            return ()
+        return (
+            f"No curvature is left beside the damping of {self.damping:g} in {', '.join(blind)}: "
+            "their weights are judged by magnitude alone. Lower the damping, or look whether the "
+            "network uses them, and whether its outputs are saturated.",
+        )
+
+    def _is_blind(self, name: str) -> bool:
+        """Tell whether diag(Q) is 1 / damping, up to rounding, on all survivors of a group."""
+        if name not in self._blocks:
+            return False
+        diagonal = self._blocks[name].diagonal()[:, : self.partition[name].weight_columns]
+        if self.masks is not None:
+            diagonal = diagonal[self.masks[name].to(diagonal.device)[:, : diagonal.shape[1]]]
+        return diagonal.numel() > 0 and bool(((diagonal * self.damping - 1).abs() <= 1e-6).all())
+
     # -- memory
 
     def memory_bytes(self) -> int:

@@ -83,6 +83,23 @@ class FishLeg(AbstractEstimator):
         self._pending: list[str] = []
         self._partial: tuple[str, SolverState] | None = None
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a person should know: of all estimates, and where a solver did less than asked."""
+        found = list(super().warnings)
+        for name, entry in self.report.items():
+            if entry.get("rejected"):
+                found.append(
+                    f"{name}: {entry['rejected']} phases of Adam did not lower J and were undone; "
+                    "lower learning_rate, or take more steps."
+                )
+            if entry.get("shortened"):
+                found.append(
+                    f"{name}: {entry['shortened']} half-steps would have lost positive "
+                    "definiteness and were shortened; raise the damping, or lower cg_iterations."
+                )
+        return tuple(found)
+
     # -- fitting
 
     def fit(

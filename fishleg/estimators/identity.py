@@ -31,6 +31,7 @@ class Identity(AbstractOnePassEstimator):
 
     name = "magnitude"
     remedy = "a smaller model"
+    warnings = ()
 
     def _passes(
         self, source: GradientSource, masks: Mapping[str, Tensor] | None

@@ -53,7 +53,7 @@ class PruneReport:
         zeros: group name -> how many weights were exactly 0 before the step and were taken as
             removed, where no masks were given.
         warnings: what a person should know, a sentence each: emptied groups, zeros that were found,
-            a solve that stopped short.
+            a solve that stopped short, and those of the estimator.
     """
 
     masks: Masks
@@ -205,7 +205,11 @@ def _remove(
         solves=report.solves,
         unprunable=partition.unprunable,
         emptied=emptied,
-        warnings=(*_say_emptied(emptied), *_say_short(report.solves, tolerance)),
+        warnings=(
+            *_say_emptied(emptied),
+            *_say_short(report.solves, tolerance),
+            *estimator.warnings,
+        ),
     )
 
 

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from fishleg.calibration import Calibration
 from fishleg.errors import FishLegError, UnknownName
-from fishleg.estimators import EKFAC, BlockWoodbury, DiagonalFisher, Identity
+from fishleg.estimators import EKFAC, BlockWoodbury, DiagonalFisher, FishLeg, Identity
 from fishleg.gradients import GradientSource
 from fishleg.likelihoods import Categorical
 from fishleg.parameters import partition_parameters
@@ -416,3 +416,22 @@ def test_what_is_used_is_evaluated_without_a_power_iteration():
     evaluate(model, "0.weight")
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
     assert layer.training
+
+
+def test_an_estimate_without_curvature_is_a_warning():
+    model = network()
+    with torch.no_grad():
+        model[0].weight.mul_(1e4)  # tanh is flat there
+    report = prune_once(model, fitted(model, DiagonalFisher), sparsity=0.5)
+    assert any("No curvature is left" in warning for warning in report.warnings)
+    assert "0.001 in 0: their weights are judged by magnitude alone" in report.warnings[-1]
+    assert prune_once(network(), fitted(network(), DiagonalFisher), sparsity=0.5).warnings == ()
+    assert fitted(model, Identity).warnings == ()
+
+
+def test_a_fit_that_did_less_than_asked_is_a_warning():
+    model = network()
+    source = source_of(model)
+    estimator = FishLeg(source.partition, damping=1e-3, solver="adam", steps=4, learning_rate=50.0)
+    estimator.fit(source)
+    assert any("phases of Adam did not lower J" in warning for warning in estimator.warnings)
