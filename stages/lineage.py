@@ -17,7 +17,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from pipeline.stage import ExternalFile, Params
+from pipeline.stage import ExternalFile, Params, StageError
 
 PATH = "path"
 """The setting that names the stages on the way."""
@@ -205,6 +205,15 @@ def _plain(params: Params) -> dict[Role | None, dict[str, Any]]:
 
 
 def _digest(file: Path) -> str:
-    """Return what stands for a file, wherever it lies."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()[:12]
+    """Return what stands for a file, wherever it lies.
+
+    Raises:
+        StageError: it is not there, or cannot be read.
+    """
+    try:
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()[:12]
+    except FileNotFoundError:
+        raise StageError(f"{file.absolute()}: no such file.") from None
+    except OSError as error:
+        raise StageError(f"{file.absolute()}: {error.strerror}.") from None

@@ -183,7 +183,7 @@ def test_two_workers_estimate_as_one(root: Path, name: str) -> None:
     partition = model.facts.partition(model.network)
     images, diagonals = [], []
     for folder in (root / name, root / f"two-{name}"):
-        estimator, _, _ = load_estimate(folder / "outputs" / "curvature", partition, "cpu")
+        estimator = load_estimate(folder / "outputs" / "curvature", partition, "cpu").estimator
         draw = torch.Generator().manual_seed(0)
         shapes = {group.name: group.shape for group in partition.groups}
         probes = {key: torch.randn(3, *shape, generator=draw) for key, shape in shapes.items()}
