@@ -13,7 +13,16 @@ from torch.utils.data import Dataset
 from fishleg.errors import FishLegError, ShapeMismatch
 from fishleg.likelihoods import Likelihood, check_targets, given_targets
 from fishleg.loading import Split, check_iterable, hold_batches, read_batch, split_batch
-from fishleg.nests import Nest, as_nest, count_samples, describe, map_tensors, take, tensors_of
+from fishleg.nests import (
+    Nest,
+    as_nest,
+    count_samples,
+    describe,
+    map_tensors,
+    take,
+    tensors_of,
+    usable,
+)
 from fishleg.rng import SampleGenerator
 
 Labels = Literal["sampled", "matched", "enumerated", "empirical"]
@@ -179,7 +188,7 @@ class Calibration:
                 indices = torch.arange(start, part.stop, device=device)
             else:
                 indices = self.indices[part].to(device)
-            targets = None if self.targets is None else self.targets[part].to(device)
+            targets = None if self.targets is None else usable(self.targets[part]).to(device)
             yield Batch(inputs, targets, indices)
 
     def _take(self, part: slice, device: torch.device) -> Nest:

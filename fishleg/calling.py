@@ -151,13 +151,16 @@ def _check_usable(model: nn.Module, outputs: Tensor) -> None:
             f"The model's outputs: expected real numbers, got {got}; load the weights, or say with "
             "`Calling(output=...)` what of the result counts."
         )
-    if torch.is_grad_enabled() and not outputs.requires_grad:
-        if trained := [name for name, p in model.named_parameters() if p.requires_grad]:
-            raise FishLegError(
-                f"The model's outputs: expected a derivative by its {len(trained)} trainable "
-                f"parameters ({trained[0]}, ...), got outputs that autograd does not connect with "
-                "them; take torch.no_grad(), detach() and the like out of its forward."
-            )
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    if torch.is_grad_enabled() and not outputs.requires_grad and trained:
+        remedy = "take torch.no_grad(), detach() and the like out of its forward"
+        if torch.is_inference_mode_enabled():
+            remedy = "leave torch.inference_mode()"
+        raise FishLegError(
+            f"The model's outputs: expected a derivative by its {len(trained)} trainable "
+            f"parameters ({trained[0]}, ...), got outputs that autograd does not connect with "
+            f"them; {remedy}."
+        )
 
 
 class _Called(nn.Module):

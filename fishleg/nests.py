@@ -61,6 +61,11 @@ def map_tensors(function: Callable[[Tensor], Any], nest: Nest) -> Nest:
     return pytree.tree_map(function, nest)
 
 
+def usable(leaf: Tensor) -> Tensor:
+    """Return a tensor that may take part in a graph: a copy, if it was made in inference mode."""
+    return leaf.clone() if leaf.is_inference() else leaf
+
+
 def take(nest: Nest, part: slice) -> Nest:
     """Return a run of the samples, as views."""
     return map_tensors(lambda leaf: leaf[part], nest)

@@ -19,7 +19,7 @@ from fishleg.loading import (
     split_batch,
     take_pair,
 )
-from fishleg.nests import count_samples, map_tensors
+from fishleg.nests import count_samples, map_tensors, usable
 
 
 class StreamedCalibration:
@@ -92,7 +92,7 @@ class StreamedCalibration:
                     check_steady(self._transform, inputs, device)
                     self._steady = True
                 inputs = apply_transform(self._transform, inputs)
-            targets = None if targets is None else targets.to(device)
+            targets = None if targets is None else usable(targets).to(device)
             yield Batch(inputs, targets, torch.arange(start, start + count, device=device))
 
     def _checked(self) -> Iterator[Pair]:

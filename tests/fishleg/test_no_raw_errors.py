@@ -262,6 +262,20 @@ def test_labels_that_are_none_of_the_models_are_refused(targets, message):
         assert_own(found.value)
 
 
+def test_the_callers_grad_modes_do_not_matter_or_are_refused():
+    with torch.inference_mode():
+        samples = Calibration(inputs=X.clone(), targets=Y.clone())
+        with pytest.raises(FishLegError, match=r"leave torch.inference_mode\(\)"):
+            hold(Model())
+        assert mean_divergence(Model(), Model(), Categorical(), BATCHES) > 0
+    model = Model()
+    partition = fishleg.partition_parameters(model)
+    source = GradientSource(model, Categorical(), partition, samples, labels="empirical")
+    expected = source_of(model, labels="empirical").hold(["body"])
+    with torch.no_grad():
+        assert torch.equal(source.hold(["body"])["body"], expected["body"])
+
+
 def other_source():
     return source_of(nn.Linear(4, CLASSES))
 
