@@ -9,7 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fishleg.errors import FishLegError
 from fishleg.gradients import GradientSource
+from fishleg.loading import checksum
 from fishleg.team import Team
 
 MEETINGS = 8  # of a team in a pass, about: what it may lose is the share between two of them
@@ -61,10 +63,14 @@ class Tally:
             stream: yields the batches of a source.
             add: adds one of them.
             progress: told the gradient rows done so far; may take a copy of the tally.
+
+        A FishLegError if the processes of a team have not the same samples.
         """
         if self.whole:
             return
         team, part = source.team, source.shared()
+        if team.size > 1:
+            _check_samples(source)
         if self.processes != team.size:
             self.rounds, self.processes = 0, team.size
             self.sums.clear()
@@ -86,6 +92,25 @@ class Tally:
             if progress is not None:
                 progress(min((row - part.first_row) * team.size, source.rows))
         self.whole = True
+
+
+def _check_samples(source: GradientSource) -> None:
+    """Check that all processes of a team have the same samples, by number and first batch.
+
+    Each takes a part of its own: of a loader that each has shuffled by itself, the parts would
+    neither be all samples nor different ones.
+
+    Raises:
+        FishLegError: they have not; in all processes alike.
+    """
+    batch = next(source.batches())
+    mine = [len(source.calibration), checksum((batch.inputs, batch.targets, batch.indices))]
+    _, first = source.team.share({}, mine)
+    if source.team.any(mine != first):
+        raise FishLegError(
+            "Calibration samples: expected the same ones in the same order in all processes, got "
+            "others in some; seed a loader that shuffles or augments alike in each of them."
+        )
 
 
 def _meet(team: Team, own: Sums, common: Sums) -> None:

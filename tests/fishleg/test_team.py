@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fishleg.errors import FishLegError
+from fishleg.moments import accumulate, squares
 from fishleg.team import ALONE, Team
 from tests.fishleg.networks import mixed_source
 
@@ -62,3 +63,38 @@ def test_a_sample_for_each_is_needed() -> None:
     source.team = Team(0, len(source.calibration) + 1)
     with pytest.raises(FishLegError, match="Expected a calibration sample for each of the"):
         source.shared()
+
+
+class Doubled(Team):
+    """The first of two processes, whose other one says that it has other samples, or the same."""
+
+    others = False
+
+    def sum(self, tensors):
+        """Add what the other process would."""
+        for tensor in tensors:
+            tensor *= 2
+
+    def any(self, flag):
+        """Tell what either says."""
+        return flag or self.others
+
+    def share(self, tensors, meta=None, *, owner=0, device="cpu"):
+        """Pass on what is given."""
+        return dict(tensors), meta
+
+
+class Different(Doubled):
+    """The same with other samples."""
+
+    others = True
+
+
+def test_a_team_with_samples_of_its_own_each_is_refused() -> None:
+    source = mixed_source()
+    source.team = Doubled(0, 2)
+    sums = accumulate(source, squares)
+    assert sums.keys() == set(source.partition.names)
+    source.team = Different(0, 2)
+    with pytest.raises(FishLegError, match="the same ones in the same order in all processes"):
+        accumulate(source, squares)
