@@ -7,6 +7,7 @@ all labels enumerated with their probabilities; or (the empirical Fisher) the da
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from copy import copy
 from functools import cached_property, partial
 from typing import TypeVar, get_args
@@ -16,20 +17,16 @@ from torch import Tensor, nn
 
 from fishleg.calibration import DRAWN, Batch, Calibration, Labels, Samples, label
 from fishleg.calling import PLAIN, Calling, model_device
-from fishleg.capture import LayerSignals, evaluating, has_signals, layer_signals, recording
+from fishleg.capture import LayerSignals, has_signals, layer_signals, recording
 from fishleg.errors import FishLegError, ShapeMismatch, UnknownName
 from fishleg.jacobian import Jacobian
 from fishleg.likelihoods import Likelihood
 from fishleg.nests import Nest
+from fishleg.network import Network, find_network
 from fishleg.parameters import Partition
-from fishleg.persample import (
-    Pass,
-    candidates,
-    choose_paths,
-    fast_gradients,
-    general_gradients,
-    run_passes,
-)
+from fishleg.paths import Paths, check_samples, find_paths
+from fishleg.persample import GeneralPath, Pass, fast_gradients, run_passes
+from fishleg.precision import compute_dtype
 from fishleg.team import ALONE, Team
 
 __all__ = ["Calibration", "GradientSource", "Labels", "LayerSignals", "Lazy"]
@@ -67,8 +64,10 @@ class GradientSource:
     as square roots. Rows are ordered by sample, then by label; they are the same in every pass,
     whatever the batch size, up to rounding. While a batch is computed the model is in evaluation
     mode; between batches every module's flag is as the caller left it, and the statistics of batch
-    norms never move. Which path a parameter's gradients take (see `persample`) is found by trial
-    when first needed, and is kept: weights may change afterwards, the model's structure may not.
+    norms never move. Gradients are in float32 at least, whatever the dtype of the weights; see
+    `precision`. Which path a parameter's gradients take (see `persample`) is found by the graph
+    and a trial when first needed; a batch in which something else uses a parameter, too, takes the
+    general path for it. Weights may change between passes.
 
     Args:
         model: maps (n, ...) to outputs (n, ...), each sample for itself.
@@ -129,21 +128,45 @@ class GradientSource:
         self.calling = calling
         self.team = team
         self.jacobian = Jacobian()
+        self.general = GeneralPath()
         self._among = slice(None)
         self._skipped = 0
+        self._seen: list[tuple[int, int]] = []
 
     def batches(self, batch_size: int | None = None) -> Iterator[Batch]:
-        """Yield the samples on the model's device, in batches (default: `self.batch_size`)."""
+        """Yield the samples on the model's device, in batches (default: `self.batch_size`).
+
+        One by one where the model looks at them to decide what to compute. The inputs are as
+        `computing` wants them.
+        """
+        return self._batches(1 if self.singly is not None else batch_size or self.batch_size)
+
+    def _batches(self, size: int) -> Iterator[Batch]:
+        batches = self.calibration.batches(size, model_device(self.model), self._among)
+        return map(self.network.prepare, batches)
+
+    @cached_property
+    def network(self) -> Network:
+        """The model as it is computed: in float32 at least, wherever its code lets it."""
         device = model_device(self.model)
-        return self.calibration.batches(batch_size or self.batch_size, device, self._among)
+        return find_network(
+            self.model,
+            self.likelihood,
+            self.calling,
+            lambda: next(self.calibration.batches(1, device)),
+        )
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Let the model compute as curvature is computed; see `Network.computing`."""
+        return self.network.computing()
 
     def outputs(self, batch: Batch) -> Tensor:
         """Return the model's outputs (n, ...) for a batch; errors as of `Calling.outputs`."""
-        return self.calling.outputs(self.model, batch.inputs)
+        return self.network.outputs(batch)
 
     def run(self, parameters: Mapping[str, Tensor], inputs: Nest) -> Tensor:
         """Return the model's outputs with other values of some parameters, errors as they come."""
-        return self.calling.run(self.model, inputs, parameters)
+        return self.network.run(parameters, inputs)
 
     def label(
         self, outputs: Tensor, batch: Batch, labels: Labels | None = None
@@ -163,8 +186,8 @@ class GradientSource:
         """Gradient rows a sample: labels drawn, or the number of enumerated ones."""
         if self.labels != "enumerated":
             return self.draws
-        batch = next(self.batches(1))
-        with evaluating(self.model), torch.no_grad():
+        batch = next(self._batches(1))
+        with self.computing(), torch.no_grad():
             return len(self.label(self.outputs(batch), batch)[0])
 
     @property
@@ -187,11 +210,8 @@ class GradientSource:
             groups: names; default all.
         """
         names = self.partition.names if groups is None else tuple(groups)
-        tensors = [tensor for name in names for tensor in self.partition[name].tensors]
-        general = [tensor for tensor in tensors if tensor not in self._paths]
-        hooked = {self._paths[tensor] for tensor in tensors if tensor in self._paths}
-        for one in self._passes(hooked):
-            yield self._lazy_gradients(names, general, one)
+        for one in self._passes(self._hooked(names)):
+            yield self._lazy_gradients(names, one)
 
     def hold(self, groups: Sequence[str]) -> dict[str, Tensor]:
         """Return group name -> all gradients of a pass, (self.rows, rows, columns)."""
@@ -221,9 +241,9 @@ class GradientSource:
         outputs, one a label, and twice the largest unfolded input; and the inputs and gradients
         of the batch before, which a loop over batches lets go only when the next one is there.
         """
-        batch = next(self.calibration.batches(1, model_device(self.model)))
-        modules = {name: self.model.get_submodule(name) for name in set(self._paths.values())}
-        own = {tensor.untyped_storage().data_ptr() for tensor in self.model.state_dict().values()}
+        batch = self.network.prepare(next(self.calibration.batches(1, model_device(self.model))))
+        modules = {name: self.model.get_submodule(name) for name in set(self.found.fast.values())}
+        own: set[int] = set()
         saved: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -234,8 +254,11 @@ class GradientSource:
             return tensor
 
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        with evaluating(self.model), recording(modules) as calls, hooks:
-            outputs = self.outputs(batch)
+        with self.computing(), recording(modules) as calls:
+            tensors = self.model.state_dict().values()
+            own |= {tensor.untyped_storage().data_ptr() for tensor in tensors}
+            with hooks:
+                outputs = self.outputs(batch)
         size = outputs.element_size()
         ends = {name: found[0].output_shape for name, found in calls.items()}
         inputs = sum(found[0].activation.numel() for found in calls.values())
@@ -246,7 +269,7 @@ class GradientSource:
             for name, module in modules.items()
             if isinstance(module, nn.Conv2d)
         ]
-        general = any(tensor not in self._paths for tensor in self._tensors())
+        general = any(tensor not in self.found.fast for tensor in self._tensors())
         each = sum(saved.values()) * (1 + general)
         each += size * (inputs + 2 * gradients + 2 * max(unfolded, default=0))
         return self._samples_at_once * each
@@ -282,23 +305,55 @@ class GradientSource:
 
         Args:
             groups: names; default all.
+
+        A FishLegError if a layer is used otherwise in some batch than in the first ones; it counts
+        as being on the general path from then on.
         """
+        self._look_again()
         names = self.partition.names if groups is None else tuple(groups)
         modules = {name: self._signalling_module(name) for name in names}
         for one in self._passes({module for module in modules.values() if module is not None}):
+            for name, module in modules.items():
+                if module is not None:
+                    self._check_signals(name, one)
             yield self._lazy_signals(modules, one)
+
+    def _check_signals(self, name: str, one: Pass) -> None:
+        """Check that the layer of group `name` tells all of its gradient in a batch.
+
+        Raises:
+            FishLegError: it does not.
+        """
+        group = self.partition[name]
+        if one.fast.issuperset(group.tensors):
+            return
+        for tensor in group.tensors:
+            self.found.fast.pop(tensor, None)
+        first, last = int(one.batch.indices[0]), int(one.batch.indices[-1])
+        raise FishLegError(
+            f"{group.weight}: in samples {first} to {last} something else than the one call of its "
+            "layer uses it, and in the samples before it did not; what its layer sees and gets "
+            "back is not all of its gradient there. Expected a model whose structure does not "
+            "depend on the data. Fit once more, now that this is known: its gradients are taken by "
+            "the general path then."
+        )
 
     def heads(self, name: str) -> int | None:
         """Return the convolution groups h of the layer of group `name`, 1 for a linear layer.
 
         None where `layers` gives None: the group is not the weight of one layer on the fast path.
         """
+        self._look_again()
         module = self._signalling_module(name)
         return None if module is None else getattr(self.model.get_submodule(module), "groups", 1)
 
     def element_size(self, name: str) -> int:
         """Return the bytes of one number of group `name`: s in the formulas of memory."""
-        return self.model.get_parameter(self.partition[name].weight).element_size()
+        return self.dtype(name).itemsize
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of the gradients of group `name`, and so of its curvature."""
+        return compute_dtype(self.model.get_parameter(self.partition[name].weight).dtype)
 
     def factored(
         self, groups: Sequence[str] | None = None
@@ -314,16 +369,14 @@ class GradientSource:
         """
         names = self.partition.names if groups is None else tuple(groups)
         modules = {name: self._signalling_module(name) for name in names}
-        tensors = [tensor for name in names for tensor in self.partition[name].tensors]
-        general = [tensor for tensor in tensors if tensor not in self._paths]
-        hooked = {self._paths[tensor] for tensor in tensors if tensor in self._paths}
-        for one in self._passes(hooked):
+        for one in self._passes(self._hooked(names)):
             signals = self._lazy_signals(modules, one)
-            gradients = self._lazy_gradients(names, general, one)
+            gradients = self._lazy_gradients(names, one)
             outer = {
                 name
                 for name, module in modules.items()
                 if module is not None
+                and one.fast.issuperset(self.partition[name].tensors)
                 and isinstance(self.model.get_submodule(module), nn.Linear)
                 and one.inputs[module].ndim == 2
             }
@@ -336,7 +389,7 @@ class GradientSource:
             calibration: the samples.
             seed: of their labels.
         """
-        _ = self._paths  # found out now, so that every copy has them
+        _ = self.found  # found out now, so that every copy has them
         other = copy(self)
         other.calibration, other.seed = calibration, seed
         return other
@@ -356,7 +409,7 @@ class GradientSource:
                 f"Expected a calibration sample for each of the {self.team.size} processes, got "
                 f"{len(self.calibration)}; take more samples, or fewer workers."
             )
-        _ = self._paths  # found out on the same samples by all
+        _ = self.found  # found out on the same samples by all
         other = copy(self)
         other._among = self.team.part(len(self.calibration))
         return other
@@ -373,7 +426,7 @@ class GradientSource:
         Args:
             rounds: 0 ... the batches of a pass, as `stream` yields them.
         """
-        _ = self._paths  # found out on the same samples
+        _ = self.found  # found out on the same samples
         other = copy(self)
         samples, other._skipped = divmod(rounds, self._rounds_a_batch)
         first, end, _ = self._among.indices(len(self.calibration))
@@ -399,6 +452,8 @@ class GradientSource:
 
     @property
     def _samples_at_once(self) -> int:
+        if self.singly is not None:
+            return 1
         return min(max(1, self.batch_size // self.rows_per_sample), len(self.calibration))
 
     @property
@@ -408,12 +463,19 @@ class GradientSource:
 
     def report(self) -> list[tuple[str, str]]:
         """Return (parameter, what of it) for all that is off the fast path or without curvature."""
-        general = [
-            (tensor, "general path: torch.func.vmap")
-            for tensor in self._tensors()
-            if tensor not in self._paths
-        ]
-        return general + [(name, f"no curvature: {why}") for name, why in self.partition.uncovered]
+        refused = self.general.refused
+        way = "general path: torch.func.vmap"
+        if refused is not None:
+            way = f"loop over samples, since torch.func.vmap cannot ({refused})"
+        found = [(tensor, way) for tensor in self._tensors() if tensor not in self.found.fast]
+        if self.singly is not None:
+            found.append(
+                (
+                    "all",
+                    f"one sample at a time, since the model decides by them ({self.singly})",
+                )
+            )
+        return found + [(name, f"no curvature: {why}") for name, why in self.partition.uncovered]
 
     # -- inner workings
 
@@ -421,57 +483,67 @@ class GradientSource:
         return [tensor for group in self.partition.groups for tensor in group.tensors]
 
     @cached_property
-    def _paths(self) -> dict[str, str]:
-        """Parameter name -> hooked module, of those on the fast path."""
-        names = self._tensors()
-        hooked = set(candidates(self.model, names).values())
-        one = next(self._run(next(self.batches(min(_SAMPLES_TO_COMPARE, self.batch_size))), hooked))
-        return choose_paths(self.model, self.likelihood, names, one, self.calling)
+    def found(self) -> Paths:
+        """What was found out about the model, shared by all copies of the source."""
+        self._seen = self._versions()
+        batch = self._some_samples()
+        return find_paths(self.network, self.general, self._tensors(), batch, self._run)
+
+    @cached_property
+    def singly(self) -> str | None:
+        """Why the model is given one sample at a time, or None."""
+        batch = next(self._batches(min(_SAMPLES_TO_COMPARE, self.batch_size)))
+        return check_samples(self.network, batch)
+
+    def _some_samples(self) -> Batch:
+        """Return the samples that show what the model is like."""
+        return next(self.batches(min(_SAMPLES_TO_COMPARE, self.batch_size)))
+
+    def _versions(self) -> list[tuple[int, int]]:
+        parameters = map(self.model.get_parameter, self._tensors())
+        return [(parameter.data_ptr(), parameter._version) for parameter in parameters]
+
+    def _look_again(self) -> None:
+        """Where weights have changed, leave the fast path to what the graph still has on it."""
+        found, now = self.found, self._versions()
+        if found.fast and now != self._seen:
+            one = next(self._run(self._some_samples(), set(found.fast.values())))
+            for name in found.fast.keys() - one.fast:
+                del found.fast[name]
+        self._seen = now
+
+    def _hooked(self, groups: Sequence[str]) -> set[str]:
+        """Return the modules whose hooks give gradients of the groups."""
+        tensors = [tensor for name in groups for tensor in self.partition[name].tensors]
+        return {self.found.fast[tensor] for tensor in tensors if tensor in self.found.fast}
 
     def _run(self, batch: Batch, hooked: set[str]) -> Iterator[Pass]:
         def scaled_label(outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
             targets, weights = self.label(outputs, batch)
             return targets, (weights / len(self.calibration)).sqrt()
 
-        return run_passes(
-            self.model,
-            self.likelihood,
-            batch,
-            hooked,
-            scaled_label,
-            draws_at_once=self.batch_size,
-            calling=self.calling,
-        )
+        return run_passes(self.network, batch, hooked, scaled_label, draws_at_once=self.batch_size)
 
     def _passes(self, hooked: set[str]) -> Iterator[Pass]:
-        """Yield all samples and labels, at most `batch_size` rows at a time.
-
-        Raises:
-            FishLegError: a module is not called as it was on the first samples.
-        """
+        """Yield all samples and labels, at most `batch_size` rows at a time."""
         skipped = self._skipped
-        for batch in self.batches(self._samples_at_once):
+        for batch in self._batches(self._samples_at_once):
             for one in self._run(batch, hooked):
                 if skipped:
                     skipped -= 1
                     continue
-                if missing := hooked - one.inputs.keys():
-                    raise FishLegError(
-                        f"Modules {sorted(missing)} were not called exactly once with the samples "
-                        "first, though on the first samples they were; expected a model whose "
-                        "structure does not depend on the data."
-                    )
                 yield one
 
-    def _lazy_gradients(
-        self, names: Sequence[str], general: Sequence[str], one: Pass
-    ) -> Mapping[str, Tensor]:
-        slow = general_gradients(self.model, self.likelihood, general, one, self.calling)
+    def _lazy_gradients(self, names: Sequence[str], one: Pass) -> Mapping[str, Tensor]:
+        tensors = [tensor for name in names for tensor in self.partition[name].tensors]
+        paths = {name: module for name, module in self.found.fast.items() if name in one.fast}
+        general = [tensor for tensor in tensors if tensor not in paths]
+        slow = self.general.gradients(self.network, general, one)
 
         def make(name: str) -> Tensor:
             group = self.partition[name]
             fast: dict[str, Tensor] = {}
-            for module in {self._paths[tensor] for tensor in group.tensors if tensor not in slow}:
+            for module in {paths[tensor] for tensor in group.tensors if tensor not in slow}:
                 fast |= fast_gradients(self.model, one, module)
             # A module's bias may be on the fast path and its (tied) weight not.
             return group.gather(fast | slow).flatten(0, 1)
@@ -497,7 +569,7 @@ class GradientSource:
     def _signalling_module(self, name: str) -> str | None:
         """Return the linear or convolution module whose weight (and bias) group `name` is."""
         group = self.partition[name]
-        modules = {self._paths.get(tensor) for tensor in group.tensors}
+        modules = {self.found.fast.get(tensor) for tensor in group.tensors}
         module = modules.pop()
         if modules or module is None or not group.weight.endswith("weight"):
             return None

@@ -1,14 +1,17 @@
-"""Per-sample gradients of one batch, on two paths, and the choice between them.
+"""Per-sample gradients of one batch, on two paths.
 
 The fast path takes the gradients of linear, convolution and normalisation layers from hooks: one
 forward and one backward pass for a whole batch. The general path is `torch.func.vmap` over
 `torch.func.grad`: right for any parameter (bare, tied, of a module that is used twice or through
-a functional call), and several times slower. Parameters go by their state-dict names.
+a functional call), and several times slower. Where a model does something that vmap cannot (a GRU,
+choosing rows by their values, sparse gradients, checkpointing), the general path is a loop over the
+samples, slower again. Parameters go by their state-dict names. `fishleg.paths` chooses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,20 +19,23 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from fishleg.calibration import Batch
-from fishleg.calling import PLAIN, Calling
 from fishleg.capture import (
     Call,
-    evaluating,
     is_supported,
     layer_gradients,
     output_gradients,
     recording,
     transformable,
 )
-from fishleg.errors import FishLegError
-from fishleg.likelihoods import Likelihood
-from fishleg.nests import Nest, map_tensors
-from fishleg.rng import SampleGenerator
+from fishleg.errors import CapacityExceeded, FishLegError
+from fishleg.finite import check_finite
+from fishleg.graph import Uses, count_uses
+from fishleg.nests import Nest, map_tensors, take
+from fishleg.network import Network
+from fishleg.precision import widen
+
+_log = logging.getLogger(__name__)
+_LONGEST = 200  # characters of another library's message
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,8 @@ class Pass:
         inputs: name of a hooked module -> its input (n, ...). Modules that were not called exactly
             once, with the samples in the first dimension, are missing here and in `gradients`.
         gradients: name of a hooked module -> scaled gradients of its output, (n, D, ...).
+        fast: parameters that these tell the gradients of, as far as the graph of this batch goes:
+            nothing but the one call of a hooked module uses them.
     """
 
     batch: Batch
@@ -50,95 +58,108 @@ class Pass:
     scales: Tensor
     inputs: dict[str, Tensor]
     gradients: dict[str, Tensor]
+    fast: frozenset[str]
 
 
 def run_passes(
-    model: nn.Module,
-    likelihood: Likelihood,
+    network: Network,
     batch: Batch,
     hooked: Collection[str],
     label: Callable[[Tensor, Batch], tuple[Tensor, Tensor]],
     *,
     draws_at_once: int,
-    calling: Calling = PLAIN,
 ) -> Iterator[Pass]:
     """Run `batch` forward once, and backward for each label, down to the modules `hooked`.
 
     Args:
-        model: maps (n, ...) to (n, ...).
-        likelihood: gives the losses.
-        batch: the samples.
+        network: gives outputs and losses.
+        batch: the samples, prepared.
         hooked: module names.
         label: returns targets (D, n, ...) and scales (n, D) for the outputs.
         draws_at_once: how many of the D labels go into one pass, for memory's sake.
-        calling: how the model is called.
+
+    Raises:
+        FishLegError: a part of the model hides its parameters from autograd; or an output, a loss,
+            a gradient or a layer's input is not finite.
     """
-    modules = {name: model.get_submodule(name) for name in sorted(hooked)}
-    with evaluating(model):
+    modules = {name: network.model.get_submodule(name) for name in sorted(hooked)}
+    with network.computing():
         with recording(modules) as calls:
-            outputs = calling.outputs(model, batch.inputs)
+            outputs = network.outputs(batch)
+        check_finite({"The outputs": _ruled_in(outputs)}, batch, network.model)
         targets, scales = label(outputs, batch)
+        by_label = [network.likelihood.nll(outputs, target) for target in targets]
+        check_finite({"The loss": torch.stack(by_label, dim=1)}, batch, network.model)
         losses = [
-            (scale * likelihood.nll(outputs, target)).sum()
-            for scale, target in zip(scales.unbind(1), targets, strict=True)
+            (scale * each).sum() for scale, each in zip(scales.unbind(1), by_label, strict=True)
         ]
+        uses = count_uses(outputs)
+        if uses.hides:
+            raise FishLegError(
+                "The model recomputes a part of itself by a checkpoint that hides its parameters "
+                "from torch.autograd.grad, which then gives zeros for them; expected "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+            )
+        fast = _used_once(modules, calls, uses)
     plain = {name: found[0] for name, found in calls.items() if _is_plain(found, batch)}
+    inputs = {name: widen(call.activation) for name, call in plain.items()}
+    check_finite({f"The input of {name}": x for name, x in inputs.items()}, batch, network.model)
     for start in range(0, len(losses), draws_at_once):
         part = slice(start, start + draws_at_once)
-        gradients = output_gradients(list(plain.values()), losses[part])
+        with network.computing():  # a checkpoint computes the model again
+            gradients = output_gradients(list(plain.values()), losses[part])
+        found = {name: widen(g) for name, g in zip(plain, gradients, strict=True)}
+        check_finite(
+            {f"The gradient by the output of {name}": g for name, g in found.items()},
+            batch,
+            network.model,
+        )
         yield Pass(
             batch,
             targets[part],
             scales[:, part],
-            {name: call.activation for name, call in plain.items()},
-            dict(zip(plain, gradients, strict=True)),
+            inputs,
+            found,
+            frozenset(name for name, module in fast.items() if module in plain),
         )
+
+
+def _ruled_in(outputs: Tensor) -> Tensor:
+    """Return the outputs with 0 for -inf, by which a model rules a class out."""
+    return outputs.detach().masked_fill(outputs.detach() == -torch.inf, 0.0)
 
 
 def _is_plain(calls: Sequence[Call], batch: Batch) -> bool:
     n = len(batch.indices)
-    return len(calls) == 1 and calls[0].activation.shape[0] == n == calls[0].output_shape[0]
+    return len(calls) == 1 and calls[0].activation.shape[:1] == (n,) == calls[0].output_shape[:1]
+
+
+def _used_once(
+    modules: Mapping[str, nn.Module], calls: Mapping[str, Sequence[Call]], uses: Uses
+) -> dict[str, str]:
+    """Return parameter name -> module, of those that only the module's one call uses.
+
+    A call whose output the model drops is no use, and everything else that uses the parameter is.
+    """
+    found = {}
+    for module, made in calls.items():
+        if len(made) != 1:
+            continue
+        own = int(made[0].edge.node in uses.nodes)
+        for leaf, parameter in modules[module].named_parameters(recurse=False):
+            if uses.of(parameter) == own:
+                found[_join(module, leaf)] = module
+    return found
+
+
+def _join(module: str, leaf: str) -> str:
+    return f"{module}.{leaf}" if module else leaf
 
 
 def fast_gradients(model: nn.Module, one: Pass, module: str) -> dict[str, Tensor]:
     """Return parameter name -> scaled gradients (n, D, *its shape) for a hooked module."""
     found = layer_gradients(model.get_submodule(module), one.inputs[module], one.gradients[module])
-    return {f"{module}.{leaf}" if module else leaf: value for leaf, value in found.items()}
-
-
-def general_gradients(
-    model: nn.Module,
-    likelihood: Likelihood,
-    names: Sequence[str],
-    one: Pass,
-    calling: Calling = PLAIN,
-) -> dict[str, Tensor]:
-    """Return parameter name -> scaled gradients (n, D, *its shape) of any parameters, by vmap.
-
-    Raises:
-        FishLegError: the model does something that vmap does not support.
-    """
-
-    def loss(parameters: dict[str, Tensor], x: Nest, target: Tensor, scale: Tensor) -> Tensor:
-        outputs = calling.run(model, map_tensors(lambda leaf: leaf[None], x), parameters)
-        return scale * likelihood.nll(outputs, target[None])[0]
-
-    if not names:
-        return {}
-    parameters = {name: model.get_parameter(name).detach() for name in names}
-    per_sample = vmap(grad(loss), in_dims=(None, 0, 0, 0))
-    with evaluating(model), transformable(), torch.no_grad():
-        try:
-            draws = [
-                per_sample(parameters, one.batch.inputs, target, scale)
-                for target, scale in zip(one.targets, one.scales.unbind(1), strict=True)
-            ]
-        except (RuntimeError, ValueError) as error:
-            raise FishLegError(
-                f"The gradients of {', '.join(names)} need torch.func.vmap, which this model does "
-                f"not support ({error}). Leave them out with partition_parameters(skip=...)."
-            ) from error
-    return {name: torch.stack([draw[name] for draw in draws], dim=1) for name in names}
+    return {_join(module, leaf): value for leaf, value in found.items()}
 
 
 def candidates(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
@@ -152,68 +173,114 @@ def candidates(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def choose_paths(
-    model: nn.Module,
-    likelihood: Likelihood,
-    names: Sequence[str],
-    one: Pass,
-    calling: Calling = PLAIN,
-) -> dict[str, str]:
-    """Return parameter name -> hooked module, for parameters whose fast path is right.
+class GeneralPath:
+    """The gradients of any parameters: by vmap or, once a model has refused it, by a loop.
 
-    With random numbers c_n, sum_n c_n g_n over the samples of `one` is compared with autograd's
-    gradient of sum_n c_n loss_n. The random factors also unmask gradients given to the wrong
-    sample, and samples that interact. The remaining parameters must pass on the general path.
+    Attributes:
+        refused: what vmap said, or None.
+    """
 
-    Args:
-        model: the model.
-        likelihood: gives the losses.
-        names: all parameters in question.
-        one: a pass with the modules of `candidates` hooked; its first label is used.
-        calling: how the model is called.
+    def __init__(self) -> None:
+        self.refused: str | None = None
+
+    def gradients(self, network: Network, names: Sequence[str], one: Pass) -> dict[str, Tensor]:
+        """Return parameter name -> scaled gradients (n, D, *its shape).
+
+        Raises:
+            FishLegError: autograd cannot go through the model, or a gradient is not finite.
+            CapacityExceeded: the memory was not enough.
+        """
+        if not names:
+            return {}
+        if self.refused is None and len(one.batch.indices) > 1:
+            # What vmap, or a model under it, raises is of any type. If it is the model's own
+            # error, the loop raises it again.
+            try:
+                return _finite(_by_vmap(network, names, one), one, network)
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                raise CapacityExceeded(
+                    f"Per-sample gradients: the memory was not enough; lower batch_size. ({error})"
+                ) from error
+            except FishLegError:
+                raise
+            except Exception as error:
+                refused = shorten(error)
+            found = _by_loop(network, names, one)
+            self.refused = refused
+            _log.warning(
+                "Per-sample gradients: the model supports no torch.func.vmap (%s); those of %s are "
+                "computed one sample after the other, which is slower.",
+                refused,
+                ", ".join(names),
+            )
+            return _finite(found, one, network)
+        return _finite(_by_loop(network, names, one), one, network)
+
+
+def shorten(error: Exception) -> str:
+    """Return the first sentence of a message, for a line of a report."""
+    text = str(error).strip().partition("\n")[0].partition(". ")[0]
+    return f"{type(error).__name__}: {text[:_LONGEST]}{'...' * (len(text) > _LONGEST)}"
+
+
+def _finite(found: dict[str, Tensor], one: Pass, network: Network) -> dict[str, Tensor]:
+    values = {f"The gradient of {name}": value for name, value in found.items()}
+    check_finite(values, one.batch, network.model)
+    return found
+
+
+def _by_vmap(network: Network, names: Sequence[str], one: Pass) -> dict[str, Tensor]:
+    def loss(parameters: dict[str, Tensor], x: Nest, target: Tensor, scale: Tensor) -> Tensor:
+        outputs = network.run(parameters, map_tensors(lambda leaf: leaf[None], x))
+        return scale * network.likelihood.nll(outputs, target[None])[0]
+
+    per_sample = vmap(grad(loss), in_dims=(None, 0, 0, 0))
+    with network.computing(), transformable(), torch.no_grad():
+        parameters = {name: network.model.get_parameter(name).detach() for name in names}
+        draws = [
+            per_sample(parameters, one.batch.inputs, target, scale)
+            for target, scale in zip(one.targets, one.scales.unbind(1), strict=True)
+        ]
+    return {name: torch.stack([widen(draw[name]) for draw in draws], dim=1) for name in names}
+
+
+def _by_loop(network: Network, names: Sequence[str], one: Pass) -> dict[str, Tensor]:
+    n, draws = one.scales.shape
+    found: dict[str, Tensor] = {}
+    with network.computing():
+        parameters = [network.model.get_parameter(name) for name in names]
+        for name, parameter in zip(names, parameters, strict=True):
+            found[name] = widen(parameter.detach()).new_empty(n, draws, *parameter.shape)
+        for row in range(n):
+            part = slice(row, row + 1)
+            batch = one.batch._replace(
+                inputs=take(one.batch.inputs, part), indices=one.batch.indices[part]
+            )
+            outputs = network.outputs(batch)
+            for draw, target in enumerate(one.targets):
+                loss = one.scales[row, draw] * network.likelihood.nll(outputs, target[part])[0]
+                gradients = _differentiate(loss, parameters, names, keep=draw + 1 < draws)
+                for name, value in zip(names, gradients, strict=True):
+                    found[name][row, draw] = value
+    return found
+
+
+def _differentiate(
+    loss: Tensor, parameters: Sequence[Tensor], names: Sequence[str], *, keep: bool
+) -> list[Tensor]:
+    """Return the dense gradients of a loss.
 
     Raises:
-        FishLegError: neither path agrees with autograd.
+        FishLegError: autograd cannot go through the model.
     """
-    agrees = _comparison(model, likelihood, names, one, calling)
-    fast = {}
-    for module in one.inputs:
-        for name, value in fast_gradients(model, one, module).items():
-            if name in names and agrees(name, value[:, 0]):
-                fast[name] = module
-    rest = [name for name in names if name not in fast]
-    for name, value in general_gradients(model, likelihood, rest, one, calling).items():
-        if not agrees(name, value[:, 0]):
-            raise FishLegError(
-                f"{name}: the samples' gradients do not add up to the gradient of the batch: the "
-                "samples of a batch interact (a batch norm without running statistics?), or a "
-                "gradient is not finite. The model has to act on each sample alone."
-            )
-    return fast
-
-
-def _comparison(
-    model: nn.Module, likelihood: Likelihood, names: Sequence[str], one: Pass, calling: Calling
-) -> Callable[[str, Tensor], bool]:
-    """Return a test of per-sample gradients (n, *shape) of a parameter against autograd."""
-    scale = one.scales[:, 0]
-    factors = SampleGenerator(0, one.batch.indices).uniform().to(scale.dtype) + 0.5
-    with evaluating(model):
-        losses = likelihood.nll(calling.outputs(model, one.batch.inputs), one.targets[0])
-        expected = torch.autograd.grad(
-            (factors * scale * losses).sum(),
-            [model.get_parameter(name) for name in names],
-            materialize_grads=True,
-        )
-    reference = dict(zip(names, expected, strict=True))
-    # In float32 the matrix units of a GPU may round to 10 bits. A gradient may also be zero but for
-    # rounding (a key's bias in attention); so a share of the largest one counts as zero.
-    tolerance = 1e-8 if scale.dtype == torch.float64 else 2e-2
-    negligible = 0.01 * max(float(value.norm()) for value in expected)
-
-    def agrees(name: str, gradients: Tensor) -> bool:
-        weighted = factors.reshape(-1, *[1] * (gradients.ndim - 1)) * gradients
-        error = (weighted.sum(0) - reference[name]).norm()
-        return bool(error <= tolerance * (weighted.norm() + negligible))
-
-    return agrees
+    if not loss.requires_grad:
+        return [torch.zeros_like(one) for one in parameters]
+    try:
+        found = torch.autograd.grad(loss, parameters, retain_graph=keep, materialize_grads=True)
+    except (RuntimeError, ValueError) as error:
+        raise FishLegError(
+            f"The gradients of {', '.join(names)}: torch.autograd.grad cannot go through the model "
+            f"({error}). A checkpoint needs use_reentrant=False; or leave the parameters out with "
+            "partition_parameters(skip=...)."
+        ) from error
+    return [one if one.layout == torch.strided else one.to_dense() for one in found]

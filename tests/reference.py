@@ -41,7 +41,8 @@ def gradient(model: nn.Module, value: Tensor, groups: Sequence[Group]) -> Tensor
     found = torch.autograd.grad(
         value, list(parameters.values()), retain_graph=True, materialize_grads=True
     )
-    return flat_vector(dict(zip(parameters, found, strict=True)), groups)
+    dense = [one.to_dense() if one.is_sparse else one for one in found]
+    return flat_vector(dict(zip(parameters, dense, strict=True)), groups)
 
 
 def sample_gradients(

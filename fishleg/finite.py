@@ -1,0 +1,54 @@
+"""Numbers that are not finite, and where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fishleg.calibration import Batch
+from fishleg.errors import FishLegError
+from fishleg.nests import tensors_of
+
+
+def check_finite(values: Mapping[str, Tensor], batch: Batch, model: nn.Module) -> None:
+    """Check that all values of all samples are finite.
+
+    Args:
+        values: what it is, for people -> (n, ...), a row a sample.
+        batch: the samples.
+        model: where the values are from.
+
+    Raises:
+        FishLegError: a value is not, with the sample's number, and where it may come from.
+
+    Cost: the values are read once, and a GPU is waited for once.
+    """
+    if not values:
+        return
+    # NaN and inf outlast a sum; a sum that overflows is looked at more closely
+    totals = [one.detach().sum() for one in values.values()]
+    if bool(torch.stack([one.to(totals[0].device) for one in totals]).isfinite().all()):
+        return
+    for what, one in values.items():
+        bad = ~one.detach().reshape(len(one), -1).isfinite()
+        if bool(bad.any()):
+            row = int(bad.any(1).nonzero()[0])
+            got = float(one.detach().reshape(len(one), -1)[row][bad[row]][0])
+            raise FishLegError(
+                f"{what} of sample {int(batch.indices[row])}: expected finite numbers, got {got}"
+                f"{_origin(batch, row, model)}"
+            )
+
+
+def _origin(batch: Batch, row: int, model: nn.Module) -> str:
+    """Return the end of the message: where the number may come from, and what to do."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            return f". {name} of the model is not finite itself: mend the model first."
+    inputs = (one[row] for one in tensors_of(batch.inputs))
+    if not all(bool(one.isfinite().all()) for one in inputs):
+        return ". Its inputs are not finite: mend them, or leave the sample out."
+    return ". Its inputs are finite: leave the sample out, or mend what the model makes of it."

@@ -1,0 +1,99 @@
+"""A model as curvature sees it: in evaluation mode, and computed in float32 at least."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fishleg.calibration import Batch
+from fishleg.calling import PLAIN, Calling
+from fishleg.capture import evaluating
+from fishleg.errors import FishLegError
+from fishleg.likelihoods import Likelihood
+from fishleg.nests import Nest, map_tensors
+from fishleg.precision import is_narrow, recast, widen, without_autocast
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A model with all that it takes to compute its losses.
+
+    Attributes:
+        model: maps (n, ...) to (n, ...).
+        likelihood: what the outputs mean.
+        calling: how the model is called.
+        cast: of its parameters, buffers and inputs while it computes; None where they are wide
+            enough, or where its code converts to half precision by itself and fails otherwise.
+    """
+
+    model: nn.Module
+    likelihood: Likelihood
+    calling: Calling = PLAIN
+    cast: Callable[[Tensor], Tensor] | None = None
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Put the model in evaluation mode with autograd on, no autocast around it, and `cast`.
+
+        Afterwards every flag and tensor is as it was. Parameters must be looked up in the block.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(self.model))
+            stack.enter_context(without_autocast())
+            if self.cast is not None:
+                stack.enter_context(recast(self.model, self.cast))
+            yield
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Return a batch with its inputs `cast`."""
+        if self.cast is None:
+            return batch
+        return batch._replace(inputs=map_tensors(self.cast, batch.inputs))
+
+    def outputs(self, batch: Batch) -> Tensor:
+        """Return the outputs (n, ...) of a prepared batch; errors as of `Calling.outputs`."""
+        return widen(self.calling.outputs(self.model, batch.inputs))
+
+    def run(self, parameters: Mapping[str, Tensor] | None, inputs: Nest) -> Tensor:
+        """Return the outputs with other values of some parameters, errors as they come."""
+        return widen(self.calling.run(self.model, inputs, parameters))
+
+
+def find_network(
+    model: nn.Module, likelihood: Likelihood, calling: Calling, sample: Callable[[], Batch]
+) -> Network:
+    """Return the network that computes in float32 at least, if the model's code lets it.
+
+    Args:
+        model: any module.
+        likelihood: what its outputs mean.
+        calling: how it is called.
+        sample: gives some sample.
+
+    Errors are those of `Calling.outputs`. Cost: where the model has weights in half precision, a
+    forward pass of the sample.
+    """
+    network = Network(model=model, likelihood=likelihood, calling=calling)
+    if not any(is_narrow(one.dtype) for one in (*model.parameters(), *model.buffers())):
+        return network
+    wide, batch = replace(network, cast=widen), sample()
+    try:
+        with wide.computing(), torch.no_grad():
+            wide.outputs(wide.prepare(batch))
+    except FishLegError as error:
+        with network.computing(), torch.no_grad():
+            network.outputs(batch)  # does not return if it is not the dtype that is wrong
+        _log.warning(
+            "The network cannot be computed in float32 (%s): its code converts to half precision "
+            "by itself. Its activations are rounded to that, sums over samples are not.",
+            error,
+        )
+        return network
+    return wide

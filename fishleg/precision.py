@@ -1,0 +1,101 @@
+"""The dtype that curvature is computed in: float32 at least, whatever that of the weights.
+
+Half precision is for weights at rest and for training. Sums over thousands of gradients, inverses
+and conjugate gradients need more, and so does a backward pass whose gradients would underflow. So
+a model is computed with copies of its weights in `compute_dtype`, and results are rounded once,
+when weights are written. What a model computes in half precision by itself, under an autocast of
+its own or by casts in its code, has the rounding of single activations, but no sum of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+_Args = ParamSpec("_Args")
+_Result = TypeVar("_Result")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype to compute in with tensors of `dtype`: float32 for narrower floats.
+
+    All others are their own: float64 stays, and numbers of samples and tokens stay integers.
+    """
+    return torch.float32 if is_narrow(dtype) else dtype
+
+
+def is_narrow(dtype: torch.dtype) -> bool:
+    """Tell whether `dtype` is floating point and narrower than float32."""
+    return dtype.is_floating_point and dtype.itemsize < 4
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """Return the tensor in its `compute_dtype`; itself where that is its own."""
+    return tensor.to(compute_dtype(tensor.dtype))
+
+
+def widest(tensor: Tensor) -> Tensor:
+    """Return a floating-point tensor in float64, any other as it is."""
+    return tensor.double() if tensor.dtype.is_floating_point else tensor
+
+
+@contextmanager
+def recast(model: nn.Module, cast: Callable[[Tensor], Tensor] = widen) -> Iterator[None]:
+    """Let the parameters and buffers of `model` be `cast` copies while the block runs.
+
+    Those that the cast leaves as they are stay the same tensors. Tied ones stay tied. The copies
+    are leaves, so gradients are taken by them, and what is written to them is lost.
+
+    Args:
+        model: any module.
+        cast: of one tensor.
+    """
+    kept: list[tuple[nn.Module, str, Tensor]] = []
+    copies: dict[int, Tensor] = {}
+    try:
+        for module in model.modules():
+            own = [
+                *module.named_parameters(recurse=False, remove_duplicate=False),
+                *module.named_buffers(recurse=False, remove_duplicate=False),
+            ]
+            for name, tensor in own:
+                if id(tensor) not in copies:
+                    made = cast(tensor.detach())
+                    if made.dtype == tensor.dtype:
+                        made = tensor
+                    elif isinstance(tensor, nn.Parameter):
+                        made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+                    copies[id(tensor)] = made
+                if copies[id(tensor)] is not tensor:
+                    kept.append((module, name, tensor))
+                    setattr(module, name, copies[id(tensor)])
+        yield
+    finally:
+        for module, name, tensor in reversed(kept):
+            setattr(module, name, tensor)
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Keep an autocast that the caller is under from the block."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def in_full(function: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
+    """Return `function` computing as if the caller were under no autocast."""
+
+    @wraps(function)
+    def inner(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
+        with without_autocast():
+            return function(*args, **kwargs)
+
+    return inner
