@@ -188,7 +188,8 @@ def group_masks(partition: Partition, masks: Mapping[str, Tensor]) -> Masks:
             dense masks.
 
     Raises:
-        FishLegError: a name is no prunable weight of `partition`.
+        FishLegError: a name is no prunable weight of `partition`, or two names of one weight have
+            different masks.
         ShapeMismatch: a mask is not shaped like its weight.
     """
     first = {name: group.weight for group in partition.prunable for name in group.names}
@@ -196,7 +197,14 @@ def group_masks(partition: Partition, masks: Mapping[str, Tensor]) -> Masks:
     if unknown:
         raise FishLegError(f"weight masks: {unknown} name no prunable weight of the model.")
     device = next((mask.device for mask in masks.values()), None)
-    given = {first[name]: mask for name, mask in masks.items()}
+    given: dict[str, Tensor] = {}
+    for name, mask in masks.items():
+        other = given.setdefault(first[name], mask)
+        if other is not mask and not torch.equal(other, mask):
+            raise FishLegError(
+                f"weight masks: {name} is another name of {first[name]}, and has another mask; "
+                "give one of them."
+            )
     out = dense_masks(partition, device)
     for group in partition.prunable:
         if group.weight not in given:

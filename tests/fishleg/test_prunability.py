@@ -179,7 +179,11 @@ def test_two_tied_layers_are_prunable_and_a_mask_goes_by_either_name():
     partition = partition_parameters(model)
     assert [group.names for group in partition.prunable] == [("0.weight", "1.weight")]
     mask = torch.eye(4).bool()
-    assert torch.equal(group_masks(partition, {"1.weight": mask})["0"][:, :4], mask)
+    for names in (["1.weight"], ["0.weight"], ["0.weight", "1.weight"]):
+        masks = group_masks(partition, dict.fromkeys(names, mask))
+        assert torch.equal(masks["0"][:, :4], mask)
+    with pytest.raises(FishLegError, match="1.weight is another name of 0.weight"):
+        group_masks(partition, {"0.weight": mask, "1.weight": ~mask})
 
 
 def test_a_module_that_is_registered_twice_has_both_names():
