@@ -209,10 +209,16 @@ def inputs_and_targets(batch: Any) -> tuple[Nest, Tensor | None]:
 
     Args:
         batch: a `Batch`, or what a loader gives; see `fishleg.loading`.
+
+    Raises:
+        ShapeMismatch: it has no sample; other errors are those of `read_batch`.
     """
     if isinstance(batch, Batch):
         return batch.inputs, batch.targets
-    return read_batch(batch, split_batch, "batch")
+    inputs, targets = read_batch(batch, split_batch, "batch")
+    if count_samples(inputs, "batch") == 0:
+        raise ShapeMismatch("batch: expected at least one sample, got none.")
+    return inputs, targets
 
 
 def each_batch(batches: Iterable[Any]) -> Iterator[tuple[Nest, Tensor | None]]:

@@ -185,6 +185,9 @@ def pruning_certificate(source: GradientSource, after: Mapping[str, Tensor]) -> 
 
     Cost: one exact F-vector product, a pass of gradients, and some three forwards and backwards.
     """
+    parameters_like(source.model, after)
+    first = {parameter: name for name, parameter in source.model.named_parameters()}
+    after = {first[source.model.get_parameter(name)]: value for name, value in after.items()}
     before = parameters_like(source.model, after)
     change = {name: value.detach() - before[name] for name, value in after.items()}
     product = fisher_vector_product(source, change)

@@ -181,17 +181,23 @@ class Partition:
 def parameters_like(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the model's parameters under the names of `tensors`, detached.
 
+    A tied parameter goes by each of its names.
+
     Raises:
         UnknownName: there is none of a name.
-        ShapeMismatch: a tensor has not its parameter's shape.
+        ShapeMismatch: a tensor has not its parameter's shape, or two are of one parameter.
     """
-    known = dict(model.named_parameters())
+    known = dict(model.named_parameters(remove_duplicate=False))
+    found: dict[nn.Parameter, str] = {}
     for name, value in tensors.items():
         if name not in known:
             raise UnknownName("parameter", name, known)
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         if shape != tuple(known[name].shape):
             raise ShapeMismatch(f"{name}: expected {tuple(known[name].shape)}, got {shape}.")
+        first = found.setdefault(known[name], name)
+        if first != name:
+            raise ShapeMismatch(f"{name} and {first} are one tied parameter; give one of them.")
     return {name: known[name].detach() for name in tensors}
 
 

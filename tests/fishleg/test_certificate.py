@@ -13,6 +13,7 @@ from fishleg.gradients import Calibration, GradientSource
 from fishleg.likelihoods import Categorical, Gaussian
 from fishleg.parameters import partition_parameters
 from tests import reference
+from tests.fishleg.networks import Tied, shake, source_of
 
 DAMPING = 0.02
 EXACT = 1e-8
@@ -207,3 +208,15 @@ def test_refuses_a_wrong_shape():
     source = make_source(make_model())
     with pytest.raises(ShapeMismatch, match="2.bias: expected \\(3,\\), got \\(4,\\)"):
         pruning_certificate(source, {"2.bias": torch.zeros(4)})
+
+
+def test_a_tied_parameter_may_go_by_either_name():
+    torch.manual_seed(0)
+    model = shake(Tied())
+    source = source_of(model, Calibration(inputs=torch.randn(5, 4, dtype=torch.float64)))
+    after = model.first.weight.detach() * 1.1
+    one, other = (
+        pruning_certificate(source, {name: after}) for name in ("first.weight", "second.weight")
+    )
+    assert one == other
+    assert one["predicted_kl_blocks"] > 0

@@ -149,6 +149,16 @@ def test_model_and_vector_are_left_as_they_were():
         assert not product[name].requires_grad
 
 
+def test_a_tied_parameter_goes_by_each_of_its_names():
+    source = tied_source()
+    v = torch.randn(4, 4, dtype=torch.float64)
+    (one,) = fisher_vector_product(source, {"first.weight": v}).values()
+    (other,) = fisher_vector_product(source, {"second.weight": v}).values()
+    torch.testing.assert_close(one, other, **EXACT)
+    with pytest.raises(ShapeMismatch, match="second.weight and first.weight are one tied"):
+        fisher_vector_product(source, {"first.weight": v, "second.weight": v})
+
+
 def test_what_is_not_finite_is_said_with_its_sample():
     source = mixed_source()
     v = random_vector(source)

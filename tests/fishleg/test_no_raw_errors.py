@@ -309,6 +309,9 @@ MISTAKES = {
     "no damping": lambda e, s: type(e)(e.partition, damping=0.0),
     "divergence of nothing": lambda e, s: mean_divergence(s.model, s.model, s.likelihood, []),
     "a batch for batches": lambda e, s: mean_divergence(s.model, s.model, s.likelihood, X),
+    "divergence of an empty batch": lambda e, s: mean_divergence(
+        s.model, s.model, s.likelihood, [X[:0]]
+    ),
     "norms of a batch": lambda e, s: reestimate_norms(normed(), X),
     "samples of a batch": lambda e, s: Calibration.from_batches(X),
     "samples of a number": lambda e, s: Calibration.from_batches(3),
