@@ -11,6 +11,7 @@ from pipeline.stage import Artifact, Context, StageError, write_json
 from stages.data.source import load_data
 from stages.determinism import compute_deterministically
 from stages.expectation import require_accuracy
+from stages.lineage import seeds, settings
 from stages.metrics import accuracy_text, measure
 from stages.model_folder import Facts, load_facts, load_model
 
@@ -128,6 +129,8 @@ def _evaluate(ctx: Context, artifact: Artifact, folder: Path) -> dict[str, Any]:
         "split": params.split,
         **found,
         **model.findings(),
+        "settings": settings(facts.lineage),
+        "seeds": seeds(facts.lineage),
     }
 
 
@@ -147,4 +150,6 @@ def _record(ctx: Context, name: str, row: dict[str, Any]) -> None:
     metrics = {key: row[key] for key in numbers}
     if row["damping"] is not None:
         metrics["damping"] = row["damping"]
-    ctx.record(name, params={key: row[key] for key in _PARAMS}, metrics=metrics)
+    params = {key: row[key] for key in _PARAMS}
+    told = {name: ", ".join(row[name]) for name in ("emptied", "warnings") if row[name]}
+    ctx.record(name, params={**params, **told, **row["settings"]}, metrics=metrics)

@@ -19,6 +19,7 @@ from typing import Any
 
 from pipeline.stage import ExternalFile, Params, StageError
 
+ARROW = " > "
 PATH = "path"
 """The setting that names the stages on the way."""
 
@@ -133,7 +134,7 @@ def seeds(lineage: Lineage) -> dict[str, int]:
 
 def path(lineage: Lineage) -> str:
     """Return the types of the stages on the way, in words."""
-    return " > ".join(step.stage for step in lineage)
+    return ARROW.join(step.stage for step in lineage)
 
 
 def differences(lineages: Sequence[Lineage]) -> dict[str, list[Any]]:

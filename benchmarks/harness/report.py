@@ -12,8 +12,10 @@ from benchmarks.harness.suite import BENCHMARKS, Benchmark, list_benchmarks, loa
 from pipeline import yaml_loader
 from stages.catalogue import Published
 from stages.report.figure import draw
+from stages.report.labels import labels_of
 from stages.report.rows import target_of
-from stages.report.summary import PUBLISHED, Lines, Point, labels_of, summarise
+from stages.report.summary import PUBLISHED, Lines, Point, summarise
+from stages.report.table import dense_title
 
 RESULTS = BENCHMARKS / "results"
 REPORT = BENCHMARKS.parent / "docs" / "results.md"
@@ -81,8 +83,8 @@ def _pipeline_section(
         for number in (_seconds, itemgetter("peak_bytes"), _gpu_bytes)
     )
     parts = [f"## {title}"]
-    if accuracy.dense is not None:
-        parts.append(f"Dense network: {_text(accuracy.dense)} %.")
+    for label, point in accuracy.dense.items():
+        parts.append(f"{dense_title(label)}: {_text(point)} %.")
     for name, lines in accuracy.sections.items():
         costs = [columns.get(name, {}) for columns in (seconds, memory, gpu_memory)]
         parts += [f"### {name}", _table(lines, *costs)]

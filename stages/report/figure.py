@@ -97,14 +97,14 @@ def _draw_panel(
     axis: Any,
     name: str,
     sections: Mapping[str, Lines],
-    dense: Point | None,
+    dense: Mapping[str, Point],
     colours: Mapping[str, str],
 ) -> None:
     for section, lines in sections.items():
         for method, points in lines.items():
             _draw_line(axis, _STYLES[section], method, points, colours[method])
-    if dense is not None:
-        _draw_dense(axis, dense.mean)
+    for label, point in dense.items():
+        _draw_dense(axis, label, point.mean)
     _scale(
         axis, sorted({s for lines in sections.values() for line in lines.values() for s in line})
     )
@@ -112,8 +112,13 @@ def _draw_panel(
     axis.set_ylabel("accuracy (%)")
     axis.grid(axis="y", color="#E5E5E5")
     axis.set_axisbelow(True)
-    if len(sections) > 1:
-        handles = [_kind_handle(section) for section in sections]
+    points = [
+        one for lines in sections.values() for line in lines.values() for one in line.values()
+    ]
+    handles = [_kind_handle(section) for section in sections] if len(sections) > 1 else []
+    if any(point.warned for point in points):
+        handles.append(Line2D([], [], color="black", linestyle="", marker="x", label="⚠ see table"))
+    if handles:
         axis.legend(handles=handles, loc="lower left", fontsize=9, frameon=False)
 
 
@@ -142,16 +147,18 @@ def _draw_line(
         markersize=6,
         zorder=4 if method.startswith("fishleg") else 3,
     )
+    warned = {at: point.mean for at, point in there.items() if point.warned}
+    axis.plot([*warned], [*warned.values()], "x", color="black", markersize=11, zorder=5)
     if len(there) > 1:
         axis.fill_between(list(there), low, high, color=colour, alpha=0.15, linewidth=0)
     else:
         axis.vlines(list(there), low, high, color=colour, alpha=0.4, linewidth=2)
 
 
-def _draw_dense(axis: Any, accuracy: float) -> None:
+def _draw_dense(axis: Any, label: str, accuracy: float) -> None:
     axis.axhline(accuracy, color="#999999", linewidth=1, zorder=0)
     axis.annotate(
-        f"dense {accuracy:.1f}",
+        f"{label} {accuracy:.1f}",
         (1, accuracy),
         xycoords=("axes fraction", "data"),
         ha="right",

@@ -1,7 +1,8 @@
-"""What a row of results says, also one that was written before there were targets."""
+"""What a row of results says, also one that was written before there were targets and settings."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,3 +13,38 @@ Row = Mapping[str, Any]
 def target_of(row: Row) -> float:
     """Return the sparsity that was asked for; once that was what `sparsity` meant."""
     return row.get("target", row["sparsity"])
+
+
+def settings_of(row: Row) -> dict[str, Any]:
+    """Return what tells the row's model from others, apart from seeds and target; and the split.
+
+    A row of before there were settings has those that it had columns for.
+    """
+    known = row.get("settings")
+    if known is None:
+        known = {"structure": row.get("structure"), "damping": row.get("damping")}
+    return {**known, "split": row["split"]}
+
+
+def seeds_of(row: Row) -> dict[str, int]:
+    """Return the seeds of all stages on the model's way."""
+    return dict(row["seeds"]) if "seeds" in row else {"seed": row["seed"]}
+
+
+def model_of(row: Row) -> str:
+    """Return what rows of one model share, and no others."""
+    return row["key"] or json.dumps(dict(row), sort_keys=True)
+
+
+def stage_of(row: Row) -> str:
+    """Return the name of the stage that made the model."""
+    return str(row["model_cell"]).partition("[")[0]
+
+
+def warnings_of(row: Row) -> list[str]:
+    """Return what a reader has to know of the row's model, a sentence each."""
+    found = list(row.get("warnings", ()))
+    emptied = row.get("emptied", ())
+    if emptied and not any(all(name in text for name in emptied) for text in found):
+        found.append(f"Layers that have lost every weight: {', '.join(emptied)}.")
+    return found

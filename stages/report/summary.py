@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
-from stages.report.rows import Row, target_of
+from stages.report.labels import labels_of
+from stages.report.rows import Row, model_of, stage_of, target_of, warnings_of
 
 SECTIONS = {
     ("imported", False): "As imported",
@@ -30,10 +30,12 @@ class Point:
     Attributes:
         accuracies: in percent, one for each model that was evaluated.
         failed: names of the cells that should have given a model and did not.
+        warned: names of the cells whose models come with a warning.
     """
 
     accuracies: tuple[float, ...] = ()
     failed: tuple[str, ...] = ()
+    warned: tuple[str, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -55,14 +57,18 @@ class Summary:
     """All that table and figure show.
 
     Attributes:
-        dense: the dense models' point, or None.
+        dense: dense networks, as shown -> point.
         sections: section title -> lines.
         failed: names of all cells that failed, in order.
+        warnings: what a reader has to know -> names of the cells whose models it is about.
+        unprunable: weight -> why it is not prunable, over all networks.
     """
 
-    dense: Point | None
+    dense: Mapping[str, Point]
     sections: Mapping[str, Lines]
     failed: tuple[str, ...]
+    warnings: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    unprunable: Mapping[str, str] = field(default_factory=dict)
 
 
 def summarise(
@@ -70,10 +76,10 @@ def summarise(
     failed: Sequence[Row] = (),
     published: Sequence[tuple[str, Mapping[float, float]]] = (),
 ) -> Summary:
-    """Group rows by section, method and sparsity; seeds fall together.
+    """Group rows by section, line and target; seeds fall together.
 
-    A method that appears with several structures, or with several dampings at one place, becomes
-    one line for each.
+    Rows that differ in anything else are lines of their own; see `labels_of`. A model that was
+    evaluated twice counts once.
 
     Args:
         rows: as `evaluate` writes them.
@@ -81,92 +87,93 @@ def summarise(
         published: (method, sparsity -> accuracy in percent) of one-shot results from elsewhere.
     """
     label = labels_of(rows)
-    dense = [row["accuracy"] for row in rows if row["mode"] == "dense"]
-    found: dict[str, dict[str, dict[float, list[float]]]] = {}
-    for row in rows:
+    dense: dict[str, list[Row]] = {}
+    found: dict[str, dict[str, dict[float, list[Row]]]] = {}
+    for row in _each_model_once(rows):
         section = SECTIONS.get((row["mode"], row["finetuned"]))
-        if section is not None:
+        if row["mode"] == "dense":
+            dense.setdefault(label(row), []).append(row)
+        elif section is not None:
             line = found.setdefault(section, {}).setdefault(label(row), {})
-            line.setdefault(target_of(row), []).append(row["accuracy"])
-    for method, values in published:
-        line = found.setdefault(SECTIONS["oneshot", False], {}).setdefault(method + PUBLISHED, {})
-        line.update({sparsity: [accuracy] for sparsity, accuracy in values.items()})
-    lost = _lost_points(rows, failed)
+            line.setdefault(target_of(row), []).append(row)
+    lost = _lost_points(rows, failed, label)
     sections: dict[str, Lines] = {}
     for title in SECTIONS.values():
         gone = {key[1:]: cells for key, cells in lost.items() if key[0] == title}
-        if title in found or gone:
-            sections[title] = _lines(found.get(title, {}), gone)
+        lines = _lines(found.get(title, {}), gone)
+        if title == SECTIONS["oneshot", False]:
+            for method, values in published:
+                line = lines.setdefault(method + PUBLISHED, {})
+                line.update({at: Point(accuracies=(one,)) for at, one in sorted(values.items())})
+        if lines:
+            sections[title] = lines
     return Summary(
-        dense=Point(accuracies=tuple(dense)) if dense else None,
+        dense={name: _point(same) for name, same in dense.items()},
         sections=sections,
         failed=tuple(row["model_cell"] for row in failed),
+        warnings=_warnings(rows),
+        unprunable={name: why for row in rows for name, why in row.get("unprunable", {}).items()},
+    )
+
+
+def _each_model_once(rows: Sequence[Row]) -> list[Row]:
+    found: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        found.setdefault((model_of(row), row["split"]), row)
+    return list(found.values())
+
+
+def _warnings(rows: Sequence[Row]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        for text in warnings_of(row):
+            found.setdefault(text, []).append(row["model_cell"])
+    return found
+
+
+def _point(rows: Sequence[Row], failed: Sequence[str] = ()) -> Point:
+    return Point(
+        accuracies=tuple(row["accuracy"] for row in rows),
+        failed=tuple(failed),
+        warned=tuple(row["model_cell"] for row in rows if warnings_of(row)),
     )
 
 
 def _lines(
-    found: Mapping[str, Mapping[float, Sequence[float]]],
+    found: Mapping[str, Mapping[float, Sequence[Row]]],
     lost: Mapping[tuple[str, float], Sequence[str]],
 ) -> Lines:
-    methods = list(dict.fromkeys([*found, *(method for method, _ in lost)]))
+    names = list(dict.fromkeys([*found, *(name for name, _ in lost)]))
     lines: Lines = {}
-    for method in methods:
-        here = found.get(method, {})
-        sparsities = {*here, *(sparsity for name, sparsity in lost if name == method)}
-        lines[method] = {
-            sparsity: Point(
-                accuracies=tuple(here.get(sparsity, ())),
-                failed=tuple(lost.get((method, sparsity), ())),
-            )
-            for sparsity in sorted(sparsities)
+    for name in names:
+        here = found.get(name, {})
+        targets = {*here, *(target for other, target in lost if other == name)}
+        lines[name] = {
+            target: _point(here.get(target, ()), lost.get((name, target), ()))
+            for target in sorted(targets)
         }
     return lines
 
 
-def labels_of(rows: Sequence[Row]) -> Callable[[Row], str]:
-    """Return what names a row's line: its method, and as much else as tells lines apart."""
-    of_structures = _methods_with_several(rows, "structure", ("method",))
-    place = ("method", "structure", "mode", "finetuned", "target", "seed")
-    of_dampings = _methods_with_several(rows, "damping", place)
-
-    def label(row: Row) -> str:
-        method = row["method"]
-        details: list[str] = []
-        if method in of_structures and row.get("structure") is not None:
-            details.append(row["structure"])
-        if method in of_dampings and row["damping"] is not None:
-            details.append(f"damping {row['damping']:g}")
-        return f"{method} ({', '.join(details)})" if details else method
-
-    return label
-
-
-def _methods_with_several(rows: Sequence[Row], name: str, place: Sequence[str]) -> set[str]:
-    """Return the methods of which two rows that are equal in `place` differ in `name`."""
-    found: dict[tuple[Any, ...], set[Any]] = {}
-    for row in rows:
-        at = {**row, "target": target_of(row)}
-        found.setdefault(tuple(at.get(key) for key in place), set()).add(row.get(name))
-    return {key[place.index("method")] for key, values in found.items() if len(values) > 1}
-
-
 def _lost_points(
-    rows: Sequence[Row], failed: Sequence[Row]
+    rows: Sequence[Row], failed: Sequence[Row], label: Callable[[Row], str]
 ) -> dict[tuple[str, str, float], list[str]]:
-    """Return (section, method, sparsity) -> failed cells, for cells whose place is known.
+    """Return (section, line, target) -> failed cells, for cells whose place is known.
 
     A failed cell belongs to the section of its stage's other cells, and to the method and sparsity
-    of its axes.
+    of its axes; to the line of its stage's other cells of that method, where they are of one.
     """
-    section_of = {
-        row["model_cell"].partition("[")[0]: SECTIONS.get((row["mode"], row["finetuned"]))
-        for row in rows
-    }
+    section_of = {stage_of(row): SECTIONS.get((row["mode"], row["finetuned"])) for row in rows}
+    lines: dict[tuple[str, str], set[str]] = {}
+    for row in rows:
+        lines.setdefault((stage_of(row), row["method"]), set()).add(label(row))
     lost: dict[tuple[str, str, float], list[str]] = {}
     for row in failed:
-        section = section_of.get(row["model_cell"].partition("[")[0])
+        section = section_of.get(stage_of(row))
         axes = row["axes"]
         if section is not None and "method" in axes and "sparsity" in axes:
-            place = (section, axes["method"], axes["sparsity"])
+            same = lines.get((stage_of(row), axes["method"]), set())
+            name = next(iter(same)) if len(same) == 1 else axes["method"]
+            place = (section, name, axes["sparsity"])
             lost.setdefault(place, []).append(row["model_cell"])
     return lost

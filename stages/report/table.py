@@ -33,18 +33,48 @@ _COLUMNS = (
 def markdown(summary: Summary, title: str) -> str:
     """Return one table a section: a row for each method, a column for each sparsity."""
     parts = [f"# {title}"]
-    if summary.dense is not None:
-        parts.append(f"Dense network: {_cell(summary.dense)} % accuracy.")
+    for name, point in summary.dense.items():
+        parts.append(f"{dense_title(name)}: {_cell(point)} % accuracy.")
     for section, lines in summary.sections.items():
         parts += [f"## {section}", _table(lines)]
     parts.append(
         "Accuracy in percent, mean ± half the range over seeds; the best of a column is bold. "
-        "Sparsity is the fraction of prunable weights removed."
+        "Columns are the fractions of prunable weights that were to be removed."
     )
+    parts += _footnotes(summary)
     if summary.failed:
         cells = "\n".join(f"- `{name}`" for name in summary.failed)
         parts.append(f"† Failed, and so not in the numbers:\n\n{cells}")
     return "\n\n".join(parts) + "\n"
+
+
+def dense_title(label: str) -> str:
+    """Return how a dense network is called.
+
+    >>> dense_title("dense"), dense_title("dense (width 8)")
+    ('Dense network', 'Dense network (width 8)')
+    """
+    return label.replace("dense", "Dense network", 1)
+
+
+def _footnotes(summary: Summary) -> list[str]:
+    """Return what nobody may miss: warnings, and weights that were never up for removal."""
+    parts = []
+    if summary.warnings:
+        found = [f"- {text} ({_listed(cells)})" for text, cells in summary.warnings.items()]
+        parts.append("⚠ Read with care:\n\n" + "\n".join(found))
+    if summary.unprunable:
+        reasons: dict[str, list[str]] = {}
+        for name, why in summary.unprunable.items():
+            reasons.setdefault(why, []).append(name)
+        found = [f"- {_listed(names)}: {why}" for why, names in reasons.items()]
+        parts.append("Weights that are not prunable, and so not counted:\n\n" + "\n".join(found))
+    return parts
+
+
+def _listed(names: Sequence[str], most: int = 6) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(f"`{name}`" for name in names[:most]) + rest
 
 
 def _table(lines: Lines) -> str:
@@ -75,7 +105,7 @@ def _best(lines: Lines, sparsity: float) -> str:
 
 
 def _cell(point: Point, *, bold: bool = False) -> str:
-    mark = " †" if point.failed else ""
+    mark = (" †" if point.failed else "") + (" ⚠" if point.warned else "")
     if not point.accuracies:
         return f"failed{mark}"
     text = f"{point.mean:.2f}"

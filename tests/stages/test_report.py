@@ -10,9 +10,10 @@ from PIL import Image
 from running_stages import Ran, artifact, run_stage
 
 from pipeline.stage import Artifact, StageError, write_json
+from stages.lineage import Step, seeds, settings
 from stages.model_folder import load_model, save_model
 from stages.report.summary import summarise
-from stages.report.table import markdown
+from stages.report.table import csv_text, markdown
 
 
 def test_evaluate_gives_a_row_and_a_record_each(dense: Ran, tmp_path: Path) -> None:
@@ -41,7 +42,8 @@ def test_evaluate_gives_a_row_and_a_record_each(dense: Ran, tmp_path: Path) -> N
 
 def test_evaluate_goes_on_where_it_was_killed(dense: Ran, tmp_path: Path) -> None:
     models = [artifact(dense.output(), cell=f"m{i}") for i in range(2)]
-    done = {"m0": {**ROW, "model_cell": "m0", "accuracy": 12.5}}
+    further = {"settings": {}, "seeds": {}, "emptied": [], "warnings": []}
+    done = {"m0": {**ROW, **further, "model_cell": "m0", "accuracy": 12.5}}
     checkpoint = tmp_path / "checkpoints" / "000001"
     checkpoint.mkdir(parents=True)
     write_json(checkpoint / "rows.json", done)
@@ -168,3 +170,134 @@ def test_published_rows_need_as_many_accuracies_as_sparsities() -> None:
 
     with pytest.raises(ValueError, match="CBS: 2 sparsities, 1 accuracies"):
         Published(method="CBS", sparsity=[0.5, 0.9], accuracy=[1.0])
+
+
+# ------------------------------------------------------------------- what is averaged, and what not
+
+
+def made(name: str, accuracy: float, seed: int = 0, target: float = 0.9, **changes: Any) -> Any:
+    """Return a row as `evaluate` writes it, of a model whose curvature had these settings."""
+    curvature = {"method": "fishleg", "labels": "matched", "samples": 100, "damping": 1e-4}
+    lineage = [
+        Step(stage="pretrain", params={"epochs": 3, "lr": 0.1}, seeds={"seed": seed}),
+        Step(stage="curvature", params={**curvature, **changes.pop("curvature", {})}),
+        Step(
+            stage="prune_oneshot",
+            params={"selection": "single", **changes.pop("pruning", {})},
+            seeds={"seed": seed},
+            target={"sparsity": target},
+        ),
+        *changes.pop("then", ()),
+    ]
+    cell = f"{name}[seed={seed},sparsity={target}]"
+    told = {"settings": settings(lineage), "seeds": seeds(lineage), "target": target, "seed": seed}
+    return {**ROW, "model_cell": cell, "key": cell, "accuracy": accuracy, **told, **changes}
+
+
+def lines_of(rows: list[Any]) -> dict[str, dict[float, tuple[float, ...]]]:
+    (lines,) = summarise(rows).sections.values()
+    return {
+        name: {target: point.accuracies for target, point in points.items()}
+        for name, points in lines.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("difference", "names"),
+    [
+        ({"curvature": {"labels": "empirical"}}, ("labels matched", "labels empirical")),
+        ({"pruning": {"selection": "greedy"}}, ("selection single", "selection greedy")),
+        ({"curvature": {"samples": 10, "rank": 3}}, ("samples 100", "samples 10, rank 3")),
+        ({"split": "validation"}, ("split test", "split validation")),
+    ],
+    ids=str,
+)
+def test_only_seeds_are_averaged_and_whatever_else_differs_is_a_line(
+    difference: dict[str, Any], names: tuple[str, str]
+) -> None:
+    rows = [made("a", 90.0 + seed, seed) for seed in (0, 1)]
+    rows += [made("b", 60.0 + seed, seed, **difference) for seed in (0, 1)]
+    assert lines_of(rows) == {
+        f"fishleg ({names[0]})": {0.9: (90.0, 91.0)},
+        f"fishleg ({names[1]})": {0.9: (60.0, 61.0)},
+    }
+    assert list(lines_of(rows[:2])) == ["fishleg"]
+
+
+def test_settings_that_change_along_a_line_make_two_lines() -> None:
+    """No two rows of one place differ, but a line through both would be of two recipes."""
+    rows = [made("a", 95.0, target=0.5), made("b", 90.0, pruning={"selection": "greedy"})]
+    assert list(lines_of(rows)) == ["fishleg (selection single)", "fishleg (selection greedy)"]
+
+
+def test_several_stages_with_one_parameter_are_told_apart_by_name() -> None:
+    tuned = [
+        made(f"a{epochs}", 9.0, then=[Step(stage="finetune", params={"epochs": epochs})])
+        for epochs in (1, 5)
+    ]
+    assert list(lines_of(tuned)) == ["fishleg (finetune.epochs 1)", "fishleg (finetune.epochs 5)"]
+
+
+def test_other_ways_to_a_model_are_other_lines() -> None:
+    """The same method and section by two stages that have no parameter in common."""
+    rows = [made("a", 90.0), made("b", 80.0, then=[Step(stage="pick", params={"within": 1.0})])]
+    assert list(lines_of(rows)) == ["fishleg (prune_oneshot)", "fishleg (pick)"]
+
+
+def test_what_was_chosen_is_no_difference_but_what_it_was_chosen_from_is() -> None:
+    def chosen(accuracy: float, target: float, damping: float, among: list[float]) -> Any:
+        step = Step(stage="select", among={"curvature.damping": among})
+        row = made("best", accuracy, target=target, curvature={"damping": damping}, then=[step])
+        return {**row, "damping": damping, "key": f"{row['key']} {among}"}
+
+    rows = [chosen(95.0, 0.5, 0.1, [0.1, 1e-3]), chosen(90.0, 0.9, 1e-3, [0.1, 1e-3])]
+    assert lines_of(rows) == {"fishleg": {0.5: (95.0,), 0.9: (90.0,)}}
+    rows.append(chosen(91.0, 0.9, 1e-3, [1e-3, 1e-5]))
+    assert [name.partition("best of ")[2] for name in lines_of(rows)] == [
+        "0.1, 0.001)",
+        "0.001, 1e-05)",
+    ]
+
+
+def test_models_that_nothing_tells_apart_are_lines_by_their_cells() -> None:
+    rows = [made("a", 90.0), made("b", 60.0)]
+    assert list(lines_of(rows)) == ["fishleg (a)", "fishleg (b)"]
+    old = [row(accuracy=90.0), {**row(accuracy=60.0), "model_cell": "oneshot[labels=x]"}]
+    assert len(lines_of(old)) == 2
+
+
+def test_a_model_that_was_evaluated_twice_counts_once() -> None:
+    assert lines_of([made("a", 90.0), made("a", 90.0)]) == {"fishleg": {0.9: (90.0,)}}
+
+
+def test_dense_networks_that_differ_are_not_averaged(tmp_path: Path) -> None:
+    def dense(epochs: int, seed: int, accuracy: float) -> Any:
+        lineage = [Step(stage="pretrain", params={"epochs": epochs}, seeds={"seed": seed})]
+        about = {"method": "dense", "mode": "dense", "settings": settings(lineage)}
+        return {**made(f"{epochs}", accuracy, seed, 0.0), **about, "seeds": seeds(lineage)}
+
+    table = markdown(summarise([dense(3, 0, 90.0), dense(3, 1, 92.0), dense(9, 0, 99.0)]), "t")
+    assert "Dense network (epochs 3): 91.00 ± 1.00 % accuracy." in table
+    assert "Dense network (epochs 9): 99.00 % accuracy." in table
+
+
+def test_rows_of_before_there_were_targets_stay_readable() -> None:
+    old = {**ROW, "model_cell": "oneshot", "sparsity": 0.9}
+    del old["target"]
+    (points,) = summarise([old]).sections["One-shot"].values()
+    assert points[0.9].accuracies == (90.0,)
+    assert csv_text([old]).splitlines()[1].startswith("oneshot,,fishleg,,oneshot,False,0.9,0.9,")
+
+
+def test_a_warning_is_marked_in_its_place_and_told_below() -> None:
+    rows = [
+        made("a", 90.0),
+        made("a", 10.0, seed=1, emptied=["head"], unprunable={"embed.weight": "of an embedding"}),
+        made("c", 95.0, target=0.5),
+    ]
+    table = markdown(summarise(rows), "title")
+    assert "| fishleg | 95.00 | 50.00 ± 40.00 ⚠ |" in table
+    told = "⚠ Read with care:\n\n- Layers that have lost every weight: head. "
+    assert f"{told}(`{rows[1]['model_cell']}`)" in table
+    assert "- `embed.weight`: of an embedding" in table
+    assert "⚠" not in markdown(summarise(rows[:1]), "title")

@@ -1,0 +1,133 @@
+"""What a line of the table is called: its method, and whatever else tells it from other lines.
+
+Models that are equal but for their seeds are one line, and averaged. Whatever else differs makes
+lines of its own, so that no mean is taken over anything but seeds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from stages.lineage import ARROW, PATH, shown
+from stages.report.rows import Row, model_of, seeds_of, settings_of, stage_of, target_of
+
+_EARLIER = "of an earlier version"
+
+
+def labels_of(rows: Sequence[Row]) -> Callable[[Row], str]:
+    """Return what names a row's line, for these rows and no others."""
+    kinds: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        kinds.setdefault(_kind(row), []).append(row)
+    names: dict[str, str] = {}
+    for same in kinds.values():
+        names.update(_names(same))
+    return lambda row: names[_identity(row)]
+
+
+def _kind(row: Row) -> tuple[Any, ...]:
+    """Return what a row shares with all rows that it stands beside under one heading."""
+    return row["mode"], row["finetuned"], row["method"]
+
+
+def _identity(row: Row) -> str:
+    parts = [row["model_cell"], _kind(row), target_of(row), settings_of(row), seeds_of(row)]
+    return json.dumps(parts, sort_keys=True)
+
+
+def _names(rows: Sequence[Row]) -> dict[str, str]:
+    """Return row -> name, for rows of one kind."""
+    paths: dict[str | None, list[Row]] = {}
+    for row in rows:
+        paths.setdefault(settings_of(row).get(PATH), []).append(row)
+    turns = _turns(list(paths))
+    details: dict[str, list[str]] = {}
+    for path, same in paths.items():
+        keys = _differing(same)
+        short = _short_names(same)
+        for row in same:
+            known = settings_of(row)
+            words = [_words(short[key], known[key]) for key in keys if key in known]
+            details[_identity(row)] = [*([turns[path]] if len(paths) > 1 else []), *words]
+    _tell_apart(rows, details)
+    return {
+        _identity(row): f"{row['method']} ({', '.join(found)})" if found else row["method"]
+        for row in rows
+        for found in [details[_identity(row)]]
+    }
+
+
+def _differing(rows: Sequence[Row]) -> list[str]:
+    """Return the settings in which rows of one kind and path differ.
+
+    In a row of before there were settings, a damping may have been chosen for its place by a
+    `select`: it counts only where two rows of one place differ in it.
+    """
+    found = [settings_of(row) for row in rows]
+    keys = dict.fromkeys(key for one in found for key in one)
+    differing = [key for key in keys if len({_text(one.get(key)) for one in found}) > 1]
+    if "damping" in differing:
+        places: dict[str, set[str]] = {}
+        for row in rows:
+            place = _text([row.get("structure"), target_of(row), seeds_of(row)])
+            places.setdefault(place, set()).add(_text(row["damping"]))
+        if all(len(dampings) == 1 for dampings in places.values()):
+            differing.remove("damping")
+    return differing
+
+
+def _short_names(rows: Sequence[Row]) -> dict[str, str]:
+    """Return setting -> its name, without the stage where no other stage has one of that name."""
+    keys = {key for row in rows for key in settings_of(row)}
+    owners: dict[str, int] = {}
+    for key in keys:
+        name = key.partition(".")[2] or key
+        owners[name] = owners.get(name, 0) + 1
+    short = {key: key.partition(".")[2] or key for key in keys}
+    return {key: name if owners[name] == 1 else key for key, name in short.items()}
+
+
+def _words(name: str, value: Any) -> str:
+    """Return a setting for people; what a structure is called says that it is one."""
+    text = shown(value)
+    return text if name.rpartition(".")[2] == "structure" else f"{name} {text}"
+
+
+def _turns(paths: Sequence[str | None]) -> dict[str | None, str]:
+    """Return path -> where it leaves the others."""
+    parts = {path: path.split(ARROW) for path in paths if path is not None}
+    common = 0
+    while parts and len({tuple(one[: common + 1]) for one in parts.values()}) == 1:
+        common += 1
+        if any(len(one) == common for one in parts.values()):
+            break
+    turns: dict[str | None, str] = {None: _EARLIER}
+    for path, one in parts.items():
+        turns[path] = ARROW.join(one[min(common, len(one) - 1) :])
+    return turns
+
+
+def _tell_apart(rows: Sequence[Row], details: Mapping[str, list[str]]) -> None:
+    """Add the stage's or the cell's name to rows that nothing else tells apart, not even a seed."""
+    for name in (stage_of, lambda row: str(row["model_cell"])):
+        for same in _collisions(rows, details):
+            if len({name(row) for row in same}) > 1:
+                line = list(details[_identity(same[0])])
+                for row in rows:
+                    if details[_identity(row)] == line:
+                        details[_identity(row)].append(name(row))
+
+
+def _collisions(rows: Iterable[Row], details: Mapping[str, list[str]]) -> list[list[Row]]:
+    """Return the groups of different models that have one line, one target and the same seeds."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        place = _text([details[_identity(row)], target_of(row), seeds_of(row)])
+        found.setdefault(place, {})[model_of(row)] = row
+    return [list(models.values()) for models in found.values() if len(models) > 1]
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
