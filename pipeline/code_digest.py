@@ -23,7 +23,7 @@ from pipeline.errors import BadInput, nearest
 from pipeline.names import store_around
 from pipeline.source import Import, Source, read_source
 
-_RUNNER = "pipeline"
+RUNNER = "pipeline"
 _SITE = {"site-packages", "dist-packages"}
 
 
@@ -44,7 +44,7 @@ class CodeIndex:
     """
 
     def __init__(self, packages: Iterable[str], declarations: Iterable[str] = ()):
-        self.packages = set(packages) - {_RUNNER}
+        self.packages = set(packages) - {RUNNER}
         self.declarations = set(declarations)
         self._places: dict[str, Place | None] = {}
         self._direct: dict[str, list[str]] = {}
@@ -107,7 +107,7 @@ class CodeIndex:
     def _counts(self, module: str) -> bool:
         """Tell whether code of `module` is the project's or the user's."""
         top = module.partition(".")[0]
-        if top == _RUNNER or module in self.declarations:
+        if top == RUNNER or module in self.declarations:
             return False
         return top in self.packages or _is_local(self._place(top))
 

@@ -16,7 +16,7 @@ from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
 
-from pipeline.code_digest import is_installed
+from pipeline.code_digest import RUNNER, is_installed
 from pipeline.source import Source, parse_source, read_source
 
 
@@ -57,7 +57,8 @@ class _Imports(MetaPathFinder):
 
     def counts(self, module: str, spec: ModuleSpec) -> bool:
         """Tell whether a module may belong to a key; see `pipeline.code_digest`."""
-        return module.partition(".")[0] in self.packages or not is_installed(spec.origin or "")
+        top = module.partition(".")[0]
+        return top != RUNNER and (top in self.packages or not is_installed(spec.origin or ""))
 
     def note(self, found: Loaded) -> None:
         """Remember what is about to be run, and have it checked."""

@@ -61,7 +61,9 @@ class Reading:
     Attributes:
         digest: hex sha256 of the content.
         state: of what shows that something was written, though the content be the same again:
-            inodes and times of all files, which no user sets at will.
+            sizes and times of all files and folders, among them the time of the last change of
+            whatever kind, which no user sets at will. Inodes are left out: file systems over object
+            stores make them up anew.
     """
 
     digest: str
@@ -91,7 +93,7 @@ def state_of_file(path: Path) -> str:
         BadInput: it cannot be looked at.
     """
     try:
-        return repr(_sign(path))
+        return repr(_sign(path)[_SIZE:])
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error}") from None
 
@@ -125,11 +127,11 @@ def state_of_folder(folder: Path) -> str:
 def _state(found: Iterable[tuple[bytes, Signature]]) -> str:
     digest = hashlib.sha256()
     for name, signature in found:
-        digest.update(name + b"\0" + repr(signature).encode() + b"\n")
+        digest.update(name + b"\0" + repr(signature[_SIZE:]).encode() + b"\n")
     return digest.hexdigest()
 
 
-_SIZE = 2
+_SIZE = 2  # where a signature's size and times begin
 
 
 def _sign(path: Path | os.DirEntry[bytes]) -> Signature:
@@ -140,8 +142,7 @@ def _sign(path: Path | os.DirEntry[bytes]) -> Signature:
 def _walk(folder: Path) -> list[tuple[bytes, Signature]]:
     """Return the relative name and signature of each file, and of each folder (`name/`), sorted.
 
-    A folder's signature is its inode and when that changed. A link to a folder around itself is
-    left out.
+    A link to a folder around itself is left out.
 
     Raises:
         BadInput: something cannot be read.
@@ -149,7 +150,7 @@ def _walk(folder: Path) -> list[tuple[bytes, Signature]]:
     root = os.fsencode(folder)
     found: list[tuple[bytes, Signature]] = []
     try:
-        todo: list[tuple[bytes, Signature]] = [(b"", (os.stat(root).st_ino,))]
+        todo = [(b"", {os.stat(root).st_ino})]
         while todo:
             name, above = todo.pop()
             with os.scandir(os.path.join(root, name)) as entries:
@@ -160,10 +161,10 @@ def _walk(folder: Path) -> list[tuple[bytes, Signature]]:
                     if not entry.is_dir():
                         found.append((inside, _sign(entry)))
                         continue
-                    stat = entry.stat()
-                    if stat.st_ino not in above:
-                        found.append((inside + b"/", (stat.st_ino, stat.st_ctime_ns)))
-                        todo.append((inside + b"/", (*above, stat.st_ino)))
+                    inode = entry.stat().st_ino
+                    if inode not in above:
+                        found.append((inside + b"/", _sign(entry)))
+                        todo.append((inside + b"/", above | {inode}))
     except OSError as error:
         raise BadInput(f"cannot read {folder}: {error}") from None
     return sorted(found)

@@ -1,6 +1,7 @@
 """Ray as executor: the same outcomes, the same numbers. All tests share one Ray instance."""
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,9 @@ from pipeline import launch
 from pipeline.errors import BadInput
 from pipeline.executors import ExecutorName
 from pipeline.executors.base import AbstractExecutor
+from pipeline.source import parse_source
 from pipeline.stage import Resources
+from pipeline.store import Store
 from pipeline.worker import Outcome
 
 ONE_CPU = Resources()
@@ -68,6 +71,21 @@ def test_outcomes_are_data_and_workers_stay_warm(executor: AbstractExecutor) -> 
     outcome = collect(executor, 1)["cell"]
     assert outcome["error"]["user"]
     assert "on purpose" in outcome["error"]["message"]
+
+
+def test_a_process_that_has_run_other_code_is_replaced(executor: AbstractExecutor) -> None:
+    stages = Path(os.environ["PYTHONPATH"].split(os.pathsep)[-1], "toy/stages.py")
+    text, pids = stages.read_text(), []
+    for name, source in (("old", text + "\nOLD = 1\n"), ("new", text)):
+        stages.write_text(source)
+        digest = parse_source(source.encode(), stages, "toy.stages", False).digest
+        ingredients = {"stage": "start", "code": {"toy.stages": digest}}
+        # The processes that there are have run `text`, and `old` before it.
+        executor.submit(named(start_task(ingredients=ingredients), name), ONE_CPU)
+        assert collect(executor, 1)[name]["status"] == "ok"
+        pids.append(pid_of(name))
+        assert Store(".fls").attempts(name.ljust(64, "0")) == [1], "it costs no attempt"
+    assert pids[0] != pids[1]
 
 
 def test_the_death_of_a_worker_is_nobodys_fault(executor: AbstractExecutor) -> None:
