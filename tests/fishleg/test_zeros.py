@@ -93,7 +93,7 @@ def test_exactly_the_count_is_removed_of_the_weights_as_they_are_used(kind, esti
 
 def test_nine_tenths_of_all_weights_of_a_convolutional_autoencoder_go():
     model = network(conv=True)
-    report = prune_once(model, fitted(model), sparsity=0.9)
+    report = prune_once(model, fitted(model, DiagonalFisher), sparsity=0.9)
     assert report.unprunable == ()
     assert report.removed == used_zeros(model)[0] == round(0.9 * (36 + 144 + 192))
 
@@ -249,7 +249,7 @@ def test_the_masks_of_torch_are_masks_however_few():
     source = GradientSource(
         model, Categorical(), partition_parameters(model), Calibration(inputs=torch.randn(8, 20))
     )
-    estimator = EKFAC(source.partition, damping=1e-3)
+    estimator = DiagonalFisher(source.partition, damping=1e-3)
     estimator.fit(source)
     report = prune_once(model, estimator, sparsity=0.5)
     assert report.zeros == {"0": 1}
