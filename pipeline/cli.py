@@ -61,6 +61,18 @@ def read_duration(text: str) -> float:
     return seconds
 
 
+def show_duration(seconds: float) -> str:
+    """Return a duration as `read_duration` reads it.
+
+    >>> show_duration(3600), show_duration(90), show_duration(2 * 86400)
+    ('1h', '90s', '2d')
+    """
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= length and seconds % length == 0:
+            return f"{seconds / length:g}{unit}"
+    return f"{seconds:g}s"
+
+
 class Format(StrEnum):
     """Languages that graphs are drawn in."""
 
@@ -81,30 +93,39 @@ TrackingOption = Annotated[TrackerName, typer.Option("--tracking", help="Where r
 FromOption = Annotated[
     list[str],
     typer.Option(
-        "--from", metavar="CELLS", help="Run this and what depends on it; the rest is cached."
+        "--from",
+        metavar="CELLS",
+        help="Run this and what depends on it; the rest must be in the store.",
     ),
 ]
-OnlyOption = Annotated[list[str], typer.Option("--only", metavar="CELLS", help="Run this alone.")]
+OnlyOption = Annotated[
+    list[str],
+    typer.Option("--only", metavar="CELLS", help="Run this alone; the rest must be in the store."),
+]
 UntilOption = Annotated[
     list[str], typer.Option("--until", metavar="CELLS", help="Run this and what it needs.")
 ]
 ForceOption = Annotated[
     list[str],
-    typer.Option("--force", metavar="CELLS", help="Run this again: a stage, a cell or a group."),
+    typer.Option(
+        "--force",
+        metavar="CELLS",
+        help="Run this again (a stage, a cell or a group), and what depends on it.",
+    ),
 ]
 SetOption = Annotated[
     list[str],
     typer.Option(
         "--set",
         metavar="NAME=VALUE",
-        help="Set a parameter: stage.param=value, or vars.name=value.",
+        help="Set a parameter: stage.param=value, stage.axis=[values] or vars.name=value.",
     ),
 ]
 LaterOption = Annotated[
     bool,
     typer.Option(
         "--tracking-later",
-        help="Do not wait, at the end, for a tracking server that is away; `fls sync` sends.",
+        help="Neither wait for a tracking server nor end because of one; `fls sync` sends later.",
     ),
 ]
 ParallelOption = Annotated[
@@ -238,7 +259,7 @@ def submit(
     like a private key; these are listed, and !/PATH in .flsignore takes one along.
 
     The job is given the variables AWS_*, FISHLEG_*, FSSPEC_* and MLFLOW_*, by these names, except
-    secrets (names with KEY, SECRET, TOKEN, PASSWORD or CREDENTIAL, URLs with a password) and paths
+    secrets (names with KEY, SECRET, TOKEN, PASSWORD and the like, URLs with a password) and paths
     of this machine: Ray keeps a job's variables as plain text. Set secrets on the nodes, or hand
     one over by --env NAME.
     """
@@ -272,7 +293,12 @@ def submit(
 )
 def plan(
     file: File = DEFAULT_FILE,
-    why: Annotated[bool, typer.Option("--why", help="Give each cell's reason.")] = False,
+    why: Annotated[
+        bool,
+        typer.Option(
+            "--why", help="Give each cell's reason, and the run that it is compared with."
+        ),
+    ] = False,
     as_json: JsonOption = False,
     executor: ExecutorOption = ExecutorName.RAY,
     tracking: TrackingOption = TrackerName.MLFLOW,
@@ -282,10 +308,15 @@ def plan(
     force: ForceOption = NONE_GIVEN,
     set_: SetOption = NONE_GIVEN,
     max_parallel: ParallelOption = None,
+    stop_after: StopOption = None,
+    grace: GraceOption = None,
     tracking_later: LaterOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="A plan always is one.")] = False,
 ) -> None:
-    """Show what `fls run` with the same options would do, and why."""
+    """Show what `fls run` with the same options would do: which cells run, and with --why, why.
+
+    Options that change nothing of that, such as --max-parallel, are taken and not needed.
+    """
     spec = load_spec(file, set_)
     selection = Selection(from_=from_, only=only, until=until, force=force)
     made = make_plan(spec, Store(spec.storage), selection)
@@ -495,9 +526,14 @@ def list_names(file: File = DEFAULT_FILE) -> None:
 )
 def ui(
     file: File = DEFAULT_FILE,
-    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 takes a free one.")] = 5000,
+    port: Annotated[
+        int, typer.Option(help="Port on 127.0.0.1; where it is taken, or 0, a free one.")
+    ] = 5000,
 ) -> None:
-    """Open the tracking server's pages on a pipeline's runs; Ctrl-C closes them."""
+    """Serve MLflow's pages on a pipeline's runs, and print their address; Ctrl-C ends it.
+
+    Of a tracking server, whose pages are there already, the address is printed.
+    """
     serve_ui(tracking_uri(load_spec(file).mlflow.tracking_uri), port)
 
 

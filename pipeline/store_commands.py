@@ -18,9 +18,10 @@ from pipeline.cli import (
     console_here,
     open_store,
     read_duration,
+    show_duration,
 )
 from pipeline.errors import BadInput
-from pipeline.gc import GRACE_S, Garbage, Retention, collect, find_garbage
+from pipeline.gc import GRACE_S, Garbage, Retention, collect, find_garbage, find_spared
 from pipeline.planner import Plan, make_plan
 from pipeline.report import size
 from pipeline.rerun import Comparison, rerun
@@ -55,12 +56,15 @@ def gc(
     apply: Annotated[bool, typer.Option("--apply", help="Delete, not only show.")] = False,
     keep_runs: Annotated[
         int | None,
-        typer.Option("--keep-runs", metavar="N", min=0, help="Drop all but the newest N runs."),
+        typer.Option("--keep-runs", metavar="N", min=0, help="Drop runs before the newest N."),
     ] = None,
     older_than: Annotated[
         float | None,
         typer.Option(
-            "--older-than", metavar="TIME", parser=read_duration, help="Drop runs older than (30d)."
+            "--older-than",
+            metavar="TIME",
+            parser=read_duration,
+            help="Drop runs that began longer ago (30d).",
         ),
     ] = None,
     grace: Annotated[
@@ -68,14 +72,15 @@ def gc(
         typer.Option(
             metavar="TIME",
             parser=read_duration,
-            help="Leave alone what is younger than this.",
+            help="Leave alone what was written to within this time.",
             show_default="1h",
         ),
     ] = None,
 ) -> None:
     """Show what the store holds that nothing needs, and with --apply delete it.
 
-    All runs are kept, unless --keep-runs or --older-than (or both) drop some. Of a stage with
+    All runs are kept, unless --keep-runs or --older-than drops some; with both, those that both
+    drop. A live run is always kept. Of a stage with
     `keep: results` in the pipeline, files go once all that was to be made of them is there; its
     cells stay complete, and run again when their files are needed.
     """
@@ -89,13 +94,29 @@ def gc(
         console.print(f"passed over: {what}", soft_wrap=True)
 
     found = find_garbage(store, plans, retention, pass_over)
-    if not apply:
+    spared = find_spared(store, plans, retention, found)
+    if apply:
+        total = _print_garbage(collect(store, plans, retention, found, pass_over), console)
+        console.print(f"{store.url}: deleted what was not needed, {size(total)}.")
+    else:
         total = _print_garbage(found, console)
         hint = "; --apply deletes it" if found else ""
         console.print(f"{store.url}: {len(found)} things, {size(total)}, not needed{hint}.")
-        return
-    total = _print_garbage(collect(store, plans, retention, found, pass_over), console)
-    console.print(f"{store.url}: deleted what was not needed, {size(total)}.")
+    if spared:
+        total = sum(item.bytes for item in spared)
+        console.print(
+            f"Not needed either, but written to within the grace period of "
+            f"{show_duration(retention.grace_s)} and so left alone: {len(spared)} things, "
+            f"{size(total)}; --grace says how long it is.",
+            soft_wrap=True,
+        )
+    kept = len(store.list_runs())
+    if keep_runs is older_than is None and kept:
+        console.print(
+            f"All {kept} runs are kept, with what they need; --keep-runs and --older-than drop "
+            "some.",
+            soft_wrap=True,
+        )
 
 
 @command(
@@ -107,7 +128,10 @@ def verify(
     file: FileArgument = None,
     storage: StorageOption = None,
     set_aside: Annotated[
-        bool, typer.Option("--set-aside", help="Move damaged results aside: they run again.")
+        bool,
+        typer.Option(
+            "--set-aside", help="Move damaged results aside; they run again once they are needed."
+        ),
     ] = False,
     rerun_cell: Annotated[
         str | None,

@@ -127,7 +127,7 @@ METHODS = Registry(
         ),
         "obs": Entry(
             target="fishleg.estimators:BlockWoodbury",
-            summary="inverse of diagonal blocks by Woodbury's identity (WoodFisher, oBERT)",
+            summary="inverse of dense diagonal blocks of the Fisher (WoodFisher, oBERT)",
         ),
         "mfac": Entry(
             target="fishleg.estimators:MFAC",
@@ -383,8 +383,8 @@ class PruningParams(Params):
 
     selection: Literal["single", "greedy"] = Field(
         default="single",
-        description="by what a weight costs alone, or after the others of its row that cost less "
-        "(methods layer, diagonal, magnitude)",
+        description="by what a weight costs alone, or after the others of its row that cost less; "
+        "with any method",
     )
     distribution: Literal["global", "uniform"] = Field(
         default="global", description="least salient of the whole network, or of each layer"

@@ -7,10 +7,10 @@ import torch
 
 from fishleg.calibration import Calibration
 from fishleg.errors import NotPositiveDefinite, UnknownName
-from fishleg.estimators import KFAC, DiagonalFisher, FishLeg, LayerHessian
+from fishleg.estimators import ESTIMATORS, KFAC, DiagonalFisher, FishLeg, LayerHessian
 from fishleg.pruning import dense_masks, greedy_saliency, prune_once, removal_count
 from fishleg.pruning.layerwise import GreedyRemoval
-from tests.fishleg.networks import source_of
+from tests.fishleg.networks import mixed_source, source_of
 from tests.reference import constrained_minimiser, random_spd
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -208,3 +208,17 @@ def test_an_unknown_selection_is_named(network):
     model, source = network
     with pytest.raises(UnknownName, match="selection"):
         prune_once(model, fitted(LayerHessian, source), sparsity=0.5, selection="gready")
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_greedy_goes_with_every_estimator(name):
+    """As the catalogue says of `selection`."""
+    data = mixed_source()
+    model = data.model
+    estimator = ESTIMATORS[name](data.partition, damping=0.01)
+    estimator.fit(data)
+    prunable = [group.weight for group in data.partition.prunable]
+    size = sum(model.get_parameter(weight).numel() for weight in prunable)
+    prune_once(model, estimator, sparsity=0.5, selection="greedy")
+    zeros = sum(int((model.get_parameter(weight) == 0).sum()) for weight in prunable)
+    assert zeros == removal_count(size, 0.5)

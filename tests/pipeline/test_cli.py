@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from toy_runs import DIAMOND, ROOT, fls, ran, run_here, write_spec
 
 from pipeline.cli import app
@@ -135,6 +136,15 @@ def test_a_plan_as_json_and_for_people(toy: Path) -> None:
     assert "4 of 8 cells to run." in output
     _, output, _ = fls("plan", "--set", "start.value=2000")
     assert output.splitlines()[1].split() == ["start", "2", "·", "2", "·", "2", "kB", "128", "B"]
+
+
+def test_a_plan_takes_the_options_of_a_run() -> None:
+    commands = typer.main.get_command(app).commands
+    options = {
+        name: {one for parameter in commands[name].params for one in parameter.opts}
+        for name in ("run", "plan", "submit")
+    }
+    assert options["run"] - {"--run-id"} <= options["plan"]
 
 
 def test_a_dry_run_runs_nothing(toy: Path) -> None:

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -80,6 +81,25 @@ def test_nothing_of_kept_runs_is_garbage(toy: Path) -> None:
     code, output, errors = fls("gc", "--apply")
     assert (code, errors) == (0, "")
     assert len(manifests()) == 16
+
+
+@pytest.mark.parametrize("apply", [[], ["--apply"]])
+def test_what_only_the_grace_period_spares_is_said(toy: Path, apply: list[str]) -> None:
+    write_spec(DIAMOND)
+    run_here()
+    run_here(overrides=["start.value=20"])
+    output = fls("gc", "--keep-runs", "0", *apply)[1]
+    assert len(manifests()) == 16
+    assert re.search(
+        r"^Not needed either, but written to within the grace period of 1h and so left alone: "
+        r"8 things, [\d.]+ kB; --grace says how long it is\.$",
+        output,
+        re.MULTILINE,
+    )
+    assert apply or "All 2 runs are kept, with what they need" in fls("gc")[1]
+    age()
+    assert "grace period" not in fls("gc", "--keep-runs", "0", *apply)[1]
+    assert len(manifests()) == (8 if apply else 16)
 
 
 def test_dropped_runs_take_along_what_they_alone_reach(toy: Path) -> None:

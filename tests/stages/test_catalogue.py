@@ -54,6 +54,13 @@ def test_every_name_stands_for_something(registry: Registry) -> None:
         assert entry.summary, name
 
 
+def test_what_is_said_of_a_method_is_what_it_does() -> None:
+    """`obs` sums each block and inverts it by Cholesky; the identity of Woodbury is M-FAC's."""
+    methods = next(one for one in CATALOGUE.registries if one.kind == "curvature method")
+    assert "dense diagonal blocks" in methods.entries["obs"].summary
+    assert not [one for one in methods.entries.values() if "Woodbury" in one.summary]
+
+
 def test_options_of_an_optimizer_not_used_do_not_enter_the_key() -> None:
     options = {"dataset": "digits", "model": "mlpnet", "fishleg_optimizer": {"damping": 0.5}}
     unused, used = (PretrainParams(**options, optimizer=name) for name in ("sgd", "fishleg"))
