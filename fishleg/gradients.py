@@ -611,6 +611,11 @@ def _check_partition(model: nn.Module, partition: Partition) -> None:
                 raise FishLegError(
                     f"{name}: expected values, got none (device meta); load the model's weights."
                 )
+            if parameter.is_inference():
+                raise FishLegError(
+                    f"{name}: expected a parameter that takes gradients, got one that was made "
+                    "under torch.inference_mode(); make or load the model outside it."
+                )
             if not parameter.is_floating_point():
                 raise FishLegError(
                     f"{name}: expected real numbers, got {parameter.dtype}; leave it out with "

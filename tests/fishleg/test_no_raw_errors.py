@@ -263,9 +263,12 @@ def test_labels_that_are_none_of_the_models_are_refused(targets, message):
 
 
 def test_the_callers_grad_modes_do_not_matter_or_are_refused():
+    made_outside = Model()
     with torch.inference_mode():
         samples = Calibration(inputs=X.clone(), targets=Y.clone())
         with pytest.raises(FishLegError, match=r"leave torch.inference_mode\(\)"):
+            hold(made_outside)
+        with pytest.raises(FishLegError, match="make or load the model outside it"):
             hold(Model())
         assert mean_divergence(Model(), Model(), Categorical(), BATCHES) > 0
     model = Model()
