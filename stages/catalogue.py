@@ -74,34 +74,34 @@ DATASETS = Registry(
         "digits": Entry(
             target="stages.data.digits:load",
             digest="f5435893a45e623f98701bc29e4e265a4b719b60dff40da8bd69186b20b8c3af",
-            facts={"bytes": 129_384},
+            facts={"bytes": 129_384, "channels": 1},
             summary="1,797 handwritten digits, 8x8, shipped with scikit-learn",
         ),
         "mnist": Entry(
             target="stages.data.mnist:load_mnist",
             digest="c0beabf8ccf1f8fd41dc89d2096bf47b5d00f0755a62da5479bb5671e99d5235",
-            facts={"bytes": 55_440_000},
+            facts={"bytes": 55_440_000, "channels": 1},
             summary="70,000 handwritten digits, 28x28",
         ),
         "fashion_mnist": Entry(
             target="stages.data.mnist:load_fashion_mnist",
-            facts={"bytes": 55_440_000},
+            facts={"bytes": 55_440_000, "channels": 1},
             summary="70,000 pieces of clothing, 28x28",
         ),
         "cifar10": Entry(
             target="stages.data.cifar:load_cifar10",
             digest="f7b9ea97c677c098573e0042390d4c0fe9326cdea8950afe890e9182e1ed1f15",
-            facts={"bytes": 184_800_000},
+            facts={"bytes": 184_800_000, "channels": 3},
             summary="60,000 images of 10 classes, 32x32",
         ),
         "cifar100": Entry(
             target="stages.data.cifar:load_cifar100",
-            facts={"bytes": 184_800_000},
+            facts={"bytes": 184_800_000, "channels": 3},
             summary="60,000 images of 100 classes, 32x32",
         ),
         "tiny_imagenet": Entry(
             target="stages.data.image_folder:load_tiny_imagenet",
-            facts={"bytes": 1_352_560_000},
+            facts={"bytes": 1_352_560_000, "channels": 3},
             summary="110,000 images of 200 classes, 64x64",
         ),
     },
@@ -109,6 +109,7 @@ DATASETS = Registry(
     prefixes={
         "folder:": Entry(
             target="stages.data.image_folder:load",
+            facts={"channels": 3},
             folder=lambda name: tree_folder(data_folder(), name.removeprefix("folder:")),
             summary="a tree of images, PATH/{train,val,test}/CLASS/*; options image_size (pixels), "
             "background (grey level behind transparent pixels), upright (turned by EXIF)",
@@ -187,6 +188,18 @@ class DataParams(Params):
     std: list[Annotated[FiniteFloat, Field(gt=0)]] | None = Field(
         default=None, min_length=1, description="likewise; each above 0"
     )
+
+    @model_validator(mode="after")
+    def _one_number_for_each_channel(self) -> DataParams:
+        entry = DATASETS.find(self.dataset)
+        channels = entry.facts.get("channels") if entry is not None else None
+        for name, numbers in (("mean", self.mean), ("std", self.std)):
+            if numbers is not None and channels is not None and len(numbers) not in (1, channels):
+                raise ValueError(
+                    f"{name}: got {len(numbers)} numbers, and the images of {self.dataset} have "
+                    f"{channels} channel{'s' * (channels != 1)}; give one for each, or one for all"
+                )
+        return self
 
 
 class ModelParams(Params):

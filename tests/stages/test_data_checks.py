@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from running_stages import run_stage
 from torch import Tensor, nn
 
 from pipeline.stage import StageError
-from stages.catalogue import PretrainParams
+from stages.catalogue import DATASETS, PretrainParams
 from stages.data.checks import check
 from stages.data.dataset import DataSet, Split
 from stages.data.source import DataSource, load_data
@@ -21,6 +22,7 @@ from stages.exporter import load as load_export
 from stages.model_folder import load_model
 
 SPLITS = ("train", "validation", "test")
+ONE_CHANNEL = {"digits", "mnist", "fashion_mnist"}
 
 
 def images(count: int = 6, **changes: Any) -> DataSet:
@@ -178,11 +180,21 @@ def test_own_loaders_pass_the_same_checks(own: ModuleType) -> None:
 
 
 def test_the_normalisation_of_the_parameters_is_checked(own: ModuleType) -> None:
+    """Of data sets that the catalogue knows when a file is validated, of others when loaded."""
     three = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    with pytest.raises(ValidationError, match=r"mean: got 3 numbers, .* mnist have 1 channel;"):
+        source_of("mnist", **three)
+    with pytest.raises(ValidationError, match=r"std: got 2 numbers, .* folder:x have 3 channels"):
+        source_of("folder:x", std=[0.5, 0.5])
     with pytest.raises(StageError, match="mean: got 3 numbers for inputs of 1 channel"):
-        load_data(source_of("digits", **three))
+        load_data(source_of("own_data:good", **three))
     with pytest.raises(StageError, match="int64 inputs are ids and go to the network as they are"):
         load_data(source_of("own_data:ids", mean=[0.5], std=[0.5]))
+
+
+@pytest.mark.parametrize("name", DATASETS.entries)
+def test_the_catalogue_knows_the_channels_of_each_data_set(name: str) -> None:
+    assert DATASETS.entries[name].facts["channels"] == (1 if name in ONE_CHANNEL else 3)
 
 
 def test_an_unknown_option_of_a_loader_is_refused_with_the_known_ones(own: ModuleType) -> None:
