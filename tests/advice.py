@@ -7,9 +7,10 @@ its help; what stands in an f-string for a value is a placeholder here.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,13 +30,17 @@ class Text:
     text: str
 
 
-def texts(*packages: str) -> Iterator[Text]:
-    """Yield the texts of some packages."""
+@functools.cache
+def texts(*packages: str) -> list[Text]:
+    """Return the texts of some packages."""
+    found = []
     for package in packages:
         for path in sorted((ROOT / package).rglob("*.py")):
             name = str(path.relative_to(ROOT))
-            for line, text in _texts_of(ast.parse(path.read_text(encoding="utf-8")), name in HELP):
-                yield Text(f"{name}:{line}", text)
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            for line, text in _texts_of(tree, name in HELP):
+                found.append(Text(f"{name}:{line}", text))
+    return found
 
 
 def pages() -> Iterator[Text]:
@@ -83,7 +88,7 @@ def quoted(text: str) -> list[str]:
     return [found for found in re.findall(r"`([^`\n]+)`", text) if "tags." not in text]
 
 
-def commands(found: Iterator[Text]) -> Iterator[tuple[str, list[str]]]:
+def commands(found: Iterable[Text]) -> Iterator[tuple[str, list[str]]]:
     """Yield where a text has a command of `fls`, and its words."""
     for one in found:
         wanted = [part for part in quoted(one.text) if part.startswith("fls ")]
@@ -142,6 +147,7 @@ def _note(node: ast.AST, found: Names) -> None:
         found.all.add(node.id)
 
 
+@functools.cache
 def words_run_by_tests() -> list[set[str]]:
     """Return, for each call and list of strings in the tests, the words in it."""
     found = []
