@@ -25,7 +25,7 @@ from fishleg.estimators.base import AbstractEstimator
 from fishleg.gradients import GradientSource
 from fishleg.likelihoods import AbstractLikelihood, given_targets
 from fishleg.loading import check_iterable
-from fishleg.nests import count_samples, tensors_of
+from fishleg.nests import tensors_of
 from fishleg.parameters import Partition
 from fishleg.pruning.compensation import solve_on_survivors
 from fishleg.pruning.masks import HeldMasks, weight_masks
@@ -145,6 +145,7 @@ class Refinement:
                 "refinement: expected parameters to move, got a partition without groups; give the "
                 "model trainable ones (requires_grad_(True))."
             )
+        self._source: GradientSource | None = None  # of "gauss_newton", with what it found out
         self._optimizer = self._build_optimizer()
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
@@ -255,14 +256,17 @@ class Refinement:
 
     def _gauss_newton(self, gradients: Mapping[str, Tensor], batch: Any) -> dict[str, Tensor]:
         inputs, targets = inputs_and_targets(batch)
-        source = GradientSource(
-            self.model,
-            self.likelihood,
-            self.partition,
-            Calibration(inputs=inputs, targets=targets),
-            batch_size=count_samples(inputs, "inputs"),
-            calling=self.calling,
-        )
+        samples = Calibration(inputs=inputs, targets=targets)
+        if self._source is None:
+            self._source = GradientSource(
+                self.model,
+                self.likelihood,
+                self.partition,
+                samples,
+                batch_size=len(samples),
+                calling=self.calling,
+            )
+        source = self._source.over(samples, seed=0)
         survives = {
             name: self.masks.get(name, torch.ones_like(matrix, dtype=torch.bool))
             for name, matrix in gradients.items()

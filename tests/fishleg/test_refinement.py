@@ -1,6 +1,7 @@
 """Refinement: divergences, steps that solve quadratics, zeros kept, state, mistakes."""
 
 import copy
+import logging
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from fishleg.calibration import Calibration
 from fishleg.errors import FishLegError, UnknownName
-from fishleg.estimators import FishLeg
+from fishleg.estimators import FishLeg, Identity
 from fishleg.gradients import GradientSource
 from fishleg.likelihoods import AbstractLikelihood, Categorical, Gaussian
 from fishleg.parameters import Partition, partition_parameters
@@ -234,3 +235,27 @@ def test_mistakes_are_named() -> None:
         list(refine(run, [inputs]))
     with pytest.raises(FishLegError, match="divergence became nan"):
         list(refine(run, [inputs * torch.nan] * 3))
+
+
+def test_what_a_model_does_not_support_is_said_once_a_run(caplog: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))).double()
+    dense, partition = copy.deepcopy(model), partition_parameters(model)
+    with torch.no_grad():
+        model[0].bias.add_(0.5)
+    estimator = Identity(partition, damping=0.1)
+    inputs = make_inputs(SAMPLES, 4)
+    estimator.fit(GradientSource(model, Gaussian(), partition, Calibration(inputs=inputs)))
+    run = Refinement(
+        model,
+        dense,
+        Gaussian(),
+        partition,
+        dense_masks(partition),
+        steps=3,
+        options=RefinementOptions(method="gauss_newton"),
+        estimator=estimator,
+    )
+    with caplog.at_level(logging.WARNING, "fishleg"):
+        list(refine(run, inputs.split(SAMPLES // 3)))
+    assert caplog.text.count("supports no forward-mode derivative") == 1
