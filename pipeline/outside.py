@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Iterable
@@ -20,11 +21,14 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from pipeline.console import PlainConsole
 from pipeline.errors import BadInput
 from pipeline.params import Marked, marked
 from pipeline.stage import ExternalFile
 
 _SETTLED_S = 10.0  # older than the steps of a file system's clock, and than clocks differ
+_MUCH_BYTES = 1_000_000_000  # takes long enough to be announced
+_SAVE_EVERY_S = 30.0
 _VERSION = 1
 
 Signature = tuple[int, ...]
@@ -108,6 +112,7 @@ def read_folder(folder: Path) -> Reading:
     """
     found = _walk(folder)
     cache, content = _Cache(folder), hashlib.sha256()
+    cache.announce(found)
     try:
         for name, signature in found:
             if not name.endswith(b"/"):
@@ -131,12 +136,12 @@ def _state(found: Iterable[tuple[bytes, Signature]]) -> str:
     return digest.hexdigest()
 
 
-_SIZE = 2  # where a signature's size and times begin
+_SIZE = 1  # where a signature's size and times begin
 
 
 def _sign(path: Path | os.DirEntry[bytes]) -> Signature:
     stat = path.stat()
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _walk(folder: Path) -> list[tuple[bytes, Signature]]:
@@ -170,6 +175,10 @@ def _walk(folder: Path) -> list[tuple[bytes, Signature]]:
     return sorted(found)
 
 
+_Digests = dict[str, tuple[Signature, str]]  # relative path -> signature, sha256
+_known: dict[Path, _Digests] = {}  # of this process, which may have no folder to write to
+
+
 class _Cache:
     """Digests of the files of one folder, in the user's cache; a damaged or foreign one is none."""
 
@@ -177,47 +186,71 @@ class _Cache:
         self._folder = folder
         place = hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:32]
         self._file = _cache_folder() / f"{place}.json"
-        self._before = self._load()
-        self._now: dict[str, tuple[Signature, str]] = {}
+        self._before = _known.get(self._file) or self._load()
+        self._now: _Digests = {}
         self._news = False
+        self._saved_s = time.monotonic()
+
+    def announce(self, found: Iterable[tuple[bytes, Signature]]) -> None:
+        """Say that reading what is new will take long, if it will."""
+        new = sum(
+            signature[_SIZE]
+            for name, signature in found
+            if not name.endswith(b"/") and self._find(name, signature) is None
+        )
+        if new > _MUCH_BYTES:
+            PlainConsole(stderr=True).print(
+                f"Reading {new / 1e9:.0f} GB of {self._folder}, which is to enter a key. Digests "
+                f"are kept in {self._file.parent}: next time only what has changed is read.",
+                soft_wrap=True,
+            )
 
     def digest(self, name: bytes, signature: Signature) -> str:
         """Return the sha256 of a file with this signature, read again unless that is known."""
-        key = os.fsdecode(name)
-        known = self._before.get(key)
-        if known is not None and tuple(known[0]) == signature:
-            found = known[1]
-        else:
+        found = self._find(name, signature)
+        if found is None:
             with open(os.path.join(os.fsencode(self._folder), name), "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             self._news = True
         if time.time() - max(signature[-2:]) / 1e9 > _SETTLED_S:
-            self._now[key] = signature, found
+            self._now[os.fsdecode(name)] = signature, found
+        if time.monotonic() - self._saved_s > _SAVE_EVERY_S:
+            self._write({**self._before, **self._now})
         return found
 
     def save(self) -> None:
-        """Keep what is known; where the cache cannot be written, all is read again next time."""
-        if not self._news:
-            return
+        """Keep what is known; where the cache cannot be written, as long as this process lives."""
+        if self._news:
+            self._write(self._now)
+
+    def _find(self, name: bytes, signature: Signature) -> str | None:
+        known = self._before.get(os.fsdecode(name))
+        return known[1] if known is not None and known[0] == signature else None
+
+    def _write(self, files: _Digests) -> None:
+        _known[self._file] = files
+        self._saved_s = time.monotonic()
         part = self._file.with_name(f"{uuid.uuid4().hex}.part")
         with suppress(OSError):
             part.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            part.write_text(json.dumps({"version": _VERSION, "files": self._now}))
+            part.write_text(json.dumps({"version": _VERSION, "files": files}))
             part.replace(self._file)
 
-    def _load(self) -> dict[str, tuple[list[int], str]]:
+    def _load(self) -> _Digests:
         try:
             document = json.loads(self._file.read_bytes())
-            files: dict[str, tuple[list[int], str]] = document["files"]
-            valid = document["version"] == _VERSION and all(
-                isinstance(signature, list) and isinstance(digest, str)
-                for signature, digest in files.values()
-            )
-            return files if valid else {}
+            if document["version"] != _VERSION:
+                return {}
+            return {
+                str(name): (tuple(map(int, signature)), str(digest))
+                for name, (signature, digest) in document["files"].items()
+            }
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return {}
 
 
 def _cache_folder() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(base):  # nobody's home
+        base = tempfile.gettempdir()
     return Path(base, "fishleg-surgeon", "folders")

@@ -60,10 +60,25 @@ def test_the_second_time_nothing_is_read(folder: Path, monkeypatch: pytest.Monke
     with monkeypatch.context() as patch:
         patch.setattr(outside.hashlib, "file_digest", refuse)
         assert read_folder(folder) == second != first
+    with monkeypatch.context() as patch:
+        patch.setattr(outside, "_known", {})  # as another process begins
+        patch.setattr(outside.hashlib, "file_digest", refuse)
+        assert read_folder(folder) == second
     for damage in ("", "{}", '{"version": 1, "files": {"a": 1}}', '{"version": 1, "files": []}'):
         (cache,) = (folder.parent / "cache/fishleg-surgeon/folders").iterdir()
         cache.write_text(damage)
+        outside._known.clear()
         assert read_folder(folder) == second
+
+
+def test_what_takes_long_is_announced_and_where_nothing_can_be_kept_it_is_read_once_a_process(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "train/a/1"))  # a file
+    monkeypatch.setattr(outside, "_MUCH_BYTES", 10)
+    for _ in range(2):
+        read_folder(folder)
+    assert capsys.readouterr().err.count(f"GB of {folder}, which is to enter a key.") == 1
 
 
 def test_what_was_just_written_is_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
