@@ -20,6 +20,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.grad import conv2d_weight
 
+from fishleg.precision import widen
+
 _BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 _FORWARDS = {
     layer.forward for layer in (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.LayerNorm, nn.GroupNorm)
@@ -110,7 +112,8 @@ def recording(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]
         return hook
 
     handles = [
-        module.register_forward_hook(hook_for(name), with_kwargs=True)
+        # before hooks of others, which may return another output
+        module.register_forward_hook(hook_for(name), with_kwargs=True, prepend=True)
         for name, module in modules.items()
     ]
     try:
@@ -291,7 +294,8 @@ def _norm_gradients(
     if isinstance(module, nn.GroupNorm):
         normal = functional.group_norm(a, module.num_groups, eps=module.eps)
     else:
-        normal = functional.batch_norm(a, module.running_mean, module.running_var, eps=module.eps)
+        mean, variance = cast(tuple[Tensor, Tensor], (module.running_mean, module.running_var))
+        normal = functional.batch_norm(a, widen(mean), widen(variance), eps=module.eps)
     channels = a.shape[1]
     g = g.reshape(n, draws, channels, -1)
     return {

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fishleg.blocks.base import AbstractBlock
 from fishleg.calibration import Labels
-from fishleg.capture import evaluating
 from fishleg.errors import CapacityExceeded
 from fishleg.estimators.base import AbstractEstimator
 from fishleg.fisher import fisher_vector_product
@@ -22,11 +21,13 @@ from fishleg.gradients import GradientSource
 from fishleg.likelihoods import check_targets, given_targets
 from fishleg.objective import curvature_and_trace, gradient_product, image_square, masked_product
 from fishleg.parameters import parameters_like
+from fishleg.precision import in_full, widen
 from fishleg.rng import SampleGenerator
 
 Numbers = dict[str, float]
 
 
+@in_full
 @torch.no_grad()
 def certify(
     estimator: AbstractEstimator, source: GradientSource, *, probes: int = 8, seed: int = 0
@@ -69,7 +70,7 @@ def certify(
         weight = source.model.get_parameter(estimator.partition[name].weight)
         mask = None if estimator.masks is None else estimator.masks.get(name)
         numbers = torch.arange(probes, device=weight.device)
-        u = SampleGenerator(seed, numbers, index).normal(*block.shape).to(weight.dtype)
+        u = SampleGenerator(seed, numbers, index).normal(*block.shape).to(source.dtype(name))
         audits[name] = _Audit(block, u if mask is None else u * mask, mask)
     for batch in source.stream(list(blocks)):
         for name, gradients in batch.items():
@@ -163,6 +164,7 @@ def _network_residual(
     return (above / below) ** 0.5
 
 
+@in_full
 def pruning_certificate(source: GradientSource, after: Mapping[str, Tensor]) -> Numbers:
     """Compare what the quadratic model says of a change of the weights with what it did.
 
@@ -189,7 +191,7 @@ def pruning_certificate(source: GradientSource, after: Mapping[str, Tensor]) -> 
     first = {parameter: name for name, parameter in source.model.named_parameters()}
     after = {first[source.model.get_parameter(name)]: value for name, value in after.items()}
     before = parameters_like(source.model, after)
-    change = {name: value.detach() - before[name] for name, value in after.items()}
+    change = {name: widen(value.detach()) - widen(before[name]) for name, value in after.items()}
     product = fisher_vector_product(source, change)
     half = 0.5 * sum(_sum(product[name] * change[name]) for name in change)
     predicted = {"predicted_kl": half, "predicted_kl_blocks": _block_kl(source, change)}
@@ -201,7 +203,7 @@ def pruning_certificate(source: GradientSource, after: Mapping[str, Tensor]) -> 
 
 def _block_kl(source: GradientSource, change: Mapping[str, Tensor]) -> float:
     """Return the sum over groups of 1/2 d^T F d = 1/2 sum_n <G_n, d>^2."""
-    weights = {name: p.detach() for name, p in source.model.named_parameters()}
+    weights = {name: widen(p.detach()) for name, p in source.model.named_parameters()}
     still = {name: torch.zeros_like(value) for name, value in weights.items()}
     matrices = source.partition.gather({**still, **change})
     moved = [name for name, matrix in matrices.items() if bool(matrix.any())]
@@ -223,7 +225,8 @@ def _measure(
     where labels are enumerated, and for a Gaussian even when they are drawn.
     """
     labels: Labels = "enumerated" if _enumerates(source) else "sampled"
-    before = parameters_like(source.model, after)
+    before = source.network.copies(parameters_like(source.model, after))
+    after = {name: value.to(before[name]) for name, value in after.items()}
     nll = source.likelihood.nll
     sums = {"measured_kl": 0.0}
     if source.calibration.has_targets:
@@ -231,7 +234,7 @@ def _measure(
     for batch in source.batches():
         # leaves of their own, since some parameters may be frozen
         leaves = {name: value.detach().requires_grad_() for name, value in before.items()}
-        with evaluating(source.model):
+        with source.computing():
             outputs = source.run(leaves, batch.inputs)
             with torch.no_grad():
                 changed = source.run(after, batch.inputs)
@@ -257,7 +260,7 @@ def _measure(
 def _enumerates(source: GradientSource) -> bool:
     """Tell whether the likelihood can enumerate its labels, in the memory that there is."""
     batch = next(source.batches())
-    with evaluating(source.model), torch.no_grad():
+    with source.computing(), torch.no_grad():
         outputs = source.outputs(batch)
     likelihood = given_targets(source.likelihood, batch.targets)
     try:

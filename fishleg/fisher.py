@@ -15,15 +15,17 @@ import torch
 from torch import Tensor
 
 from fishleg.calibration import Batch
-from fishleg.capture import evaluating, transformable
+from fishleg.capture import transformable
 from fishleg.errors import FishLegError, UnknownName
 from fishleg.gradients import GradientSource
 from fishleg.likelihoods import Likelihood, given_targets
 from fishleg.parameters import parameters_like
+from fishleg.precision import in_full, widen
 
 Form = Literal["exact", "sampled", "enumerated", "empirical"]
 
 
+@in_full
 def fisher_vector_product(
     source: GradientSource, v: Mapping[str, Tensor], *, form: Form = "exact"
 ) -> dict[str, Tensor]:
@@ -31,7 +33,8 @@ def fisher_vector_product(
 
     Args:
         source: gives model, likelihood, samples, and (for sampled labels) draws and seed.
-        v: state-dict name -> tensor of the parameter's shape, taken in its dtype and on its device.
+        v: state-dict name -> tensor of the parameter's shape, taken in the dtype that the model is
+            computed in, and on its device.
             Parameters that are not named count as fixed: F is restricted to those that are.
         form: of the label expectation. "exact": by the likelihood's output Fisher H;
             "sampled": sum_k g_k (g_k . v) / K over drawn labels, g a single sample's gradient;
@@ -39,7 +42,7 @@ def fisher_vector_product(
             "empirical": the same with the data's labels.
 
     Returns:
-        F v under the names of `v`.
+        F v under the names of `v`, in float32 at least.
 
     Raises:
         UnknownName: `form` is none of the four.
@@ -54,9 +57,9 @@ def fisher_vector_product(
         raise UnknownName("form", form, get_args(Form))
     if not v:
         return {}
-    parameters = parameters_like(source.model, v)
+    parameters = source.network.copies(parameters_like(source.model, v))
     v = {name: value.to(parameters[name]) for name, value in v.items()}
-    total = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    total = {name: torch.zeros_like(widen(value)) for name, value in parameters.items()}
     for batch in source.batches():
 
         def image(outputs: Tensor, tangents: Tensor, batch: Batch = batch) -> Tensor:
@@ -66,7 +69,7 @@ def fisher_vector_product(
             targets, weights = source.label(outputs, batch, form)
             return _labelled_product(source.likelihood, outputs, tangents, targets, weights)
 
-        with evaluating(source.model), transformable(), torch.no_grad():
+        with source.computing(), transformable(), torch.no_grad():
             found = source.jacobian.sandwich(
                 source.run, parameters, batch.inputs, v, image, partial(source.outputs, batch)
             )
@@ -87,7 +90,7 @@ def _check_finite(source: GradientSource, product: Mapping[str, Tensor]) -> None
         return
     where = ""
     for batch in source.batches():
-        with evaluating(source.model), torch.no_grad():
+        with source.computing(), torch.no_grad():
             finite = source.outputs(batch).isfinite().reshape(len(batch.indices), -1).all(1)
         if not bool(finite.all()):
             where = f"; the outputs of sample {int(batch.indices[~finite][0])} are not"

@@ -57,6 +57,10 @@ class Network:
             return batch
         return batch._replace(inputs=map_tensors(self.cast, batch.inputs))
 
+    def copies(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return other values of parameters, `cast` as the model's own are."""
+        return {name: self.cast(one) if self.cast else one for name, one in tensors.items()}
+
     def outputs(self, batch: Batch) -> Tensor:
         """Return the outputs (n, ...) of a prepared batch; errors as of `Calling.outputs`."""
         return widen(self.calling.outputs(self.model, batch.inputs))

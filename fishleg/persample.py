@@ -32,7 +32,7 @@ from fishleg.finite import check_finite
 from fishleg.graph import Uses, count_uses
 from fishleg.nests import Nest, map_tensors, take
 from fishleg.network import Network
-from fishleg.precision import widen
+from fishleg.precision import widen, without_autocast
 
 _log = logging.getLogger(__name__)
 _LONGEST = 200  # characters of another library's message
@@ -158,7 +158,10 @@ def _join(module: str, leaf: str) -> str:
 
 def fast_gradients(model: nn.Module, one: Pass, module: str) -> dict[str, Tensor]:
     """Return parameter name -> scaled gradients (n, D, *its shape) for a hooked module."""
-    found = layer_gradients(model.get_submodule(module), one.inputs[module], one.gradients[module])
+    with without_autocast():
+        found = layer_gradients(
+            model.get_submodule(module), one.inputs[module], one.gradients[module]
+        )
     return {_join(module, leaf): value for leaf, value in found.items()}
 
 

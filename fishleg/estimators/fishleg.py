@@ -19,6 +19,7 @@ from fishleg.gradients import GradientSource
 from fishleg.memory import Footprint
 from fishleg.moments import as_factors, kronecker_products, layer_moments, squares
 from fishleg.parameters import ParameterGroup, Partition
+from fishleg.precision import in_full
 from fishleg.solvers.adam import AdamOptions, AdamSolver
 from fishleg.solvers.alternating import AlternatingSolver
 from fishleg.solvers.base import AbstractSolver, SolverState, total
@@ -102,6 +103,7 @@ class FishLeg(AbstractEstimator):
 
     # -- fitting
 
+    @in_full
     def fit(
         self, source: GradientSource, callback: Callback | None = None, *, resume: bool = False
     ) -> None:
@@ -118,6 +120,7 @@ class FishLeg(AbstractEstimator):
             self._blocks = {}
         self._run(source, callback)
 
+    @in_full
     def refine(
         self,
         source: GradientSource,
@@ -284,7 +287,8 @@ class FishLeg(AbstractEstimator):
             factors = layer_moments(source, wanted, progress=progress) if wanted else {}
         for name in fresh:
             weight = source.model.get_parameter(self.partition[name].weight)
-            block = self._warm_start(self.partition[name], pieces[name], factors.get(name), weight)
+            like = weight.new_empty(0, dtype=source.dtype(name))
+            block = self._warm_start(self.partition[name], pieces[name], factors.get(name), like)
             starts[name] = SolverState(block=block)
         return starts
 

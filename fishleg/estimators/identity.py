@@ -42,7 +42,7 @@ class Identity(AbstractOnePassEstimator):
         blocks: dict[str, AbstractBlock] = {}
         for group in self.partition.groups:
             weight = source.model.get_parameter(group.weight)
-            values = torch.ones(group.shape, dtype=weight.dtype, device=weight.device)
+            values = torch.ones(group.shape, dtype=source.dtype(group.name), device=weight.device)
             if group.prunable and group.used != group.weight:
                 scale = (weight.detach() / used_weight(source.model, group)).square()
                 scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)

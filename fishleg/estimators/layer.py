@@ -92,7 +92,7 @@ class LayerHessian(AbstractOnePassEstimator):
         for group in self.partition.groups:
             if source.heads(group.name) is None:
                 weight = source.model.get_parameter(group.weight)
-                ones = torch.ones(group.shape, dtype=weight.dtype, device=weight.device)
+                ones = torch.ones(group.shape, dtype=source.dtype(group.name), device=weight.device)
                 blocks[group.name] = DiagonalBlock(ones / self.damping)
         return blocks
 

@@ -14,6 +14,7 @@ from fishleg.estimators.base import AbstractEstimator, Callback, FitProgress, te
 from fishleg.estimators.exchange import block_cost, exchange_blocks
 from fishleg.gradients import GradientSource
 from fishleg.parameters import Partition
+from fishleg.precision import in_full
 from fishleg.tally import Progress, Tally
 
 
@@ -67,6 +68,7 @@ class AbstractOnePassEstimator(AbstractEstimator):
         """Return the blocks of groups that no pass gives one."""
         return {}
 
+    @in_full
     def fit(
         self, source: GradientSource, callback: Callback | None = None, *, resume: bool = False
     ) -> None:
@@ -79,6 +81,7 @@ class AbstractOnePassEstimator(AbstractEstimator):
             self._begin(None)
         self._run(source, callback)
 
+    @in_full
     def refine(
         self,
         source: GradientSource,
@@ -132,9 +135,8 @@ class AbstractOnePassEstimator(AbstractEstimator):
         self._blocks |= exchange_blocks(source, mine, owners)
 
     def _cast(self, source: GradientSource, name: str, block: AbstractBlock) -> AbstractBlock:
-        """Return the block of group `name` in the dtype of the group's weight, contiguous."""
-        group = self.partition[name]
-        dtype = source.model.get_parameter(group.weight).dtype
+        """Return the block of group `name` in the dtype of its gradients, contiguous."""
+        group, dtype = self.partition[name], source.dtype(name)
         tensors = {key: tensor.to(dtype).contiguous() for key, tensor in block.tensors().items()}
         return type(block).restore(tensors, group.shape)
 

@@ -35,6 +35,7 @@ from fishleg.optim.tracking import (
     update,
 )
 from fishleg.parameters import ParameterGroup, Partition, partition_parameters
+from fishleg.precision import in_full, widen
 from fishleg.pruning.masks import HeldMasks, group_masks, weight_masks
 
 _ONE_PIECE = 1 << 30  # samples: more than any batch has
@@ -203,6 +204,7 @@ class FishLeg(torch.optim.Optimizer):
         return TrackedInverse.restore(self.state[weight])
 
     @torch.no_grad()
+    @in_full
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step along the gradients at hand, after bringing Q up to date where it is time.
 
@@ -231,11 +233,14 @@ class FishLeg(torch.optim.Optimizer):
             [rates[name] ** 2 * (averages[name] * move).sum() for name, move in images.items()]
         )
         for name, parameter in self._trained.items():
-            parameter.mul_(1 - rates[name] * settings[parameter]["weight_decay"])
+            value = widen(parameter)  # the parameter itself, if it is wide enough
+            value.mul_(1 - rates[name] * settings[parameter]["weight_decay"])
             if name in images:
-                parameter.sub_(images[name] * (rates[name] * shortening))
+                value.sub_(images[name] * (rates[name] * shortening))
             else:
-                parameter.sub_(averages[name] * rates[name])
+                value.sub_(averages[name] * rates[name])
+            if value is not parameter:
+                parameter.copy_(value)
         self._held.apply()
         return loss
 
@@ -255,12 +260,12 @@ class FishLeg(torch.optim.Optimizer):
         state, beta = self.state[parameter], settings["momentum"]
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.int64)
-            state["average"] = torch.zeros_like(parameter)
+            state["average"] = torch.zeros_like(widen(parameter))
         state["step"] += 1
         if parameter.grad is None:
             state["average"].mul_(beta)
         else:
-            state["average"].lerp_(parameter.grad, 1 - beta)
+            state["average"].lerp_(widen(parameter.grad), 1 - beta)
         return state["average"] / (1 - beta ** int(state["step"]))
 
     def _image(self, group: ParameterGroup, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -285,7 +290,7 @@ class FishLeg(torch.optim.Optimizer):
         inputs = take(self._inputs, slice(self.samples))
         age = _updates_before(done, self.update_every)
         with _batch_statistics(self.model, inputs, self.calling):
-            (found,) = self._evidence(inputs, done)
+            found = self._evidence(inputs, done)
             for group in self.partition.groups:
                 after = update(
                     self.inverse(group.name),
@@ -297,7 +302,7 @@ class FishLeg(torch.optim.Optimizer):
                 )
                 self.state[self.model.get_parameter(group.weight)].update(after.tensors())
 
-    def _evidence(self, inputs: Nest, done: int) -> Iterator[Mapping[str, Evidence]]:
+    def _evidence(self, inputs: Nest, done: int) -> Mapping[str, Evidence]:
         """Return the gradients of a batch, as one piece, with labels of this very step."""
         count = count_samples(inputs, "inputs")
         samples = Calibration(inputs=inputs, indices=torch.arange(count) + (done << 32))
@@ -311,7 +316,8 @@ class FishLeg(torch.optim.Optimizer):
                 batch_size=_ONE_PIECE,
                 calling=self.calling,
             )
-        return self._source.over(samples, seed=self.options.seed).factored()
+        source = self._source.over(samples, seed=self.options.seed)
+        return source.hold(source.partition.names) if source.singly else next(source.factored())
 
 
 def _is_due(done: int, every: int) -> bool:

@@ -27,6 +27,7 @@ from fishleg.likelihoods import AbstractLikelihood, given_targets
 from fishleg.loading import check_iterable
 from fishleg.nests import tensors_of
 from fishleg.parameters import Partition
+from fishleg.precision import widen
 from fishleg.pruning.compensation import solve_on_survivors
 from fishleg.pruning.masks import HeldMasks, weight_masks
 from fishleg.pruning.norms import following_norms, normalising_by_batch, running_norms
@@ -228,7 +229,7 @@ class Refinement:
     def _precondition(self, batch: Any, rate: float) -> None:
         """Put the step's direction in place of each gradient."""
         found = {
-            name: torch.zeros_like(one) if one.grad is None else one.grad
+            name: widen(torch.zeros_like(one) if one.grad is None else one.grad)
             for name, one in self._moved.items()
         }
         gradients = self.partition.gather(found)
@@ -239,7 +240,7 @@ class Refinement:
         else:
             moves = self._gauss_newton(gradients, batch)
         for name, move in self.partition.scatter(moves).items():
-            self._moved[name].grad = move
+            self._moved[name].grad = move.to(self._moved[name].dtype)
 
     def _natural(self, gradients: Mapping[str, Tensor], rate: float) -> dict[str, Tensor]:
         """Return m o Q (m o g), no longer than the trust region allows.

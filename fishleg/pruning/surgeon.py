@@ -14,6 +14,7 @@ from fishleg.estimators.base import AbstractEstimator
 from fishleg.gradients import GradientSource
 from fishleg.linalg import CGReport
 from fishleg.parameters import ParameterGroup, Partition, used_weight
+from fishleg.precision import in_full, widen
 from fishleg.pruning.compensation import compensate
 from fishleg.pruning.layerwise import greedy_saliency
 from fishleg.pruning.masks import (
@@ -70,6 +71,7 @@ class PruneReport:
     warnings: tuple[str, ...] = ()
 
 
+@in_full
 def prune_once(
     model: nn.Module,
     estimator: AbstractEstimator,
@@ -146,6 +148,7 @@ def prune_once(
     return replace(report, zeros=found, warnings=(*_say_zeros(found), *report.warnings))
 
 
+@in_full
 def prune_to(
     model: nn.Module,
     estimator: AbstractEstimator,
@@ -225,7 +228,7 @@ def _move(
     parameters = dict(model.named_parameters())
     moves = partition.scatter(deltas)
     for name, move in moves.items():
-        if not (parameters[name] + move).isfinite().all():
+        if not (parameters[name] + move).to(parameters[name].dtype).isfinite().all():
             raise FishLegError(
                 f"{name}: expected finite weights after the step, got others; raise the damping, "
                 "or look for overflow in the curvature."
@@ -290,11 +293,11 @@ def _say_short(solves: Mapping[str, CGReport], tolerance: float) -> tuple[str, .
 
 
 def _matrices(model: nn.Module, partition: Partition) -> dict[str, Tensor]:
-    """Return copies of the model's weights as group name -> (rows, columns).
+    """Return copies of the model's weights, in float32 at least, as group name -> (rows, columns).
 
     Where the module makes zeros of a stored weight (see `made_zeros`), they are 0 here.
     """
-    named = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    named = {name: widen(p.detach()).clone() for name, p in model.named_parameters()}
     for group in partition.prunable:
         if group.used != group.weight:
             named[group.weight].masked_fill_(made_zeros(model, group), 0.0)
