@@ -42,6 +42,11 @@ def check_finite(values: Mapping[str, Tensor], batch: Batch, model: nn.Module) -
             )
 
 
+def ruled_in(outputs: Tensor) -> Tensor:
+    """Return the outputs with 0 for -inf, by which a model rules a class out."""
+    return outputs.detach().masked_fill(outputs.detach() == -torch.inf, 0.0)
+
+
 def _origin(batch: Batch, row: int, model: nn.Module) -> str:
     """Return the end of the message: where the number may come from, and what to do."""
     tensors = (*model.named_parameters(), *model.named_buffers())

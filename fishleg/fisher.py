@@ -17,6 +17,7 @@ from torch import Tensor
 from fishleg.calibration import Batch
 from fishleg.capture import transformable
 from fishleg.errors import FishLegError, UnknownName
+from fishleg.finite import check_finite, ruled_in
 from fishleg.gradients import GradientSource
 from fishleg.likelihoods import Likelihood, given_targets
 from fishleg.parameters import parameters_like
@@ -83,21 +84,18 @@ def _check_finite(source: GradientSource, product: Mapping[str, Tensor]) -> None
     """Check a product, and look for the sample that spoils it.
 
     Raises:
-        FishLegError: it is not finite.
+        FishLegError: it is not finite; or as `check_finite`, where the outputs are not.
     """
     wrong = [name for name, value in product.items() if not bool(value.isfinite().all())]
     if not wrong:
         return
-    where = ""
     for batch in source.batches():
         with source.computing(), torch.no_grad():
-            finite = source.outputs(batch).isfinite().reshape(len(batch.indices), -1).all(1)
-        if not bool(finite.all()):
-            where = f"; the outputs of sample {int(batch.indices[~finite][0])} are not"
-            break
+            outputs = source.outputs(batch)
+        check_finite({"The outputs": ruled_in(outputs)}, batch, source.model)
     raise FishLegError(
-        f"F v: expected finite numbers, got others for {', '.join(wrong[:5])}{where}. Look for "
-        "samples, weights or a v that are not finite, or divisions by 0 in the model."
+        f"F v: expected finite numbers, got others for {', '.join(wrong[:5])}, though the outputs "
+        "of all samples are finite. Look for a v that is not, or a derivative that divides by 0."
     )
 
 

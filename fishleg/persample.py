@@ -28,7 +28,7 @@ from fishleg.capture import (
     transformable,
 )
 from fishleg.errors import CapacityExceeded, FishLegError
-from fishleg.finite import check_finite
+from fishleg.finite import check_finite, ruled_in
 from fishleg.graph import Uses, count_uses
 from fishleg.nests import Nest, map_tensors, take
 from fishleg.network import Network
@@ -86,7 +86,7 @@ def run_passes(
     with network.computing():
         with recording(modules) as calls:
             outputs = network.outputs(batch)
-        check_finite({"The outputs": _ruled_in(outputs)}, batch, network.model)
+        check_finite({"The outputs": ruled_in(outputs)}, batch, network.model)
         targets, scales = label(outputs, batch)
         by_label = [network.likelihood.nll(outputs, target) for target in targets]
         check_finite({"The loss": torch.stack(by_label, dim=1)}, batch, network.model)
@@ -122,11 +122,6 @@ def run_passes(
             found,
             frozenset(name for name, module in fast.items() if module in plain),
         )
-
-
-def _ruled_in(outputs: Tensor) -> Tensor:
-    """Return the outputs with 0 for -inf, by which a model rules a class out."""
-    return outputs.detach().masked_fill(outputs.detach() == -torch.inf, 0.0)
 
 
 def _is_plain(calls: Sequence[Call], batch: Batch) -> bool:

@@ -163,8 +163,10 @@ def test_what_is_not_finite_is_said_with_its_sample():
     source = mixed_source()
     v = random_vector(source)
     source.calibration.inputs[4] = torch.inf
-    with pytest.raises(FishLegError, match="finite numbers.*conv.weight.*outputs of sample 4"):
+    with pytest.raises(FishLegError, match="outputs of sample 4: .*Its inputs are not"):
         fisher_vector_product(source, v)
+    with pytest.raises(FishLegError, match="others for mix, .*Look for a v that is not"):
+        fisher_vector_product(mixed_source(), v | {"head.bias": torch.full((3,), torch.nan)})
 
 
 def test_arguments_are_checked():
