@@ -13,6 +13,7 @@ from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
 from fishleg.gradients import GradientSource
 from fishleg.memory import Footprint
 from fishleg.parameters import used_weight
+from fishleg.precision import widen
 
 
 class Identity(AbstractOnePassEstimator):
@@ -44,7 +45,8 @@ class Identity(AbstractOnePassEstimator):
             weight = source.model.get_parameter(group.weight)
             values = torch.ones(group.shape, dtype=source.dtype(group.name), device=weight.device)
             if group.prunable and group.used != group.weight:
-                scale = (weight.detach() / used_weight(source.model, group)).square()
+                stored = widen(weight.detach())
+                scale = (stored / widen(used_weight(source.model, group))).square()
                 scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
                 values[:, : group.weight_columns] = scale.reshape(group.rows, -1)
             blocks[group.name] = DiagonalBlock(values)
