@@ -407,6 +407,13 @@ class PruningParams(Params):
         description="of survivors: none; sum of single-weight updates; exact within each block; "
         "across the network by Fisher products",
     )
+    min_kept: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="fraction of each layer's weights that survives at the least, so that none is "
+        "emptied; others go instead",
+    )
     cg_iterations: int = Field(
         default=500, ge=1, description="of conjugate gradients, at most, in one compensation"
     )

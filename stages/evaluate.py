@@ -12,7 +12,7 @@ from stages.data.source import load_data
 from stages.determinism import compute_deterministically
 from stages.expectation import require_accuracy
 from stages.lineage import seeds, settings
-from stages.metrics import accuracy_text, measure
+from stages.metrics import accuracy_text, low_accuracy, measure
 from stages.model_folder import Facts, load_facts, load_model
 
 if TYPE_CHECKING:
@@ -116,6 +116,10 @@ def _evaluate(ctx: Context, artifact: Artifact, folder: Path) -> dict[str, Any]:
     found = measure(model.network, dataset, dataset.split(params.split), params.batch_size)
     if _is_dense(facts):
         require_accuracy(params, found["accuracy"], params.split, dataset, artifact.cell)
+    judged = model.findings()
+    alarming = low_accuracy(facts, found["accuracy"], params.split)
+    for warning in [*judged["warnings"], *alarming]:
+        ctx.say(f"{artifact.cell}: {warning}")
     return {
         "model_cell": artifact.cell,
         "key": artifact.key,
@@ -128,7 +132,9 @@ def _evaluate(ctx: Context, artifact: Artifact, folder: Path) -> dict[str, Any]:
         "damping": facts.damping,
         "split": params.split,
         **found,
-        **model.findings(),
+        **judged,
+        "warnings": [*judged["warnings"], *alarming],
+        "dense_accuracy": facts.dense_accuracy_on(params.split),
         "settings": settings(facts.lineage),
         "seeds": seeds(facts.lineage),
     }

@@ -7,6 +7,7 @@ an error with the sample's number. A class may be ruled out by a logit of -inf, 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from torch.nn import functional
 
 from pipeline.stage import Context, StageError
 from stages.data.dataset import DataSet, Split
+
+if TYPE_CHECKING:
+    from stages.model_folder import Facts
 
 _BINS = 15
 
@@ -101,6 +105,23 @@ def log_validation(ctx: Context, network: nn.Module, dataset: DataSet) -> dict[s
     found = measure(network, dataset, dataset.validation)
     ctx.log({f"validation/{name}": value for name, value in found.items()})
     return found
+
+
+def low_accuracy(facts: Facts, accuracy: float, split: str) -> list[str]:
+    """Return the warning about a pruned model that has lost half of its accuracy, if it has.
+
+    Args:
+        facts: the model's.
+        accuracy: of it, in percent.
+        split: on which split; the dense network's is compared on it, or else on validation.
+    """
+    dense = facts.dense_accuracy_on(split)
+    if facts.target == 0 or dense is None or accuracy >= dense / 2:
+        return []
+    return [
+        f"The accuracy on the {split} split, {accuracy:.2f} %, is less than half of what the dense "
+        f"network had, {dense:.2f} %."
+    ]
 
 
 def accuracy_text(accuracies: Mapping[str, float]) -> str:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from pipeline.stage import Context
 from stages.determinism import compute_deterministically
 from stages.lineage import Step
-from stages.metrics import log_validation
-from stages.model_folder import save_model
+from stages.pruning import finish
 from stages.stepwise import StepwisePruning
 from stages.tensor_files import load_into, load_tensors, save_tensors
 from stages.training import Training
@@ -42,8 +41,8 @@ def prune_gradual(ctx: Context) -> None:
         _train(ctx, run, step, resumed)
     mode = "gradual" if params.epochs else "multistep"
     facts = run.recipe.facts(mode=mode, target=params.sparsity)
-    save_model(ctx.output("model"), run.model.after(Step.of("prune_gradual", params), **facts))
-    log_validation(ctx, run.model.network, run.dataset)
+    done = Step.of("prune_gradual", params, warnings=run.warnings)
+    finish(ctx, run.model.after(done, **facts), run.dataset)
 
 
 def _checkpoint_fit(ctx: Context, run: StepwisePruning, step: int) -> None:

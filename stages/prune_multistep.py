@@ -35,8 +35,9 @@ from stages.data.mixing import cutmix
 from stages.determinism import compute_deterministically, derive_seed, generator
 from stages.estimate import user_errors
 from stages.lineage import Step
-from stages.metrics import log_validation, measure
+from stages.metrics import low_accuracy, measure
 from stages.model_folder import Model, save_model
+from stages.pruning import finish
 from stages.stepwise import StepwisePruning
 from stages.tensor_files import load_into, load_tensors, save_tensors, with_prefix, without_prefix
 
@@ -66,8 +67,7 @@ def prune_multistep(ctx: Context) -> None:
         if ctx.checkpoint_due():
             run.checkpoint(step + 1)
     shutil.copytree(run.kept, ctx.output("steps"), dirs_exist_ok=True)
-    save_model(ctx.output("model"), run.present(len(run.sparsities) - 1))
-    log_validation(ctx, run.model.network, run.dataset)
+    finish(ctx, run.present(len(run.sparsities) - 1), run.dataset)
 
 
 class MultistepPruning(StepwisePruning):
@@ -131,7 +131,7 @@ class MultistepPruning(StepwisePruning):
                     self.checkpoint(step, refinement)
         report = self._settle(refinement)
         for warning in report.warnings:
-            self.ctx.say(f"step {step + 1}: {warning}")
+            self.warn(step, warning)
         if report.held_out:
             found = {
                 "refinement/kept": report.kept,
@@ -153,8 +153,9 @@ class MultistepPruning(StepwisePruning):
     def keep(self, step: int) -> None:
         """Keep the model as it is after `step`, and report what it took so far."""
         model = self.present(step)
-        save_model(self._folder(step), model)
         found = measure(self.model.network, self.dataset, self.dataset.validation)
+        alarming = low_accuracy(model.facts, found["accuracy"], "validation")
+        save_model(self._folder(step), model, alarming)
         self.steps.append(
             {
                 "target": self.sparsities[step],
@@ -171,7 +172,7 @@ class MultistepPruning(StepwisePruning):
         """Return the model with the facts of `step`."""
         mode = "multistep" if self.params.refine == "none" else "refined"
         return self.model.after(
-            Step.of("prune_multistep", self.params),
+            Step.of("prune_multistep", self.params, warnings=self.warnings),
             **self.recipe.facts(mode=mode, target=self.sparsities[step]),
             seed=self.params.seed,
         )

@@ -18,9 +18,9 @@ from stages.data.source import load_data
 from stages.determinism import compute_deterministically
 from stages.estimate import load_estimate
 from stages.lineage import Step
-from stages.metrics import NotFinite, log_validation, measure
-from stages.model_folder import Model, input_model, save_model
-from stages.pruning import prune
+from stages.metrics import NotFinite, measure
+from stages.model_folder import Model, input_model
+from stages.pruning import begin, finish, prune
 
 _PARTS = 2**10  # sparsities that are told apart
 
@@ -48,21 +48,21 @@ def prune_oneshot(ctx: Context) -> None:
         )
     estimator, recipe = estimate.estimator, estimate.recipe
     source = recipe.calibration.gradients(model, partition, dataset)
+    begin(ctx, partition, params.sparsity)
     before = copy.deepcopy(model.network)
     sparsity = params.sparsity
     if sparsity is None:
         sparsity = _sparsest_within(ctx, model, estimator, source, dataset)
-    pruned = prune(ctx, model, estimator, source, params=params, sparsity=sparsity)
-    step = Step.of("prune_oneshot", params)
+    pruned, warnings = prune(ctx, model, estimator, source, params=params, sparsity=sparsity)
+    step = Step.of("prune_oneshot", params, warnings=warnings)
     facts = recipe.facts(mode="oneshot", target=sparsity)
-    save_model(ctx.output("model"), pruned.after(estimate.step, step, **facts))
+    finish(ctx, pruned.after(estimate.step, step, **facts), dataset)
     chosen = recipe.calibration.indices(dataset)[: params.certificate_samples]
     if len(chosen):
         dense = replace(model, network=before)
         unpruned = recipe.calibration.gradients(dense, partition, dataset, chosen)
         found = pruning_certificate(unpruned, dict(pruned.network.named_parameters()))
         ctx.log({f"pruned/{name}": value for name, value in found.items()})
-    log_validation(ctx, pruned.network, dataset)
 
 
 def _sparsest_within(
@@ -84,12 +84,16 @@ def _sparsest_within(
     removed, prunable = count_masks(partition, group_masks(partition, model.masks))
     best = removed / max(prunable, 1)
     dense = measure(model.network, dataset, dataset.validation)["accuracy"]
-    low, high = math.ceil(_PARTS * best), _PARTS
+    removable = sum(
+        math.floor((1 - params.min_kept) * group.rows * group.weight_columns)
+        for group in partition.prunable
+    )
+    low, high = math.ceil(_PARTS * best), min(_PARTS, _PARTS * removable // max(prunable, 1) + 1)
     trials = max(high - low - 1, 0).bit_length()
     for done in range(trials):
         middle = (low + high) // 2
         trial = replace(model, network=copy.deepcopy(model.network))
-        pruned = prune(ctx, trial, estimator, source, params=params, sparsity=middle / _PARTS)
+        pruned, _ = prune(ctx, trial, estimator, source, params=params, sparsity=middle / _PARTS)
         lost = dense - _validated(pruned, dataset)
         if lost <= points:
             low, best = middle, middle / _PARTS

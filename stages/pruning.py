@@ -7,15 +7,50 @@ from typing import TYPE_CHECKING
 
 from fishleg.estimators.base import AbstractEstimator
 from fishleg.gradients import GradientSource
+from fishleg.parameters import Partition
 from fishleg.pruning import group_masks, prune_once, reestimate_norms, weight_masks
-from pipeline.stage import Context
+from pipeline.stage import Context, StageError
+from stages.data.dataset import DataSet
 from stages.estimate import user_errors
-from stages.model_folder import Model
+from stages.metrics import log_validation, low_accuracy
+from stages.model_folder import Model, save_model
 
 if TYPE_CHECKING:
     from stages.catalogue import PruningParams
 
 _AT_ONCE = 500  # samples that a batch norm is measured on, about
+
+
+def begin(ctx: Context, partition: Partition, sparsity: float | None) -> None:
+    """Say which weights are not up for removal, before anything is computed.
+
+    Args:
+        ctx: takes the report.
+        partition: the network's groups.
+        sparsity: what is wanted; None for as much as a budget allows.
+
+    Raises:
+        StageError: weights are to be removed, and none can be.
+    """
+    found = [f"{name} ({why})" for name, why in partition.unprunable]
+    if not partition.prunable and sparsity != 0:
+        named = f": {'; '.join(found)}" if found else ", and none has two or more dimensions"
+        raise StageError(
+            "No weight of the network is prunable, so nothing can be removed; expected one at "
+            f"least. What it has{named}. Name some of them in `also_prune`, or take them out of "
+            "`keep`, where the network comes in (pretrain, import_checkpoint)."
+        )
+    if found:
+        ctx.say(f"not prunable, {len(found)} weights: {'; '.join(found)}")
+
+
+def finish(ctx: Context, model: Model, dataset: DataSet) -> None:
+    """Measure a pruned model on the validation split, and write output `model`."""
+    found = log_validation(ctx, model.network, dataset)
+    warnings = low_accuracy(model.facts, found["accuracy"], "validation")
+    for warning in warnings:
+        ctx.say(warning)
+    save_model(ctx.output("model"), model, warnings)
 
 
 def prune(
@@ -27,8 +62,8 @@ def prune(
     params: PruningParams,
     sparsity: float,
     step: int | None = None,
-) -> Model:
-    """Prune the network in place to `sparsity`, and return it with its new masks.
+) -> tuple[Model, tuple[str, ...]]:
+    """Prune the network in place; return it with its new masks, and the warnings of the report.
 
     Batch norms are measured anew on the samples of `source`, if wanted.
 
@@ -37,7 +72,7 @@ def prune(
         model: the model that `estimator` was fitted on.
         estimator: a fitted estimate.
         source: gradients of the model on its calibration samples.
-        params: selection, distribution, compensation and norms.
+        params: selection, distribution, least survivors, compensation and norms.
         sparsity: fraction of the prunable weights removed after the step, in [0, 1).
         step: number of the step in the metrics' series, or None for a single one.
     """
@@ -50,6 +85,7 @@ def prune(
             masks=group_masks(partition, model.masks),
             selection=params.selection,
             distribution=params.distribution,
+            min_kept=params.min_kept,
             compensation=params.compensation,
             source=source,
             max_iterations=params.cg_iterations,
@@ -65,4 +101,5 @@ def prune(
     ctx.log(found, step=step)
     for warning in report.warnings:
         ctx.say(warning)
-    return replace(model, masks=weight_masks(partition, report.masks))
+    pruned = replace(model, masks=weight_masks(partition, report.masks))
+    return pruned, report.warnings

@@ -15,7 +15,7 @@ from stages.data.source import load_data
 from stages.estimate import Recipe, load_state, save_state, user_errors
 from stages.metrics import measure
 from stages.model_folder import Model, input_model
-from stages.pruning import prune
+from stages.pruning import begin, prune
 from stages.tensor_files import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class StepwisePruning:
         source: gradients on the calibration samples, at the model's present weights.
         estimator: the present estimate.
         sparsities: after each step.
+        warnings: what there was to say about the steps so far, a sentence each.
         fitting: whether the checkpoint that was loaded stands in a fit, until that goes on.
     """
 
@@ -48,7 +49,14 @@ class StepwisePruning:
         self.source = self.recipe.calibration.gradients(self.model, self.partition, self.dataset)
         self.estimator = self.recipe.build(self.partition)
         self.sparsities = _schedule(self.params, self.model.facts.target)
+        self.warnings: list[str] = []
         self.fitting = False
+        begin(ctx, self.partition, self.params.sparsity)
+
+    def warn(self, step: int, text: str) -> None:
+        """Say something about a step, and keep it for whoever gets the model."""
+        self.ctx.say(f"step {step + 1}: {text}")
+        self.warnings.append(f"Step {step + 1}: {text}")
 
     def update_curvature(self, step: int, checkpoint: Callable[[], None] | None = None) -> None:
         """Fit the estimate in the first step; then refine it, or fit a new one.
@@ -76,7 +84,7 @@ class StepwisePruning:
 
     def prune(self, step: int) -> None:
         """Remove weights up to the step's sparsity, and move the others."""
-        self.model = prune(
+        self.model, warnings = prune(
             self.ctx,
             self.model,
             self.estimator,
@@ -85,6 +93,7 @@ class StepwisePruning:
             sparsity=self.sparsities[step],
             step=step + 1,
         )
+        self.warnings += [f"Step {step + 1}: {text}" for text in warnings]
         found = measure(self.model.network, self.dataset, self.dataset.validation)
         self.ctx.log({"pruned/validation_accuracy": found["accuracy"]}, step=step + 1)
 
@@ -99,6 +108,7 @@ class StepwisePruning:
         The network is the caller's to save.
         """
         write_json(folder / "step.json", {"step": step, "fitting": fitting})
+        write_json(folder / "warnings.json", self.warnings)
         save_tensors(folder / "masks.safetensors", self.model.masks)
         if fitting or self.params.carry == "refine":
             save_state(folder, self.estimator)
@@ -110,6 +120,7 @@ class StepwisePruning:
         masks = load_tensors(folder / "masks.safetensors", device)
         self.model = replace(self.model, masks=masks)
         self.fitting = facts["fitting"]
+        self.warnings = json.loads((folder / "warnings.json").read_text("utf-8"))
         if self.fitting or self.params.carry == "refine":
             load_state(folder, self.estimator, device)
         return facts["step"]

@@ -112,11 +112,9 @@ def _draw_panel(
     axis.set_ylabel("accuracy (%)")
     axis.grid(axis="y", color="#E5E5E5")
     axis.set_axisbelow(True)
-    points = [
-        one for lines in sections.values() for line in lines.values() for one in line.values()
-    ]
+    drawn = [one for lines in sections.values() for line in lines.values() for one in line.values()]
     handles = [_kind_handle(section) for section in sections] if len(sections) > 1 else []
-    if any(point.warned for point in points):
+    if any(point.warned for point in drawn):
         handles.append(Line2D([], [], color="black", linestyle="", marker="x", label="⚠ see table"))
     if handles:
         axis.legend(handles=handles, loc="lower left", fontsize=9, frameon=False)

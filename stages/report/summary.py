@@ -103,8 +103,8 @@ def summarise(
         lines = _lines(found.get(title, {}), gone)
         if title == SECTIONS["oneshot", False]:
             for method, values in published:
-                line = lines.setdefault(method + PUBLISHED, {})
-                line.update({at: Point(accuracies=(one,)) for at, one in sorted(values.items())})
+                points = {at: Point(accuracies=(one,)) for at, one in sorted(values.items())}
+                lines.setdefault(method + PUBLISHED, {}).update(points)
         if lines:
             sections[title] = lines
     return Summary(
