@@ -10,6 +10,7 @@ seen.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,7 +95,8 @@ class CodePromise:
         """
         for file in self._differing(module):
             raise BrokenPromise(
-                f"Module {module} ({file}) is not what it was when the run was planned. {_WHAT_NOW}"
+                f"Module {module} ({file} on {socket.gethostname()}) is not what it was when the "
+                f"run was planned. {_WHAT_NOW}"
             )
 
     def _differing(self, module: str) -> Iterator[Path]:
@@ -131,13 +133,24 @@ class DataPromise:
 
     def __init__(self, ingredients: Mapping[str, Any], params: BaseModel):
         files, folders = ingredients.get("files", {}), ingredients.get("data", {})
+        host = socket.gethostname()
         self._things = [
-            _Thing(f"File {path} (params.{name})", path, files[name], read_file, state_of_file)
+            _Thing(
+                f"File {path} (params.{name}, on {host})",
+                path,
+                files[name],
+                read_file,
+                state_of_file,
+            )
             for name, path in files_of(params).items()
             if name in files
         ] + [
             _Thing(
-                f"Folder {path} (params.{name})", path, folders[name], read_folder, state_of_folder
+                f"Folder {path} (params.{name}, on {host})",
+                path,
+                folders[name],
+                read_folder,
+                state_of_folder,
             )
             for name, path in folders_of(params).items()
             if name in folders

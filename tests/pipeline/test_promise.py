@@ -3,6 +3,7 @@
 import os
 import py_compile
 import shutil
+import socket
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from pipeline.runs import State
 from pipeline.stage import Resources
 from pipeline.store import Store
 
+HOST = socket.gethostname()
 TIMES = Path("toy/operations/times.py")
 
 # `change` runs while the run is on, before `times` does.
@@ -93,9 +95,9 @@ def test_code_changed_on_the_way_is_not_published_under_the_old_key(toy: Path) -
     code, output = run_here(max_parallel=1)
     assert code == 1
     assert failure("times") == (
-        f"Module toy.operations.times ({toy}/toy/operations/times.py) is not what it was when the "
-        "run was planned. Nothing is published under the key that was planned. Put it back as it "
-        "was, or start the run again: it is then planned with what is there."
+        f"Module toy.operations.times ({toy}/toy/operations/times.py on {HOST}) is not what it was "
+        "when the run was planned. Nothing is published under the key that was planned. Put it "
+        "back as it was, or start the run again: it is then planned with what is there."
     )
     assert "retry" not in output
     TIMES.write_text(TIMES.read_text().replace("+", "*"))
@@ -143,7 +145,7 @@ def test_an_import_late_in_a_stage_is_checked_even_if_the_stage_hides_that_it_fa
     """
     Path("number.txt").write_text("1")
     assert peek(body)[0] == 1
-    assert f"Module toy.late ({toy}/toy/late.py)" in failure("peek")
+    assert f"Module toy.late ({toy}/toy/late.py on {HOST})" in failure("peek")
 
 
 def test_stale_bytecode_is_never_run(toy: Path) -> None:
@@ -245,7 +247,7 @@ def test_a_file_changed_before_its_cell_began_is_not_published(toy: Path) -> Non
     write_spec(READ)
     assert run_here(max_parallel=1)[0] == 1
     assert failure("read").startswith(
-        "File number.txt (params.path) is not what it was when the run was planned. Nothing"
+        f"File number.txt (params.path, on {HOST}) is not what it was when the run was planned."
     )
     file.write_text("3")
     assert run_here()[0] == 0
@@ -266,7 +268,10 @@ def test_a_file_changed_before_its_cell_began_is_not_published(toy: Path) -> Non
             "os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))",
             "is not known",
         ),
-        ("path.unlink()", "File number.txt (params.path) was there when the run was planned, and"),
+        (
+            "path.unlink()",
+            f"File number.txt (params.path, on {HOST}) was there when the run was planned, and",
+        ),
     ],
 )
 def test_a_file_changed_while_its_stage_ran_is_not_published(
@@ -345,7 +350,7 @@ def test_data_changed_while_their_stage_ran_are_not_published(
     tree()
     body = READ_TREE.format(before=f"import time; time.sleep(0.02); {before}")
     assert peek(body, "folder:data", DATA)[0] == 1
-    assert failure("peek").startswith("Folder data (params.path) ")
+    assert failure("peek").startswith(f"Folder data (params.path, on {HOST}) ")
     assert message in failure("peek")
 
 
