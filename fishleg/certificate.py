@@ -72,7 +72,7 @@ def certify(
         numbers = torch.arange(probes, device=weight.device)
         u = SampleGenerator(seed, numbers, index).normal(*block.shape).to(source.dtype(name))
         audits[name] = _Audit(block, u if mask is None else u * mask, mask)
-    for batch in source.stream(list(blocks)):
+    for batch in source.thorough().stream(list(blocks)):
         for name, gradients in batch.items():
             audits[name].add(gradients)
     groups = {name: audit.numbers(estimator.damping) for name, audit in audits.items()}

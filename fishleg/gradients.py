@@ -131,6 +131,7 @@ class GradientSource:
         self.general = GeneralPath()
         self._among = slice(None)
         self._skipped = 0
+        self._thorough = False
         self._seen: list[tuple[int, int]] = []
 
     def batches(self, batch_size: int | None = None) -> Iterator[Batch]:
@@ -225,6 +226,9 @@ class GradientSource:
                     held[name] = value.new_empty(self.rows, *value.shape[1:])
                 held[name][start : start + len(value)] = value
             start += len(value)
+        if not all(bool(value.sum().isfinite()) for value in held.values()):
+            for _ in self.thorough().stream(groups):
+                pass  # raises an error at the sample that is to blame, if one is
         return held
 
     def held_bytes(self, name: str) -> int:
@@ -420,6 +424,15 @@ class GradientSource:
         other.team = ALONE
         return other
 
+    def thorough(self) -> GradientSource:
+        """Return the same source checking every number of a pass, to name a sample that spoils it.
+
+        Otherwise outputs, losses and what is on the general path are checked.
+        """
+        other = copy(self)
+        other._thorough = True
+        return other
+
     def after(self, rounds: int) -> GradientSource:
         """Return a source whose passes leave out the first `rounds` batches, and give the others.
 
@@ -522,7 +535,14 @@ class GradientSource:
             targets, weights = self.label(outputs, batch)
             return targets, (weights / len(self.calibration)).sqrt()
 
-        return run_passes(self.network, batch, hooked, scaled_label, draws_at_once=self.batch_size)
+        return run_passes(
+            self.network,
+            batch,
+            hooked,
+            scaled_label,
+            draws_at_once=self.batch_size,
+            thorough=self._thorough,
+        )
 
     def _passes(self, hooked: set[str]) -> Iterator[Pass]:
         """Yield all samples and labels, at most `batch_size` rows at a time."""

@@ -68,6 +68,7 @@ def run_passes(
     label: Callable[[Tensor, Batch], tuple[Tensor, Tensor]],
     *,
     draws_at_once: int,
+    thorough: bool = False,
 ) -> Iterator[Pass]:
     """Run `batch` forward once, and backward for each label, down to the modules `hooked`.
 
@@ -77,10 +78,11 @@ def run_passes(
         hooked: module names.
         label: returns targets (D, n, ...) and scales (n, D) for the outputs.
         draws_at_once: how many of the D labels go into one pass, for memory's sake.
+        thorough: check what layers see and get back, too, which takes up to a fifth of a pass.
 
     Raises:
-        FishLegError: a part of the model hides its parameters from autograd; or an output, a loss,
-            a gradient or a layer's input is not finite.
+        FishLegError: a part of the model hides its parameters from autograd; or an output or loss
+            is not finite, or (if `thorough`) a gradient or a layer's input.
     """
     modules = {name: network.model.get_submodule(name) for name in sorted(hooked)}
     with network.computing():
@@ -103,17 +105,17 @@ def run_passes(
         fast = _used_once(modules, calls, uses)
     plain = {name: found[0] for name, found in calls.items() if _is_plain(found, batch)}
     inputs = {name: widen(call.activation) for name, call in plain.items()}
-    check_finite({f"The input of {name}": x for name, x in inputs.items()}, batch, network.model)
+    if thorough:
+        seen = {f"The input of {name}": x for name, x in inputs.items()}
+        check_finite(seen, batch, network.model)
     for start in range(0, len(losses), draws_at_once):
         part = slice(start, start + draws_at_once)
         with network.computing():  # a checkpoint computes the model again
             gradients = output_gradients(list(plain.values()), losses[part])
         found = {name: widen(g) for name, g in zip(plain, gradients, strict=True)}
-        check_finite(
-            {f"The gradient by the output of {name}": g for name, g in found.items()},
-            batch,
-            network.model,
-        )
+        if thorough:
+            back = {f"The gradient by the output of {name}": g for name, g in found.items()}
+            check_finite(back, batch, network.model)
         yield Pass(
             batch,
             targets[part],

@@ -91,6 +91,7 @@ class Tally:
                 self.rounds = rounds
             if progress is not None:
                 progress(min((row - part.first_row) * team.size, source.rows))
+        _check_finite(source, stream, self.sums)
         self.whole = True
 
 
@@ -111,6 +112,28 @@ def _check_samples(source: GradientSource) -> None:
             "Calibration samples: expected the same ones in the same order in all processes, got "
             "others in some; seed a loader that shuffles or augments alike in each of them."
         )
+
+
+def _check_finite(
+    source: GradientSource,
+    stream: Callable[[GradientSource], Iterator[Mapping[str, Any]]],
+    sums: Sums,
+) -> None:
+    """Check the sums of a pass, and go through it once more if one is spoilt.
+
+    Raises:
+        FishLegError: a sum is not finite; with the sample that is to blame, if one alone is.
+    """
+    wrong = [n for n, parts in sums.items() if not all(bool(x.isfinite().all()) for x in parts)]
+    if not wrong:
+        return
+    for _ in stream(source.thorough().shared()):
+        pass
+    raise FishLegError(
+        f"{', '.join(wrong)}: expected finite sums over the gradients, got others, though what "
+        "each sample's are made of is finite: they overflow. Scale the inputs or the loss down, or "
+        "use float64."
+    )
 
 
 def _meet(team: Team, own: Sums, common: Sums) -> None:

@@ -150,7 +150,7 @@ class FishLeg(AbstractEstimator):
         if self.masks is not None and self.options.mask_fit == "exact":
             budget //= 2  # its images are held beside the gradients
         solvers = {name: self._solver(name, source) for name in self.partition.names}
-        mine = source.alone()
+        mine = source.alone().thorough()
         for packs in zip_longest(*self._deal(source, budget), fillvalue=()):
             due = [[name for name in pack if name in self._pending] for pack in packs]
             pack, names = packs[source.team.rank], due[source.team.rank]

@@ -316,7 +316,7 @@ class FishLeg(torch.optim.Optimizer):
                 batch_size=_ONE_PIECE,
                 calling=self.calling,
             )
-        source = self._source.over(samples, seed=self.options.seed)
+        source = self._source.over(samples, seed=self.options.seed).thorough()
         return source.hold(source.partition.names) if source.singly else next(source.factored())
 
 
