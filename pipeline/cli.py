@@ -20,10 +20,19 @@ from rich.console import Console
 from pipeline.console import PlainConsole
 from pipeline.driver import GRACE_S
 from pipeline.executors import ExecutorName
+from pipeline.inspection import inspect as inspect_cells
 from pipeline.launch import resume_run, start_run, stop_run
 from pipeline.planner import Selection, make_plan
 from pipeline.render import cell_drawing, dot, mermaid, stage_drawing
-from pipeline.report import follow_log, print_log, print_plan, print_rows, print_run, print_runs
+from pipeline.report import (
+    follow_log,
+    print_inspections,
+    print_log,
+    print_plan,
+    print_rows,
+    print_run,
+    print_runs,
+)
 from pipeline.results import export as export_cell
 from pipeline.results import result_rows, to_csv
 from pipeline.runs import DEFAULT_FILE, RunOptions, RunRecord, find_run, load_runs
@@ -324,6 +333,30 @@ def plan(
         _print_json([planned.row() for planned in made.cells])
     else:
         print_plan(made, console_here(), why=why)
+
+
+@command(
+    "fls inspect pipeline.yaml",
+    "fls inspect pipeline.yaml 'oneshot[method=fishleg,seed=0,sparsity=0.9]' --json",
+)
+def inspect(
+    file: File = DEFAULT_FILE,
+    cell: Annotated[
+        str | None, typer.Argument(help="A cell, or a stage; all without.", show_default=False)
+    ] = None,
+    set_: SetOption = NONE_GIVEN,
+    as_json: JsonOption = False,
+) -> None:
+    """Build the networks of a pipeline, and show which of their weights may be removed.
+
+    Nothing is trained, and nothing is written. Each distinct network is shown once: its weights
+    with two or more dimensions, and of each that is not prunable why.
+    """
+    found = inspect_cells(load_spec(file, set_), cell)
+    if as_json:
+        _print_json(found)
+    else:
+        print_inspections(found, console_here())
 
 
 @command(

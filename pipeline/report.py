@@ -14,6 +14,7 @@ from rich.table import Table
 
 from pipeline.activity import describe
 from pipeline.events import EVENTS_AT_ONCE, words
+from pipeline.graph import shorten
 from pipeline.logs import last_lines, read_text
 from pipeline.planner import Plan, PlannedCell
 from pipeline.runs import CellStatus, RunRecord, RunState, State, load_run
@@ -48,6 +49,17 @@ def print_plan(plan: Plan, console: Console, *, why: bool) -> None:
         _say(console, note)
     todo_count = sum(one.state == "run" for one in plan.cells)
     _say(console, f"{todo_count} of {len(plan.cells)} cells to run.")
+
+
+def print_inspections(found: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print what inspectors say, a table for each object that they looked at."""
+    for one in found:
+        _say(console, f"{one['title']} ({shorten(one['cells'])})")
+        table = _table(*one["columns"])
+        for row in one["rows"]:
+            table.add_row(*(_number(row[column]) for column in one["columns"]))
+        console.print(table)
+        _say(console, "  ".join(f"{name} {_number(n)}" for name, n in one["totals"].items()) + "\n")
 
 
 def print_reports(spec: Spec, store: Store, keys: Mapping[str, str], console: Console) -> None:

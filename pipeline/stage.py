@@ -239,6 +239,10 @@ class Catalogue:
         loader: `module:function` taking (output folder: Path), behind a stage's `register:`;
             returns an output of kind `exports` as a `torch.nn.Module`, and a NumPy array as an
             example of its input, with more than one sample, so that any number can be given.
+        inspector: `module:function` behind `fls inspect`, called in a process of its own: takes
+            cell name -> parameters of the cells of the types in `inspects`, and returns a list of
+            JSON objects with `cells`, `title`, `columns`, `rows` and `totals`.
+        inspects: stage types that the inspector looks into.
         registries: shown by `fls list`.
     """
 
@@ -248,6 +252,8 @@ class Catalogue:
     exporter: str | None = None
     exports: str | None = None
     loader: str | None = None
+    inspector: str | None = None
+    inspects: Sequence[str] = ()
     registries: Sequence[Registry] = ()
 
 

@@ -74,34 +74,34 @@ DATASETS = Registry(
         "digits": Entry(
             target="stages.data.digits:load",
             digest="f5435893a45e623f98701bc29e4e265a4b719b60dff40da8bd69186b20b8c3af",
-            facts={"bytes": 129_384, "channels": 1},
+            facts={"bytes": 129_384, "classes": 10, "channels": 1},
             summary="1,797 handwritten digits, 8x8, shipped with scikit-learn",
         ),
         "mnist": Entry(
             target="stages.data.mnist:load_mnist",
             digest="c0beabf8ccf1f8fd41dc89d2096bf47b5d00f0755a62da5479bb5671e99d5235",
-            facts={"bytes": 55_440_000, "channels": 1},
+            facts={"bytes": 55_440_000, "classes": 10, "channels": 1},
             summary="70,000 handwritten digits, 28x28",
         ),
         "fashion_mnist": Entry(
             target="stages.data.mnist:load_fashion_mnist",
-            facts={"bytes": 55_440_000, "channels": 1},
+            facts={"bytes": 55_440_000, "classes": 10, "channels": 1},
             summary="70,000 pieces of clothing, 28x28",
         ),
         "cifar10": Entry(
             target="stages.data.cifar:load_cifar10",
             digest="f7b9ea97c677c098573e0042390d4c0fe9326cdea8950afe890e9182e1ed1f15",
-            facts={"bytes": 184_800_000, "channels": 3},
+            facts={"bytes": 184_800_000, "classes": 10, "channels": 3},
             summary="60,000 images of 10 classes, 32x32",
         ),
         "cifar100": Entry(
             target="stages.data.cifar:load_cifar100",
-            facts={"bytes": 184_800_000, "channels": 3},
+            facts={"bytes": 184_800_000, "classes": 100, "channels": 3},
             summary="60,000 images of 100 classes, 32x32",
         ),
         "tiny_imagenet": Entry(
             target="stages.data.image_folder:load_tiny_imagenet",
-            facts={"bytes": 1_352_560_000, "channels": 3},
+            facts={"bytes": 1_352_560_000, "classes": 200, "channels": 3},
             summary="110,000 images of 200 classes, 64x64",
         ),
     },
@@ -972,5 +972,7 @@ CATALOGUE = Catalogue(
     exporter="stages.exporter:export",
     exports="model",
     loader="stages.exporter:load",
+    inspector="stages.inspection:inspect",
+    inspects=["pretrain", "import_checkpoint"],
     registries=[MODELS, DATASETS, METHODS],
 )

@@ -19,6 +19,7 @@ COMMANDS = [
     "run",
     "submit",
     "plan",
+    "inspect",
     "validate",
     "graph",
     "status",

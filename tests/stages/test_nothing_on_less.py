@@ -9,6 +9,8 @@ import torch
 from running_stages import TINY, Ran, artifact, run_stage
 from torch import nn
 
+from pipeline.inspection import inspect
+from pipeline.spec import load_spec
 from pipeline.stage import StageError
 from stages.lineage import settings
 from stages.model_folder import load_model, save_model
@@ -204,3 +206,28 @@ def test_models_of_before_there_were_targets_are_read(dense: Ran, tmp_path: Path
     removed = row["prunable"] - row["nonzero"]
     assert (row["target"], row["sparsity"]) == (0.777, removed / row["prunable"])
     assert row["settings"]["unknown.damping"] == 1e-4
+
+
+def test_inspect_shows_what_may_be_pruned_of_each_network_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything has run, without data, and with the reasons that the models will have."""
+    monkeypatch.setenv("FISHLEG_DATA", str(tmp_path / "none"))
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(
+        "name: x\nplugins: [stages]\nstages:\n"
+        "  dense:\n    uses: pretrain\n    matrix: {seed: [0, 1]}\n"
+        "    params: {dataset: digits, model: test_nothing_on_less:Tied}\n"
+        "  other:\n    uses: pretrain\n"
+        "    params: {dataset: cifar10, model: resnet20, keep: ['*.downsample.0.weight']}\n"
+    )
+    tied, resnet = inspect(load_spec(path), None)
+    assert tied["cells"] == ["dense[seed=0]", "dense[seed=1]"]
+    assert [(row["weight"], row["prunable"][:3]) for row in tied["rows"]] == [
+        ("embed.weight", "emb"),
+        ("mix.weight", "yes"),
+    ]
+    assert tied["totals"]["fraction"] == 64 * 6 / (64 * 6 + 10 * 6 + 6)
+    assert resnet["totals"]["prunable"] == 268_336
+    assert {row["prunable"] for row in resnet["rows"]} == {"yes", "kept dense on request"}
+    assert inspect(load_spec(path), "other") == [resnet]
