@@ -224,7 +224,7 @@ def test_inspect_shows_what_may_be_pruned_of_each_network_once(
     tied, resnet = inspect(load_spec(path), None)
     assert tied["cells"] == ["dense[seed=0]", "dense[seed=1]"]
     assert [(row["weight"], row["prunable"][:3]) for row in tied["rows"]] == [
-        ("embed.weight", "emb"),
+        ("embed.weight", "an "),
         ("mix.weight", "yes"),
     ]
     assert tied["totals"]["fraction"] == 64 * 6 / (64 * 6 + 10 * 6 + 6)
