@@ -19,6 +19,10 @@ def main() -> None:
     except (PipelineError, StageError) as error:
         sys.stderr.write(f"{presentable(str(error))}\n")
         sys.exit(error.exit_code if isinstance(error, PipelineError) else 1)
+    except OSError as error:  # the machine's: no such folder, no room, no permission
+        place = "" if error.filename is None else f"{error.filename}: "
+        sys.stderr.write(f"{presentable(place + (error.strerror or str(error)))}.\n")
+        sys.exit(1)
     except Exception:  # a defect of ours; its traceback may quote a URL with a password
         sys.stderr.write(presentable(traceback.format_exc()))
         sys.exit(1)

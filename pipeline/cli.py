@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -37,10 +37,10 @@ from pipeline.results import export as export_cell
 from pipeline.results import result_rows, to_csv
 from pipeline.runs import DEFAULT_FILE, RunOptions, RunRecord, find_run, load_runs
 from pipeline.secrets import presentable
-from pipeline.spec import import_catalogue, load_spec
+from pipeline.spec import Spec, import_catalogue, load_spec
 from pipeline.store import Store
 from pipeline.sync import sync_runs
-from pipeline.tracking import TrackerName, tracking_uri
+from pipeline.tracking import TrackerName
 from pipeline.tracking.ui import serve_ui
 
 BUILT_IN = "stages"  # the plugin that comes along, for who has no pipeline yet
@@ -194,7 +194,7 @@ def run(
     ] = None,
 ) -> None:
     """Run a pipeline: what is in the store already is not run again."""
-    spec = load_spec(file, set_)
+    spec = read_spec(file, set_)
     selection = Selection(from_=from_, only=only, until=until, force=force)
     if dry_run:
         print_plan(make_plan(spec, Store(spec.storage), selection), console_here(), why=False)
@@ -275,7 +275,7 @@ def submit(
     from pipeline.submit import Submission
     from pipeline.submit import submit as submit_pipeline
 
-    spec = load_spec(file, set_)
+    spec = read_spec(file, set_)
     chosen = {"--from": from_, "--only": only, "--until": until, "--force": force, "--set": set_}
     arguments = [word for name, values in chosen.items() for one in values for word in (name, one)]
     if tracking is not TrackerName.MLFLOW:
@@ -326,7 +326,7 @@ def plan(
 
     Options that change nothing of that, such as --max-parallel, are taken and not needed.
     """
-    spec = load_spec(file, set_)
+    spec = read_spec(file, set_)
     selection = Selection(from_=from_, only=only, until=until, force=force)
     made = make_plan(spec, Store(spec.storage), selection)
     if as_json:
@@ -364,7 +364,7 @@ def inspect(
 )
 def validate(file: File = DEFAULT_FILE, set_: SetOption = NONE_GIVEN) -> None:
     """Check a pipeline file, and report all its mistakes at once."""
-    spec = load_spec(file, set_)
+    spec = read_spec(file, set_)
     typer.echo(f"{file}: {len(spec.stages)} stages, {len(spec.cells)} cells, no mistakes.")
 
 
@@ -378,7 +378,7 @@ def graph(
     cells: Annotated[bool, typer.Option("--cells", help="Draw each cell.")] = False,
 ) -> None:
     """Draw a pipeline as Mermaid or as DOT."""
-    spec = load_spec(file)
+    spec = read_spec(file)
     drawing = cell_drawing(spec.cells) if cells else stage_drawing(spec.cells)
     typer.echo(dot(drawing) if form == "dot" else mermaid(drawing), nl=False)
 
@@ -394,7 +394,7 @@ def status(
 ) -> None:
     """Show all runs, or one of them."""
     if run is None and storage is None:
-        store = Store(load_spec(file).storage)
+        store = Store(read_spec(file).storage)
         if not store.exists():
             console_here().print(f"{store.url}: no runs yet; see `fls run`.", soft_wrap=True)
             return
@@ -504,7 +504,7 @@ def results(
     ] = None,
 ) -> None:
     """Print the results of a pipeline: one row an evaluated model."""
-    spec = load_spec(file, set_)
+    spec = read_spec(file, set_)
     columns, rows, absent = result_rows(spec, Store(spec.storage))
     if as_json is None:
         print_rows(columns, rows, console_here())
@@ -526,7 +526,7 @@ def export(
     set_: SetOption = NONE_GIVEN,
 ) -> None:
     """Copy a cell's model out of the store: its weights, and what they are."""
-    spec = load_spec(file, set_)
+    spec = read_spec(file, set_)
     export_cell(spec, Store(spec.storage), cell, folder)
     typer.echo(presentable(f"{folder}: {', '.join(sorted(os.listdir(folder)))}"))
 
@@ -542,7 +542,7 @@ def list_names(file: File = DEFAULT_FILE) -> None:
     """
     fresh = file == DEFAULT_FILE and not file.exists()
     built_in = import_catalogue(BUILT_IN) if fresh else None
-    for plugin in [built_in] if built_in else load_spec(file).plugins:
+    for plugin in [built_in] if built_in else read_spec(file).plugins:
         typer.echo(f"stage types of {plugin.module}:")
         for stage in plugin.catalogue.stages:
             typer.echo(f"  {stage.name:<24}{stage.summary}")
@@ -567,7 +567,15 @@ def ui(
 
     Of a tracking server, whose pages are there already, the address is printed.
     """
-    serve_ui(tracking_uri(load_spec(file).mlflow.tracking_uri), port)
+    serve_ui(read_spec(file).tracking_uri(), port)
+
+
+def read_spec(file: Path, overrides: Sequence[str] = ()) -> Spec:
+    """Return the spec of a pipeline file; say what of it lies elsewhere than one may think."""
+    spec = load_spec(file, overrides)
+    for sentence in spec.moved:
+        typer.echo(presentable(sentence), err=True)
+    return spec
 
 
 def console_here() -> Console:
@@ -589,4 +597,4 @@ def _print_json(value: object) -> None:
 
 def open_store(file: Path, storage: str | None) -> Store:
     """Return the store at `storage`, or if that is None the one of a pipeline file; it is there."""
-    return Store(load_spec(file).storage if storage is None else storage).require()
+    return Store(read_spec(file).storage if storage is None else storage).require()

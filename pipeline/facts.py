@@ -66,8 +66,7 @@ def unregistered(store: Store, plan: Plan, tracker: TrackerName) -> list[str]:
         for one in plan.cells
         if one.cell.registration and one.selected and one.state == "cached" and not one.collected
     }
-    declared = plan.spec.mlflow.tracking_uri
-    here = place(tracking_uri(declared)) if tracker is TrackerName.MLFLOW else ""
+    here = place(plan.spec.tracking_uri()) if tracker is TrackerName.MLFLOW else ""
     for run_id in reversed(store.list_runs()):
         if not wanted:
             break

@@ -38,7 +38,6 @@ from pipeline.tracking import (
     TrackerName,
     TrackingThread,
     destination,
-    tracking_uri,
 )
 
 _STOP_WAIT_S = 60.0
@@ -250,7 +249,7 @@ def _mind_the_job(spec: Spec, source: Source, console: Console) -> None:
         )
 
 
-def _lines_folder(store: Store, options: RunOptions, console: Console) -> str:
+def _lines_folder(spec: Spec, store: Store, options: RunOptions, console: Console) -> str:
     """Return where JSON lines go: those of a cluster's job into the storage, if it is a folder."""
     if _RAY_JOB in os.environ and isinstance(store.storage, LocalStorage):
         return str(store.storage.root / "tracking")
@@ -260,14 +259,14 @@ def _lines_folder(store: Store, options: RunOptions, console: Console) -> str:
             f"what they say is also in {store.url}, see `fls logs` and `fls results`.",
             soft_wrap=True,
         )
-    return "tracking"
+    return str(spec.tracking_folder / "tracking")
 
 
 def _facts(
     spec: Spec, record: RunRecord, source: Source, store: Store, console: Console
 ) -> RunFacts:
     """Return what tracking is to know; a run that goes on stays where it was tracked."""
-    folder, recorded = _lines_folder(store, record.options, console), None
+    folder, recorded = _lines_folder(spec, store, record.options, console), None
     resolved = spec.resolved
     try:
         before = load_facts(store, record.run_id)
@@ -282,7 +281,7 @@ def _facts(
         run_id=record.run_id,
         name=spec.name,
         experiment=spec.mlflow.experiment,
-        uri=tracking_uri(spec.mlflow.tracking_uri, recorded),
+        uri=spec.tracking_uri(recorded),
         spec_file=record.options.file,
         spec_text=record.spec_text,
         resolved=resolved,

@@ -28,7 +28,7 @@ def spec_of(record: RunRecord) -> Spec:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / Path(record.options.file).name
         path.write_text(record.spec_text, encoding="utf-8")
-        spec = load_spec(path, record.options.overrides)
+        spec = load_spec(path, record.options.overrides, Path(record.options.file).parent)
     return replace(spec, path=Path(record.options.file))  # where a hint says it is
 
 

@@ -22,10 +22,12 @@ from pipeline.graph import Cell, Registration, Scalar, StageSpec, cell_name, exp
 from pipeline.interpolate import override
 from pipeline.names import store_around
 from pipeline.params import Issue, Marked, issues_of, marked
+from pipeline.places import defaults_folder, lead, moved
 from pipeline.resolved import resolved_text
 from pipeline.secrets import find_secret, has_credentials, redact
 from pipeline.spec_shape import ClusterShape, FileShape, MlflowShape, ResourcesShape, StageShape
 from pipeline.stage import Catalogue, Params, Registry, Resources, Stage
+from pipeline.tracking import tracking_uri
 from pipeline.yaml_loader import Document, Path
 
 STORAGE_VARIABLE = "FISHLEG_STORAGE"  # takes the place of `storage:`
@@ -71,6 +73,9 @@ class Spec:
         plugins: in the file's order.
         storage: absolute path of a folder, or an fsspec URL.
         storage_given: the same as the environment or the file gives it; perhaps a relative path.
+        folder: where relative paths in it start, its file's.
+        tracking_folder: where `mlflow.db` and `tracking/` lie by default.
+        moved: sentences for people whose store lies where it was looked for by earlier versions.
         autoscaling: whether the cluster may grow to meet what stages ask for.
         mlflow: where runs are tracked.
         stages: name -> stage, in the file's order.
@@ -86,6 +91,9 @@ class Spec:
     plugins: Sequence[Plugin]
     storage: str
     storage_given: str
+    folder: FilePath
+    tracking_folder: FilePath
+    moved: Sequence[str]
     autoscaling: bool
     mlflow: MlflowSpec
     stages: Mapping[str, StageSpec]
@@ -96,8 +104,19 @@ class Spec:
         settings = [word for option in self.overrides for word in ("--set", option)]
         return shlex.join(["fls", "run", str(self.path), *settings, *arguments])
 
+    def tracking_uri(self, recorded: str | None = None) -> str:
+        """Return where MLflow data goes, see `pipeline.tracking.tracking_uri`."""
+        return tracking_uri(
+            self.mlflow.tracking_uri,
+            recorded,
+            folder=self.folder,
+            default_folder=self.tracking_folder,
+        )
 
-def load_spec(path: FilePath, overrides: Sequence[str] = ()) -> Spec:
+
+def load_spec(
+    path: FilePath, overrides: Sequence[str] = (), folder: FilePath | None = None
+) -> Spec:
     """Read a spec, check all of it, and make its cells.
 
     The working directory is put on the path of Python's imports, as `python -m` does, because
@@ -106,6 +125,7 @@ def load_spec(path: FilePath, overrides: Sequence[str] = ()) -> Spec:
     Args:
         path: the YAML file.
         overrides: `--set` options, see `pipeline.interpolate.override`.
+        folder: where relative paths in it start, or None for that of the file.
 
     Returns:
         The spec, free of mistakes.
@@ -126,7 +146,8 @@ def load_spec(path: FilePath, overrides: Sequence[str] = ()) -> Spec:
         raise SpecError(document.problems)
     given = document.value.get("storage"), document.value.get("mlflow")
     environment = override(document, overrides, os.environ)
-    spec = _Builder(document, FilePath(path), text).build()
+    path = FilePath(path)
+    spec = _Builder(document, path, text, path.parent if folder is None else folder).build()
     if document.problems:
         raise SpecError(document.problems)
     return dataclasses.replace(
@@ -171,7 +192,8 @@ def _read(path: FilePath) -> str:
             data = file.read(limits.SPEC_BYTES + 1)
             size = max(len(data), os.fstat(file.fileno()).st_size)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise BadInput(f"cannot read {path}: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise BadInput(f"cannot read {path}: {reason}. Expected a pipeline file.") from None
     if size > limits.SPEC_BYTES:
         position = Position(str(path), 1, 1)
         message = f"expected a file of at most {limits.SPEC_BYTES:,} bytes, got {size:,}"
@@ -215,10 +237,11 @@ def _refuse_secrets(text: str, file: str, overrides: Sequence[str]) -> None:
 class _Builder:
     """Turns a document into a spec, noting problems in the document on the way."""
 
-    def __init__(self, document: Document, path: FilePath, text: str):
+    def __init__(self, document: Document, path: FilePath, text: str, folder: FilePath):
         self.document = document
         self.path = path
         self.text = text
+        self.folder = folder
         self.plugins: list[Plugin] = []
         self.types: dict[str, Stage] = {}
         self.unsure: set[str] = set()  # stages whose axes are wrong
@@ -251,7 +274,10 @@ class _Builder:
         cells = expand({name: stages[name] for name in order}, params, self.note_join)
         if shape is None:
             raise SpecError(self.document.problems)
-        storage = os.environ.get(STORAGE_VARIABLE) or shape.storage
+        given = os.environ.get(STORAGE_VARIABLE)
+        storage = given or shape.storage
+        place = lead(storage, "" if given else self.folder)
+        tracking_folder = self.folder if given else defaults_folder(storage, self.folder)
         return Spec(
             name=shape.name,
             path=self.path,
@@ -260,8 +286,11 @@ class _Builder:
             environment={},
             overrides=(),
             plugins=self.plugins,
-            storage=storage if "://" in storage else os.path.abspath(storage),
+            storage=place if "://" in place else os.path.abspath(place),
             storage_given=storage,
+            folder=self.folder,
+            tracking_folder=tracking_folder,
+            moved=[] if given else moved(storage, self.folder, tracking_folder),
             autoscaling=shape.cluster.autoscaling,
             mlflow=MlflowSpec(
                 experiment=shape.mlflow.experiment or shape.name,

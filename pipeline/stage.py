@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
+from pydantic_core.core_schema import no_info_after_validator_function
 
 from pipeline.names import numbers
 
@@ -117,8 +118,13 @@ class Registry:
 class ExternalFile:
     """Marks a string parameter as the path of a file whose sha256 enters the key.
 
-    Use as `Annotated[str, ExternalFile()]`. Relative paths start at the working directory.
+    Use as `Annotated[str, ExternalFile()]`. Relative paths start at the working directory, and `~`
+    is the home folder.
     """
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        """Return pydantic's schema of such a string, which stands for the expanded path."""
+        return no_info_after_validator_function(os.path.expanduser, handler(source))
 
 
 @dataclass(frozen=True, kw_only=True)

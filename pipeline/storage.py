@@ -33,6 +33,7 @@ from urllib.parse import urlsplit
 from pipeline.errors import BadInput, StorageUnavailable, StorageUnsupported, StoreError
 from pipeline.names import require_inside
 from pipeline.secrets import redact
+from pipeline.text import printable
 
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
@@ -162,6 +163,8 @@ def open_storage(url: str) -> AbstractStorage:
         BadInput: it is none; or has a password, which would be shown and stored with every run.
     """
     scheme, colon, path = url.partition("://")
+    if "\0" in url:
+        raise BadInput(f"storage: {printable(url)} has a NUL in it, which no path may have.")
     if not colon:
         return LocalStorage(Path(url).absolute())
     if scheme in {"file", "local"}:
@@ -273,7 +276,7 @@ class LocalStorage(AbstractStorage):
         ]
         found = []
         for file in below or [start]:
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError), self._reporting(path):
                 stat = file.lstat()
                 if not S_ISDIR(stat.st_mode):
                     name = file.relative_to(self.root).as_posix()
@@ -311,7 +314,7 @@ class LocalStorage(AbstractStorage):
         """See `AbstractStorage.workspace`; it is the place itself."""
         with self._reporting(path):
             folder = self._at(path)
-            folder.mkdir(parents=True, exist_ok=True)
+            self._make(folder)
             return folder
 
     def release(self, workspace: Path) -> None:
@@ -374,9 +377,19 @@ class LocalStorage(AbstractStorage):
             part.unlink(missing_ok=True)
 
     def _make(self, folder: Path) -> None:
-        """Make a folder, and wait until the disk knows of it."""
+        """Make a folder, and wait until the disk knows of it.
+
+        Raises:
+            StorageUnavailable: there can be none.
+        """
         missing = [one for one in (folder, *folder.parents) if not one.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileNotFoundError, FileExistsError) as error:  # where nothing can be made, a file
+            raise StorageUnavailable(
+                f"{folder} cannot be made: {error.strerror}. Expected `storage:` to be a "
+                "folder, or one that can be made; choose another place."
+            ) from error
         for one in reversed(missing):
             _sync(one.parent)
 

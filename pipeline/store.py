@@ -49,6 +49,7 @@ from pipeline.errors import (
 )
 from pipeline.logs import Segment, segments
 from pipeline.names import numbers, run_ids
+from pipeline.places import lead
 from pipeline.seal import seal, unseal, unseal_lines
 from pipeline.secrets import redact
 from pipeline.storage import open_storage
@@ -83,7 +84,7 @@ class Store:
     """A store at `url`: a folder or an fsspec URL. Making one reads and writes nothing."""
 
     def __init__(self, url: str):
-        self.url = url if "://" in url else os.path.abspath(url)
+        self.url = url if "://" in url else os.path.abspath(lead(url))
         self.storage = open_storage(self.url)
 
     # -- the storage as a whole

@@ -18,6 +18,7 @@ from pipeline.cli import (
     console_here,
     open_store,
     read_duration,
+    read_spec,
     show_duration,
 )
 from pipeline.errors import BadInput
@@ -28,7 +29,7 @@ from pipeline.rerun import Comparison, rerun
 from pipeline.resumption import accept as accept_code
 from pipeline.resumption import plan_of
 from pipeline.runs import DEFAULT_FILE, find_run
-from pipeline.spec import Spec, load_spec
+from pipeline.spec import Spec
 from pipeline.store import Store
 from pipeline.verify import find_damage
 
@@ -84,7 +85,7 @@ def gc(
     `keep: results` in the pipeline, files go once all that was to be made of them is there; its
     cells stay complete, and run again when their files are needed.
     """
-    specs = [load_spec(file) for file in files or ([] if storage else [DEFAULT_FILE])]
+    specs = [read_spec(file) for file in files or ([] if storage else [DEFAULT_FILE])]
     store = Store(storage or _storage_of(specs)).require()
     plans = [make_plan(spec, store) for spec in specs]
     retention = Retention(keep_runs=keep_runs, older_than_s=older_than, grace_s=grace or GRACE_S)
@@ -194,7 +195,7 @@ def _storage_of(specs: Sequence[Spec]) -> str:
 
 
 def _plan(file: Path | None, store: Store) -> Plan:
-    return make_plan(load_spec(file or DEFAULT_FILE), store)
+    return make_plan(read_spec(file or DEFAULT_FILE), store)
 
 
 def _print_garbage(garbage: Iterable[Garbage], console: Console) -> int:

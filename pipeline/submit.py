@@ -28,7 +28,6 @@ from pipeline.runs import new_run_id
 from pipeline.secrets import has_credentials, is_secret, presentable, secret_values
 from pipeline.spec import STORAGE_VARIABLE, Spec
 from pipeline.stage import ExternalFile
-from pipeline.tracking import tracking_uri
 
 _INTERRUPTED = 130
 
@@ -190,7 +189,7 @@ def _tracking(spec: Spec, moving: Forwarding, local: bool) -> str:
             "as it is by --env MLFLOW_TRACKING_URI."
         )
     else:
-        uri = tracking_uri(spec.mlflow.tracking_uri)
+        uri = spec.tracking_uri()
     scheme, _, path = uri.partition("://")
     if scheme == "sqlite":
         if local:

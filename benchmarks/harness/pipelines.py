@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +16,7 @@ from benchmarks.harness.documents import (
 )
 from benchmarks.harness.environment import environment_of
 from benchmarks.harness.lineage import Step, cost_of, findings_of, path_to
-from benchmarks.harness.suite import Benchmark, matches
+from benchmarks.harness.suite import STORE_VARIABLE, Benchmark, matches, store_folder
 from pipeline.errors import BadInput
 from pipeline.executors import ExecutorName
 from pipeline.launch import start_run
@@ -42,6 +43,7 @@ def run_pipeline(
     Raises:
         BadInput: the pipeline is not valid, or has no cell that fits `only`.
     """
+    os.environ[STORE_VARIABLE] = str(store_folder().absolute())  # in the file it starts there
     spec = load_spec(benchmark.path)
     until = [cell.name for cell in spec.cells if only and matches(only, cell.name)]
     if only and not until:

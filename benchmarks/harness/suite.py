@@ -27,6 +27,7 @@ from types import ModuleType
 from pipeline.errors import BadInput, nearest
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
+STORE_VARIABLE = "FISHLEG_BENCHMARKS_STORE"
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def load_script(path: Path) -> ModuleType:
 
 def store_folder() -> Path:
     """Return where unfinished cells are kept: FISHLEG_BENCHMARKS_STORE, or .fls-benchmarks."""
-    return Path(os.environ.get("FISHLEG_BENCHMARKS_STORE", ".fls-benchmarks"))
+    return Path(os.environ.get(STORE_VARIABLE, ".fls-benchmarks"))
 
 
 def matches(pattern: str | None, cell: str) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.events import Cursor, Event
+from pipeline.places import DATABASE, lead
 from pipeline.secrets import redact
 
 
@@ -35,7 +36,7 @@ _CLASSES = {
 }
 
 _SQLITE = "sqlite:///"
-DEFAULT_URI = f"{_SQLITE}mlflow.db"
+DEFAULT_URI = f"{_SQLITE}{DATABASE}"
 _OTHERS = r"(?!(__main__|pipeline|stages|fishleg)\b)"  # modules that are none of this project
 
 
@@ -225,21 +226,43 @@ def make_tracker(name: TrackerName) -> AbstractTracker:
     return tracker
 
 
-def tracking_uri(declared: str | None, recorded: str | None = None) -> str:
+def tracking_uri(
+    declared: str | None,
+    recorded: str | None = None,
+    *,
+    folder: Path | str = "",
+    default_folder: Path | str = "",
+) -> str:
     """Return where MLflow data goes: `MLFLOW_TRACKING_URI`, else what the spec says, else here.
 
     A run that goes on stays where it is `recorded`, rather than go to a default; and a declared
     path that is relative was so to the folder in which it began.
+
+    Args:
+        declared: what the spec says, or None.
+        recorded: where the run is recorded that goes on, or None.
+        folder: where a declared path starts.
+        default_folder: where the database lies that nobody declares.
     """
     if recorded and declared and absolute_uri(declared) != declared:
         declared = None
-    return os.environ.get("MLFLOW_TRACKING_URI") or declared or recorded or DEFAULT_URI
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    if given:
+        return _rooted(given, "")
+    return (
+        _rooted(declared, folder) if declared else recorded or _rooted(DEFAULT_URI, default_folder)
+    )
+
+
+def _rooted(uri: str, folder: Path | str) -> str:
+    path = uri.removeprefix(_SQLITE)
+    return uri if path == uri else _SQLITE + lead(path, folder)
 
 
 def absolute_uri(uri: str) -> str:
     """Return a URI that means the same in any folder."""
     path = uri.removeprefix(_SQLITE)
-    return uri if path == uri else _SQLITE + os.path.abspath(path)
+    return uri if path == uri else _SQLITE + os.path.abspath(lead(path))
 
 
 def destination(run: RunFacts, tracker: TrackerName) -> str:

@@ -156,8 +156,8 @@ def test_three_mistakes_are_reported_together_in_file_order(toy: Path) -> None:
         ("a: {uses: read, params: {path: no.txt}}", "4:34: path: no file 'no.txt' (looked for"),
         (
             "a: {uses: fail, params: {how: usr}}",
-            "4:33: how: expected 'user', 'bug', 'exit' or 'nothing', got the string \"usr\" "
-            "(did you mean 'user'?)",
+            "4:33: how: expected 'user', 'bug', 'outage', 'exit' or 'nothing', got the string "
+            "\"usr\" (did you mean 'user'?)",
         ),
     ],
 )
