@@ -35,7 +35,7 @@ from fishleg.optim.tracking import (
     update,
 )
 from fishleg.parameters import ParameterGroup, Partition, partition_parameters
-from fishleg.precision import in_full, widen
+from fishleg.precision import in_full, is_narrow, widen
 from fishleg.pruning.masks import HeldMasks, group_masks, weight_masks
 
 _ONE_PIECE = 1 << 30  # samples: more than any batch has
@@ -197,6 +197,20 @@ class FishLeg(torch.optim.Optimizer):
                 not copied.
         """
         self._inputs = as_nest(inputs, "inputs")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned, in float32 also where weights are in half precision.
+
+        Args:
+            state_dict: of an optimiser of the same model and options.
+        """
+        super().load_state_dict(state_dict)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for index, state in state_dict["state"].items():
+            for key, value in state.items():  # torch has rounded it to the dtype of the weights
+                if isinstance(value, Tensor) and is_narrow(parameters[index].dtype):
+                    device = parameters[index].device if value.is_floating_point() else value.device
+                    self.state[parameters[index]][key] = value.to(device, copy=True)
 
     def inverse(self, name: str) -> TrackedInverse:
         """Return what is tracked of group `name`; empty before the first step."""

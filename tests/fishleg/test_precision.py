@@ -173,6 +173,10 @@ def test_the_optimiser_keeps_its_state_in_float32():
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(inputs).float(), targets).backward()
         optimizer.step()
+    again = FishLegOptimiser(model, Categorical(), lr=0.1, update_every=1)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for parameter, state in optimizer.state.items():
+        assert all(torch.equal(again.state[parameter][key], value) for key, value in state.items())
     floats = [t for s in optimizer.state.values() for t in s.values() if t.is_floating_point()]
     assert {t.dtype for t in floats} == {torch.float32}
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
