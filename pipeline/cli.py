@@ -22,6 +22,7 @@ from pipeline.driver import GRACE_S
 from pipeline.executors import ExecutorName
 from pipeline.inspection import inspect as inspect_cells
 from pipeline.launch import resume_run, start_run, stop_run
+from pipeline.notes import plan_notes
 from pipeline.planner import Selection, make_plan
 from pipeline.render import cell_drawing, dot, mermaid, stage_drawing
 from pipeline.report import (
@@ -333,6 +334,8 @@ def plan(
         _print_json([planned.row() for planned in made.cells])
     else:
         print_plan(made, console_here(), why=why)
+        for line in plan_notes(made, Store(spec.storage)):
+            console_here().print(line, soft_wrap=True)
 
 
 @command(

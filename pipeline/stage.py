@@ -232,6 +232,22 @@ class Results:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Notes:
+    """What `fls plan` says of outputs of one kind that are in the store.
+
+    Attributes:
+        kind: the outputs' kind.
+        file: a small JSON file in their folders.
+        entry: `module:function` taking that file's content and returning lines of text; imported by
+            planning, so it imports nothing heavy.
+    """
+
+    kind: str
+    file: str
+    entry: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Catalogue:
     """What a plugin module offers, as its attribute `CATALOGUE`.
 
@@ -249,6 +265,7 @@ class Catalogue:
             cell name -> parameters of the cells of the types in `inspects`, and returns a list of
             JSON objects with `cells`, `title`, `columns`, `rows` and `totals`.
         inspects: stage types that the inspector looks into.
+        notes: what `fls plan` says of outputs.
         registries: shown by `fls list`.
     """
 
@@ -260,6 +277,7 @@ class Catalogue:
     loader: str | None = None
     inspector: str | None = None
     inspects: Sequence[str] = ()
+    notes: Sequence[Notes] = ()
     registries: Sequence[Registry] = ()
 
 

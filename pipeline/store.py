@@ -230,6 +230,11 @@ class Store:
         except Damaged:  # perhaps only a copy of it is
             return self._check(manifest, output, fresh=True)
 
+    def read_file(self, manifest: Manifest, output: str, name: str) -> bytes:
+        """Return one file of a result's output; one that is not there is an OSError."""
+        folder = attempt_folder(manifest.key, manifest.attempt)
+        return self.storage.read(f"{folder}/outputs/{output}/{name}")
+
     def _check(self, manifest: Manifest, output: str, *, fresh: bool = False) -> Path:
         """Return a local folder with an output after comparing it with the manifest.
 

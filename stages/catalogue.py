@@ -19,6 +19,7 @@ from pipeline.stage import (
     Estimate,
     ExternalFile,
     Input,
+    Notes,
     Output,
     Params,
     Registry,
@@ -974,5 +975,6 @@ CATALOGUE = Catalogue(
     loader="stages.exporter:load",
     inspector="stages.inspection:inspect",
     inspects=["pretrain", "import_checkpoint"],
+    notes=[Notes(kind="model", file="model.json", entry="stages.notes:notes")],
     registries=[MODELS, DATASETS, METHODS],
 )

@@ -1,6 +1,9 @@
 """Nothing is done on less than was asked for without a word: in log, model.json and row."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -231,3 +234,27 @@ def test_inspect_shows_what_may_be_pruned_of_each_network_once(
     assert resnet["totals"]["prunable"] == 268_336
     assert {row["prunable"] for row in resnet["rows"]} == {"yes", "kept dense on request"}
     assert inspect(load_spec(path), "other") == [resnet]
+
+
+def test_plan_shows_what_is_not_prunable_of_models_in_the_store(tmp_path: Path) -> None:
+    (tmp_path / "pipeline.yaml").write_text(
+        "name: x\nplugins: [stages]\nstages:\n"
+        "  dense:\n    uses: pretrain\n"
+        "    params: {dataset: digits, model: test_nothing_on_less:Tied, epochs: 0}\n"
+        "  tuned:\n    uses: finetune\n    inputs: {model: dense}\n    params: {epochs: 0}\n"
+    )
+    here = Path(__file__).parent
+    found = os.pathsep.join([str(here), str(here.parents[1])])
+    said = []
+    for words in ("run --executor local --tracking jsonl", "plan"):
+        ran = subprocess.run(
+            [sys.executable, "-m", "pipeline", *words.split()],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": found},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        said.append(ran.stdout)
+    lines = [line for line in said[1].splitlines() if "not prunable" in line]
+    assert lines == ["dense: not prunable: embed.weight: an embedding; prunable when named"]
