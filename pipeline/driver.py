@@ -113,6 +113,7 @@ class Driver:
         self._lacking: set[str] = set()
         self._saved_s = 0.0
         self._superseded = False
+        self._refused = False
         self.signal: int | None = None
 
     def run(self) -> RunState:
@@ -220,7 +221,10 @@ class Driver:
             limit_s = min(limit_s, max(left_s, _TRACKING_TIMEOUT_S[RunState.STOPPED]))
         tracked = self._tracking.finish(limit_s, away_s, self._attend)
         self._pass_on_messages()
-        if not tracked and self._tracking.error is None:
+        error = self._tracking.error
+        if error is not None and not self._refused:  # it came after the last cell
+            self._view.say(f"{_unusable(error)} `{self._record.sync_command}` sends it later.")
+        if not tracked and error is None:
             self._view.say(
                 f"Tracking is not complete; `{self._record.sync_command}` sends the rest."
             )
@@ -519,8 +523,9 @@ class Driver:
         """
         error = self._tracking.error
         if error is not None:
+            self._refused = True
             raise PipelineError(
-                f"Tracking does not work ({type(error).__name__}: {redact(str(error))}). "
+                f"{_unusable(error)} "
                 "To run all the same, and have it sent later by `fls sync`, give "
                 "--tracking-later."
             )
@@ -553,3 +558,7 @@ class Driver:
                 self.signal = signal.SIGTERM
             self._record.tracking = self._tracking.progress()
             self._record.save_progress(self._store, leaving=leaving)
+
+
+def _unusable(error: Exception) -> str:
+    return f"Tracking does not work ({type(error).__name__}: {redact(str(error))})."

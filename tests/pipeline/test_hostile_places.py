@@ -1,9 +1,12 @@
 """A place where nothing can be is told in one paragraph, whichever command comes upon it."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from toy_runs import fls, run_here, write_spec
+from toy_runs import ROOT, fls, run_here, write_spec
 
 ONE = "start: {uses: start, params: {value: 1}}"
 RUN = ("run", "--executor", "local", "--tracking", "jsonl")
@@ -91,3 +94,17 @@ def test_json_lines_where_none_can_be_are_told(toy: Path, place: str) -> None:
     assert code in {0, 1}
     assert "Traceback" not in output + errors
     assert "tracking" in output + errors
+
+
+def test_an_address_that_mlflow_does_not_know_is_told_however_quick_the_run_is(toy: Path) -> None:
+    write_spec(ONE)
+    done = subprocess.run(  # without -W error: MLflow's import warns
+        [sys.executable, "-m", "pipeline", "run", "--executor", "local"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": "nonsense://x"},
+        timeout=120,
+    )
+    said = done.stdout + done.stderr
+    assert "Tracking does not work (PipelineError: MLflow at nonsense://x" in said
+    assert "Traceback" not in said
