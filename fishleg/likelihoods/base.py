@@ -113,8 +113,3 @@ def check_targets(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> N
     check = getattr(likelihood, "check_targets", None)
     if check is not None:
         check(outputs, targets)
-
-
-def at_least_float32(values: Tensor) -> Tensor:
-    """Return floating-point values in float32, or in their own dtype if that is wider."""
-    return values.float() if values.dtype.itemsize < 4 else values

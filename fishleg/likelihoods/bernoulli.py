@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from fishleg.errors import FishLegError
-from fishleg.likelihoods.base import AbstractLikelihood, at_least_float32
+from fishleg.likelihoods.base import AbstractLikelihood
 from fishleg.likelihoods.shapes import as_rows, paired
+from fishleg.precision import widen
 from fishleg.rng import SampleGenerator
 
 
@@ -24,7 +25,7 @@ class Bernoulli(AbstractLikelihood):
 
         A ShapeMismatch if targets and outputs differ in shape.
         """
-        f, y = paired(at_least_float32(outputs), targets)
+        f, y = paired(widen(outputs), targets)
         wanted = y if y.is_floating_point() else y.to(f.dtype)
         losses = functional.binary_cross_entropy_with_logits(f, wanted, reduction="none")
         return losses.sum(-1)
@@ -41,16 +42,16 @@ class Bernoulli(AbstractLikelihood):
         """
         p = outputs.detach().double().sigmoid()
         signs = torch.where(generator.uniform(*outputs.shape[1:]) < 0.5, -1.0, 1.0)
-        return (p + (p * (1 - p)).sqrt() * signs).to(at_least_float32(outputs).dtype)
+        return (p + (p * (1 - p)).sqrt() * signs).to(widen(outputs).dtype)
 
     def fisher_product(self, outputs: Tensor, v: Tensor) -> Tensor:
         """Return p (1 - p) v."""
-        p = at_least_float32(outputs).sigmoid()
+        p = widen(outputs).sigmoid()
         return p * (1 - p) * v
 
     def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor:
         """Return sum_i p_i log(p_i / q_i) + (1 - p_i) log((1 - p_i) / (1 - q_i)), (n,)."""
-        reference, outputs = at_least_float32(reference), at_least_float32(outputs)
+        reference, outputs = widen(reference), widen(outputs)
         p = reference.sigmoid()
         gaps = functional.softplus(outputs) - functional.softplus(reference)
         return as_rows(gaps - p * (outputs - reference)).sum(-1)
@@ -60,7 +61,7 @@ class Bernoulli(AbstractLikelihood):
 
         A quadrature rule, as for `Gaussian`; the targets may leave [0, 1].
         """
-        p = as_rows(at_least_float32(outputs.detach()).sigmoid())
+        p = as_rows(widen(outputs.detach()).sigmoid())
         n, d = p.shape
         steps = (d * p * (1 - p)).sqrt()
         offsets = torch.eye(d, dtype=p.dtype, device=p.device)[:, None, :] * steps

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from fishleg.errors import CapacityExceeded, FishLegError, ShapeMismatch
-from fishleg.likelihoods.base import AbstractLikelihood, at_least_float32
+from fishleg.likelihoods.base import AbstractLikelihood
 from fishleg.memory import available_bytes, show_bytes
+from fishleg.precision import widen
 from fishleg.rng import SampleGenerator
 
 _NO_TARGET = -100  # what torch.nn.functional.cross_entropy leaves out, too
@@ -76,7 +77,7 @@ class Categorical(AbstractLikelihood):
         Raises:
             ShapeMismatch: targets do not go with outputs.
         """
-        logits = self._classes_last(at_least_float32(outputs)).movedim(-1, 1)
+        logits = self._classes_last(widen(outputs)).movedim(-1, 1)
         shape = (len(logits), *logits.shape[2:])
         if targets.is_floating_point():
             if targets.shape != outputs.shape:
@@ -122,7 +123,7 @@ class Categorical(AbstractLikelihood):
         labels nearly always agree with it and bear no gradient, but for a rare large one; here
         every sample bears one of typical size, so fewer samples estimate F as well.
         """
-        logits = self._classes_last(at_least_float32(outputs.detach()))
+        logits = self._classes_last(widen(outputs.detach()))
         p = logits.double().softmax(-1)
         signs = torch.where(generator.uniform(*p.shape[1:]) < 0.5, -1.0, 1.0)
         noise = p.sqrt() * signs
@@ -131,14 +132,14 @@ class Categorical(AbstractLikelihood):
 
     def fisher_product(self, outputs: Tensor, v: Tensor) -> Tensor:
         """Return p o v - p (p . v) at each position, in the outputs' shape."""
-        p = self._classes_last(at_least_float32(outputs)).softmax(-1)
+        p = self._classes_last(widen(outputs)).softmax(-1)
         v = self._classes_last(v)
         return self._as_outputs(self._restrict(p * (v - (p * v).sum(-1, keepdim=True))))
 
     def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor:
         """Return sum_tc p_tc (log p_tc - log q_tc), (n,), with p = softmax(reference)."""
-        wanted = self._classes_last(at_least_float32(reference)).log_softmax(-1)
-        found = self._classes_last(at_least_float32(outputs)).log_softmax(-1)
+        wanted = self._classes_last(widen(reference)).log_softmax(-1)
+        found = self._classes_last(widen(outputs)).log_softmax(-1)
         p = wanted.exp()
         return _over_positions(self._restrict(p * (wanted - found).where(p > 0, 0)).sum(-1))
 
@@ -152,7 +153,7 @@ class Categorical(AbstractLikelihood):
         Raises:
             CapacityExceeded: they would take more memory than there is.
         """
-        logits = self._classes_last(at_least_float32(outputs.detach()))
+        logits = self._classes_last(widen(outputs.detach()))
         n, *positions, classes = logits.shape
         weights = self._restrict(logits.softmax(-1)).reshape(n, -1)
         numbers = torch.arange(classes, device=logits.device)

@@ -7,8 +7,9 @@ from math import log, pi
 import torch
 from torch import Tensor
 
-from fishleg.likelihoods.base import AbstractLikelihood, at_least_float32
+from fishleg.likelihoods.base import AbstractLikelihood
 from fishleg.likelihoods.shapes import as_rows, paired
+from fishleg.precision import widen
 from fishleg.rng import SampleGenerator
 
 
@@ -34,13 +35,13 @@ class Gaussian(AbstractLikelihood):
 
         A ShapeMismatch if targets and outputs differ in shape.
         """
-        f, y = paired(at_least_float32(outputs), targets)
+        f, y = paired(widen(outputs), targets)
         squares = (f - y).square() / self.variance
         return 0.5 * (squares + log(2 * pi * self.variance)).sum(-1)
 
     def sample(self, outputs: Tensor, generator: SampleGenerator) -> Tensor:
         """Return f + sqrt(variance) e, e standard normal, in the shape of `outputs`."""
-        f = at_least_float32(outputs.detach())
+        f = widen(outputs.detach())
         return f + self.variance**0.5 * generator.normal(*f.shape[1:]).to(f.dtype)
 
     def fisher_product(self, outputs: Tensor, v: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ class Gaussian(AbstractLikelihood):
 
     def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor:
         """Return ||f_reference - f||^2 / (2 variance), (n,)."""
-        apart = at_least_float32(reference) - at_least_float32(outputs)
+        apart = widen(reference) - widen(outputs)
         return 0.5 * as_rows(apart).square().sum(-1) / self.variance
 
     def enumerate(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +58,7 @@ class Gaussian(AbstractLikelihood):
 
         A quadrature rule: with l' = (f - y) / variance, sum_j 1/d l'_j l'_j^T = I / variance.
         """
-        f = as_rows(at_least_float32(outputs.detach()))
+        f = as_rows(widen(outputs.detach()))
         n, d = f.shape
         step = (d * self.variance) ** 0.5
         offsets = step * torch.eye(d, dtype=f.dtype, device=f.device)[:, None, :]
