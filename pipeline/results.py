@@ -56,7 +56,8 @@ def result_rows(spec: Spec, store: Store) -> tuple[list[str], list[Row], list[st
 def _row(results: Results, cell: str, records: Mapping[str, str], row: Row) -> Row:
     earlier = {name: row[other] for name, other in results.before.items() if other in row}
     full = {**earlier, **row, "cell": cell, "run_id": records.get(row["model_cell"])}
-    return {column: full.get(column) for column in results.columns}
+    further = {name: row[name] for name in results.further if name in row}
+    return {**{column: full.get(column) for column in results.columns}, **further}
 
 
 def _keys(plan: Plan, store: Store, names: Sequence[str]) -> dict[str, str]:
@@ -89,7 +90,7 @@ def _has_files(planned: PlannedCell) -> bool:
 def to_csv(columns: Sequence[str], rows: Sequence[Row]) -> str:
     """Return rows as CSV with a header."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

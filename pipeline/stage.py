@@ -221,6 +221,7 @@ class Results:
         kind: kind of the output folders that hold `rows.json`, a list of flat objects; a row names
             the model it is about by `model_cell` and `key` (the model cell's).
         columns: the columns of `fls results`, in order; the runner fills `cell` and `run_id`.
+        further: fields of rows that JSON shows, and tables leave out.
         before: column -> the column that says the same in rows of before there was the first.
         report: kind of the output folder that holds `table.md`, `table.csv` and `figure.png`.
     """
@@ -228,6 +229,7 @@ class Results:
     kind: str
     columns: Sequence[str]
     report: str
+    further: Sequence[str] = ()
     before: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -967,6 +967,7 @@ CATALOGUE = Catalogue(
             "split",
             "run_id",
         ],
+        further=["settings", "seeds", "unprunable", "emptied", "warnings", "dense_accuracy"],
         before={"target": "sparsity"},
         report="report",
     ),

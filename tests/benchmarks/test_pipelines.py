@@ -151,7 +151,9 @@ def test_the_report_has_accuracies_costs_and_published_rows(ran: Path, tmp_path:
 def test_structures_of_one_method_are_rows_of_their_own(ran: Path, tmp_path: Path) -> None:
     found = read_cells(ran / "results", "small")["picked[sparsity=0.8]"]
     for structure in ("eigen", "kronecker"):
-        document = {**found, "cell": structure, "method": "fishleg", "structure": structure}
+        settings = {**found["settings"], "prune_multistep.fishleg.structure": structure}
+        about = {"cell": structure, "key": structure, "method": "fishleg", "structure": structure}
+        document = {**found, **about, "settings": settings}
         write_document(tmp_path / "results" / "small" / f"{structure}.json", document)
     write_report(tmp_path / "results.md", tmp_path / "results", ran)
     text = (tmp_path / "results.md").read_text()
