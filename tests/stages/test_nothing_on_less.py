@@ -11,7 +11,9 @@ import pytest
 import torch
 from running_stages import TINY, Ran, artifact, run_stage
 from torch import nn
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from pipeline.inspection import inspect
 from pipeline.spec import load_spec
 from pipeline.stage import StageError
@@ -234,6 +236,8 @@ def test_inspect_shows_what_may_be_pruned_of_each_network_once(
     assert resnet["totals"]["prunable"] == 268_336
     assert {row["prunable"] for row in resnet["rows"]} == {"yes", "kept dense on request"}
     assert inspect(load_spec(path), "other") == [resnet]
+    printed = CliRunner().invoke(app, ["inspect", str(path), "other", "--json"])
+    assert json.loads(printed.output) == [resnet]
 
 
 def test_plan_shows_what_is_not_prunable_of_models_in_the_store(tmp_path: Path) -> None:
