@@ -58,9 +58,10 @@ class Recorder:
     def open(self) -> None:
         """Begin the run, or go on with it; also after an error, before anything else."""
         self._open.clear()
-        self._tracker.open_run(self._run)
-        # An error later on leaves open what has been recorded: then it is looked for.
-        self._run = replace(self._run, resumed=True)
+        run, self._run = self._run, replace(self._run, resumed=True)
+        # An error, of this call or a later one, leaves open what has been recorded: the next time
+        # it is looked for.
+        self._tracker.open_run(run)
         self._progress.ended = False
         self._step()
 

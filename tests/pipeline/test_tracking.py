@@ -282,6 +282,30 @@ def test_a_run_that_went_on_counts_what_its_earlier_attempts_spent(client: Any) 
         assert parent[name] == pytest.approx(good[name] + bad[f"spent_{name}"])
 
 
+@pytest.mark.parametrize("call", ["log_text", "log_batch", "log_artifacts"])
+def test_a_call_that_fails_once_records_nothing_twice(
+    client: Any, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Above all while the run begins, when its parent is there and the rest of it is not."""
+    method, failures = getattr(type(client), call), iter([True])
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        if next(failures, False):
+            raise ConnectionError("nobody there")
+        return method(*arguments, **options)
+
+    monkeypatch.setattr(f"mlflow.tracking.MlflowClient.{call}", failing)
+    monkeypatch.setattr(thread, "_FIRST_PAUSE_S", 0.01)
+    write_spec(
+        "start: {uses: start, params: {value: 1}}\ntotal: {uses: total, inputs: {numbers: start}}"
+    )
+    assert run_mlflow(overrides=["start.value=2"])[0] == 0
+    runs = recorded(client, last_run().run_id)
+    assert Counter(kind for kind, _ in runs) == {"pipeline": 1, "stage": 2, "evaluation": 1}
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert files(runs["pipeline", "toy"]) == {"pipeline.yaml", "options.json", "resolved.yaml"}
+
+
 def test_failures_show_and_a_resumed_run_is_the_same_run(client: Any) -> None:
     write_spec(
         """
