@@ -36,8 +36,8 @@ def flat_vector(tensors: dict[str, Tensor], groups: Sequence[Group]) -> Tensor:
 
 
 def gradient(model: nn.Module, value: Tensor, groups: Sequence[Group]) -> Tensor:
-    """Return d value / d parameters as one vector over the groups."""
-    parameters = dict(model.named_parameters())
+    """Return d value / d parameters as one vector over the groups, none of which is frozen."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(
         value, list(parameters.values()), retain_graph=True, materialize_grads=True
     )
