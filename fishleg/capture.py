@@ -8,6 +8,7 @@ multiply-add as two.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,11 +85,16 @@ def _without_cudnn(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def transformable() -> Iterator[None]:
-    """Keep attention from fused kernels, which have no vmap rule and no forward-mode derivative."""
+    """Keep attention from fused kernels, which have no vmap rule and no forward-mode derivative.
+
+    Where torch loops because an operator has no vmap rule, the result is right, if slower: torch's
+    remark that it does so is not for our users, who are told which path each parameter takes.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

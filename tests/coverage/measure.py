@@ -162,7 +162,7 @@ def _compare_product(source: GradientSource, rows: Rows) -> float:
 def _ways(source: GradientSource) -> str:
     """Return how many tensors' gradients are made which way."""
     off_fast = {
-        name: what.partition(":")[0]
+        name: what.partition(":")[0].partition(",")[0]
         for name, what in source.report()
         if not what.startswith("no curvature")
     }
