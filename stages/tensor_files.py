@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,7 +19,10 @@ _PICKLES = (b"\x80", b"PK\x03\x04")  # how pickles begin, and the archives of to
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors to `path`, with texts about them; tied ones go under each of their names."""
+    """Write tensors to `path`, with texts about them; tied ones go under each of their names.
+
+    Equal content gives equal bytes.
+    """
     seen: set[int] = set()
     plain = {}
     for name, tensor in tensors.items():
@@ -28,6 +32,28 @@ def save_tensors(
         seen.add(copy.untyped_storage().data_ptr())
         plain[name] = copy
     save_file(plain, path, metadata={"format": "pt", **(metadata or {})})
+    if metadata:
+        _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the texts of a safetensors file in order, in place.
+
+    The library writes them in an order that changes from call to call, and equal content has to
+    have equal bytes. A file begins with the length of its header, 8 bytes, and the header as JSON.
+
+    Raises:
+        RuntimeError: the header does not fit its place, written by another version of the library.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:
+            raise RuntimeError(f"{path}: expected a header of {length} bytes, got {len(text)}.")
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from stages.metrics import NotFinite, measure
 from stages.model_folder import load_model
 from stages.models.resnet_cifar import resnet20
 from stages.reference import refer
-from stages.tensor_files import load_into, load_tensors, save_tensors
+from stages.tensor_files import load_into, load_metadata, load_tensors, save_tensors
 
 
 @pytest.mark.parametrize("name", MODELS.entries)
@@ -51,6 +51,19 @@ def test_a_network_comes_back_from_a_file_whatever_its_modules_versions(
     load_into(again, load_tensors(tmp_path / "model.safetensors"))
     images = torch.zeros(1, 3, 32, 32)
     assert torch.equal(again(images), network(images))
+
+
+def test_equal_tensors_with_equal_texts_make_equal_files(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    tensors = {'a "name" of é': torch.arange(3.0), "b": torch.zeros(2, dtype=torch.uint8)}
+    texts = {"masked": '["é\\n"]', "note": "x", "other": ""}
+    files = set()
+    for _ in range(20):
+        save_tensors(path, tensors, texts)
+        files.add(path.read_bytes())
+    assert len(files) == 1
+    assert load_metadata(path) == {"format": "pt", **texts}
+    assert all(torch.equal(load_tensors(path)[name], value) for name, value in tensors.items())
 
 
 def test_a_network_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
