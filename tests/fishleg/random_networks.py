@@ -265,9 +265,11 @@ def _positions(draw: random.Random, dims: int) -> Case:
             piece = (_convolution if kind == "conv" else _transposed)(draw, dims, channels)
         try:
             with torch.no_grad():
-                found = nn.Sequential(*chain, piece).double().eval()(x)
-        except RuntimeError:
-            continue  # the kernel is larger than what is left, or the padding than the input
+                whole = nn.Sequential(*chain, piece).double().eval()
+                found = whole(x)
+                whole(x[:1])
+        except (RuntimeError, ValueError):
+            continue  # too little is left for the kernel, the padding or the norm
         if found[0].numel() > 400:
             continue
         chain.append(piece)

@@ -27,7 +27,8 @@ from tests import reference
 from tests.fishleg.random_networks import SAMPLES, Case, random_case
 
 DAMPING = 0.05
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 0.15}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 2e-4}
+FAILED_ONCE = (2534,)  # F v left out a sparse embedding, and one probe in float32 did not see it
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -193,6 +194,6 @@ def check_compensation(case: Case, partition: Partition, fisher: Tensor) -> None
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", [*range(100), *FAILED_ONCE])
 def test_any_network_is_treated_right_or_refused_by_name(seed: int) -> None:
     check(random_case(seed))
