@@ -145,7 +145,7 @@ def _try_out(chain: ParametrizationList) -> tuple[str | None, int | None]:
             for name, _ in chain.named_parameters(recurse=False):
                 if all(_keeps_zeros(copy, name, trial) for trial in range(_TRIALS)):
                     return name, _norm_dim(copy, name)
-        except Exception:  # noqa: BLE001 - a user's own code may raise anything on random numbers
+        except Exception:  # a user's own code may raise anything on random numbers
             return None, None
     return None, None
 

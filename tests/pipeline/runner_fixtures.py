@@ -4,6 +4,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from s3_server import s3_environment, serve_s3
@@ -31,6 +32,18 @@ def fresh_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("fresh") / "mlflow.db"
     connect(f"sqlite:///{path}")
     return path
+
+
+@pytest.fixture
+def client(fresh_database: Path, toy: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A client of a fresh database, which the test's runs write to."""
+    from mlflow.tracking import MlflowClient  # takes seconds, which only some tests need
+
+    shutil.copy(fresh_database, toy / "mlflow.db")
+    # Absolute, because MLflow keeps one connection per URI for the life of a process.
+    uri = f"sqlite:///{toy}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return MlflowClient(uri)
 
 
 def _forget_toy() -> None:

@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import re
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -55,17 +54,6 @@ TELL = """
         steps: {"train/acc@1": [0.25, 0.375]}
         options: {"layers[0].weight": 3, plain: 1}
 """
-
-
-@pytest.fixture
-def client(fresh_database: Path, toy: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A client of a fresh database, which the test's runs write to."""
-    from mlflow.tracking import MlflowClient
-
-    shutil.copy(fresh_database, toy / "mlflow.db")
-    uri = f"sqlite:///{toy}/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    return MlflowClient(uri)
 
 
 def open_tracker(client: Any, **facts: Any) -> Any:

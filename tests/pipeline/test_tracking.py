@@ -44,18 +44,6 @@ SLOW = """
 """
 
 
-@pytest.fixture
-def client(fresh_database: Path, toy: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A client of a fresh database, which the test's runs write to."""
-    from mlflow.tracking import MlflowClient  # takes seconds, which only some tests need
-
-    shutil.copy(fresh_database, toy / "mlflow.db")
-    # Absolute, because MLflow keeps one connection per URI for the life of a process.
-    uri = f"sqlite:///{toy}/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    return MlflowClient(uri)
-
-
 def run_mlflow(**options: Any) -> tuple[int, str]:
     return run_here(tracking=TrackerName.MLFLOW, **options)
 
