@@ -27,7 +27,14 @@ from pipeline.stage import (
     Results,
     Stage,
 )
-from stages.data.place import data_folder, tree_folder
+from stages.data.place import (
+    CIFAR100,
+    FASHION_MNIST,
+    TINY_IMAGENET,
+    complete_folder,
+    data_folder,
+    tree_folder,
+)
 from stages.lineage import Role
 
 # -------------------------------------------------------------------------------- roles
@@ -86,6 +93,7 @@ DATASETS = Registry(
         ),
         "fashion_mnist": Entry(
             target="stages.data.mnist:load_fashion_mnist",
+            folder=lambda name: data_folder() / FASHION_MNIST,
             facts={"bytes": 55_440_000, "classes": 10, "channels": 1},
             summary="70,000 pieces of clothing, 28x28",
         ),
@@ -97,11 +105,13 @@ DATASETS = Registry(
         ),
         "cifar100": Entry(
             target="stages.data.cifar:load_cifar100",
+            folder=lambda name: complete_folder(data_folder(), CIFAR100),
             facts={"bytes": 184_800_000, "classes": 100, "channels": 3},
             summary="60,000 images of 100 classes, 32x32",
         ),
         "tiny_imagenet": Entry(
             target="stages.data.image_folder:load_tiny_imagenet",
+            folder=lambda name: data_folder() / TINY_IMAGENET,
             facts={"bytes": 1_352_560_000, "classes": 200, "channels": 3},
             summary="110,000 images of 200 classes, 64x64",
         ),

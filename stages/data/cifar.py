@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline.stage import StageError
 from stages.data.dataset import DataSet, Split, hold_out_last
 from stages.data.missing import MissingData, find_or_fetch
+from stages.data.place import CIFAR100
 from stages.torchvision_import import import_torchvision
 
 # What unpickling raises when the bytes are not those of a batch.
@@ -68,9 +69,17 @@ _CIFAR10 = (
         label_key="labels",
     ),
 )
+_BINARY, _PYTHON = CIFAR100
 _CIFAR100 = (
-    _Version(folder="cifar-100-binary", train=("train.bin",), test=("test.bin",), label_bytes=2),
-    _Version(folder="cifar-100-python", train=("train",), test=("test",), label_key="fine_labels"),
+    _Version(
+        folder=_BINARY, train=CIFAR100[_BINARY][:1], test=CIFAR100[_BINARY][1:], label_bytes=2
+    ),
+    _Version(
+        folder=_PYTHON,
+        train=CIFAR100[_PYTHON][:1],
+        test=CIFAR100[_PYTHON][1:],
+        label_key="fine_labels",
+    ),
 )
 
 

@@ -27,7 +27,7 @@ from pipeline.stage import StageError
 from stages.data.dataset import DataSet, Split, hold_out_per_class
 from stages.data.images import RULES, SUFFIXES, Reading, read_image
 from stages.data.missing import MissingData, find_or_fetch
-from stages.data.place import tree_folder
+from stages.data.place import TINY_IMAGENET, tree_folder
 from stages.torchvision_import import import_torchvision
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -115,7 +115,7 @@ def load_tiny_imagenet(root: Path, *, download: bool = False) -> DataSet:
     Raises:
         MissingData: it is not there.
     """
-    tree = root / "tiny-imagenet-200"
+    tree = root / TINY_IMAGENET
 
     def find() -> Path | None:
         return tree if (tree / "val" / "val_annotations.txt").is_file() else None
@@ -129,8 +129,8 @@ def load_tiny_imagenet(root: Path, *, download: bool = False) -> DataSet:
         )
     if find() is None:
         layout = (
-            "tiny-imagenet-200/train/CLASS/images/*.JPEG\n"
-            "tiny-imagenet-200/val/images/*.JPEG and tiny-imagenet-200/val/val_annotations.txt"
+            f"{TINY_IMAGENET}/train/CLASS/images/*.JPEG\n"
+            f"{TINY_IMAGENET}/val/images/*.JPEG and {TINY_IMAGENET}/val/val_annotations.txt"
         )
         raise MissingData("Tiny ImageNet", root, layout)
     classes = _folders(tree / "train")

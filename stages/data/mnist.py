@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline.stage import StageError
 from stages.data.dataset import DataSet, Split, hold_out_last
 from stages.data.missing import MissingData, find_or_fetch
+from stages.data.place import FASHION_MNIST
 from stages.torchvision_import import import_torchvision
 
 _VALIDATION = 5_000
@@ -38,7 +39,7 @@ def load_mnist(root: Path, *, download: bool = False) -> DataSet:
 
 def load_fashion_mnist(root: Path, *, download: bool = False) -> DataSet:
     """Return Fashion-MNIST: 55,000 + 5,000 + 10,000 images of 1x28x28 bytes, 10 classes."""
-    return _load("FashionMNIST", root, download, mean=0.2860, std=0.3530)
+    return _load(FASHION_MNIST, root, download, mean=0.2860, std=0.3530)
 
 
 def _load(name: str, root: Path, download: bool, *, mean: float, std: float) -> DataSet:

@@ -59,3 +59,27 @@ def test_what_is_not_checked_is_said(dataset: str, extra: str, unchecked: bool) 
         ["Data not checked: dense"] if unchecked else []
     )
     assert made.cells[0].why.endswith("; data not checked: params.dataset") is unchecked
+
+
+@pytest.mark.parametrize(
+    ("dataset", "file"),
+    [
+        ("cifar100", "cifar-100-python/train"),
+        ("cifar100", "cifar-100-binary/test.bin"),
+        ("fashion_mnist", "FashionMNIST/raw/train-labels-idx1-ubyte"),
+        ("tiny_imagenet", "tiny-imagenet-200/val/val_annotations.txt"),
+    ],
+)
+def test_a_set_without_a_declared_digest_enters_by_its_folder(dataset: str, file: str) -> None:
+    path = Path("data", file)
+    for name in ("train", "test", "train.bin", "test.bin"):
+        if dataset == "cifar100" and ("." in name) == ("binary" in file):
+            (path.parent / name).parent.mkdir(parents=True, exist_ok=True)
+            (path.parent / name).write_text(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("some")
+    before = plan(dataset)
+    assert list(before.cells[0].ingredients["data"]) == ["dataset"]
+    assert before.notes == []
+    path.write_text("other")
+    assert plan(dataset).cells[0].key != before.cells[0].key
