@@ -3,7 +3,7 @@
 `run_task` is the only thing that executors call. It takes plain data and returns plain data, so
 that nothing depends on how a task travelled; whatever a stage raises becomes part of the outcome.
 `main` is the loop of a local worker process: JSON tasks in, JSON outcomes out, a line each, and in
-between END and TOLD.
+between END, OTHERS_ENDED and TOLD.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ from pipeline.system import SystemSampler
 from pipeline.text import cut
 
 END = "end"  # to a local worker: its task is to end behind a checkpoint
+OTHERS_ENDED = "others ended"  # to the first rank's: all others have done their part, and well
 TOLD = "told"  # from one that only helps: it was told to end, and the first rank should
 _TEXT_CHARACTERS = 500  # of what a stage says, as far as it is not for the log
 
@@ -155,12 +156,14 @@ def run_task(
     preemption: Preemption | None = None,
     pass_on: Callable[[], None] = lambda: None,
     output: int | None = None,
+    await_others: Callable[[], object] = lambda: None,
 ) -> Outcome:
     """Run one attempt at a cell and publish what it made.
 
     Returns at once when the cell's result is there already. Of several processes that run the task
-    rank 0 makes the attempt; the others help it, and leave nothing. A storage that fails even when
-    it is to take down the failure is an outcome as well.
+    rank 0 makes the attempt; the others help it, and leave nothing. It publishes when they have
+    ended well: one of them may find that it used something else than the key says. A storage that
+    fails even when it is to take down the failure is an outcome as well.
 
     Args:
         task: as plain data.
@@ -168,15 +171,20 @@ def run_task(
         pass_on: called, by a signal, when a rank after the first is told to end: the first one is
             to write a checkpoint, behind which all end.
         output: descriptor of the file where output lands that goes past Python, see `OutputFile`.
+        await_others: returns to the first of several ranks when all others have ended well.
     """
     try:
-        return _run_task(task, preemption or Preemption(), pass_on, output)
+        return _run_task(task, preemption or Preemption(), pass_on, output, await_others)
     except (PipelineError, OSError) as error:
         return {"status": "failed", "error": _error(str(error), user=is_lasting(error))}
 
 
 def _run_task(
-    task: Task, preemption: Preemption, pass_on: Callable[[], None], output: int | None
+    task: Task,
+    preemption: Preemption,
+    pass_on: Callable[[], None],
+    output: int | None,
+    await_others: Callable[[], object],
 ) -> Outcome:
     _prepare_process(task)
     store = Store(task["storage"])
@@ -200,7 +208,7 @@ def _run_task(
         events.emit({"type": "start", "time": time.time(), **_who(task)})
         events.flush()
         meter = CostMeter()
-        outcome = _attempt(task, store, code, attempt, events, log, preemption, meter)
+        outcome = _attempt(task, store, code, attempt, events, log, preemption, meter, await_others)
         past_python.close()
         outcome["seconds"] = round(time.monotonic() - began, 3)
         if outcome["status"] in {"failed", "damaged"}:
@@ -245,6 +253,7 @@ def _attempt(
     log: LogWriter,
     preemption: Preemption,
     meter: CostMeter,
+    await_others: Callable[[], object],
 ) -> Outcome:
     emit = _sink(events, log, meter)
     try:
@@ -255,6 +264,8 @@ def _attempt(
             redirect_stderr(lines),
         ):
             context = _perform(task, store, code, attempt.folder, emit, preemption)
+            if context.world_size > 1:
+                await_others()
         cost = meter.read()
         emit({"type": "metrics", "time": time.time(), "step": None, "values": cost})
         events.flush()
@@ -506,17 +517,19 @@ def main() -> None:
     os.dup2(2, 1)
     faulthandler.enable(all_threads=False)  # tells where the process was when a signal ends it
     output = 2 if stat.S_ISREG(os.fstat(2).st_mode) else None
-    tasks: queue.SimpleQueue[tuple[Task, Preemption]] = queue.SimpleQueue()
+    tasks: queue.SimpleQueue[tuple[Task, Preemption, threading.Event]] = queue.SimpleQueue()
 
     def receive() -> None:
-        preemption = Preemption()
+        preemption, others_ended = Preemption(), threading.Event()
         for line in sys.stdin.buffer:
             message = json.loads(line)
             if message == END:
                 preemption.ask()  # if the task has ended meanwhile, nobody looks at it
+            elif message == OTHERS_ENDED:
+                others_ended.set()
             else:
-                preemption = Preemption()
-                tasks.put((message, preemption))
+                preemption, others_ended = Preemption(), threading.Event()
+                tasks.put((message, preemption, others_ended))
         os.killpg(0, signal.SIGKILL)  # this process and whatever its stage has started
 
     threading.Thread(target=receive, name="tasks", daemon=True).start()
@@ -525,7 +538,8 @@ def main() -> None:
         os.write(replies.fileno(), json.dumps(TOLD).encode() + b"\n")
 
     while True:
-        outcome = run_task(*tasks.get(), pass_on, output)
+        task, preemption, others_ended = tasks.get()
+        outcome = run_task(task, preemption, pass_on, output, others_ended.wait)
         replies.write(json.dumps(outcome).encode() + b"\n")
         replies.flush()
 

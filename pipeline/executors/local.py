@@ -33,7 +33,7 @@ from pipeline.executors.base import (
 from pipeline.executors.ranks import RankOutcomes
 from pipeline.stage import Resources
 from pipeline.system import oom_kills
-from pipeline.worker import END, TOLD, Outcome, Seat, Task, died, threads_of
+from pipeline.worker import END, OTHERS_ENDED, TOLD, Outcome, Seat, Task, died, threads_of
 
 _LOG_TAIL_BYTES = 2000
 _OUT_OF_MEMORY = (
@@ -297,6 +297,8 @@ class _Gang:
             self.workers[0].send(END)
         if outcome is not None:
             self.outcomes.add(rank, outcome)
+            if rank > 0 and self.outcomes.others_ended_well:
+                self.workers[0].send(OTHERS_ENDED)
         return outcome is not None
 
     def reusable(self, rank: int) -> bool:

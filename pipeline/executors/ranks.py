@@ -33,6 +33,11 @@ class RankOutcomes:
         return rank in self._found and self._found[rank]["status"] in {"ok", "lost"}
 
     @property
+    def others_ended_well(self) -> bool:
+        """Tell whether all ranks after the first have ended, and without an error."""
+        return all(map(self.ended_well, range(1, self._size)))
+
+    @property
     def outdated(self) -> Outcome | None:
         """The outcome of a rank that is to run elsewhere, and all others with it; or None."""
         found = (one for one in self._found.values() if one["status"] == "outdated")

@@ -10,6 +10,7 @@ import json
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
@@ -26,14 +27,26 @@ from pipeline.worker import Outcome, Seat, Task, died, run_task
 
 
 class Notice:
-    """An actor through which the driver tells the first ranks of cells that they are to end."""
+    """An actor that tells the first rank of a cell to end, and when the other ranks have ended."""
 
     def __init__(self) -> None:
         self._given: dict[str, asyncio.Event] = {}
+        self._ended: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(0))
 
     async def forget(self, cell: str) -> None:
         """Take it that the cell has not begun: another attempt at it follows."""
         self._given.pop(cell, None)
+        self._ended.pop(cell, None)
+
+    async def end(self, cell: str) -> None:
+        """Take note that one of the ranks after the first has ended well."""
+        self._ended[cell].release()
+
+    async def wait_for_others(self, cell: str, count: int) -> None:
+        """Return once `count` ranks after the first have ended well."""
+        ended = self._ended[cell]
+        for _ in range(count):
+            await ended.acquire()
 
     async def wait(self, cell: str) -> None:
         """Return once the cell, whose first rank has begun, is told to end."""
@@ -113,12 +126,19 @@ def _run_rank(given: Any) -> Any:
         "world_size": context.get_world_size(),
         "rendezvous": "",
     }
+    notice, cell = given["notice"], task["cell"]
     preemption = Preemption()
     if seat["rank"] == 0:
-        heed = partial(_heed, given["notice"], task["cell"], preemption)
+        heed = partial(_heed, notice, cell, preemption)
         threading.Thread(target=heed, name="notice", daemon=True).start()
-    outcome = run_task({**task, "seat": seat}, preemption)
+
+    def await_others() -> None:
+        ray.get(notice.wait_for_others.remote(cell, seat["world_size"] - 1))
+
+    outcome = run_task({**task, "seat": seat}, preemption, await_others=await_others)
     if outcome["status"] in {"ok", "lost"}:
+        if seat["rank"] > 0:
+            ray.get(notice.end.remote(cell))
         return outcome
     if outcome["status"] not in {"preempted", "outdated"} and not outcome["error"]["user"]:
         time.sleep(WAIT_FOR_THE_CAUSE_S)  # another's death, perhaps, which Ray notices meanwhile

@@ -12,7 +12,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline"))
 
 from test_local_executor import collect
 from test_worker import events_of
-from test_workers import NUMBER, checkpoints, pid_of_rank, ranks_task
+from test_workers import (
+    NUMBER,
+    OTHER_CODE,
+    check_file_changed_under_ranks,
+    checkpoints,
+    pid_of_rank,
+    ranks_task,
+)
 from toy_runs import alive, ray_executor, wait_for
 
 from pipeline.errors import BadInput
@@ -69,6 +76,18 @@ def test_an_error_of_any_rank_is_the_tasks(executor: AbstractExecutor) -> None:
     assert outcome["status"] == "failed"
     assert outcome["error"]["user"]
     assert outcome["error"]["message"] == "worker 1 of 2: rank 1 fails on purpose."
+
+
+def test_other_code_of_any_rank_is_not_published(executor: AbstractExecutor) -> None:
+    executor.submit(ranks_task(ingredients=OTHER_CODE, imports="toy.operations.times"), TWO_HALVES)
+    outcome = collect(executor, 1, 120)["cell"]
+    assert outcome["error"]["user"]
+    assert outcome["error"]["message"].startswith("worker 1 of 2: Module toy.operations.times (")
+    assert Store(".fls").manifest("a" * 64) is None
+
+
+def test_a_file_changed_under_ranks_is_noticed(executor: AbstractExecutor) -> None:
+    check_file_changed_under_ranks(executor)
 
 
 def test_cancelled_workers_are_killed(executor: AbstractExecutor) -> None:

@@ -1,5 +1,6 @@
 """Stages that several processes run together: `workers: N`."""
 
+import hashlib
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from test_worker import events_of, task_of
 from toy_runs import TOY, alive, last_run, numbers, run_here, wait_for, write_spec
 
 from pipeline.errors import BadInput, SpecError
+from pipeline.executors.base import AbstractExecutor
 from pipeline.executors.local import LocalExecutor, _Machine
 from pipeline.spec import load_spec
 from pipeline.stage import Resources
@@ -43,8 +45,32 @@ def executor(machine: LocalExecutor, toy: Path) -> Iterator[LocalExecutor]:
         machine.cancel(cell)
 
 
-def ranks_task(**params: Any) -> Task:
-    return task_of("toy.ranks:ranks", "RanksParams", params)
+def ranks_task(*, ingredients: dict[str, Any] | None = None, **params: Any) -> Task:
+    found = {"stage": "ranks", **(ingredients or {})}
+    return task_of("toy.ranks:ranks", "RanksParams", params, ingredients=found)
+
+
+OTHER_CODE = {"code": {"toy.operations.times": "0" * 64}}  # of what rank 1 alone imports
+
+
+def check_file_changed_under_ranks(executor: AbstractExecutor) -> None:
+    """Change a file back and forth while two ranks run; nothing is published."""
+    file = Path("number.txt")
+    file.write_text("3")
+    files = {"files": {"path": hashlib.sha256(b"3").hexdigest()}}
+    executor.submit(
+        ranks_task(ingredients=files, steps=150, delay_s=0.02, path="number.txt"),
+        Resources(num_cpus=0.5, workers=2),
+    )
+    wait_for(lambda: Path("rank-1-of-2").exists(), 120)
+    file.write_text("4")
+    file.write_text("3")
+    outcome = collect(executor, 1, 120)["cell"]
+    assert outcome["status"] == "failed", outcome
+    assert outcome["error"]["user"]
+    assert "File number.txt (params.path, on " in outcome["error"]["message"]
+    assert "what the stage has read is not known" in outcome["error"]["message"]
+    assert Store(".fls").manifest("a" * 64) is None
 
 
 def checkpoints(attempt: int = 1) -> list[dict[str, Any]]:
@@ -124,6 +150,18 @@ def test_an_error_of_any_rank_is_the_tasks(executor: LocalExecutor) -> None:
     assert outcome["error"]["user"]
     assert outcome["error"]["message"] == "worker 1 of 2: rank 1 fails on purpose."
     assert not alive(pid_of_rank(0))
+
+
+def test_other_code_of_rank_1_alone_is_not_published(executor: LocalExecutor) -> None:
+    executor.submit(ranks_task(ingredients=OTHER_CODE, imports="toy.operations.times"), TWO)
+    outcome = collect(executor, 1)["cell"]
+    assert outcome["error"]["user"]
+    assert outcome["error"]["message"].startswith("worker 1 of 2: Module toy.operations.times (")
+    assert Store(".fls").manifest("a" * 64) is None
+
+
+def test_a_file_changed_under_ranks_is_noticed(executor: LocalExecutor) -> None:
+    check_file_changed_under_ranks(executor)
 
 
 def test_workers_stay_warm_and_are_accounted_for_each(executor: LocalExecutor) -> None:

@@ -72,6 +72,8 @@ class RanksParams(Params):
     delay_s: float = Field(0, ge=0, description="seconds a step")
     checkpoint_every: int = Field(2, ge=1, description="steps between checkpoints")
     fails: Literal["never", "user"] = Field("never", description="rank 1 raises a StageError")
+    imports: str | None = Field(None, description="a module that rank 1 alone imports at the end")
+    path: Annotated[str, ExternalFile()] | None = Field(None, description="a file that it reads")
 
 
 class FailParams(Params):

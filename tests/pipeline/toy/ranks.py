@@ -1,5 +1,6 @@
 """A stage that several processes run together."""
 
+import importlib
 import json
 import os
 import time
@@ -39,6 +40,10 @@ def ranks(ctx: Context) -> None:
         if ctx.rank == 0 and due:
             with ctx.checkpoint() as folder:
                 write_json(folder / "state.json", {"step": step, "number": number})
+    if ctx.params.path and ctx.rank == 0:
+        number = int(Path(ctx.params.path).read_text())
+    if ctx.params.imports and ctx.rank == 1:
+        importlib.import_module(ctx.params.imports)
     if ctx.rank == 0:
         save_number(ctx, number)
     if ctx.rendezvous:
