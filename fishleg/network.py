@@ -15,7 +15,7 @@ from fishleg.calling import PLAIN, Calling
 from fishleg.capture import evaluating
 from fishleg.errors import FishLegError
 from fishleg.likelihoods import Likelihood
-from fishleg.nests import Nest, map_tensors
+from fishleg.nests import Nest, map_tensors, take
 from fishleg.precision import is_narrow, recast, widen, without_autocast
 
 _log = logging.getLogger(__name__)
@@ -70,6 +70,11 @@ class Network:
         return widen(self.calling.run(self.model, inputs, parameters))
 
 
+def has_narrow(model: nn.Module) -> bool:
+    """Tell whether a model has parameters or buffers in half precision."""
+    return any(is_narrow(one.dtype) for one in (*model.parameters(), *model.buffers()))
+
+
 def find_network(
     model: nn.Module, likelihood: Likelihood, calling: Calling, sample: Callable[[], Batch]
 ) -> Network:
@@ -85,7 +90,7 @@ def find_network(
     forward pass of the sample.
     """
     network = Network(model=model, likelihood=likelihood, calling=calling)
-    if not any(is_narrow(one.dtype) for one in (*model.parameters(), *model.buffers())):
+    if not has_narrow(model):
         return network
     wide, batch = replace(network, cast=widen), sample()
     try:
@@ -101,3 +106,47 @@ def find_network(
         )
         return network
     return wide
+
+
+class WideModels:
+    """Lets models compute in float32 at least, as `find_network` finds they can, and in no mode.
+
+    Args:
+        likelihood: what the models' outputs mean.
+        calling: how they are called.
+    """
+
+    def __init__(self, likelihood: Likelihood, calling: Calling = PLAIN):
+        self._likelihood = likelihood
+        self._calling = calling
+        self._casts: dict[int, Callable[[Tensor], Tensor] | None] = {}
+
+    @contextmanager
+    def computing(self, model: nn.Module, inputs: Nest) -> Iterator[None]:
+        """Let a model's parameters and buffers be wide copies; what buffers become is kept.
+
+        Args:
+            model: one that outlives this.
+            inputs: of some samples, for the trial when a model is first met.
+        """
+        if id(model) not in self._casts:
+            one = Batch(take(inputs, slice(0, 1)), None, torch.zeros(1, dtype=torch.int64))
+            network = find_network(model, self._likelihood, self._calling, lambda: one)
+            self._casts[id(model)] = network.cast
+        cast = self._casts[id(model)]
+        if cast is None:
+            yield
+            return
+        with recast(model, cast, keep_buffers=True):
+            yield
+
+    def outputs_in_full(self, model: nn.Module, inputs: Nest) -> Tensor:
+        """Return the outputs (n, ...) of a model computed in float32 at least."""
+        with self.computing(model, inputs):
+            return self.outputs(model, inputs)
+
+    def outputs(self, model: nn.Module, inputs: Nest) -> Tensor:
+        """Return the outputs (n, ...) of a model as it is, for inputs as wide as its weights."""
+        if not has_narrow(model):
+            inputs = map_tensors(widen, inputs)
+        return widen(self._calling.outputs(model, inputs))

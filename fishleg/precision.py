@@ -45,7 +45,9 @@ def widest(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def recast(model: nn.Module, cast: Callable[[Tensor], Tensor] = widen) -> Iterator[None]:
+def recast(
+    model: nn.Module, cast: Callable[[Tensor], Tensor] = widen, *, keep_buffers: bool = False
+) -> Iterator[None]:
     """Let the parameters and buffers of `model` be `cast` copies while the block runs.
 
     Those that the cast leaves as they are stay the same tensors. Tied ones stay tied. The copies
@@ -54,6 +56,7 @@ def recast(model: nn.Module, cast: Callable[[Tensor], Tensor] = widen) -> Iterat
     Args:
         model: any module.
         cast: of one tensor.
+        keep_buffers: what is written to copies of buffers is rounded into these in the end.
     """
     kept: list[tuple[nn.Module, str, Tensor]] = []
     copies: dict[int, Tensor] = {}
@@ -77,6 +80,9 @@ def recast(model: nn.Module, cast: Callable[[Tensor], Tensor] = widen) -> Iterat
         yield
     finally:
         for module, name, tensor in reversed(kept):
+            if keep_buffers and not isinstance(tensor, nn.Parameter):
+                with torch.no_grad():
+                    tensor.copy_(getattr(module, name))
             setattr(module, name, tensor)
 
 

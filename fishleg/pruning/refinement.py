@@ -26,8 +26,9 @@ from fishleg.gradients import GradientSource
 from fishleg.likelihoods import AbstractLikelihood, given_targets
 from fishleg.loading import check_iterable
 from fishleg.nests import tensors_of
+from fishleg.network import WideModels
 from fishleg.parameters import Partition
-from fishleg.precision import widen
+from fishleg.precision import is_narrow, widen
 from fishleg.pruning.compensation import solve_on_survivors
 from fishleg.pruning.masks import HeldMasks, weight_masks
 from fishleg.pruning.norms import following_norms, normalising_by_batch, running_norms
@@ -36,6 +37,7 @@ RefinementMethod = Literal["sgd", "adam", "natural", "gauss_newton"]
 Statistics = Literal["running", "batch", "frozen"]
 _RATES = {"sgd": 0.01, "adam": 5e-3, "natural": 0.1, "gauss_newton": 1.0}
 _PRECONDITIONED = {"natural", "gauss_newton"}
+_WIDE = "wide/"  # before the names of weights in float32, in the state
 _CHECK_EVERY = 20  # steps between looks at the divergence; each look waits for a GPU
 
 
@@ -88,6 +90,10 @@ class RefinementOptions:
 
 class Refinement:
     """One run of refinement; its state is the model, the moments and the number of steps done.
+
+    Weights in half precision are moved in float32: steps are smaller than their rounding. Both
+    networks are computed in it, too, where their code lets them (see `find_network`), and the
+    model's weights are rounded after each step.
 
     Args:
         model: pruned, moved in place; on its own device.
@@ -146,11 +152,18 @@ class Refinement:
                 "refinement: expected parameters to move, got a partition without groups; give the "
                 "model trainable ones (requires_grad_(True))."
             )
+        # What the optimiser moves: the parameters, or float32 in place of those in half precision.
+        self._wide = {
+            name: nn.Parameter(one.detach().float()) if is_narrow(one.dtype) else one
+            for name, one in self._moved.items()
+        }
+        self._narrow = [name for name, one in self._moved.items() if is_narrow(one.dtype)]
+        self._models = WideModels(likelihood, calling)
         self._source: GradientSource | None = None  # of "gauss_newton", with what it found out
         self._optimizer = self._build_optimizer()
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
-        options, moved = self.options, list(self._moved.values())
+        options, moved = self.options, list(self._wide.values())
         if options.method == "adam":
             return torch.optim.Adam(moved, lr=self.peak_rate, betas=(options.momentum, 0.999))
         momentum = 0.0 if options.method == "gauss_newton" else options.momentum
@@ -180,16 +193,35 @@ class Refinement:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self.model.eval()
-        with self._statistics():
-            divergence = self.divergence(batch)
-        self._optimizer.zero_grad()
-        divergence.backward()
+        inputs, _ = inputs_and_targets(batch)
+        with self._models.computing(self.model, inputs):
+            computed = dict(self.model.named_parameters())
+            with torch.no_grad():
+                for name in self._narrow:
+                    computed[name].copy_(self._wide[name])
+            with self._statistics():
+                divergence = self.divergence(batch)
+            self._optimizer.zero_grad()
+            divergence.backward()
+        for name in self._narrow:
+            gradient = computed[name].grad
+            self._wide[name].grad = None if gradient is None else widen(gradient)
+            self._moved[name].grad = None
         if self.options.method in _PRECONDITIONED:
             self._precondition(batch, rate)
         self._optimizer.step()
-        self._held.apply()
+        self._round()
         self.done += 1
         return divergence.detach()
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        """Write what was moved into the model, and 0 for what was removed."""
+        for name in self._narrow:
+            self._moved[name].copy_(self._wide[name])
+        self._held.apply()
+        for name in self._narrow:
+            self._wide[name].masked_fill_(self._moved[name] == 0, 0.0)
 
     def divergence(self, batch: Any) -> Tensor:
         """Return the mean over the batch of T^2 KL(dense_T || model_T), a scalar, in nats."""
@@ -197,8 +229,8 @@ class Refinement:
         kind = tensors_of(inputs)[0].device.type
         with torch.autocast(kind, torch.bfloat16, enabled=self.options.bfloat16):
             with torch.no_grad():
-                wanted = self.calling.outputs(self.reference, inputs)
-            outputs = self.calling.outputs(self.model, inputs)
+                wanted = self._models.outputs_in_full(self.reference, inputs)
+            outputs = self._models.outputs(self.model, inputs)
         temperature = self.options.temperature
         found = given_targets(self.likelihood, targets).divergence(
             wanted.float() / temperature, outputs.float() / temperature
@@ -229,8 +261,8 @@ class Refinement:
     def _precondition(self, batch: Any, rate: float) -> None:
         """Put the step's direction in place of each gradient."""
         found = {
-            name: widen(torch.zeros_like(one) if one.grad is None else one.grad)
-            for name, one in self._moved.items()
+            name: torch.zeros_like(one) if one.grad is None else one.grad
+            for name, one in self._wide.items()
         }
         gradients = self.partition.gather(found)
         for name, mask in self.masks.items():
@@ -240,7 +272,7 @@ class Refinement:
         else:
             moves = self._gauss_newton(gradients, batch)
         for name, move in self.partition.scatter(moves).items():
-            self._moved[name].grad = move.to(self._moved[name].dtype)
+            self._wide[name].grad = move.to(self._wide[name].dtype)
 
     def _natural(self, gradients: Mapping[str, Tensor], rate: float) -> dict[str, Tensor]:
         """Return m o Q (m o g), no longer than the trust region allows.
@@ -298,12 +330,16 @@ class Refinement:
             for name, value in state.items()
             if isinstance(value, Tensor)
         }
+        moments |= {f"{_WIDE}{name}": self._wide[name].detach() for name in self._narrow}
         return {"tensors": moments, "meta": {"done": self.done, "begin": self.begin}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in state["tensors"].items():
+            if key.startswith(_WIDE):
+                self._wide[key.removeprefix(_WIDE)].data.copy_(value)
+                continue
             index, _, name = key.partition(".")
             moments.setdefault(int(index), {})[name] = value
         groups = self._optimizer.state_dict()["param_groups"]
@@ -328,9 +364,12 @@ def mean_divergence(
     model.eval()
     reference.eval()
     total, count = 0.0, 0
+    models = WideModels(likelihood, calling)
     with torch.no_grad():
         for inputs, targets in each_batch(batches):
-            wanted, outputs = (calling.outputs(one, inputs).float() for one in (reference, model))
+            wanted, outputs = (
+                models.outputs_in_full(one, inputs).float() for one in (reference, model)
+            )
             found = given_targets(likelihood, targets).divergence(wanted, outputs)
             total, count = total + found.double().sum().item(), count + len(found)
     if not count:

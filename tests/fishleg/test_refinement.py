@@ -259,3 +259,77 @@ def test_what_a_model_does_not_support_is_said_once_a_run(caplog: Any) -> None:
     with caplog.at_level(logging.WARNING, "fishleg"):
         list(refine(run, inputs.split(SAMPLES // 3)))
     assert caplog.text.count("supports no forward-mode derivative") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("method", "statistics"),
+    [("adam", "running"), ("adam", "batch"), ("sgd", "frozen"), ("natural", "frozen")],
+)
+def test_half_precision_is_refined_as_float32_is_and_rounded(
+    method: Any, statistics: Any, dtype: torch.dtype
+) -> None:
+    """Steps are smaller than the rounding of weights: summed up in these, they would be lost."""
+    dense, pruned, partition, masks, inputs = classifier()
+    inputs = inputs.to(dtype).float()
+    start = [copy.deepcopy(model).to(dtype) for model in (dense, pruned)]
+    wide = [copy.deepcopy(model).float() for model in start]
+    rates = {"adam": 1e-4, "sgd": 1e-3, "natural": 1e-3}
+    options = RefinementOptions(method=method, statistics=statistics, learning_rate=rates[method])
+    found, ends = {}, {}
+    for name, (reference, model) in {"half": start, "full": wide}.items():
+        run = Refinement(
+            model,
+            reference,
+            Categorical(),
+            partition,
+            masks,
+            steps=40,
+            options=options,
+            estimator=Identity(partition, damping=1.0),
+        )
+        run.estimator.fit(
+            GradientSource(model, Categorical(), partition, Calibration(inputs=inputs))
+        )
+        given = inputs.to(dtype) if name == "half" else inputs
+        ends[name] = list(refine(run, [given] * 40))[-1]
+        found[name] = run._wide
+        assert {one.dtype for one in model.parameters()} == {
+            dtype if name == "half" else torch.float32
+        }
+    assert ends["half"] == pytest.approx(
+        ends["full"],
+        rel=1e-2 if statistics == "running" else 1e-3,  # buffers are rounded after each step
+    )
+    for name, wanted in wide[1].named_parameters():
+        if statistics == "running":
+            torch.testing.assert_close(found["half"][name].data, wanted.data, rtol=2e-3, atol=2e-4)
+        else:
+            assert torch.equal(start[1].get_parameter(name), wanted.to(dtype))
+    assert not start[1][0].weight[~masks["0"][:, :-1]].any()
+
+
+def test_a_run_in_half_precision_goes_on_to_the_same_bits() -> None:
+    dense, pruned, partition, masks, inputs = classifier()
+    inputs, ends = inputs.float(), []
+    for stop in (6, 3):
+        model, reference = copy.deepcopy(pruned).bfloat16(), copy.deepcopy(dense).bfloat16()
+
+        def start(model: nn.Module, reference: nn.Module = reference) -> Refinement:
+            options = RefinementOptions(learning_rate=1e-3)
+            return Refinement(
+                model, reference, Categorical(), partition, masks, steps=6, options=options
+            )
+
+        run = start(model)
+        for _ in range(stop):
+            run.step(inputs)
+        state, weights = copy.deepcopy(run.state_dict()), copy.deepcopy(model.state_dict())
+        model = copy.deepcopy(pruned).bfloat16()
+        model.load_state_dict(weights)
+        run = start(model)
+        run.load_state_dict(state)
+        for _ in range(6 - stop):
+            run.step(inputs)
+        ends.append(model.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
