@@ -126,8 +126,12 @@ def test_damage_is_noticed(finished: Path, toy: Path, artefact: str, how: str) -
     said = {arguments: text for arguments, code, text in commands() if code in {0, 1, 2}}
     assert len(said) == 6
     seen = "\n".join(said.values())
-    if "events" in artefact or artefact in {"state", "tracking", "run", "failure.json"}:
+    if artefact in {"state", "tracking", "run", "failure.json"}:
         assert "damaged" in seen
+    if "events" in artefact:  # read by tracking, and by nothing that prints
+        code, output, _ = fls("verify")
+        assert code == 1
+        assert str(path.relative_to(".fls")) in output
     if artefact == "manifest":
         assert "slow[seed=0]: run: stored result damaged" in said["plan", "--why"]
 
