@@ -464,7 +464,7 @@ def sync(
     records = load_runs(store)[0] if run is None else [find_run(store, run)]
     for record in records:
         record.storage = storage
-    complete = sync_runs(store, records, console_here())
+    complete = sync_runs(store, records, console_here(), named=run is not None)
     sys.exit(0 if complete else 1)
 
 

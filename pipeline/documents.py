@@ -76,6 +76,7 @@ class _Cell(_Document):
 class _State(_Document):
     state: str
     host: str
+    machine: str = ""
     pid: Count
     life: Count
     heartbeat: Time

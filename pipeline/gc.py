@@ -15,7 +15,6 @@ anew, as it does with a damaged one.
 from __future__ import annotations
 
 import re
-import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -43,7 +42,7 @@ class Retention:
     """Which runs are kept, and how long what was just written to is left alone.
 
     A run is dropped if every limit that is given drops it; without any, all runs are kept. A live
-    run is always kept.
+    run is always kept, and so is one that is not yet recorded where it is tracked.
 
     Attributes:
         keep_runs: so many of the newest runs are kept, or None.
@@ -91,7 +90,9 @@ def find_garbage(
         store: the store.
         plans: present plans of pipelines, whose results are kept.
         retention: which runs are kept.
-        pass_over: told of each file whose name a store does not give; such files are left alone.
+        pass_over: told of each file whose name a store does not give, and of each run that a limit
+            would drop although a process works for it or it is not recorded yet; all are left
+            alone.
 
     Where the documents of a run cannot be read, what it needs is not known: a `StoreError`.
 
@@ -103,6 +104,8 @@ def find_garbage(
         pass_over(f"{path}: no name that a store gives")
     pipelines = {plan.spec.name for plan in plans}
     survey.judge_runs(pipelines)
+    for run_id, why in survey.kept.items():
+        pass_over(f"run {run_id} {why}")
     for plan in plans:
         survey.need_plan(plan)
     return list(survey.garbage())
@@ -169,6 +172,15 @@ def collect(
             yield item
 
 
+def _why_keep(record: RunRecord) -> str | None:
+    """Return why a run that is over must not be dropped, or None."""
+    if record.is_attended():
+        return f"is kept: process {record.pid} on {record.host} is recording it"
+    if not record.tracked and record.destination:
+        return f"is kept: {record.destination} has not all of it; `{record.sync_command}` sends it"
+    return None
+
+
 def _newest(files: Iterable[StoredFile]) -> float:
     return max((file.time for file in files), default=0.0)
 
@@ -194,10 +206,11 @@ class _Survey:
     def __init__(self, store: Store, retention: Retention):
         self.store = store
         self.retention = retention
-        self.now = time.time()
+        self.now = store.now()
         self.needs = _Needs()
         self.names: dict[str, str] = {}  # key -> cell
         self.dropped: dict[str, str] = {}  # run -> reason
+        self.kept: dict[str, str] = {}  # run that a limit would drop -> why it does not
         self.groups: dict[tuple[str, str], list[StoredFile]] = defaultdict(list)
         self.strays: dict[str, list[StoredFile]] = defaultdict(list)
         self.strange: list[str] = []
@@ -251,6 +264,9 @@ class _Survey:
         for place, (record, plan, state) in enumerate(records):
             live = self.is_live(record)
             reason = None if live else self.why_drop(record, place)
+            if reason and (why := _why_keep(record)):
+                self.kept[record.run_id] = why
+                reason = None
             if reason:
                 self.dropped[record.run_id] = reason
                 self.names |= {entry["key"]: cell for cell, entry in plan["cells"].items()}
@@ -270,7 +286,7 @@ class _Survey:
 
     def is_live(self, record: RunRecord) -> bool:
         """Tell whether a run works, or is silent for so short a time that it may yet go on."""
-        recent = self.now - record.heartbeat < self.retention.grace_s
+        recent = record.silence_s() < self.retention.grace_s
         return record.observed_state() is RunState.RUNNING or (
             record.state is RunState.RUNNING and recent
         )

@@ -12,6 +12,7 @@ import os
 import socket
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,9 +27,28 @@ def lease_s() -> float:
     return float(os.environ.get("FLS_LEASE_S", _DEFAULT_S))
 
 
-def has_died(host: str, pid: int) -> bool:
-    """Tell whether a process is certainly gone; of other machines nothing is certain."""
-    if host != socket.gethostname():
+@cache
+def this_machine() -> str:
+    """Return what tells where process numbers mean what they mean here.
+
+    It is the boot of the kernel and the namespace of process numbers: two containers may share a
+    host name. Without Linux it is the host name.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def has_died(machine: str, pid: int) -> bool:
+    """Tell whether a process is certainly gone; of other machines nothing is certain.
+
+    Args:
+        machine: what `this_machine` returned there.
+        pid: the process.
+    """
+    if machine != this_machine():
         return False
     try:
         os.kill(pid, 0)
@@ -92,9 +112,12 @@ class LeaseWatch:
             sight.first = sight.first or events[0]
             sight.segment, sight.time_s = last, time.monotonic()
             sight.ended = events[-1]["type"] == "end"
-        run, host, pid = (str((sight.first or {}).get(name, "")) for name in ("run", "host", "pid"))
+        first = sight.first or {}
+        run, host, machine, pid = (
+            str(first.get(name, "")) for name in ("run", "host", "machine", "pid")
+        )
         silent = time.monotonic() - sight.time_s > lease_s()
-        dead = pid.isdigit() and has_died(host, int(pid))
+        dead = pid.isdigit() and has_died(machine, int(pid))
         if sight.ended or silent or dead or run == self._run_id:
             return None
         return Holder(run, host, sight.attempt)

@@ -7,6 +7,7 @@ recorded, and under which ids). The planner adds a fourth, `plan`.
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import shlex
@@ -22,7 +23,7 @@ from typing import Any
 from pipeline.errors import BadInput, DamagedDocument, nearest
 from pipeline.events import Cursor
 from pipeline.executors import ExecutorName
-from pipeline.leases import has_died, lease_s
+from pipeline.leases import has_died, lease_s, this_machine
 from pipeline.store import Store
 from pipeline.tracking import TrackerName, TrackingProgress
 
@@ -134,10 +135,14 @@ class RunRecord:
         environment: what it was planned with, see `pipeline.provenance`.
         began: Unix time.
         state: see `RunState`; as the driver last wrote it.
-        host: the driver's machine.
+        host: the name of the driver's machine.
+        machine: the driver's machine; see `this_machine`.
         pid: the driver's process.
         life: which of the run's drivers that is, from 1.
-        heartbeat: Unix time of the driver's last sign of life; 0 once it has left the run.
+        heartbeat: Unix time, by the driver's clock, of its last sign of life; 0 once it has left
+            the run.
+        silent_s: seconds since that sign of life when the record was read, by the storage's clock.
+        seen_s: when that was, by this process's monotonic clock.
         cells: cell -> status.
         tracking: how far the run is recorded.
         tracked: whether all of it is.
@@ -154,9 +159,12 @@ class RunRecord:
     began: float = field(default_factory=time.time)
     state: RunState = RunState.RUNNING
     host: str = ""
+    machine: str = ""
     pid: int = 0
     life: int = 0
     heartbeat: float = 0.0
+    silent_s: float = 0.0
+    seen_s: float = field(default_factory=time.monotonic)
     cells: Mapping[str, CellStatus] = field(default_factory=dict)
     tracking: TrackingProgress = field(default_factory=TrackingProgress)
     tracked: bool = False
@@ -190,7 +198,7 @@ class RunRecord:
         """Make this process the run's driver, with these cells as they stand."""
         self.life = store.begin_life(self.run_id)
         self.state, self.tracked = RunState.RUNNING, False
-        self.host, self.pid = socket.gethostname(), os.getpid()
+        self.host, self.machine, self.pid = socket.gethostname(), this_machine(), os.getpid()
         self.cells = cells
         self.elsewhere = {at: {**one, "tracked": False} for at, one in self.elsewhere.items()}
 
@@ -207,21 +215,23 @@ class RunRecord:
     def take_over(self, store: Store) -> bool:
         """Make this process the one that records a run that is over, unless another is quicker."""
         life, time_s = store.newest_life(self.run_id)
-        if life > self.life and time.time() - time_s < 2 * lease_s():  # its owner has yet to say so
+        if life > self.life and store.now() - time_s < 2 * lease_s():  # its owner has yet to say so
             return False
         if not store.mark_run(self.run_id, f"life-{life + 1}"):
             return False
         self.state, self.life = self.observed_state(), life + 1
-        self.host, self.pid = socket.gethostname(), os.getpid()
+        self.host, self.machine, self.pid = socket.gethostname(), this_machine(), os.getpid()
         self.save_progress(store)
         return True
 
     def save_progress(self, store: Store, *, leaving: bool = False) -> None:
         """Write how far the run is, and that its driver is alive, or that it is `leaving`."""
         self.heartbeat = 0.0 if leaving else time.time()
+        self.silent_s, self.seen_s = 0.0, time.monotonic()
         state = {
             "state": self.state,
             "host": self.host,
+            "machine": self.machine,
             "pid": self.pid,
             "life": self.life,
             "heartbeat": self.heartbeat,
@@ -295,8 +305,17 @@ class RunRecord:
 
         A driver is so for some time after the run's end: until all is recorded.
         """
-        silent = time.time() - self.heartbeat > 2 * lease_s()
-        return not (silent or has_died(self.host, self.pid))
+        if not self.heartbeat or self.has_died():
+            return False
+        return self.silence_s() <= 2 * lease_s()
+
+    def has_died(self) -> bool:
+        """Tell whether the process that was last at work for the run is certainly gone."""
+        return has_died(self.machine, self.pid)
+
+    def silence_s(self) -> float:
+        """Return the seconds since the last sign of life, however the clocks of machines differ."""
+        return self.silent_s + time.monotonic() - self.seen_s
 
 
 def new_run_id() -> str:
@@ -324,7 +343,14 @@ def load_run(store: Store, run_id: str) -> RunRecord:
     if None in documents.values():
         raise BadInput(f"{store.url} has no run {run_id!r}.")
     try:
-        return _read(run_id, documents, damaged)
+        record = _read(run_id, documents, damaged)
+        if record.heartbeat:
+            written = store.written(f"runs/{run_id}/state.json")
+            since = time.time() - record.heartbeat if written is None else store.now() - written
+            record.silent_s = max(since, 0.0)
+        else:
+            record.silent_s = math.inf
+        return record
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(
             f"{store.url}: the documents of run {run_id} are of another version "
@@ -345,6 +371,7 @@ def _read(run_id: str, documents: Mapping[str, Any], damaged: Sequence[str]) -> 
     if state := documents.get("state"):
         record.state = RunState(state["state"])
         record.host, record.pid, record.life = state["host"], state["pid"], state["life"]
+        record.machine = state.get("machine", "")
         record.heartbeat = state["heartbeat"]
         record.cells = {
             fields["cell"]: CellStatus(**{**fields, "state": State(fields["state"])})

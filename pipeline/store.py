@@ -55,6 +55,7 @@ from pipeline.secrets import redact
 from pipeline.storage import open_storage
 
 _FORMAT = 2
+_CLOCK_HOLDS_S = 60.0  # clocks of machines drift apart, and may be set
 _COLLECTED = "collected.json"
 _GENERATION = re.compile(r"(.+)\.([0-9]+)")
 
@@ -86,6 +87,7 @@ class Store:
     def __init__(self, url: str):
         self.url = url if "://" in url else os.path.abspath(lead(url))
         self.storage = open_storage(self.url)
+        self._clock: tuple[float, float] | None = None  # the storage's time, and ours then
 
     # -- the storage as a whole
 
@@ -126,6 +128,39 @@ class Store:
             f"{self.url} is no store: it has no storage.json. Check the address; the first "
             "`fls run` makes one."
         )
+
+    def now(self) -> float:
+        """Return the Unix time by the clock of the storage, which all machines have in common.
+
+        Where nothing can be written, or the storage does not tell times, it is this machine's.
+
+        Cost: once a minute a file is written, looked at and removed.
+        """
+        if self._clock is None or time.monotonic() - self._clock[1] > _CLOCK_HOLDS_S:
+            self._clock = self._look_at_clock(), time.monotonic()
+        return self._clock[0] + time.monotonic() - self._clock[1]
+
+    def _look_at_clock(self) -> float:
+        name = f"probe-{uuid.uuid4().hex}"
+        try:
+            self.storage.write(name, b"\n")
+            try:
+                (file,) = self.storage.files(name)
+            finally:
+                self.storage.remove(name)
+        except (StoreError, OSError, ValueError):
+            return time.time()
+        return file.time
+
+    def written(self, path: str) -> float | None:
+        """Return the Unix time of the last write to a file, by the storage's clock, or None.
+
+        None where the file is not there, or the storage does not tell times.
+        """
+        try:
+            return max((file.time for file in self.storage.files(path)), default=None)
+        except StoreError:
+            return None
 
     def _about(self) -> dict[str, Any] | None:
         """Return what `storage.json` says, or None if there is none.

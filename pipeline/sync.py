@@ -83,8 +83,18 @@ def close_orphans(
     return closed
 
 
-def sync_runs(store: Store, records: Sequence[RunRecord], console: Console) -> bool:
-    """Send what is missing of some runs; return whether all of them are complete now."""
+def sync_runs(
+    store: Store, records: Sequence[RunRecord], console: Console, *, named: bool = True
+) -> bool:
+    """Send what is missing of some runs; return whether all of them are complete now.
+
+    Args:
+        store: where they are.
+        records: the runs.
+        console: takes a line for each of them.
+        named: whether a person named them. Otherwise a run whose driver is only silent is left to
+            that: a laptop may sleep.
+    """
     complete = True
     for record in records:
         state = record.observed_state()
@@ -102,6 +112,13 @@ def sync_runs(store: Store, records: Sequence[RunRecord], console: Console) -> b
             said = "was never begun."
         elif HIDDEN in facts.run.uri:
             said, complete = HIDDEN_ADDRESS.format(facts.run.uri), False
+        elif not named and _may_go_on(record):
+            said = (
+                f"is not over: process {record.pid} on {record.host} has been silent for "
+                f"{record.silence_s():.0f} s, and may go on. Where it is gone for good, "
+                f"`{record.sync_command}` sends the rest."
+            )
+            complete = False
         elif record.is_attended() or not record.take_over(store):
             said = f"is being recorded by process {record.pid} on {record.host}; see again later."
             complete = False
@@ -110,6 +127,11 @@ def sync_runs(store: Store, records: Sequence[RunRecord], console: Console) -> b
             complete = complete and whole
         console.print(f"{record.run_id} {said}", soft_wrap=True)
     return complete
+
+
+def _may_go_on(record: RunRecord) -> bool:
+    """Tell whether the driver of a run has not ended it, and is not certainly gone."""
+    return record.state is RunState.RUNNING and record.heartbeat > 0 and not record.has_died()
 
 
 def _sync(

@@ -35,6 +35,7 @@ from pipeline.cost import CostMeter
 from pipeline.errors import Damaged, PipelineError
 from pipeline.events import Event, EventWriter, words
 from pipeline.failures import is_lasting
+from pipeline.leases import this_machine
 from pipeline.logs import FOLDER as LOG_FOLDER
 from pipeline.logs import LogStream, LogWriter, OutputFile
 from pipeline.promise import CodePromise, DataPromise
@@ -481,7 +482,12 @@ def _facts(task: Task, context: Context) -> dict[str, Any]:
 
 
 def _who(task: Task) -> dict[str, Any]:
-    return {"run": task["run"], "host": socket.gethostname(), "pid": os.getpid()}
+    return {
+        "run": task["run"],
+        "host": socket.gethostname(),
+        "machine": this_machine(),
+        "pid": os.getpid(),
+    }
 
 
 def _error(message: str, *, user: bool) -> Failure:

@@ -1,0 +1,146 @@
+"""Whether a run is alive is told by one clock, however clocks and process numbers differ."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toy_runs import fls, last_run, run_here, write_spec
+
+from pipeline.leases import has_died, this_machine
+from pipeline.runs import RunRecord, RunState, load_run
+from pipeline.seal import seal, unseal
+from pipeline.store import Store
+
+ONE = "    start: {uses: start, params: {value: 5}}\n"
+ELSEWHERE = "another-boot pid:[1]"
+NOBODY = 2**22 + 1  # beyond the largest process number
+
+
+@pytest.fixture
+def run_id(toy: Path) -> str:
+    """Return a run whose driver works on it, as its document says."""
+    write_spec(ONE)
+    assert run_here()[0] == 0
+    run_id = last_run().run_id
+    change(run_id, state="running", machine=ELSEWHERE, pid=NOBODY, heartbeat=time.time())
+    return run_id
+
+
+def change(run_id: str, **fields: Any) -> None:
+    path = Path(".fls/runs", run_id, "state.json")
+    path.write_bytes(seal({**unseal(path.read_bytes()), **fields}))
+
+
+def be_silent(run_id: str, seconds: float = 7200) -> None:
+    """Let the run's last sign of life have been written so long ago."""
+    then = time.time() - seconds
+    os.utime(Path(".fls/runs", run_id, "state.json"), (then, then))
+
+
+def load(run_id: str) -> RunRecord:
+    return load_run(Store(".fls"), run_id)
+
+
+SKEWS = [-86_400.0, -60.0, 0.0, 7200.0]
+
+
+@pytest.mark.parametrize("skew_s", SKEWS)
+def test_a_live_run_is_running_whatever_its_clock_says(run_id: str, skew_s: float) -> None:
+    change(run_id, heartbeat=time.time() + skew_s)
+    assert load(run_id).observed_state() is RunState.RUNNING
+    assert fls("resume", run_id)[0] == 2
+    assert "is running: process" in fls("resume", run_id)[2]
+
+
+@pytest.mark.parametrize("skew_s", SKEWS)
+def test_a_dead_run_is_interrupted_whatever_its_clock_says(run_id: str, skew_s: float) -> None:
+    change(run_id, heartbeat=time.time() + skew_s)
+    be_silent(run_id)
+    assert load(run_id).observed_state() is RunState.INTERRUPTED
+    assert fls("resume", run_id)[0] == 0
+
+
+@pytest.mark.parametrize("skew_s", [-7200.0, 7200.0])
+def test_the_watchers_own_clock_does_not_count(
+    run_id: str, monkeypatch: pytest.MonkeyPatch, skew_s: float
+) -> None:
+    be_silent(run_id, 10)
+    truth = time.time
+    monkeypatch.setattr(time, "time", lambda: truth() + skew_s)
+    assert load(run_id).observed_state() is RunState.RUNNING
+    assert load(run_id).silence_s() == pytest.approx(10, abs=5)
+
+
+def test_a_process_number_of_another_namespace_says_nothing(run_id: str) -> None:
+    assert load(run_id).is_attended(), "no process here has its number"
+    change(run_id, machine=this_machine())
+    assert not load(run_id).is_attended()
+    assert has_died(this_machine(), NOBODY)
+    assert not has_died(ELSEWHERE, NOBODY)
+    assert not has_died("", NOBODY)
+    assert not has_died(this_machine(), os.getpid())
+
+
+def test_a_silent_run_ages_by_the_monotonic_clock(
+    run_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, truth = load(run_id), time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: truth() + 3600)
+    assert not record.is_attended()
+
+
+def test_a_storage_that_is_read_only_is_judged_by_this_clock(run_id: str) -> None:
+    store = Store(".fls")
+
+    def refuse(path: str, data: bytes) -> None:
+        raise OSError("read-only file system")
+
+    store.storage.write = refuse  # type: ignore[method-assign]
+    assert store.now() == pytest.approx(time.time(), abs=5)
+    assert load_run(store, run_id).is_attended()
+
+
+def test_a_sync_of_all_runs_takes_over_none_that_may_go_on(run_id: str) -> None:
+    path = Path(".fls/runs", run_id, "tracking.json")
+    path.write_bytes(seal({**unseal(path.read_bytes()), "tracked": False, "ended": False}))
+    be_silent(run_id)
+    code, output, _ = fls("sync")
+    assert code == 1
+    assert f"{run_id} is not over: process {NOBODY} on " in output
+    assert f"`fls sync {run_id}` sends the rest" in output
+    assert load(run_id).life == 1
+    code, output, _ = fls("sync", run_id)
+    assert code == 0, output
+    assert "is complete" in output
+    assert load(run_id).life == 2
+
+
+def test_a_sync_of_all_runs_takes_over_what_is_certainly_dead(run_id: str) -> None:
+    path = Path(".fls/runs", run_id, "tracking.json")
+    path.write_bytes(seal({**unseal(path.read_bytes()), "tracked": False, "ended": False}))
+    change(run_id, machine=this_machine())
+    assert fls("sync")[0] == 0
+    assert load(run_id).life == 2
+
+
+@pytest.mark.parametrize("state", ["done", "failed", "stopped"])
+def test_runs_that_are_not_recorded_yet_are_kept_and_named(run_id: str, state: str) -> None:
+    path = Path(".fls/runs", run_id, "tracking.json")
+    change(run_id, state=state, heartbeat=0)
+    recorded = unseal(path.read_bytes())
+    assert recorded["destination"]
+    path.write_bytes(seal({**recorded, "tracked": False}))
+    output = fls("gc", "--keep-runs", "0")[1]
+    assert f"run {run_id} is kept: {recorded['destination']} has not all of it" in output
+    assert f"runs/{run_id}" not in output
+    path.write_bytes(seal(recorded))
+    assert f"runs/{run_id}" in fls("gc", "--keep-runs", "0")[1]
+
+
+def test_runs_that_a_process_works_for_are_kept_and_named(run_id: str) -> None:
+    change(run_id, state="done", heartbeat=time.time() - 9000)
+    output = fls("gc", "--keep-runs", "0")[1]
+    assert f"run {run_id} is kept: process {NOBODY} on " in output
+    assert f"runs/{run_id}" not in output
