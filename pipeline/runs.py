@@ -163,8 +163,8 @@ class RunRecord:
     pid: int = 0
     life: int = 0
     heartbeat: float = 0.0
-    silent_s: float = 0.0
-    seen_s: float = field(default_factory=time.monotonic)
+    silent_s: float = field(default=0.0, compare=False)
+    seen_s: float = field(default_factory=time.monotonic, compare=False)
     cells: Mapping[str, CellStatus] = field(default_factory=dict)
     tracking: TrackingProgress = field(default_factory=TrackingProgress)
     tracked: bool = False
