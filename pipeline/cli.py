@@ -35,7 +35,8 @@ from pipeline.report import (
     print_runs,
 )
 from pipeline.results import export as export_cell
-from pipeline.results import result_rows, to_csv
+from pipeline.results import result_rows
+from pipeline.rows import csv_text
 from pipeline.runs import DEFAULT_FILE, RunOptions, RunRecord, find_run, load_runs
 from pipeline.secrets import presentable
 from pipeline.spec import Spec, import_catalogue, load_spec
@@ -514,7 +515,7 @@ def results(
     elif as_json:
         _print_json(rows)
     else:
-        typer.echo(presentable(to_csv(columns, rows)), nl=False)
+        typer.echo(presentable(csv_text(columns, rows)), nl=False)
     if absent:
         typer.echo(f"No results yet of: {', '.join(absent)}; `{spec.command()}`.", err=True)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -85,15 +83,6 @@ def _keys(plan: Plan, store: Store, names: Sequence[str]) -> dict[str, str]:
 
 def _has_files(planned: PlannedCell) -> bool:
     return planned.state == "cached" and not planned.collected
-
-
-def to_csv(columns: Sequence[str], rows: Sequence[Row]) -> str:
-    """Return rows as CSV with a header."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def export(spec: Spec, store: Store, address: str, destination: Path) -> None:

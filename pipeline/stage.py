@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict
 from pydantic_core.core_schema import no_info_after_validator_function
 
 from pipeline.names import numbers
+from pipeline.rows import csv_text as csv_text
 
 # ------------------------------------------------------------------------------- declaration
 

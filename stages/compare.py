@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.stage import Context, StageError
 from stages.report.figure import draw
 from stages.report.summary import summarise
-from stages.report.table import csv_text, markdown
+from stages.report.table import markdown, table_csv
 
 if TYPE_CHECKING:
     from stages.catalogue import CompareParams
@@ -37,6 +37,6 @@ def compare(ctx: Context) -> None:
     summary = summarise(rows, failed, published)
     folder = ctx.output("report")
     (folder / "table.md").write_text(markdown(summary, params.title), "utf-8")
-    (folder / "table.csv").write_text(csv_text(rows), "utf-8")
+    (folder / "table.csv").write_text(table_csv(rows), "utf-8")
     draw(summary, params.title, folder / "figure.png")
     ctx.log({"models": len(rows), "failed": len(failed)})

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 
+from pipeline.stage import csv_text
 from stages.report.rows import Row, target_of
 from stages.report.summary import PUBLISHED, Lines, Point, Summary
 
@@ -114,10 +113,6 @@ def _cell(point: Point, *, bold: bool = False) -> str:
     return (f"**{text}**" if bold else text) + mark
 
 
-def csv_text(rows: Sequence[Row]) -> str:
-    """Return all rows, one line for each evaluated model."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, _COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**row, "target": target_of(row)} for row in rows)
-    return buffer.getvalue()
+def table_csv(rows: Sequence[Row]) -> str:
+    """Return all rows, one line for each evaluated model, with everything that tells them apart."""
+    return csv_text(_COLUMNS, [{**row, "target": target_of(row)} for row in rows])

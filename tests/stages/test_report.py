@@ -13,7 +13,7 @@ from pipeline.stage import Artifact, StageError, write_json
 from stages.lineage import Step, seeds, settings
 from stages.model_folder import load_model, save_model
 from stages.report.summary import summarise
-from stages.report.table import csv_text, markdown
+from stages.report.table import markdown, table_csv
 
 
 def test_evaluate_gives_a_row_and_a_record_each(dense: Ran, tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_rows_of_before_there_were_targets_stay_readable() -> None:
     del old["target"]
     (points,) = summarise([old]).sections["One-shot"].values()
     assert points[0.9].accuracies == (90.0,)
-    assert csv_text([old]).splitlines()[1].startswith("oneshot,,fishleg,,oneshot,False,0.9,0.9,")
+    assert table_csv([old]).splitlines()[1].startswith("oneshot,,fishleg,,oneshot,False,0.9,0.9,")
 
 
 def test_a_warning_is_marked_in_its_place_and_told_below() -> None:
@@ -301,3 +301,10 @@ def test_a_warning_is_marked_in_its_place_and_told_below() -> None:
     assert f"{told}(`{rows[1]['model_cell']}`)" in table
     assert "- `embed.weight`: of an embedding" in table
     assert "⚠" not in markdown(summarise(rows[:1]), "title")
+
+
+def test_the_csv_has_a_column_for_whatever_tells_models_apart() -> None:
+    rows = [row(settings={"damping": 1e-4, "steps": [1, 2]}), row(settings={"selection": "greedy"})]
+    lines = list(csv.DictReader(table_csv(rows).splitlines()))
+    found = [(x["settings.damping"], x["settings.steps"], x["settings.selection"]) for x in lines]
+    assert found == [("0.0001", "[1, 2]", ""), ("", "", "greedy")]
