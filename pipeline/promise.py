@@ -41,18 +41,25 @@ _WHAT_NOW = (
     "again: it is then planned with what is there."
 )
 
+_ELSEWHERE = (
+    " It was planned on another machine: where this one has code of its own, install the same on "
+    "both, or ship the folder with the job: `fls submit`."
+)
+
 
 class CodePromise:
     """The modules that a key is made of, and their digests.
 
     Args:
         ingredients: of the key; where its code was accepted, the code behind that is used.
+        elsewhere: whether the run was planned on another machine.
 
     Raises:
         BrokenPromise: the key was made by another version of the runner, with other digests.
     """
 
-    def __init__(self, ingredients: Mapping[str, Any]):
+    def __init__(self, ingredients: Mapping[str, Any], *, elsewhere: bool = False):
+        self._remedy = _WHAT_NOW + (_ELSEWHERE if elsewhere else "")
         if ingredients.get("rule", RULE) != RULE:
             raise BrokenPromise(
                 f"The worker's runner makes digests of code by rule {RULE}, the driver's by rule "
@@ -96,7 +103,7 @@ class CodePromise:
         for file in self._differing(module):
             raise BrokenPromise(
                 f"Module {module} ({file} on {socket.gethostname()}) is not what it was when the "
-                f"run was planned. {_WHAT_NOW}"
+                f"run was planned. {self._remedy}"
             )
 
     def _differing(self, module: str) -> Iterator[Path]:

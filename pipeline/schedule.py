@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -84,6 +85,7 @@ class Schedule:
             "num_gpus": cell.resources.num_gpus,
             "checkpoint_every_s": cell.checkpoint_every_s,
             "log_bytes": cell.log_bytes,
+            "host": socket.gethostname(),
             "directory": os.getcwd(),
         }
 

@@ -84,8 +84,9 @@ class Task(TypedDict):
 
     `entry` and `params_model` are `module:attribute`, and `targets` lists what else the stage may
     import by a name that is kept in a stored file; `token` tells the storage from others;
-    `directory` is the driver's working directory, where relative paths in parameters start. An
-    executor adds a `seat` when it runs the task in several processes.
+    `host` is the driver's; `directory` is its working directory, where relative paths in parameters
+    start. An executor adds a `seat` when it runs the task in several processes, and `shipped` where
+    each node has a copy of that directory of its own, in which its workers begin.
     """
 
     run: str
@@ -104,7 +105,9 @@ class Task(TypedDict):
     num_gpus: float
     checkpoint_every_s: float
     log_bytes: int
+    host: str
     directory: str
+    shipped: NotRequired[bool]
     seat: NotRequired[Seat]
 
 
@@ -191,9 +194,11 @@ def _run_task(
     store = Store(task["storage"])
     if store.prepare() != task["token"]:
         return {"status": "failed", "error": _unshared(task)}
+    if not task.get("shipped") and not os.path.isdir(task["directory"]):
+        return {"status": "failed", "error": _without_directory(task)}
     if _published(store, task["key"]):
         return {"status": "ok", "seconds": 0.0}
-    code = CodePromise(task["ingredients"])
+    code = CodePromise(task["ingredients"], elsewhere=task["host"] != socket.gethostname())
     if why := code.outdated():
         return {"status": "outdated", "error": {**_NO_ERROR, "message": why}}
     if _seat(task)["rank"] > 0:
@@ -497,6 +502,15 @@ def _error(message: str, *, user: bool) -> Failure:
         "traceback": redact(traceback.format_exc()),
         "user": user,
     }
+
+
+def _without_directory(task: Task) -> Failure:
+    message = (
+        f"{socket.gethostname()} has no folder {task['directory']}, which the driver on "
+        f"{task['host']} works in: relative paths and the user's modules would be other ones here. "
+        "Work in a folder that all nodes share, or ship it with the job: `fls submit`."
+    )
+    return {"message": redact(message), "traceback": "", "user": True}
 
 
 def _unshared(task: Task) -> Failure:

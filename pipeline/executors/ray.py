@@ -61,6 +61,8 @@ class RayExecutor(AbstractExecutor):
         self._cells: dict[Any, str] = {}  # object reference -> cell
         self._given: dict[str, tuple[Task, Resources]] = {}
         self._shared: set[str] = set()  # cells that several workers run
+        # As of a submitted job, which Ray unpacks on each node.
+        self._ships = bool(ray.get_runtime_context().runtime_env.get("working_dir"))
 
     def check(
         self, demands: Iterable[tuple[str, Resources]], *, may_grow: bool = False
@@ -92,6 +94,8 @@ class RayExecutor(AbstractExecutor):
 
     def _submit(self, task: Task, resources: Resources, *, fresh: bool) -> None:
         """Hand over the task; a `fresh` process has run nothing, or else ends with it."""
+        if self._ships:
+            task = {**task, "shipped": True}
         self._given[task["cell"]] = task, resources
         if resources.workers > 1:
             self._notice.forget.remote(task["cell"])

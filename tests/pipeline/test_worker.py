@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,7 @@ def task_of(entry: str, params_model: str, params: dict[str, Any], **fields: Any
         "num_gpus": 0,
         "checkpoint_every_s": 30.0,
         "log_bytes": 2**20,
+        "host": socket.gethostname(),
         "directory": str(Path.cwd()),
     }
     return {**task, **fields}  # type: ignore[typeddict-item]
@@ -277,3 +279,24 @@ def test_a_checkpoint_says_what_the_attempt_has_cost_so_far(toy: Path) -> None:
     assert manifest is not None
     assert 0 <= checkpoint["seconds"] <= manifest.facts["seconds"]
     assert 0 <= checkpoint["cpu_seconds"] <= manifest.facts["cpu_seconds"]
+
+
+def test_a_node_without_the_drivers_folder_refuses(toy: Path) -> None:
+    outcome = run_task(start_task(directory="/nowhere/at/all", host="far"))
+    assert outcome["status"] == "failed"
+    assert outcome["error"]["user"]
+    assert (
+        "has no folder /nowhere/at/all, which the driver on far works in"
+        in (outcome["error"]["message"])
+    )
+    assert Store(".fls").attempts(KEY) == []
+    assert run_task(start_task(directory="/nowhere/at/all", shipped=True))["status"] == "ok"
+
+
+def test_a_node_with_code_of_its_own_is_told_how_to_have_the_drivers(toy: Path) -> None:
+    Path("toy/node_only.py").write_text("x = 1\n")
+    ingredients = {"stage": "toy", "code": {"toy.node_only": "0" * 64}}
+    task = plugin("import toy.node_only")
+    message = run_task({**task, "ingredients": ingredients, "host": "far"})["error"]["message"]
+    assert message.endswith("or ship the folder with the job: `fls submit`.")
+    assert Store(".fls").manifest(KEY) is None
