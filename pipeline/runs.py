@@ -240,6 +240,14 @@ class RunRecord:
         store.write_run(self.run_id, "state", state)
         self.save_tracking(store)
 
+    def beat(self, store: Store) -> None:
+        """Write that the driver is alive, and nothing else.
+
+        Cost: one small file, however many cells the run has.
+        """
+        store.beat(self.run_id)
+        self.silent_s, self.seen_s = 0.0, time.monotonic()
+
     def save_tracking(self, store: Store) -> None:
         """Write how far the run is recorded."""
         places = {"destination": self.destination, "elsewhere": self.elsewhere}
@@ -345,8 +353,8 @@ def load_run(store: Store, run_id: str) -> RunRecord:
     try:
         record = _read(run_id, documents, damaged)
         if record.heartbeat:
-            written = store.written(f"runs/{run_id}/state.json")
-            since = time.time() - record.heartbeat if written is None else store.now() - written
+            last = store.last_beat(run_id)
+            since = time.time() - record.heartbeat if last is None else store.now() - last
             record.silent_s = max(since, 0.0)
         else:
             record.silent_s = math.inf

@@ -152,16 +152,6 @@ class Store:
             return time.time()
         return file.time
 
-    def written(self, path: str) -> float | None:
-        """Return the Unix time of the last write to a file, by the storage's clock, or None.
-
-        None where the file is not there, or the storage does not tell times.
-        """
-        try:
-            return max((file.time for file in self.storage.files(path)), default=None)
-        except StoreError:
-            return None
-
     def _about(self) -> dict[str, Any] | None:
         """Return what `storage.json` says, or None if there is none.
 
@@ -447,6 +437,21 @@ class Store:
             for number in numbers([mark.path.rpartition("/life-")[2]])
         ]
         return max(begun, default=(0, 0.0))
+
+    def beat(self, run_id: str) -> None:
+        """Leave a sign of life of a run's driver, in place of the one before."""
+        self.storage.write(f"runs/{run_id}/marks/alive", b"\n")
+
+    def last_beat(self, run_id: str) -> float | None:
+        """Return the Unix time of the last sign of life of a run's driver, by the storage's clock.
+
+        That is a mark or the document `state`. None if the storage does not tell times.
+        """
+        try:
+            paths = (f"runs/{run_id}/state.json", f"runs/{run_id}/marks/alive")
+            return max(file.time for path in paths for file in self.storage.files(path))
+        except (StoreError, ValueError):
+            return None
 
     def mark_run(self, run_id: str, mark: str) -> bool:
         """Leave a mark on a run, for its driver to see; tell whether it is new."""

@@ -36,7 +36,9 @@ def change(run_id: str, **fields: Any) -> None:
 def be_silent(run_id: str, seconds: float = 7200) -> None:
     """Let the run's last sign of life have been written so long ago."""
     then = time.time() - seconds
-    os.utime(Path(".fls/runs", run_id, "state.json"), (then, then))
+    for name in ("state.json", "marks/alive"):
+        if (path := Path(".fls/runs", run_id, name)).exists():
+            os.utime(path, (then, then))
 
 
 def load(run_id: str) -> RunRecord:
@@ -144,3 +146,36 @@ def test_runs_that_a_process_works_for_are_kept_and_named(run_id: str) -> None:
     output = fls("gc", "--keep-runs", "0")[1]
     assert f"run {run_id} is kept: process {NOBODY} on " in output
     assert f"runs/{run_id}" not in output
+
+
+def test_a_driver_of_many_cells_beats_often_and_seldom_writes_them_all(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saves, beats = [], []
+    save, beat = RunRecord.save_progress, RunRecord.beat
+
+    def slow_save(record: RunRecord, store: Store, *, leaving: bool = False) -> None:
+        saves.append(time.monotonic())
+        time.sleep(0.1)  # as of thousands of cells
+        save(record, store, leaving=leaving)
+
+    def counted_beat(record: RunRecord, store: Store) -> None:
+        beats.append(time.monotonic())
+        beat(record, store)
+
+    monkeypatch.setattr("pipeline.driver.HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(RunRecord, "save_progress", slow_save)
+    monkeypatch.setattr(RunRecord, "beat", counted_beat)
+    write_spec("    slow: {uses: slow, params: {steps: 40, delay_s: 0.1}}\n")
+    assert run_here()[0] == 0
+    seconds = saves[-1] - saves[0]
+    assert len(saves) <= 4 + seconds / 2
+    assert len(beats) >= 5
+    assert Path(f".fls/runs/{last_run().run_id}/marks/alive").exists()
+
+
+def test_a_beat_is_a_sign_of_life(run_id: str) -> None:
+    be_silent(run_id)
+    assert not load(run_id).is_attended()
+    load(run_id).beat(Store(".fls"))
+    assert load(run_id).is_attended()
