@@ -11,9 +11,10 @@ import shlex
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import FrameType
 
@@ -104,6 +105,8 @@ class Driver:
         self._leases = LeaseWatch(store, record.run_id)
         self._held_s: dict[str, float] = {}
         self._tail = EventTail(store, record.run_id, {})
+        # Its threads are daemons: a request that hangs holds no process back that is told to end.
+        self._pool = ThreadPool(store.storage.at_once)
         self._flights: dict[str, _Flight] = {}
         self._failures: Counter[str] = Counter()
         self._repairs: Counter[str] = Counter()
@@ -126,7 +129,7 @@ class Driver:
         Raises:
             StorageUnavailable: the storage is away, for longer than it was waited for.
         """
-        with self._heeding_signals():
+        with self._pool, self._heeding_signals():
             try:
                 return self._run()
             except StorageUnavailable as error:
@@ -368,21 +371,34 @@ class Driver:
         """Listen to the cells in flight, in turn, for as long as one may; the rest comes next."""
         end_s = time.monotonic() + _LISTEN_S
         self._unheard = self._unheard or list(self._flights)
+        at_once = self._store.storage.at_once
         while self._unheard and time.monotonic() < end_s:
-            name = self._unheard.pop(0)
-            if name in self._flights:
-                self._listen(name)
+            names, self._unheard = self._unheard[:at_once], self._unheard[at_once:]
+            for name, events in self._read_all([name for name in names if name in self._flights]):
+                self._take_all(name, events)
+
+    def _read_all(self, names: Sequence[str]) -> Iterable[tuple[str, list[Event]]]:
+        """Return each cell with its next events; of a storage that is slow to answer, at once."""
+        if len(names) < 2:
+            return [(name, self._read(name)) for name in names]
+        return zip(names, self._pool.map(self._read, names), strict=True)
+
+    def _read(self, name: str) -> list[Event]:
+        return self._tail.read(name, self._statuses[name].key)[0]
 
     def _listen(self, name: str) -> bool:
         """Take in what a cell has to say, up to a bound; tell whether that was all."""
+        events = self._read(name)
+        self._take_all(name, events)
+        return len(events) < EVENTS_AT_ONCE
+
+    def _take_all(self, name: str, events: Sequence[Event]) -> None:
         flight = self._flights[name]
-        events, _ = self._tail.read(name, self._statuses[name].key)
         for event in events:
             self._take(name, flight, event)
         if events:
             flight.heard_s = time.monotonic()
             self._tracking.note(self._facts(name), CellState.RUNNING)
-        return len(events) < EVENTS_AT_ONCE
 
     def _take(self, name: str, flight: _Flight, event: Event) -> None:
         status = self._statuses[name]

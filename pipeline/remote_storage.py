@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, ClassVar, TypeVar
 
 from pipeline.cache import Cache, folder_bytes, is_locked
 from pipeline.errors import (
@@ -60,6 +60,8 @@ Answer = TypeVar("Answer")
 
 class RemoteStorage(AbstractStorage):
     """Anything that fsspec reaches, with scratch space in the local temporary folder."""
+
+    at_once: ClassVar[int] = 16
 
     def __init__(self, url: str):
         self.url = url

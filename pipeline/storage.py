@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from stat import S_ISDIR, S_ISLNK
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 from urllib.parse import urlsplit
 
 from pipeline.errors import BadInput, StorageUnavailable, StorageUnsupported, StoreError
@@ -73,7 +73,12 @@ class AbstractStorage(ABC):
 
     Where the storage cannot be reached, is full or refuses, methods raise `StorageUnavailable`; for
     a path that is none inside the storage, `StoreError`.
+
+    Attributes:
+        at_once: how many requests are worth making at the same time.
     """
+
+    at_once: ClassVar[int] = 1
 
     @abstractmethod
     def read(self, path: str) -> bytes:

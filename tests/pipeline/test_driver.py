@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from pipeline.planner import Selection, make_plan
 from pipeline.runs import RunState, State
 from pipeline.schedule import Schedule
 from pipeline.stage import Resources
+from pipeline.storage import LocalStorage
 from pipeline.store import Store
 from pipeline.worker import Task
 
@@ -328,3 +330,31 @@ def test_no_thread_is_left_behind(toy: Path) -> None:
     write_spec("start: {uses: start, params: {value: 1}}")
     run_here()
     assert {thread.name for thread in threading.enumerate()}.isdisjoint({"tracking", "events"})
+
+
+def test_cells_of_a_storage_that_is_slow_to_answer_are_read_at_once(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most, now, lock = 0, 0, threading.Lock()
+    read = Store.read_events
+
+    def slow_read(store: Store, *args: Any, **options: Any) -> Any:
+        nonlocal most, now
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.03)
+        with lock:
+            now -= 1
+        return read(store, *args, **options)
+
+    monkeypatch.setattr(LocalStorage, "at_once", 16)
+    monkeypatch.setattr(Store, "read_events", slow_read)
+    write_spec(
+        "    slow:\n      uses: slow\n      params: {steps: 15, delay_s: 0.1}\n"
+        "      matrix: {seed: [0, 1, 2, 3]}\n      resources: {num_cpus: 0.25}\n"
+    )
+    code, output = run_here()
+    assert code == 0, output
+    assert most >= 3
+    assert [status.state for status in last_run().cells.values()] == [State.DONE] * 4
