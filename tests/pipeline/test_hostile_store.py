@@ -25,6 +25,7 @@ from pipeline.store import Store
 from pipeline.text import CONTROLS
 from pipeline.tracking import CellFacts, RunFacts
 from pipeline.tracking.jsonl import JsonLinesTracker
+from pipeline.verify import find_damage
 from pipeline.worker import run_task
 
 TWO = "start: {uses: start, params: {value: 10}}\nadd: {uses: add, inputs: {number: start}}"
@@ -492,6 +493,50 @@ def test_a_spec_cannot_name_code_in_a_store(toy: Path) -> None:
         load_spec(Path("pipeline.yaml"))
     assert not Path("executed").exists()
     assert ran()["start"] == 1
+
+
+# -------------------------------------------------------------- files that nobody published
+
+
+@pytest.mark.parametrize("name", ["evil.json", "inner/evil.json", "inner/deeper/._x"])
+def test_a_file_that_no_manifest_lists_is_not_fetched(tmp_path: Path, name: str) -> None:
+    store = Store(str(tmp_path / "results"))
+    publish(store)
+    folder = store.fetch(KEY, "number")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("evil")
+    with pytest.raises(Damaged, match=f"number/{name} is there, unlike in its manifest"):
+        store.fetch(KEY, "number")
+    (found,) = find_damage(store, lambda done, total: None)
+    assert (found.path.endswith(f"number/{name}"), found.reason) == (True, "is not in its manifest")
+    assert store.set_aside(KEY)
+
+
+def test_a_file_that_no_manifest_lists_is_not_passed_on(toy: Path) -> None:
+    write_spec(TWO)
+    run_here()
+    folder = Store(".fls").fetch(last_run().cells["start"].key, "number")
+    (folder / "evil.json").write_text("evil")
+    code, _ = run_here(overrides=["add.amount=5"])
+    assert code == 0
+    assert ran() == {"start": 2, "add": 2}
+    kept = [path for path in Path(".fls").rglob("evil.json") if ".damaged-" not in str(path)]
+    assert kept == []
+
+
+def test_what_file_managers_leave_in_a_result_is_passed_over(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "results"))
+    attempt = store.begin_attempt(KEY)
+    output = Context(params=None, folder=attempt.folder).output("number")
+    for name in ("number.json", ".DS_Store"):
+        (output / name).write_text(name)
+    attempt.publish({}, ["number"], {"device": "cpu"})
+    manifest = store.manifest(KEY)
+    assert manifest is not None and list(manifest.outputs["number"]) == ["number.json"]
+    (store.fetch(KEY, "number") / ".DS_Store").write_text("another view")
+    store.fetch(KEY, "number")
+    assert list(find_damage(store, lambda done, total: None)) == []
+    assert not store.set_aside(KEY)
 
 
 # ------------------------------------------------------- loaders, addresses and folders
