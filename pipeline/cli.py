@@ -44,8 +44,8 @@ from pipeline.store import Store
 from pipeline.sync import sync_runs
 from pipeline.tracking import TrackerName
 from pipeline.tracking.ui import serve_ui
+from pipeline.trust import BUILT_IN, read_trust
 
-BUILT_IN = "stages"  # the plugin that comes along, for who has no pipeline yet
 NONE_GIVEN: list[str] = []
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -433,7 +433,8 @@ def resume(
     """
     store = open_store(file, storage)
     record = _find(store, run, storage)
-    sys.exit(resume_run(store, record, console_here(), stop_after, grace or GRACE_S, replan=replan))
+    trust, limits = read_trust(file, store), (stop_after, grace or GRACE_S)
+    sys.exit(resume_run(store, record, trust, console_here(), *limits, replan=replan))
 
 
 @command(
@@ -465,7 +466,9 @@ def sync(
     records = load_runs(store)[0] if run is None else [find_run(store, run)]
     for record in records:
         record.storage = storage
-    complete = sync_runs(store, records, console_here(), named=run is not None)
+    complete = sync_runs(
+        store, records, read_trust(file, store), console_here(), named=run is not None
+    )
     sys.exit(0 if complete else 1)
 
 

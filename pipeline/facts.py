@@ -1,6 +1,6 @@
 """What tracking has to know of a run and its cells, kept in the store.
 
-With it, `fls sync` needs neither the spec's file nor its plugins, only the storage.
+With it, `fls sync` sends what is missing from anywhere, once somebody there says to which address.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 
 from pipeline.acceptance import describe
+from pipeline.errors import DamagedDocument
 from pipeline.planner import Plan, PlannedCell
 from pipeline.store import Store
-from pipeline.tracking import CellFacts, RunFacts, TrackerName, absolute_uri, place, tracking_uri
+from pipeline.tracking import CellFacts, RunFacts, TrackerName, absolute_uri, place
 
 _DOCUMENT = "facts"
 
@@ -96,12 +97,24 @@ def _registered(
 
 
 def load_facts(store: Store, run_id: str) -> StoredFacts | None:
-    """Return the facts of a run, or None; where it is tracked is as the environment says, if so."""
+    """Return the facts of a run, or None.
+
+    Where it is tracked, and what loads its models, is only what the store says of it: see
+    `pipeline.trust` before it is used.
+
+    Raises:
+        DamagedDocument: they are damaged, or another run's.
+    """
     document = store.read_run(run_id, _DOCUMENT)
     if document is None:
         return None
-    uri = tracking_uri(None, document["run"]["uri"])
+    run = RunFacts(**{**document["run"], "resumed": True})
+    if run.run_id != run_id:
+        raise DamagedDocument(
+            f"{store.url}/runs/{run_id}/{_DOCUMENT}.json is damaged: run.run_id: expected the "
+            f"folder's name, got {run.run_id[:100]!r}."
+        )
     return StoredFacts(
-        run=RunFacts(**{**document["run"], "uri": uri, "resumed": True}),
+        run=run,
         cells={fields["cell"]: CellFacts(**fields) for fields in document["cells"]},
     )

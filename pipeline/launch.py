@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from pipeline.executors import ExecutorName, make_executor
 from pipeline.facts import load_facts, save_facts, unregistered
 from pipeline.graph import shorten
 from pipeline.live import LiveView
+from pipeline.places import LINES
 from pipeline.planner import Plan, Selection, make_plan
 from pipeline.provenance import (
     Source,
@@ -33,12 +34,8 @@ from pipeline.spec import STORAGE_VARIABLE, Spec
 from pipeline.storage import LocalStorage
 from pipeline.store import Store
 from pipeline.sync import HIDDEN_ADDRESS, close_orphans
-from pipeline.tracking import (
-    RunFacts,
-    TrackerName,
-    TrackingThread,
-    destination,
-)
+from pipeline.tracking import RunFacts, TrackerName, TrackingThread, destination
+from pipeline.trust import Places, Trust, places_of
 
 _STOP_WAIT_S = 60.0
 _RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the command of a job
@@ -68,6 +65,7 @@ def start_run(
     if run_id is not None and run_id in store.list_runs():
         before = RunRecord(run_id=run_id, options=options, spec_text="")
         raise BadInput(f"{store.url} has a run {run_id} already; `{before.resume_command}`.")
+    places = places_of(spec, store)
     plan = make_plan(spec, store, selection)
     plan.require_runnable()
     while not (_to_run(plan) or unregistered(store, plan, options.tracking)):
@@ -76,7 +74,7 @@ def start_run(
             selected = sum(one.selected for one in plan.cells)
             console.print(f"Nothing to do: all {selected} cells are in the store.")
             print_reports(spec, store, keys, console)
-            close_orphans(store, options.tracking)
+            close_orphans(store, options.tracking, places)
             return 0
         except Damaged as error:
             console.print(f"{error}", soft_wrap=True)
@@ -89,12 +87,14 @@ def start_run(
         spec_text=spec.text,
         environment=source.environment(),
     )
-    return _execute(plan, store, record, source, console, stop_after_s, grace_s)
+    facts = _facts(spec, record, source, _lines_folder(spec, store, options, console))
+    return _execute(plan, store, record, source, facts, places, console, stop_after_s, grace_s)
 
 
 def resume_run(
     store: Store,
     record: RunRecord,
+    trust: Trust,
     console: Console,
     stop_after_s: float | None = None,
     grace_s: float = GRACE_S,
@@ -103,11 +103,13 @@ def resume_run(
 ) -> int:
     """Go on with a run that was interrupted or stopped, or that failed; return the exit code.
 
-    The spec is the one that the run began with, whatever the file says by now. With `replan`, what
+    The spec is the one that the run began with, whatever the file says by now. The file, of which
+    `trust` is, only has to name where the run is recorded. With `replan`, what
     has changed besides (code, above all) is made anew, under new keys.
 
     Raises:
-        BadInput: the run is still running; or something has changed, and `replan` is not given.
+        BadInput: the run is still running; or something has changed, and `replan` is not given; or
+            it is recorded where nobody here says.
     """
     if record.observed_state() is RunState.RUNNING:
         raise BadInput(
@@ -115,7 +117,7 @@ def resume_run(
         )
     if is_complete(record, store):
         console.print(f"Nothing to do: run {record.run_id} is complete.")
-        close_orphans(store, record.options.tracking)
+        close_orphans(store, record.options.tracking, trust.places)
         return 0
     plan = plan_of(record, store)
     drift = find_drift(plan, record, store)
@@ -126,7 +128,10 @@ def resume_run(
     source = read_source(Path.cwd())
     if drift.touched:
         record.environment = source.environment()
-    return _execute(plan, store, record, source, console, stop_after_s, grace_s)
+    facts = _facts_again(plan.spec, record, source, store, trust, console)
+    return _execute(
+        plan, store, record, source, facts, trust.places, console, stop_after_s, grace_s
+    )
 
 
 def stop_run(store: Store, record: RunRecord, console: Console) -> int:
@@ -174,13 +179,14 @@ def _execute(
     store: Store,
     record: RunRecord,
     source: Source,
+    facts: RunFacts,
+    places: Places,
     console: Console,
     stop_after_s: float | None,
     grace_s: float,
 ) -> int:
     options = record.options
     _mind_the_job(plan.spec, source, console)
-    facts = _facts(plan.spec, record, source, store, console)
     _take_up_tracking(record, facts, console)
     tracking = TrackingThread(
         options.tracking, store, record.tracking, patient=options.tracking_later
@@ -201,7 +207,9 @@ def _execute(
         record.save_request(store)
         store.write_run(record.run_id, "source", asdict(source))
         save_facts(store, facts, plan)
-        tracking.open(facts, partial(close_orphans, store, options.tracking, mine=record.run_id))
+        tracking.open(
+            facts, partial(close_orphans, store, options.tracking, places, mine=record.run_id)
+        )
         view = LiveView(console)
         driver = Driver(plan, store, record, executor, tracking, view, stop_after_s, grace_s)
         state = driver.run()
@@ -252,31 +260,20 @@ def _mind_the_job(spec: Spec, source: Source, console: Console) -> None:
 def _lines_folder(spec: Spec, store: Store, options: RunOptions, console: Console) -> str:
     """Return where JSON lines go: those of a cluster's job into the storage, if it is a folder."""
     if _RAY_JOB in os.environ and isinstance(store.storage, LocalStorage):
-        return str(store.storage.root / "tracking")
+        return str(store.storage.root / LINES)
     if _RAY_JOB in os.environ and options.tracking is TrackerName.JSONL:
         console.print(
             "The JSON lines go into a folder of this job, which Ray deletes some time after it; "
             f"what they say is also in {store.url}, see `fls logs` and `fls results`.",
             soft_wrap=True,
         )
-    return str(spec.tracking_folder / "tracking")
+    return str(spec.tracking_folder / LINES)
 
 
 def _facts(
-    spec: Spec, record: RunRecord, source: Source, store: Store, console: Console
+    spec: Spec, record: RunRecord, source: Source, folder: str, recorded: str | None = None
 ) -> RunFacts:
-    """Return what tracking is to know; a run that goes on stays where it was tracked."""
-    folder, recorded = _lines_folder(spec, store, record.options, console), None
-    resolved = spec.resolved
-    try:
-        before = load_facts(store, record.run_id)
-    except DamagedDocument:  # it goes on without
-        before = None
-    if before is not None:
-        recorded = before.run.uri
-        if before.run.environment == spec.environment:
-            resolved = before.run.resolved or resolved
-        folder = before.run.folder if os.path.isdir(before.run.folder) else folder
+    """Return what tracking is to know; a run that goes on stays where it is `recorded`."""
     return RunFacts(
         run_id=record.run_id,
         name=spec.name,
@@ -284,7 +281,7 @@ def _facts(
         uri=spec.tracking_uri(recorded),
         spec_file=record.options.file,
         spec_text=record.spec_text,
-        resolved=resolved,
+        resolved=spec.resolved,
         overrides=record.options.overrides,
         selection=record.options.selection,
         environment=spec.environment,
@@ -297,6 +294,35 @@ def _facts(
         folder=folder,
         resumed=bool(record.cells),
     )
+
+
+def _facts_again(
+    spec: Spec, record: RunRecord, source: Source, store: Store, trust: Trust, console: Console
+) -> RunFacts:
+    """Return what tracking is to know of a run that goes on: it stays where it was tracked.
+
+    Raises:
+        BadInput: nobody here says that it is tracked there.
+    """
+    tracker, folder = record.options.tracking, _lines_folder(spec, store, record.options, console)
+    try:
+        before = load_facts(store, record.run_id)
+    except DamagedDocument:  # it goes on without
+        before = None
+    if before is None:
+        facts = _facts(spec, record, source, folder)
+    else:
+        kept = trust.places.find(before.run, TrackerName.JSONL)
+        folder = kept.folder if kept and os.path.isdir(kept.folder) else folder
+        facts = _facts(spec, record, source, folder, before.run.uri)
+        if before.run.environment == spec.environment:
+            facts = replace(facts, resolved=before.run.resolved or facts.resolved)
+    if tracker is TrackerName.JSONL or HIDDEN in facts.uri:
+        return facts
+    found = trust.places.find(facts, tracker)
+    if found is None:
+        raise BadInput(f"Run {record.run_id} {trust.stranger(facts, tracker)}")
+    return found
 
 
 def _take_up_tracking(record: RunRecord, facts: RunFacts, console: Console) -> None:

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 DATABASE = "mlflow.db"
+LINES = "tracking"  # the folder of JSON lines
 
 
 def lead(path: str, folder: Path | str = "") -> str:

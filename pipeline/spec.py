@@ -158,6 +158,36 @@ def load_spec(
     )
 
 
+def read_values(path: FilePath) -> FileShape:
+    """Return what a spec says, its references replaced; nothing that it names is imported.
+
+    Raises:
+        SpecError: it is no YAML, or the top level is not in order.
+    """
+    document = yaml_loader.load(_read(path), str(path))
+    if isinstance(document.value, dict):
+        override(document, (), os.environ)
+    try:
+        shape = FileShape.model_validate(document.value)
+    except ValidationError as error:
+        for issue in issues_of(error, FileShape, document.value, _PLACES):
+            document.note(document.root, issue.message)
+        raise SpecError(document.problems) from None
+    if document.problems:
+        raise SpecError(document.problems)
+    return shape
+
+
+def tracking_folder_of(storage: str, folder: FilePath) -> FilePath:
+    """Return where `mlflow.db` and `tracking/` of a spec lie by default.
+
+    Args:
+        storage: as the file gives it.
+        folder: the file's.
+    """
+    return folder if os.environ.get(STORAGE_VARIABLE) else defaults_folder(storage, folder)
+
+
 def _resolve(value: Mapping[str, Any], spec: Spec, storage: Any, mlflow: Any) -> str:
     """Return the text that repeats a spec; an address with a password stays as the file gives it.
 
@@ -277,7 +307,7 @@ class _Builder:
         given = os.environ.get(STORAGE_VARIABLE)
         storage = given or shape.storage
         place = lead(storage, "" if given else self.folder)
-        tracking_folder = self.folder if given else defaults_folder(storage, self.folder)
+        tracking_folder = tracking_folder_of(storage, self.folder)
         return Spec(
             name=shape.name,
             path=self.path,

@@ -35,6 +35,7 @@ from pipeline.names import require_inside
 from pipeline.secrets import redact
 from pipeline.text import printable
 
+FOREIGN = frozenset({".DS_Store"})  # no part of any result, wherever it lies
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
@@ -192,6 +193,8 @@ def open_storage(url: str) -> AbstractStorage:
 def list_files(folder: Path) -> list[Path]:
     """Return all files in a folder and in those below it, sorted; none if there is no such folder.
 
+    Those that file managers leave behind (`FOREIGN`) are passed over.
+
     Raises:
         StoreError: there is something else, such as a symbolic link, which may lead anywhere.
     """
@@ -202,7 +205,7 @@ def list_files(folder: Path) -> list[Path]:
                 f"{path} is neither a file nor a folder, but a link or a device: not stored, and "
                 "not read. Copy what it stands for."
             )
-        if path.is_file():
+        if path.is_file() and path.name not in FOREIGN:
             found.append(path)
     return found
 

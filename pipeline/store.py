@@ -239,8 +239,8 @@ class Store:
             output: its name.
 
         Returns:
-            The folder, every file of which has the sha256 that the manifest says; otherwise the
-            result is `Damaged`.
+            The folder, with the files that the manifest lists and no others, each with the sha256
+            that it says; otherwise the result is `Damaged`.
 
         Raises:
             StoreError: there is no such result.
@@ -264,7 +264,7 @@ class Store:
         """Return a local folder with an output after comparing it with the manifest.
 
         Raises:
-            Damaged: a file is missing or differs.
+            Damaged: a file is missing, differs, or is one too many.
             StorageUnavailable: the storage is out of reach, or full.
         """
         path = f"{attempt_folder(manifest.key, manifest.attempt)}/outputs/{output}"
@@ -283,6 +283,8 @@ class Store:
             if found.get(name) != wanted:
                 what = "differs from" if name in found else "is missing, unlike in"
                 raise Damaged(manifest.key, f"{output}/{name} {what} its manifest")
+        for name in sorted(found.keys() - manifest.outputs[output].keys()):
+            raise Damaged(manifest.key, f"{output}/{name} is there, unlike in its manifest")
         return folder
 
     def _unreadable(self, key: str, output: str, error: OSError) -> StoreError:

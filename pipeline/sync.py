@@ -28,6 +28,7 @@ from pipeline.tracking import (
     destination,
     make_tracker,
 )
+from pipeline.trust import Places, Trust
 
 HIDDEN_ADDRESS = (
     "was tracked at {}, and what is hidden there is not stored; set MLFLOW_TRACKING_URI."
@@ -36,13 +37,19 @@ _ENDS = {State.DONE: "done", State.CACHED: "done", State.FAILED: "failed"}
 
 
 def close_orphans(
-    store: Store, kind: TrackerName, tracker: AbstractTracker | None = None, *, mine: str = ""
+    store: Store,
+    kind: TrackerName,
+    places: Places,
+    tracker: AbstractTracker | None = None,
+    *,
+    mine: str = "",
 ) -> list[str]:
     """End, in tracking, the runs of a store whose driver is dead; return their ids.
 
     Args:
         store: the store.
         kind: the tracker that recorded them.
+        places: where; what was recorded elsewhere is left alone.
         tracker: one of that kind; None to make one if there is such a run.
         mine: the run that is starting, if one is, which is none of them.
 
@@ -58,21 +65,22 @@ def close_orphans(
         except (BadInput, DamagedDocument):  # `fls status` tells of it; this run is none of its
             continue
         state = record.observed_state()
+        run = places.find(facts.run, kind) if facts else None
         if (
-            facts is None
+            run is None
             or record.options.tracking is not kind
-            or record.destination not in {"", destination(facts.run, kind)}
+            or record.destination not in {"", destination(run, kind)}
             or state is RunState.RUNNING
             or record.is_attended()
         ):
             continue
         cells = {cell: _ENDS.get(status.state, "stopped") for cell, status in record.cells.items()}
-        place = destination(facts.run, kind)
+        place = destination(run, kind)
         if place in away:
             continue
         try:
             tracker = tracker or make_tracker(kind)
-            found = tracker.close_orphan(facts.run, _end(state), cells)
+            found = tracker.close_orphan(run, _end(state), cells)
         except Exception:  # its server is away; it stays for the next start
             away.add(place)
             continue
@@ -84,13 +92,19 @@ def close_orphans(
 
 
 def sync_runs(
-    store: Store, records: Sequence[RunRecord], console: Console, *, named: bool = True
+    store: Store,
+    records: Sequence[RunRecord],
+    trust: Trust,
+    console: Console,
+    *,
+    named: bool = True,
 ) -> bool:
     """Send what is missing of some runs; return whether all of them are complete now.
 
     Args:
         store: where they are.
         records: the runs.
+        trust: whom the present folder trusts.
         console: takes a line for each of them.
         named: whether a person named them. Otherwise a run whose driver is only silent is left to
             that: a laptop may sleep.
@@ -98,9 +112,17 @@ def sync_runs(
     complete = True
     for record in records:
         state = record.observed_state()
-        facts = load_facts(store, record.run_id)
+        tracker = record.options.tracking
+        try:
+            facts, run = load_facts(store, record.run_id), None
+        except DamagedDocument as error:
+            complete = False
+            console.print(f"{error}", soft_wrap=True)
+            continue
         if state is not RunState.RUNNING and facts is not None:
-            here = destination(facts.run, record.options.tracking)
+            run = trust.places.find(facts.run, tracker)
+        if run is not None:
+            here = destination(run, tracker)
             if before := record.track_at(here):
                 text = f"{record.run_id} was recorded at {before} until now; this is about {here}."
                 console.print(text, soft_wrap=True)
@@ -110,7 +132,7 @@ def sync_runs(
             said = "is complete."
         elif facts is None:
             said = "was never begun."
-        elif HIDDEN in facts.run.uri:
+        elif run is None and HIDDEN in facts.run.uri:
             said, complete = HIDDEN_ADDRESS.format(facts.run.uri), False
         elif not named and _may_go_on(record):
             said = (
@@ -119,11 +141,14 @@ def sync_runs(
                 f"`{record.sync_command}` sends the rest."
             )
             complete = False
+        elif run is None:
+            said, complete = trust.stranger(facts.run, tracker), False
         elif record.is_attended() or not record.take_over(store):
             said = f"is being recorded by process {record.pid} on {record.host}; see again later."
             complete = False
         else:
-            said, whole = _sync(store, record, facts, console)
+            facts, unsure = _with_loaders(replace(facts, run=run), record, trust)
+            said, whole = _sync(store, record, facts, unsure, console)
             complete = complete and whole
         console.print(f"{record.run_id} {said}", soft_wrap=True)
     return complete
@@ -135,9 +160,11 @@ def _may_go_on(record: RunRecord) -> bool:
 
 
 def _sync(
-    store: Store, record: RunRecord, facts: StoredFacts, console: Console
+    store: Store, record: RunRecord, facts: StoredFacts, unsure: Sequence[str], console: Console
 ) -> tuple[str, bool]:
     """Send what is missing of one run; return what to say, and whether it is complete.
+
+    `unsure` is what will be missing still, and is said as well.
 
     Raises:
         PipelineError: the server is away.
@@ -145,7 +172,7 @@ def _sync(
     tracker = make_tracker(record.options.tracking)
     step, say = partial(_step, store, record), partial(console.print, soft_wrap=True)
     recorder = Recorder(tracker, store, facts.run, record.tracking, step, say)
-    refused, count = [], 0
+    refused, count = [*unsure], 0
     try:
         recorder.open()
         for cell, state, source in _missing(store, record, facts):
@@ -172,6 +199,37 @@ def _sync(
         if not record.superseded(store):
             record.save_progress(store, leaving=True)
     return "\n".join([f"is complete: {count} cells sent.", *refused]), not refused
+
+
+def _with_loaders(
+    facts: StoredFacts, record: RunRecord, trust: Trust
+) -> tuple[StoredFacts, list[str]]:
+    """Leave out registrations by loaders that no plugin has; return also what to say of them.
+
+    A loader is run, so it is a plugin's own, whatever the store says.
+    """
+    wanted = {
+        name: cell.registration["loader"]
+        for name, cell in facts.cells.items()
+        if cell.registration is not None and name not in record.tracking.registered
+    }
+    if not wanted:
+        return facts, []
+    try:
+        known, why = trust.loaders(), ""
+    except Exception as error:  # any: it is the plugin author's code that runs
+        known, why = frozenset(), f" ({type(error).__name__}: {error})"
+    strange = {name: loader for name, loader in wanted.items() if loader not in known}
+    cells = {
+        name: replace(cell, registration=None) if name in strange else cell
+        for name, cell in facts.cells.items()
+    }
+    said = [
+        f"{name} is not registered: the store names {loader!r} to load its model, and no plugin of "
+        f"{trust.file} does{why}; give the run's own pipeline as --file."
+        for name, loader in strange.items()
+    ]
+    return replace(facts, cells=cells), said
 
 
 def _step(store: Store, record: RunRecord) -> None:

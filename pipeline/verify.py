@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.attempt import attempt_folder, manifest_path
 from pipeline.errors import Damaged, StoreError
 from pipeline.seal import unseal, unseal_lines
-from pipeline.storage import StoredFile
+from pipeline.storage import FOREIGN, StoredFile
 from pipeline.store import Manifest, Store
 
 _PIECE_BYTES = 1 << 20
@@ -47,6 +47,7 @@ def find_damage(store: Store, advance: Callable[[int, int], None]) -> Iterator[D
         for path in files
         if path.startswith("stages/") and path.endswith("/manifest.json") and path.count("/") == 2
     ]
+    outputs = _outputs(files)
     documents = [file for path, file in files.items() if _is_document(path)]
     for file in files.values():
         if file.leads_on:
@@ -71,7 +72,7 @@ def find_damage(store: Store, advance: Callable[[int, int], None]) -> Iterator[D
         if damage:
             yield damage
     for manifest in manifests:
-        found = list(_check_result(store, manifest))
+        found = [*_check_result(store, manifest), *_find_unlisted(store, manifest, outputs)]
         done += _size(manifest)
         advance(done, total)
         if found and _unchanged(store, manifest):
@@ -92,6 +93,31 @@ def _check_result(store: Store, manifest: Manifest) -> Iterator[Damage]:
             if reason:
                 cell = str(manifest.facts.get("cell", ""))
                 yield Damage(path=path, reason=reason, key=manifest.key, cell=cell)
+
+
+def _outputs(paths: Iterable[str]) -> Mapping[str, Sequence[str]]:
+    """Return folder of an attempt's outputs -> paths of the files in it."""
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        parts = path.split("/")
+        if parts[0] == "stages" and parts[2:3] == ["attempts"] and parts[4:5] == ["outputs"]:
+            found.setdefault("/".join(parts[:5]), []).append(path)
+    return found
+
+
+def _find_unlisted(
+    store: Store, manifest: Manifest, outputs: Mapping[str, Sequence[str]]
+) -> Iterator[Damage]:
+    """Yield the files among a result's outputs that its manifest does not list."""
+    root = f"{attempt_folder(manifest.key, manifest.attempt)}/outputs"
+    listed = {
+        f"{root}/{output}/{name}" for output, files in manifest.outputs.items() for name in files
+    }
+    for path in outputs.get(root, ()):
+        strange = path not in listed and path.rpartition("/")[2] not in FOREIGN
+        if strange and store.storage.files(path):  # it was there before the manifest, and is still
+            cell = str(manifest.facts.get("cell", ""))
+            yield Damage(path=path, reason="is not in its manifest", key=manifest.key, cell=cell)
 
 
 def _compare(store: Store, path: str, sha256: str, size: int) -> str | None:

@@ -23,6 +23,9 @@ from pipeline.stage import Context
 from pipeline.storage import open_storage
 from pipeline.store import Store
 from pipeline.text import CONTROLS
+from pipeline.tracking import CellFacts, RunFacts
+from pipeline.tracking.jsonl import JsonLinesTracker
+from pipeline.verify import find_damage
 from pipeline.worker import run_task
 
 TWO = "start: {uses: start, params: {value: 10}}\nadd: {uses: add, inputs: {number: start}}"
@@ -490,3 +493,210 @@ def test_a_spec_cannot_name_code_in_a_store(toy: Path) -> None:
         load_spec(Path("pipeline.yaml"))
     assert not Path("executed").exists()
     assert ran()["start"] == 1
+
+
+# -------------------------------------------------------------- files that nobody published
+
+
+@pytest.mark.parametrize("name", ["evil.json", "inner/evil.json", "inner/deeper/._x"])
+def test_a_file_that_no_manifest_lists_is_not_fetched(tmp_path: Path, name: str) -> None:
+    store = Store(str(tmp_path / "results"))
+    publish(store)
+    folder = store.fetch(KEY, "number")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("evil")
+    with pytest.raises(Damaged, match=f"number/{name} is there, unlike in its manifest"):
+        store.fetch(KEY, "number")
+    (found,) = find_damage(store, lambda done, total: None)
+    assert (found.path.endswith(f"number/{name}"), found.reason) == (True, "is not in its manifest")
+    assert store.set_aside(KEY)
+
+
+def test_a_file_that_no_manifest_lists_is_not_passed_on(toy: Path) -> None:
+    write_spec(TWO)
+    run_here()
+    folder = Store(".fls").fetch(last_run().cells["start"].key, "number")
+    (folder / "evil.json").write_text("evil")
+    code, _ = run_here(overrides=["add.amount=5"])
+    assert code == 0
+    assert ran() == {"start": 2, "add": 2}
+    kept = [path for path in Path(".fls").rglob("evil.json") if ".damaged-" not in str(path)]
+    assert kept == []
+
+
+def test_what_file_managers_leave_in_a_result_is_passed_over(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "results"))
+    attempt = store.begin_attempt(KEY)
+    output = Context(params=None, folder=attempt.folder).output("number")
+    for name in ("number.json", ".DS_Store"):
+        (output / name).write_text(name)
+    attempt.publish({}, ["number"], {"device": "cpu"})
+    manifest = store.manifest(KEY)
+    assert manifest is not None and list(manifest.outputs["number"]) == ["number.json"]
+    (store.fetch(KEY, "number") / ".DS_Store").write_text("another view")
+    store.fetch(KEY, "number")
+    assert list(find_damage(store, lambda done, total: None)) == []
+    assert not store.set_aside(KEY)
+
+
+# ------------------------------------------------------- loaders, addresses and folders
+
+
+class Overhearing(JsonLinesTracker):
+    """Notes which runs it was to open or to end, and which models to register."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened: list[RunFacts] = []
+        self.registered: list[Any] = []
+
+    def forget(self) -> None:
+        self.opened.clear()
+        self.registered.clear()
+
+    def open_run(self, run: RunFacts) -> None:
+        self.opened.append(run)
+
+    def register(self, cell: CellFacts, folder: Path) -> None:
+        self.registered.append(cell.registration)
+
+    def close_orphan(self, run: RunFacts, state: str, cells: Any) -> bool:
+        self.opened.append(run)
+        return False
+
+    def _write(self, kind: str, **fields: Any) -> None: ...
+
+    def log(self, cell: str, events: Any) -> None: ...
+
+
+@pytest.fixture
+def overheard(monkeypatch: pytest.MonkeyPatch) -> Overhearing:
+    """What commands ask of tracking from here on."""
+    tracker = Overhearing()
+    monkeypatch.setattr("pipeline.sync.make_tracker", lambda name: tracker)
+    monkeypatch.setattr("pipeline.tracking.thread.make_tracker", lambda name: tracker)
+    return tracker
+
+
+def untrack(change: Callable[[dict[str, Any]], object], tracker: str = "jsonl") -> Path:
+    """Forge the facts of the last run, as if it had been killed before it was recorded."""
+    folder = Path(f".fls/runs/{last_run().run_id}")
+    forge(folder / "facts.json", change)
+    forge(folder / "run.json", lambda run: run["options"].update(tracking=tracker))
+    fields = {"ended": False, "tracked": False, "registered": [], "destination": ""}
+    forge(folder / "tracking.json", lambda tracking: tracking.update(fields))
+    forge(folder / "state.json", lambda state: state.update(state="running", heartbeat=0.0))
+    return folder
+
+
+REGISTERED = ONE.replace("}}", "}, register: one}")
+
+
+@pytest.mark.parametrize("where", [(), ("--storage", ".fls")])
+def test_the_store_does_not_say_what_loads_a_model(
+    toy: Path, overheard: Overhearing, where: tuple[str, ...]
+) -> None:
+    write_spec(REGISTERED)
+    run_here()
+    overheard.forget()
+    untrack(lambda facts: facts["cells"][0]["registration"].update(loader="site:addsitedir"))
+    code, output, errors = fls("sync", "last", *where)
+    assert (code, errors) == (1, "")
+    assert "start is not registered: the store names 'site:addsitedir' to load its mod" in output
+    assert "give the run's own pipeline as --file" in output
+    assert overheard.opened and not overheard.registered
+
+
+def test_a_loader_of_the_pipelines_own_plugin_loads_its_models(
+    toy: Path, overheard: Overhearing
+) -> None:
+    write_spec(REGISTERED)
+    run_here()
+    overheard.forget()
+    untrack(lambda facts: None)
+    for _ in range(2):
+        assert fls("sync", "last")[0] == 0
+    assert [one["loader"] for one in overheard.registered] == ["toy.exporter:load"]
+
+
+EVIL_ADDRESS = "http://me:word@evil.example:5000"
+
+
+@pytest.mark.parametrize(
+    "command", ["sync", "sync --storage .fls", "run --executor local --set start.value=1", "resume"]
+)
+def test_an_address_that_the_store_alone_names_is_not_contacted(
+    toy: Path, overheard: Overhearing, command: str
+) -> None:
+    write_spec(ONE)
+    run_here()
+    overheard.forget()
+    run = last_run().run_id
+    untrack(lambda facts: facts["run"].update(uri=EVIL_ADDRESS), "mlflow")
+    if command == "resume":
+        folder = Path(f".fls/runs/{run}")
+        forge(folder / "facts.json", lambda facts: facts["run"].update(uri="sqlite:///mlflow.db"))
+        text = f"mlflow: {{tracking_uri: '{EVIL_ADDRESS.replace('me:word@', '')}'}}\n"
+        forge(folder / "run.json", lambda run: run.update(spec_text=text + run["spec_text"]))
+        command = f"resume {run}"
+    code, output, errors = fls(*command.split())
+    assert all("evil" not in run.uri for run in overheard.opened)
+    if command.startswith("run"):
+        assert code == 0 and len(overheard.opened) == 1
+    else:
+        assert code in {1, 2} and not overheard.opened
+        assert "is recorded at http://evil.example:5000, as the store says and pipeline.yaml" in (
+            output + errors
+        )
+        assert "set MLFLOW_TRACKING_URI to it" in output + errors
+
+
+def test_an_address_that_the_pipeline_names_is_used_in_its_own_words(
+    toy: Path, overheard: Overhearing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_spec(ONE)
+    run_here()
+    overheard.forget()
+    untrack(lambda facts: facts["run"].update(uri="http://another@host:5000/"), "mlflow")
+    text = Path("pipeline.yaml").read_text()
+    Path("pipeline.yaml").write_text(f"{text}mlflow: {{tracking_uri: 'http://host:5000'}}\n")
+    assert fls("sync", "last", "--storage", ".fls")[0] == 0
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me@there")
+    untrack(lambda facts: None, "mlflow")
+    assert fls("sync", "last")[0] == 0
+    assert [run.uri for run in overheard.opened] == ["http://host:5000", "http://me@there"]
+
+
+@pytest.mark.parametrize("command", ["sync", "sync --storage .fls", "resume last"])
+def test_json_lines_go_into_no_folder_that_the_store_alone_names(toy: Path, command: str) -> None:
+    write_spec(ONE)
+    run_here()
+    before = last_run()
+    shutil.copytree("tracking", "outside")
+    untrack(lambda facts: facts["run"].update(folder=f"{toy}/outside"))
+    lines = Path(f"outside/{before.run_id}.jsonl").read_bytes()
+    code, output, errors = fls(*command.split())
+    assert Path(f"outside/{before.run_id}.jsonl").read_bytes() == lines
+    if command == "resume last":
+        assert (code, errors) == (0, "")
+    else:
+        assert code == 1
+        assert f"is recorded in {toy}/outside, as the store says and pipeline.yaml does" in output
+
+
+@pytest.mark.parametrize("name", ["../home/data", "20260101-000000-000-abcd", "/etc/x"])
+def test_the_facts_of_a_run_are_its_own(toy: Path, name: str) -> None:
+    write_spec(ONE)
+    run_here()
+    Path("home").mkdir()
+    Path("home/data.jsonl").write_text("mine\n")
+    untrack(lambda facts: facts["run"].update(run_id=name))
+    before = sorted(path for path in toy.rglob("*.jsonl") if ".fls" not in path.parts)
+    code, output, errors = fls("sync")
+    assert (code, errors) == (1, "")
+    assert f"run.run_id: expected the folder's name, got '{name}'" in output
+    assert run_here(overrides=["start.value=11"])[0] == 0  # ends what others left open
+    assert fls("sync", last_run().run_id)[0] == 0
+    after = sorted(path for path in toy.rglob("*.jsonl") if ".fls" not in path.parts)
+    assert Path("home/data.jsonl").read_text() == "mine\n"
+    assert set(after) - set(before) == {toy / f"tracking/{last_run().run_id}.jsonl"}

@@ -29,6 +29,7 @@ from pipeline.runs import RunOptions, RunRecord, State, load_run
 from pipeline.spec import load_spec
 from pipeline.store import Store
 from pipeline.tracking import TrackerName
+from pipeline.trust import read_trust
 
 ROOT = Path(__file__).parents[2]
 TOY = Path(__file__).parent / "toy"
@@ -82,7 +83,9 @@ def resume_here(
 ) -> tuple[int, str]:
     """Resume a run in this process; return exit code and output."""
     output = io.StringIO()
-    code = resume_run(Store(storage), record, _console(output), replan=replan)
+    store = Store(storage)
+    trust = read_trust(Path("pipeline.yaml"), store)
+    code = resume_run(store, record, trust, _console(output), replan=replan)
     return code, output.getvalue()
 
 
