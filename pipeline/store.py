@@ -38,7 +38,7 @@ from pipeline.attempt import (
     manifest_path,
     stage_folder,
 )
-from pipeline.documents import require_shape
+from pipeline.documents import require_event, require_shape
 from pipeline.errors import (
     BadInput,
     Damaged,
@@ -338,8 +338,9 @@ class Store:
 
         With a `limit`, no further segment is read once there are as many events.
 
-        In place of a damaged segment comes a `text` event that says so; before it, where the
-        `start` is lost with the first segment, one that does not say whose the attempt is.
+        In place of a segment that is damaged, or of an event that is none, comes a `text` event
+        that says so; before it, where the `start` is lost with the first segment, one that does not
+        say whose the attempt is.
         """
         events: list[dict[str, Any]] = []
         while limit is None or len(events) < limit:
@@ -348,14 +349,22 @@ class Store:
             except FileNotFoundError:
                 return events, after
             after += 1
+            now = time.time()
             try:
-                events += unseal_lines(data)
+                found = unseal_lines(data)
             except ValueError as error:
-                now = time.time()
                 if after == 1:
                     events.append({"type": "start", "time": now})
                 text = f"segment {after} of the events of attempt {attempt} is damaged ({error})"
                 events.append({"type": "text", "time": now, "text": text})
+                continue
+            for event in found:
+                try:
+                    require_event(event)
+                    events.append(event)
+                except ValueError as error:
+                    text = f"an event of attempt {attempt} cannot be read ({error})"
+                    events.append({"type": "text", "time": now, "text": text})
         return events, after
 
     # -- generations
