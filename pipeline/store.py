@@ -92,10 +92,8 @@ class Store:
     def prepare(self) -> str:
         """Make the storage ready for writing, once; return the token that tells it from others.
 
-        A storage that cannot create files exclusively is refused (`StorageUnsupported`).
-
-        Raises:
-            StoreError: it has the layout of another version, or does not say which.
+        A storage that cannot create files exclusively is refused (`StorageUnsupported`), and one
+        that has the layout of another version, or does not say which (`StoreError`).
         """
         found = self._about()
         if found is None:
@@ -103,22 +101,39 @@ class Store:
             found = {"format": _FORMAT, "token": uuid.uuid4().hex}
             if not self.storage.create("storage.json", seal(found)):
                 return self.prepare()
-        if found["format"] != _FORMAT:
-            raise StoreError(
-                f"{self.url} has the layout of version {found['format']}; this is version "
-                f"{_FORMAT}. Use another storage."
-            )
+        self._require_format(found)
         return str(found["token"])
 
     def exists(self) -> bool:
-        """Tell whether the storage has been made ready, now or by another version."""
-        return bool(self.storage.files("storage.json"))
+        """Tell whether the storage has been made ready.
 
-    def require(self) -> Store:
-        """Return the store, which is there.
+        One that has the layout of another version, or does not say which, is a `StoreError`.
+        """
+        found = self._about()
+        if found is not None:
+            self._require_format(found)
+        return found is not None
+
+    def _require_format(self, about: Mapping[str, Any]) -> None:
+        """Refuse what another version wrote, whose files would be taken for damage or garbage.
 
         Raises:
-            BadInput: it is not, so what is asked of it would seem to be in order, or empty.
+            StoreError: another version did.
+        """
+        found = about["format"]
+        if found != _FORMAT:
+            whose = "a later" if found > _FORMAT else "an earlier"
+            raise StoreError(
+                f"{self.url} has the layout of version {found}, of {whose} fls; this one reads "
+                f"and writes version {_FORMAT} alone. Nothing was changed. Use the fls that made "
+                "it, or another storage."
+            )
+
+    def require(self) -> Store:
+        """Return the store, which is there and has the layout of this version.
+
+        Raises:
+            BadInput: it is not there, so what is asked of it would seem to be in order, or empty.
         """
         if self.exists():
             return self
