@@ -15,6 +15,7 @@ from pipeline.text import cut
 _REASON_CHARACTERS = 300
 
 Time = Annotated[float, Field(ge=0, le=1e11)]  # Unix seconds, up to the year 5138
+Step = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Lists = dict[str, list[str]]
 Texts = dict[str, str]
@@ -213,6 +214,60 @@ class _Accepted(_Document):
     time: Time
 
 
+class _Event(_Document):
+    type: str
+
+
+class _Timed(_Event):
+    time: Time
+
+
+class _Start(_Timed):
+    run: str = ""
+    host: str = ""
+    pid: Count = 0
+
+
+class _Metrics(_Timed):
+    values: dict[str, float]
+    step: Step | None
+
+
+class _Sample(_Timed):
+    values: dict[str, float]
+
+
+class _Progress(_Timed):
+    done: float
+    total: float
+    unit: str
+
+
+class _Text(_Timed):
+    text: str
+
+
+class _Record(_Timed):
+    name: str
+    params: dict[str, Any]
+    metrics: dict[str, float]
+
+
+class _Cost(_Timed):
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+
+_EVENTS: dict[str, type[_Event]] = {
+    "start": _Start,
+    "metrics": _Metrics,
+    "system": _Sample,
+    "progress": _Progress,
+    "text": _Text,
+    "record": _Record,
+    "checkpoint": _Cost,
+    "end": _Cost,
+}
 _SHAPES: dict[str, type[_Document]] = {
     "run": _Run,
     "state": _State,
@@ -238,8 +293,26 @@ def require_shape(name: str, data: bytes) -> None:
     try:
         _SHAPES[name].model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        place = cut(".".join(map(str, first["loc"])), _REASON_CHARACTERS)
-        wanted = first["msg"][:1].lower() + first["msg"][1:]
-        got = "" if first["type"] == "missing" else f", got {cut(repr(first['input']), 80)}"
-        raise ValueError(f"{place}: {wanted}{got}") from None
+        raise ValueError(_first_wrong(error)) from None
+
+
+def require_event(event: Any) -> None:
+    """Check that an event, as JSON says it, has what its type has; of unknown types only the type.
+
+    Raises:
+        ValueError: it does not; names the first field that is wrong, and what it should be.
+    """
+    kind = event.get("type") if isinstance(event, dict) else None
+    shape = _EVENTS.get(kind, _Event) if isinstance(kind, str) else _Event
+    try:
+        shape.model_validate(event)
+    except ValidationError as error:
+        raise ValueError(f"{kind or 'event'}: {_first_wrong(error)}") from None
+
+
+def _first_wrong(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False)[0]
+    place = cut(".".join(map(str, first["loc"])), _REASON_CHARACTERS)
+    wanted = first["msg"][:1].lower() + first["msg"][1:]
+    got = "" if first["type"] == "missing" else f", got {cut(repr(first['input']), 80)}"
+    return f"{place}: {wanted}{got}"

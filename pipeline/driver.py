@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from pipeline.activity import Pace, first_line
-from pipeline.errors import Damaged, PipelineError, StorageUnavailable
+from pipeline.errors import Damaged, PipelineError, StorageUnavailable, TakenOver
 from pipeline.events import EVENTS_AT_ONCE, Event, EventTail
 from pipeline.executors import AbstractExecutor
 from pipeline.facts import cell_facts
@@ -564,13 +564,13 @@ class Driver:
         twentieth of the time.
 
         Raises:
-            PipelineError: the run is another driver's by now, and nothing more is written.
+            TakenOver: the run is another driver's by now, and nothing more is written.
         """
         if now or time.monotonic() - self._beat_s >= HEARTBEAT_S:
             self._beat_s = time.monotonic()
             if self._record.superseded(self._store):
                 self._superseded = True
-                raise PipelineError(
+                raise TakenOver(
                     f"Run {self._record.run_id} was taken over by another process while this one "
                     "was silent; this one ends."
                 )

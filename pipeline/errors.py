@@ -3,6 +3,7 @@
 PipelineError                 exit code 1
 |-- BadInput                  exit code 2: the spec, an option or the user's own source is wrong
 |   `-- SpecError             all problems of one spec together
+|-- TakenOver                 a run is another process's by now
 |-- BrokenPromise             what a worker used is not what the key of its cell says
 `-- StoreError                the storage
     |-- StorageUnsupported    the storage cannot create a file exclusively
@@ -74,6 +75,10 @@ class SpecError(BadInput):
 
 class BrokenPromise(PipelineError):
     """What a worker used is not what the key of its cell says: it was changed after the plan."""
+
+
+class TakenOver(PipelineError):
+    """A run is another process's by now; this one writes nothing more of it."""
 
 
 class StoreError(PipelineError):

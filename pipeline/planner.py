@@ -156,6 +156,8 @@ def make_plan(spec: Spec, store: Store, selection: Selection | None = None) -> P
     Raises:
         BadInput: an address that no cell has, or a forced cell that is not selected.
 
+    A store that has the layout of another version is a `StoreError`.
+
     Cost: one read of each source, each external file and each manifest; and of the plans of
     earlier runs, if cells are to run.
     """
@@ -165,6 +167,7 @@ def make_plan(spec: Spec, store: Store, selection: Selection | None = None) -> P
     if not forced <= selected:
         stray = [cell.name for cell in spec.cells if cell.name in forced - selected]
         raise BadInput(f"--force names what {selection} leaves out: {shorten(stray)}")
+    store.exists()  # what another version wrote is refused, not taken for damage
     stored = store.generations()
     raised: dict[str, int] = {}
 

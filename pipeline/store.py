@@ -38,7 +38,7 @@ from pipeline.attempt import (
     manifest_path,
     stage_folder,
 )
-from pipeline.documents import require_shape
+from pipeline.documents import require_event, require_shape
 from pipeline.errors import (
     BadInput,
     Damaged,
@@ -94,10 +94,8 @@ class Store:
     def prepare(self) -> str:
         """Make the storage ready for writing, once; return the token that tells it from others.
 
-        A storage that cannot create files exclusively is refused (`StorageUnsupported`).
-
-        Raises:
-            StoreError: it has the layout of another version, or does not say which.
+        A storage that cannot create files exclusively is refused (`StorageUnsupported`), and one
+        that has the layout of another version, or does not say which (`StoreError`).
         """
         found = self._about()
         if found is None:
@@ -105,22 +103,39 @@ class Store:
             found = {"format": _FORMAT, "token": uuid.uuid4().hex}
             if not self.storage.create("storage.json", seal(found)):
                 return self.prepare()
-        if found["format"] != _FORMAT:
-            raise StoreError(
-                f"{self.url} has the layout of version {found['format']}; this is version "
-                f"{_FORMAT}. Use another storage."
-            )
+        self._require_format(found)
         return str(found["token"])
 
     def exists(self) -> bool:
-        """Tell whether the storage has been made ready, now or by another version."""
-        return bool(self.storage.files("storage.json"))
+        """Tell whether the storage has been made ready.
 
-    def require(self) -> Store:
-        """Return the store, which is there.
+        One that has the layout of another version, or does not say which, is a `StoreError`.
+        """
+        found = self._about()
+        if found is not None:
+            self._require_format(found)
+        return found is not None
+
+    def _require_format(self, about: Mapping[str, Any]) -> None:
+        """Refuse what another version wrote, whose files would be taken for damage or garbage.
 
         Raises:
-            BadInput: it is not, so what is asked of it would seem to be in order, or empty.
+            StoreError: another version did.
+        """
+        found = about["format"]
+        if found != _FORMAT:
+            whose = "a later" if found > _FORMAT else "an earlier"
+            raise StoreError(
+                f"{self.url} has the layout of version {found}, of {whose} fls; this one reads "
+                f"and writes version {_FORMAT} alone. Nothing was changed. Use the fls that made "
+                "it, or another storage."
+            )
+
+    def require(self) -> Store:
+        """Return the store, which is there and has the layout of this version.
+
+        Raises:
+            BadInput: it is not there, so what is asked of it would seem to be in order, or empty.
         """
         if self.exists():
             return self
@@ -365,8 +380,9 @@ class Store:
 
         With a `limit`, no further segment is read once there are as many events.
 
-        In place of a damaged segment comes a `text` event that says so; before it, where the
-        `start` is lost with the first segment, one that does not say whose the attempt is.
+        In place of a segment that is damaged, or of an event that is none, comes a `text` event
+        that says so; before it, where the `start` is lost with the first segment, one that does not
+        say whose the attempt is.
         """
         events: list[dict[str, Any]] = []
         while limit is None or len(events) < limit:
@@ -375,14 +391,22 @@ class Store:
             except FileNotFoundError:
                 return events, after
             after += 1
+            now = time.time()
             try:
-                events += unseal_lines(data)
+                found = unseal_lines(data)
             except ValueError as error:
-                now = time.time()
                 if after == 1:
                     events.append({"type": "start", "time": now})
                 text = f"segment {after} of the events of attempt {attempt} is damaged ({error})"
                 events.append({"type": "text", "time": now, "text": text})
+                continue
+            for event in found:
+                try:
+                    require_event(event)
+                    events.append(event)
+                except ValueError as error:
+                    text = f"an event of attempt {attempt} cannot be read ({error})"
+                    events.append({"type": "text", "time": now, "text": text})
         return events, after
 
     # -- generations

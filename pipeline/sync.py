@@ -14,7 +14,15 @@ from functools import partial
 
 from rich.console import Console
 
-from pipeline.errors import BadInput, Damaged, DamagedDocument, PipelineError
+from pipeline.errors import (
+    BadInput,
+    Damaged,
+    DamagedDocument,
+    PipelineError,
+    StorageUnavailable,
+    StoreError,
+    TakenOver,
+)
 from pipeline.facts import StoredFacts, load_facts
 from pipeline.runs import HEARTBEAT_S, RunRecord, RunState, State, load_run, recorded_ids
 from pipeline.secrets import HIDDEN, redact
@@ -55,7 +63,8 @@ def close_orphans(
 
     Cost: one small document for each run that is over, three for one that may not be.
     """
-    closed, away = [], set()
+    closed: list[str] = []
+    away: set[str] = set()
     for run_id in store.list_runs():
         tracking = store.peek_run(run_id, "tracking")
         if run_id == mine or tracking is None or tracking["ended"]:
@@ -78,11 +87,16 @@ def close_orphans(
         place = destination(run, kind)
         if place in away:
             continue
+        if tracker is None:
+            try:
+                tracker = make_tracker(kind)
+            except Exception:  # its library is not installed, or broken
+                return closed
         try:
-            tracker = tracker or make_tracker(kind)
             found = tracker.close_orphan(run, _end(state), cells)
-        except Exception:  # its server is away; it stays for the next start
-            away.add(place)
+        except Exception as error:  # this run stays for the next start
+            if tracker.is_outage(error):
+                away.add(place)
             continue
         if found:
             record.tracking.ended = True
@@ -168,23 +182,29 @@ def _sync(
 
     Raises:
         PipelineError: the server is away.
+        StorageUnavailable: the storage is.
     """
     tracker = make_tracker(record.options.tracking)
     step, say = partial(_step, store, record), partial(console.print, soft_wrap=True)
     recorder = Recorder(tracker, store, facts.run, record.tracking, step, say)
-    refused, count = [*unsure], 0
+    for one in unsure:
+        say(one)
+    count, lost = 0, bool(unsure)
     try:
         recorder.open()
         for cell, state, source in _missing(store, record, facts):
-            try:
-                recorder.record(cell, state, source)
-                count += 1
-            except Exception as error:
-                if tracker.is_outage(error):
-                    raise
-                refused.append(f"{cell.cell} cannot be recorded: {redact(str(error))}")
+            recorder.record(cell, state, source)
+            count += cell.cell not in recorder.set_aside
         for key, output in _promoted(record, facts):
-            recorder.promote(output, store.fetch(key, output))
+            try:
+                folder = store.fetch(key, output)
+            except StorageUnavailable:
+                raise
+            except StoreError as error:
+                lost = True
+                say(f"the output {output} cannot be kept with the run: {error}")
+            else:
+                recorder.promote(output, folder)
         recorder.close(_end(record.observed_state()))
     except PipelineError:
         raise
@@ -195,10 +215,12 @@ def _sync(
             f"Nothing is lost: `{record.sync_command}` goes on from there."
         ) from error
     finally:
-        record.tracked = record.tracking.ended and not refused
+        complete = record.tracking.ended and not recorder.set_aside and not lost
+        record.tracked = complete
         if not record.superseded(store):
             record.save_progress(store, leaving=True)
-    return "\n".join([f"is complete: {count} cells sent.", *refused]), not refused
+    stands = "is complete" if complete else "is recorded but for what is named above"
+    return f"{stands}: {count} cells sent.", complete
 
 
 def _with_loaders(
@@ -236,11 +258,11 @@ def _step(store: Store, record: RunRecord) -> None:
     """Show every few seconds that the run is being recorded here.
 
     Raises:
-        PipelineError: by now it is another process's.
+        TakenOver: by now it is another process's.
     """
     if time.time() - record.heartbeat >= HEARTBEAT_S:
         if record.superseded(store):
-            raise PipelineError(f"Run {record.run_id} was taken over by another process.")
+            raise TakenOver(f"Run {record.run_id} was taken over by another process.")
         record.save_progress(store)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.errors import PipelineError
 from pipeline.events import Event
 from pipeline.tracking.base import AbstractTracker, CellEnd, CellFacts, RunFacts
+from pipeline.tracking.outage import may_pass
 
 
 class JsonLinesTracker(AbstractTracker):
@@ -80,7 +81,7 @@ class JsonLinesTracker(AbstractTracker):
 
     def is_outage(self, error: Exception) -> bool:
         """Say yes of a full disk, say, which may have room again."""
-        return not isinstance(error, PipelineError)
+        return may_pass(error)
 
     def _write_cell(self, cell: CellFacts, state: str, **more: Any) -> None:
         self._write(

@@ -28,9 +28,9 @@ from typing import Any
 import pipeline.tracking.mlflow_settings  # noqa: F401 - before MLflow, which reads them
 
 # isort: split
-from mlflow.exceptions import InvalidUrlException, MlflowException
+from mlflow.exceptions import InvalidUrlException, MlflowException, RestException
 from mlflow.tracking import MlflowClient
-from sqlalchemy.exc import ArgumentError  # what its address of a database cannot be
+from sqlalchemy.exc import ArgumentError, OperationalError  # of a wrong address, of an outage
 
 from pipeline.errors import PipelineError
 from pipeline.events import Event
@@ -52,6 +52,7 @@ from pipeline.tracking.mlflow_names import (
 from pipeline.tracking.mlflow_server import connect, database_of, open_experiment, unusable
 from pipeline.tracking.mlflow_writer import RunWriter
 from pipeline.tracking.model import pack
+from pipeline.tracking.outage import PASSING_STATUS, may_pass
 from pipeline.tracking.series import Point, Series
 
 _PAGE = 100  # runs of a search that are held at once
@@ -124,8 +125,8 @@ class MLflowTracker(AbstractTracker):
     def log(self, cell: str, events: list[Event]) -> None:
         """Send metrics in batches, and make a run of each record."""
         series = self._series(cell)
-        hosts = [event["host"] for event in events if event["type"] == "start"]
-        tags = {"fls.host": hosts[-1]} if hosts else {}
+        hosts = [event.get("host") for event in events if event["type"] == "start"]
+        tags = {"fls.host": hosts[-1]} if hosts and hosts[-1] else {}
         self._cell(cell).send(series.take(events), tags=tags)
         for event in events:
             if event["type"] == "record":
@@ -226,10 +227,10 @@ class MLflowTracker(AbstractTracker):
         sums = dict.fromkeys((*_SUMS, *(_CACHED + name for name in _SUMS)), 0.0)
         sums |= {"cells": 0.0, "cached_cells": 0.0}
         for run in self._children():
-            metrics, kind = run.data.metrics, run.data.tags["fls.kind"]
+            metrics, kind = run.data.metrics, run.data.tags.get("fls.kind")
             if run.info.status == "RUNNING":
                 self._client.set_terminated(run.info.run_id, "KILLED")
-            if kind == "evaluation":  # which has the cost of its cell
+            if kind not in {"stage", "cached"}:  # an evaluation has the cost of its cell
                 continue
             sums["cells" if kind == "stage" else "cached_cells"] += 1
             for name in _SUMS:
@@ -259,18 +260,23 @@ class MLflowTracker(AbstractTracker):
             return False
         # All pages first: ending one run would move the others into pages that were read.
         for found in list(_search(client, experiment.experiment_id, f"{mine} and {_IS_RUNNING}")):
-            kind, cell = found.data.tags["fls.kind"], found.data.tags.get("fls.cell", "")
+            kind, cell = (found.data.tags.get(f"fls.{name}", "") for name in ("kind", "cell"))
             ends = {"pipeline": state, "stage": cells.get(cell, "stopped")}
             client.set_terminated(found.info.run_id, _STATUS[ends.get(kind, "stopped")])
         return True
 
     def is_outage(self, error: Exception) -> bool:
         """Say no when the server answers that it does not take what it is told."""
-        if isinstance(error, InvalidUrlException | PipelineError | ImportError | ArgumentError):
+        if isinstance(error, InvalidUrlException):
             return False
-        if isinstance(error, MlflowException):
-            return error.get_http_status_code() >= 500 or error.get_http_status_code() in {408, 429}
-        return True
+        if may_pass(error):
+            return True
+        if not isinstance(error, MlflowException):
+            return isinstance(error, OperationalError)
+        if isinstance(error, RestException) or error.__cause__ is not None:
+            return error.get_http_status_code() in PASSING_STATUS
+        # Neither the server's own answer nor what became of another error: a gateway's page.
+        return error.get_http_status_code() >= 500 or error.get_http_status_code() in PASSING_STATUS
 
     # -- runs
 
@@ -369,10 +375,11 @@ class MLflowTracker(AbstractTracker):
         """Find what an earlier life created, by its tags."""
         for run in self._children():
             tags, run_id = run.data.tags, self._found(run).run_id
-            if tags["fls.kind"] == "evaluation":
-                self.ids["records"].setdefault(tags["fls.cell"], {})[tags["fls.record"]] = run_id
-            else:
-                self.ids["cells"][tags["fls.cell"]] = run_id
+            kind, cell, record = (tags.get(f"fls.{name}") for name in ("kind", "cell", "record"))
+            if kind == "evaluation" and cell and record:
+                self.ids["records"].setdefault(cell, {})[record] = run_id
+            elif kind in {"stage", "cached"} and cell:  # someone's own run may hang there, too
+                self.ids["cells"][cell] = run_id
 
     def _children(self) -> Iterator[Any]:
         mine = f"tags.`{_PARENT}` = '{self._parent.run_id}'"

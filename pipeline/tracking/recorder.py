@@ -8,12 +8,14 @@ same recorder.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.errors import Damaged
+from pipeline.errors import Damaged, TakenOver
 from pipeline.events import EVENTS_AT_ONCE, Cursor, EventTail
+from pipeline.secrets import redact
 from pipeline.store import Manifest, Store
 from pipeline.tracking.base import (
     AbstractTracker,
@@ -28,6 +30,9 @@ from pipeline.tracking.base import (
 class Recorder:
     """Records one run.
 
+    Only an outage is an error of its methods. Of whatever else goes wrong it says what cannot be
+    recorded and why, and goes on: one bad cell keeps no other waiting.
+
     Args:
         tracker: where.
         store: what.
@@ -35,6 +40,9 @@ class Recorder:
         progress: how far it is recorded; changed here, before `changed` is called.
         changed: called after each step that succeeded.
         say: takes what the user should know.
+
+    Attributes:
+        set_aside: what cannot be recorded -> why; a cell is tried once more when it has ended.
     """
 
     def __init__(
@@ -53,6 +61,7 @@ class Recorder:
         self._changed = changed
         self._say = say
         self._open: set[str] = set()
+        self.set_aside: dict[str, str] = {}
         tracker.ids = progress.ids
 
     def open(self) -> None:
@@ -73,6 +82,12 @@ class Recorder:
             state: how it stands.
             source: of a cached cell, see `AbstractTracker.link_cached`.
         """
+        if state is CellState.RUNNING and cell.cell in self.set_aside:
+            return
+        with self._setting_aside(cell.cell):
+            self._record(cell, state, source)
+
+    def _record(self, cell: CellFacts, state: CellState, source: str | None) -> None:
         name = cell.cell
         if state is CellState.CACHED:
             if self._progress.keys.get(name, cell.key) != cell.key:  # another result, another's
@@ -103,14 +118,38 @@ class Recorder:
 
     def promote(self, output: str, folder: Path) -> None:
         """Keep an output with the run itself."""
-        self._tracker.promote(output, folder)
-        self._step()
+        with self._setting_aside(f"the output {output} of the run"):
+            self._tracker.promote(output, folder)
+            self._step()
 
     def close(self, state: str) -> None:
         """Record the run's end."""
-        self._tracker.close_run(state)
-        self._progress.ended = True
-        self._step()
+        with self._setting_aside("the end of the run"):
+            self._tracker.close_run(state)
+            self._progress.ended = True
+            self._step()
+
+    @contextmanager
+    def _setting_aside(self, what: str) -> Iterator[None]:
+        """Say what cannot be recorded, and go on without it; an outage stays an error.
+
+        Raises:
+            TakenOver: the run is another process's by now.
+        """
+        try:
+            yield
+        except TakenOver:
+            raise
+        except Exception as error:
+            if self._tracker.is_outage(error):
+                raise
+            why = f"{redact(str(error))} ({type(error).__name__})"
+            if self.set_aside.get(what) != why:
+                self._say(f"{what} cannot be recorded: {why}")
+            self.set_aside[what] = why
+            self._open.discard(what)
+        else:
+            self.set_aside.pop(what, None)
 
     def _begin(self, cell: CellFacts) -> None:
         """Open a cell; what was recorded under another key, or of a lost result, goes first."""

@@ -61,7 +61,8 @@ class TrackingThread:
         self._news: dict[str, News] = {}
         self._promoted: list[Path] = []
         self._end: str | None = None
-        self._refused = self._abandoned = False
+        self._abandoned = False
+        self._set_aside: dict[str, str] = {}
         self._finishing = self._given_up = False
         self._messages: list[str] = []
         self._thread: threading.Thread | None = None
@@ -141,7 +142,7 @@ class TrackingThread:
             with self._change:
                 self._given_up = True
                 self._change.notify()
-        return self._recorded.ended and not self._refused
+        return self._recorded.ended and not self._set_aside
 
     # -- in the thread
 
@@ -152,14 +153,15 @@ class TrackingThread:
             self.error = error
             return
         recorder = Recorder(tracker, self._store, run, self._live, self._stepped, self._tell)
+        self._set_aside = recorder.set_aside
         opened, pause_s = False, _FIRST_PAUSE_S
         while not self._given_up:
             try:
                 if not opened:
                     recorder.open()
                     opened = self._patient = True
-                    chores(tracker)
-                while self._record_next(recorder, tracker):
+                    self._do(chores, tracker)
+                while self._record_next(recorder):
                     pause_s = _FIRST_PAUSE_S
                 return
             except Exception as error:  # a server or a database may fail in any way
@@ -173,7 +175,19 @@ class TrackingThread:
                     self._change.wait_for(lambda: self._given_up, pause_s)
                 pause_s = min(_LONGEST_PAUSE_S, 2 * pause_s)
 
-    def _record_next(self, recorder: Recorder, tracker: AbstractTracker) -> bool:
+    def _do(self, chores: Chores, tracker: AbstractTracker) -> None:
+        """Do once what is to be done for other runs, whose errors are none of this one.
+
+        Only an outage is.
+        """
+        try:
+            chores(tracker)
+        except Exception as error:
+            if tracker.is_outage(error):
+                raise
+            self._tell(f"What earlier runs left open in tracking stays so: {redact(str(error))}")
+
+    def _record_next(self, recorder: Recorder) -> bool:
         """Wait for news and record it; once there is no more to come, record the run's end.
 
         Returns:
@@ -195,13 +209,11 @@ class TrackingThread:
             return False
         try:
             recorder.record(*news)
-        except Exception as error:
-            if tracker.is_outage(error):
-                with self._change:  # in front, unless there is newer news of the cell
-                    if not self._abandoned:
-                        self._news = {news[0].cell: news, **self._news}
-                raise
-            self._refuse(news[0].cell, error)
+        except Exception:  # an outage
+            with self._change:  # in front, unless there is newer news of the cell
+                if not self._abandoned:
+                    self._news = {news[0].cell: news, **self._news}
+            raise
         return True
 
     def _fall_behind(self, error: Exception) -> None:
@@ -218,12 +230,6 @@ class TrackingThread:
         if self.behind:
             self.behind = False
             self._messages.append("Tracking has caught up.")
-
-    def _refuse(self, cell: str, error: Exception) -> None:
-        """Go on without a cell that the server does not take, so that it keeps no other waiting."""
-        with self._change:
-            self._refused = True
-            self._messages.append(f"{cell} cannot be recorded: {redact(str(error))}")
 
     def _tell(self, text: str) -> None:
         with self._change:

@@ -1,0 +1,60 @@
+"""Which errors are outages: of a line, a server or a disk that may be back, and of nothing else."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from pipeline.errors import PipelineError, StorageUnavailable
+
+PASSING_STATUS = {408, 429, 502, 503, 504}  # of HTTP
+_PASSING = {
+    errno.EAGAIN,
+    errno.EBUSY,
+    errno.EDQUOT,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ENFILE,
+    errno.ENOSPC,
+    errno.EROFS,
+    errno.ESTALE,
+}
+# Of libraries that not everyone has, whose classes are no OSError.
+_OTHERS = {
+    "botocore.exceptions.ConnectionError",
+    "botocore.exceptions.HTTPClientError",
+    "google.auth.exceptions.TransportError",
+    "azure.core.exceptions.ServiceRequestError",
+    "azure.core.exceptions.ServiceResponseError",
+    "urllib3.exceptions.HTTPError",
+}
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Tell whether an error, or one that it came of, is an outage.
+
+    >>> may_pass(ConnectionResetError()), may_pass(KeyError("host")), may_pass(FileNotFoundError())
+    (True, False, False)
+    """
+    while error is not None:
+        if isinstance(error, StorageUnavailable) or _is_outage(error):
+            return True
+        if isinstance(error, PipelineError):  # it says itself what is wrong
+            return False
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
+
+
+def _is_outage(error: BaseException) -> bool:
+    if isinstance(error, ConnectionError | TimeoutError | socket.gaierror):
+        return True
+    if not isinstance(error, OSError):
+        return any(f"{one.__module__}.{one.__name__}" in _OTHERS for one in type(error).__mro__)
+    if error.errno is None and not isinstance(error, ValueError):  # one of requests
+        response = getattr(error, "response", None)
+        return response is None or response.status_code in PASSING_STATUS
+    return error.errno in _PASSING
