@@ -75,7 +75,14 @@ SHELL_LINES = re.compile(r"^(?: {4}|#   )((?:\w+=\S+ )*(?:fls|ray) .*)$", re.MUL
 
 @pytest.mark.parametrize(
     "file",
-    ["README.md", "docs/cluster.md", "docs/reliability.md", "pipeline.yaml", "deploy/submit.py"],
+    [
+        "README.md",
+        "docs/cluster.md",
+        "docs/reliability.md",
+        "docs/security.md",
+        "pipeline.yaml",
+        "deploy/submit.py",
+    ],
 )
 def test_commands_hold_nothing_that_a_shell_would_take_for_a_pattern(file):
     text = (ROOT / file).read_text(encoding="utf-8")
