@@ -7,7 +7,6 @@ the server is away it tries again, ever less often, for as long as the run lasts
 
 from __future__ import annotations
 
-import copy
 import math
 import threading
 import time
@@ -55,8 +54,8 @@ class TrackingThread:
         self._name = name
         self._store = store
         self._patient = patient or bool(progress.ids)
-        self._live = copy.deepcopy(progress)  # the thread's own
-        self._recorded = copy.deepcopy(progress)  # as of its last step
+        self._live = progress.copy()  # the thread's own
+        self._recorded = progress.copy()  # as of its last step
         self._change = threading.Condition()  # guards all that follows
         self._news: dict[str, News] = {}
         self._promoted: list[Path] = []
@@ -102,7 +101,7 @@ class TrackingThread:
     def progress(self) -> TrackingProgress:
         """Return what is recorded by now."""
         with self._change:
-            return copy.deepcopy(self._recorded)
+            return self._recorded.copy()
 
     def messages(self) -> list[str]:
         """Return what the user should know and has not been told."""
@@ -237,4 +236,4 @@ class TrackingThread:
 
     def _stepped(self) -> None:
         with self._change:
-            self._recorded = copy.deepcopy(self._live)
+            self._recorded = self._live.copy()

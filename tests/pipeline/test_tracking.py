@@ -1,5 +1,6 @@
 """What is recorded of a run, in MLflow and as JSON lines."""
 
+import copy
 import hashlib
 import itertools
 import json
@@ -1013,3 +1014,24 @@ def test_a_kill_while_the_tables_are_made_breaks_no_database(
         module.connect(uri)
     assert module.connect(uri).get_experiment_by_name("Default") is not None
     assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+
+
+def test_a_copy_of_the_progress_shares_nothing_that_changes() -> None:
+    progress = TrackingProgress(
+        cursors={"a": Cursor(1, 2)},
+        keys={"a": "k"},
+        closed=["a"],
+        registered=["a"],
+        ids={"run": "r", "cells": {"a": "i"}, "series": {"a": {"m": [1, {"n": 2}]}}},
+        ended=True,
+    )
+    before = copy.deepcopy(progress)
+    other = progress.copy()
+    assert other == progress
+    other.cursors["b"], other.keys["b"] = Cursor(), "l"
+    other.closed.append("b")
+    other.registered.append("b")
+    other.ids["cells"]["b"] = "j"
+    other.ids["series"]["a"]["m"][1]["n"] = 3
+    other.ids["series"]["a"]["m"].append(4)
+    assert progress == before
