@@ -10,7 +10,6 @@ this module does. So nothing waits for longer than about `PATIENCE_S` and a minu
 from __future__ import annotations
 
 import fcntl
-import getpass
 import hashlib
 import os
 import random
@@ -32,6 +31,7 @@ from pipeline.errors import (
     nearest,
 )
 from pipeline.names import require_inside
+from pipeline.private import is_private, make_private, private_place
 from pipeline.secrets import redact
 from pipeline.storage import AbstractStorage, Leftover, StoredFile, list_files
 
@@ -72,7 +72,7 @@ class RemoteStorage(AbstractStorage):
             self.fs.retries = 1  # those of botocore and of this class are enough
         self.root = self.root.rstrip("/")
         digest = hashlib.sha256(url.encode()).hexdigest()[:12]
-        self.scratch = Path(tempfile.gettempdir()) / f"fls-{getpass.getuser()}" / digest
+        self.scratch = private_place(digest)
         self._cache = Cache(self.scratch / "copies")
         self._answered = False
 
@@ -151,7 +151,7 @@ class RemoteStorage(AbstractStorage):
 
     def workspace(self, path: str) -> Path:
         """See `AbstractStorage.workspace`."""
-        self.scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private(self.scratch)
         for left in self._left_here():
             left.discard()
         folder = Path(tempfile.mkdtemp(dir=self.scratch, prefix=_WORK))
@@ -171,6 +171,8 @@ class RemoteStorage(AbstractStorage):
 
     def _left_here(self) -> Iterator[Leftover]:
         """Yield the workspaces that no living process holds; a new one may not be held yet."""
+        if not is_private(self.scratch.parent) or not is_private(self.scratch):
+            return
         for folder in self.scratch.glob(f"{_WORK}*"):
             try:
                 written = folder.stat().st_mtime
@@ -225,6 +227,7 @@ class RemoteStorage(AbstractStorage):
 
     def local(self, path: str, *, fresh: bool = False) -> Path:
         """See `AbstractStorage.local`; a copy in the cache, kept for the next time."""
+        make_private(self.scratch)
         return self._cache.get(
             require_inside(path), lambda folder: self.load(path, folder), fresh=fresh
         )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import logging
 import os
+import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,9 @@ from mlflow.tracking import MlflowClient
 from pipeline.errors import PipelineError
 from pipeline.secrets import redact
 from pipeline.tracking.base import RunFacts
+
+_LOCK_S = 60.0  # making the tables takes seconds
+_LOOK_S = 0.1
 
 
 def connect(uri: str) -> MlflowClient:
@@ -38,7 +42,7 @@ def connect(uri: str) -> MlflowClient:
         database.open("ab").close()
     except OSError as error:
         raise PipelineError(unusable(uri, error)) from error
-    with _only_one(database):
+    with _only_one(database, uri):
         if database.stat().st_size == 0:
             _make_tables(database)
         return MlflowClient(uri)
@@ -53,12 +57,42 @@ def _make_tables(database: Path) -> None:
 
 
 @contextmanager
-def _only_one(database: Path) -> Iterator[None]:
-    """Let one process at a time create tables: two at once break a fresh database for good."""
-    digest = hashlib.sha256(str(database).encode()).hexdigest()[:16]
-    with open(Path(tempfile.gettempdir()) / f"fls-{os.getuid()}-{digest}.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def _only_one(database: Path, uri: str) -> Iterator[None]:
+    """Let one process at a time create tables: two at once break a fresh database for good.
+
+    The lock lies beside the database, and only who may write to that may open it.
+
+    Raises:
+        PipelineError: it cannot be opened, or another process holds it for too long.
+    """
+    path = database.with_name(f".{database.name}.lock")
+    shared = stat.S_IMODE(database.stat().st_mode) & stat.S_IWGRP
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        lock = os.open(path, flags, 0o660 if shared else 0o600)
+    except OSError as error:
+        raise PipelineError(unusable(uri, error)) from error
+    try:
+        end_s = time.monotonic() + _LOCK_S
+        while not _take(lock):
+            if time.monotonic() > end_s:
+                raise PipelineError(
+                    f"{path} has been locked by another process for {_LOCK_S:.0f} s, which makes "
+                    "the tables of the MLflow database beside it. Find it (lsof names it) and end "
+                    "it; nothing is lost."
+                )
+            time.sleep(_LOOK_S)
         yield
+    finally:
+        os.close(lock)
+
+
+def _take(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def unusable(uri: str, error: Exception) -> str:

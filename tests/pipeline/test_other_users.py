@@ -1,0 +1,149 @@
+"""What another user of the machine can read, change or block: nothing of ours."""
+
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import PipelineError, StorageUnsupported
+from pipeline.private import make_private, private_place
+from pipeline.remote_storage import RemoteStorage
+from pipeline.tracking import mlflow_server
+
+OTHER = 65_534  # nobody
+
+
+@pytest.fixture
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a temporary folder that all may write to, as /tmp is."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    folder.chmod(0o1777)
+    for one in (tmp_path, *tmp_path.parents):
+        if one.stat().st_uid == os.getuid() and one != Path("/"):
+            one.chmod(one.stat().st_mode | 0o011)
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder
+
+
+def as_other(act: Callable[[], object]) -> str:
+    """Do something as another user, in a process of its own; return what comes of it, as text."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setgid(OTHER)
+            os.setuid(OTHER)
+            text = repr(act())
+        except BaseException as error:
+            text = repr(error)
+        os.write(writing, text.encode())
+        os._exit(0)
+    os.close(writing)
+    os.waitpid(child, 0)
+    with os.fdopen(reading) as found:
+        return found.read()
+
+
+def test_the_other_user_is_another(shared: Path) -> None:
+    assert as_other(os.getuid) == str(OTHER)
+    assert as_other(lambda: os.mkdir(shared / "theirs")) == "None"
+
+
+def test_copies_of_remote_results_are_closed_to_others(shared: Path) -> None:
+    storage = RemoteStorage("memory://bucket")
+    storage.write("stages/a/result.txt", b"private")
+    before = os.umask(0o022)
+    try:
+        copy = storage.local("stages/a")
+        work = storage.workspace("stages/b")
+    finally:
+        os.umask(before)
+    assert (copy / "result.txt").read_bytes() == b"private"
+    for level in (private_place(), storage.scratch):
+        assert stat.S_IMODE(level.stat().st_mode) == 0o700
+    for folder in (copy, work, storage.scratch):
+        assert "PermissionError" in as_other(partial(os.listdir, folder))
+    storage.release(work)
+
+
+@pytest.mark.parametrize("level", ["the user's", "the store's"])
+def test_a_folder_that_another_user_made_is_refused(shared: Path, level: str) -> None:
+    storage = RemoteStorage("memory://bucket")
+    storage.write("stages/a/result.txt", b"private")
+    if level == "the user's":
+        place = private_place()
+        assert as_other(lambda: os.makedirs(place)) == "None"
+    else:
+        make_private(private_place())
+        storage.scratch.mkdir()
+        os.chown(storage.scratch, OTHER, OTHER)
+    for act in (lambda: storage.local("stages/a"), lambda: storage.workspace("stages/b")):
+        with pytest.raises(StorageUnsupported, match=r"is not a folder of user .*TMPDIR"):
+            act()
+    assert storage.leftovers() == []
+
+
+def test_a_link_in_place_of_the_folder_is_refused(shared: Path, tmp_path: Path) -> None:
+    place = private_place()
+    assert as_other(lambda: os.symlink(tmp_path, place)) == "None"
+    with pytest.raises(StorageUnsupported, match="is not a folder of user"):
+        make_private(private_place("copies"))
+    assert not (tmp_path / "copies").exists()
+
+
+def test_a_folder_of_ours_that_is_open_is_closed(shared: Path) -> None:
+    private_place().mkdir(mode=0o755)
+    make_private(private_place("copies"))
+    assert stat.S_IMODE(private_place().stat().st_mode) == 0o700
+
+
+def test_a_user_without_a_name_has_a_place(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 1_234_567_890)
+    assert RemoteStorage("memory://bucket").scratch.parent.name == "fls-1234567890"
+
+
+# ------------------------------------------------------------------- the lock of MLflow's tables
+
+
+def lock_of(database: Path) -> Path:
+    return database.with_name(f".{database.name}.lock")
+
+
+def test_the_lock_of_a_database_lies_beside_it_and_is_private(shared: Path) -> None:
+    database = shared / "mlflow.db"
+    mlflow_server.connect(f"sqlite:///{database}")
+    assert stat.S_IMODE(lock_of(database).stat().st_mode) == 0o600
+    assert not list(shared.glob("fls-*.lock"))
+    assert "PermissionError" in as_other(lambda: open(lock_of(database)))
+
+
+def test_a_lock_that_is_a_link_empties_nothing(shared: Path) -> None:
+    database, precious = shared / "mlflow.db", shared / "precious"
+    precious.write_text("precious")
+    lock_of(database).symlink_to(precious)
+    with pytest.raises(PipelineError, match="Too many levels of symbolic links"):
+        mlflow_server.connect(f"sqlite:///{database}")
+    assert precious.read_text() == "precious"
+
+
+def test_a_lock_that_is_held_for_long_is_an_error_with_its_path(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlflow_server, "_LOCK_S", 0.3)
+    database = shared / "mlflow.db"
+    with lock_of(database).open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        began_s = time.monotonic()
+        with pytest.raises(PipelineError, match=r"\.mlflow\.db\.lock has been locked by another"):
+            mlflow_server.connect(f"sqlite:///{database}")
+        assert time.monotonic() - began_s < 5
+    mlflow_server.connect(f"sqlite:///{database}")
