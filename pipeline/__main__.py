@@ -1,19 +1,21 @@
 """The command `fls`, also `python -m pipeline`."""
 
-from __future__ import annotations
-
 import sys
-import traceback
 
-import pipeline.store_commands  # noqa: F401 - joins its commands to the others
-from pipeline.cli import app
-from pipeline.errors import PipelineError
-from pipeline.secrets import presentable
-from pipeline.stage import StageError
+from pipeline.search_path import look_here_last
 
 
 def main() -> None:
     """Run the command line; a user's error is one message and an exit code, never a traceback."""
+    # Not above: with `python -m`, what lies in the working directory would come first there.
+    import traceback
+
+    import pipeline.store_commands  # noqa: F401 - joins its commands to the others
+    from pipeline.cli import app
+    from pipeline.errors import PipelineError
+    from pipeline.secrets import presentable
+    from pipeline.stage import StageError
+
     try:
         app()
     except (PipelineError, StageError) as error:
@@ -29,4 +31,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    look_here_last()
     main()

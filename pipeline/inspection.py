@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline.errors import BadInput
 from pipeline.graph import Cell, resolve
+from pipeline.search_path import python_command, search_variable
 from pipeline.spec import Spec, import_catalogue
 from pipeline.stage import StageError
 
@@ -67,14 +68,11 @@ def _ask(plugin: str, inspector: str, cells: Sequence[Cell]) -> list[dict[str, A
         ],
     }
     ran = subprocess.run(  # noqa: S603 - our own interpreter and module
-        [sys.executable, "-m", "pipeline.inspection"],
+        python_command("pipeline.inspection"),
         input=json.dumps(request),
         stdout=subprocess.PIPE,
         text=True,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([path or os.getcwd() for path in sys.path]),
-        },
+        env={**os.environ, **search_variable()},
     )
     try:
         answer = json.loads(ran.stdout)

@@ -119,7 +119,7 @@ def load_spec(
 ) -> Spec:
     """Read a spec, check all of it, and make its cells.
 
-    The working directory is put on the path of Python's imports, as `python -m` does, because
+    The working directory is put on the path of Python's imports, behind what is installed, because
     plugins and the user's own functions are looked for there.
 
     Args:
@@ -139,7 +139,7 @@ def load_spec(
     text = _read(FilePath(path))
     _refuse_secrets(text, str(path), overrides)
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())
     document = yaml_loader.load(text, str(path))
     if not isinstance(document.value, dict):
         document.note(document.root, "expected a mapping with 'name', 'plugins' and 'stages'")

@@ -16,7 +16,6 @@ import selectors
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -31,6 +30,7 @@ from pipeline.executors.base import (
     refuse_unsatisfiable,
 )
 from pipeline.executors.ranks import RankOutcomes
+from pipeline.search_path import python_command, search_variable
 from pipeline.stage import Resources
 from pipeline.system import oom_kills
 from pipeline.worker import END, OTHERS_ENDED, TOLD, Outcome, Seat, Task, died, threads_of
@@ -182,10 +182,10 @@ class _Worker:
             "OMP_NUM_THREADS": str(threads),
             "CUDA_VISIBLE_DEVICES": ",".join(devices),
             # The stage's modules are found where this process would find them.
-            "PYTHONPATH": os.pathsep.join([path or os.getcwd() for path in sys.path]),
+            **search_variable(),
         }
         self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-            [sys.executable, "-m", "pipeline.worker"],
+            python_command("pipeline.worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -12,8 +12,8 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +21,7 @@ import pipeline.executors.ray_settings  # noqa: F401 - before Ray, which reads t
 
 # isort: split
 import ray
+from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.executors.base import (
@@ -30,12 +31,34 @@ from pipeline.executors.base import (
 )
 from pipeline.executors.ray_connection import connect
 from pipeline.executors.ray_ranks import Notice, run_ranks
+from pipeline.search_path import search_variable
 from pipeline.stage import Resources
 from pipeline.worker import Outcome, Task, died, preempted, run_task
 
 # No data goes through Ray's object store, only tasks and outcomes; this is about its minimum.
 _OBJECT_STORE_BYTES = 100 << 20
 _ACCELERATOR = "accelerator_type:"
+
+
+class _NotHere(list[str]):
+    """Folders that Ray's workers search first; the working directory, which Ray adds, is none."""
+
+    def extend(self, folders: Iterable[str]) -> None:
+        """Add folders."""
+        super().extend(folder for folder in folders if folder != os.getcwd())
+
+
+@contextmanager
+def _searching_as_here() -> Iterator[None]:
+    """Let processes that are started meanwhile look for modules where this one does."""
+    before = os.environ.get("PYTHONPATH")
+    named = [path for path in (before or "").split(os.pathsep) if path]
+    os.environ["PYTHONPATH"] = os.pathsep.join([*named, *search_variable().values()])
+    try:
+        yield
+    finally:
+        os.environ.pop("PYTHONPATH")
+        os.environ.update({} if before is None else {"PYTHONPATH": before})
 
 
 class RayExecutor(AbstractExecutor):
@@ -45,13 +68,17 @@ class RayExecutor(AbstractExecutor):
         if "RAY_ADDRESS" in os.environ:
             connect(os.environ["RAY_ADDRESS"])
         else:
-            ray.init(
-                num_cpus=available_cpus(),
-                object_store_memory=_OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            job = JobConfig()
+            job._py_driver_sys_path = _NotHere()
+            with _searching_as_here():
+                ray.init(
+                    num_cpus=available_cpus(),
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    job_config=job,
+                )
         # Ray prints a paragraph for each worker that dies, into whatever is on the screen. A death
         # arrives as an outcome, and the driver tells of it.
         ray._private.worker._worker_logs_enabled = False

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from pipeline.errors import PipelineError
+from pipeline.search_path import python_command, search_variable
 
 _LIMIT_S = 600.0
 _SHOWN_CHARACTERS = 2000
@@ -29,11 +30,9 @@ def pack(loader: str, source: Path, destination: Path) -> None:
     Raises:
         PipelineError: it cannot be loaded, or not be exported.
     """
-    command = [sys.executable, "-m", __name__, loader, str(source), str(destination)]
-    # The stage's modules are found where this process would find them.
-    paths = os.pathsep.join([path or os.getcwd() for path in sys.path])
-    given = {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
-    environment = {**os.environ, **given}
+    command = python_command(__name__, loader, str(source), str(destination))
+    given = {"CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, **search_variable(), **given}
     try:
         subprocess.run(  # noqa: S603 - our own interpreter and module
             command, env=environment, check=True, capture_output=True, text=True, timeout=_LIMIT_S

@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 
+from pipeline.search_path import python_command
 from pipeline.secrets import presentable
 
 
@@ -31,8 +32,9 @@ def serve_ui(uri: str, port: int) -> None:
     # Eight more processes, for things that this project has no use for.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     os.environ["MLFLOW_BACKEND_STORE_URI"] = uri  # as an argument, all users here could read it
-    command = [sys.executable, "-m", "mlflow", "ui"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    os.environ["PYTHONSAFEPATH"] = "1"  # for the processes that it starts, too
+    command = python_command("mlflow", "ui", "--host", "127.0.0.1", "--port", str(port))
+    command += ["--workers", "1"]
     os.execv(sys.executable, command)  # noqa: S606 - no shell, our own interpreter
 
 

@@ -5,6 +5,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,13 @@ from typing import Any
 import pytest
 from test_store import KEY, publish
 from test_worker import events_of, plugin
-from toy_runs import fls, last_run, ran, run_here, write_spec
+from toy_runs import ROOT, fls, last_run, ran, run_here, write_spec
 
 from pipeline.errors import BadInput, Damaged, SpecError, StoreError
 from pipeline.names import require_inside
 from pipeline.remote_storage import RemoteStorage
 from pipeline.seal import seal, seal_lines, unseal
+from pipeline.search_path import look_here_last, search_variable
 from pipeline.spec import load_spec
 from pipeline.stage import Context
 from pipeline.storage import open_storage
@@ -700,3 +703,62 @@ def test_the_facts_of_a_run_are_its_own(toy: Path, name: str) -> None:
     after = sorted(path for path in toy.rglob("*.jsonl") if ".fls" not in path.parts)
     assert Path("home/data.jsonl").read_text() == "mine\n"
     assert set(after) - set(before) == {toy / f"tracking/{last_run().run_id}.jsonl"}
+
+
+# ------------------------------------------------------------ modules in the working directory
+
+SHADOWS = (
+    "ray", "mlflow", "yaml", "fsspec", "typer", "rich", "pydantic", "difflib", "numpy", "torch",
+    "sqlalchemy", "uvicorn", "tempfile", "traceback",
+)  # fmt: skip
+
+
+@pytest.fixture
+def shadows(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules in the working directory that have the names of installed ones."""
+    for name in SHADOWS:
+        Path(f"{name}.py").write_text(f"open({str(toy / 'executed')!r}, 'a').write('{name} ')\n")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{toy}/mlflow.db")
+    monkeypatch.setenv("RAY_ADDRESS", "")  # none
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["run --executor local", "run --executor ray --tracking jsonl", "status", "inspect"],
+)
+@pytest.mark.usefixtures("shadows")
+def test_a_module_in_the_working_directory_is_not_taken_for_an_installed_one(
+    toy: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if command.startswith("run --executor ray"):
+        monkeypatch.delenv("RAY_ADDRESS")
+    write_spec(REGISTERED if "local" in command else ONE)
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", *command.split()],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=120,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == (2 if command == "inspect" else 0), said
+    assert not Path("executed").exists(), Path("executed").read_text()
+    assert "Traceback" not in said
+    if command.startswith("run"):
+        assert ran() == {"start": 1}, "the plugin is still found there"
+    if "local" in command:
+        assert "cannot be recorded" not in said
+
+
+@pytest.mark.usefixtures("shadows")
+def test_modules_are_looked_for_here_last_unless_that_is_asked_for(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [str(toy), "", "/installed"])
+    monkeypatch.setenv("PYTHONPATH", str(toy))
+    look_here_last()
+    assert sys.path == [str(toy), "", "/installed"]
+    monkeypatch.setenv("PYTHONPATH", f"{os.pathsep}/installed")
+    look_here_last()
+    assert sys.path == ["/installed", str(toy)]
+    assert search_variable() == {"PYTHONPATH": f"/installed{os.pathsep}{toy}"}
