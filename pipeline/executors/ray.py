@@ -9,7 +9,6 @@ because it knows about checkpoints. CPU workers stay warm; a task with a GPU get
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -31,6 +30,7 @@ from pipeline.executors.base import (
 from pipeline.executors.ray_connection import connect
 from pipeline.executors.ray_ranks import Notice, run_ranks
 from pipeline.stage import Resources
+from pipeline.variables import RAY_ADDRESS
 from pipeline.worker import Outcome, Task, died, preempted, run_task
 
 # No data goes through Ray's object store, only tasks and outcomes; this is about its minimum.
@@ -42,8 +42,8 @@ class RayExecutor(AbstractExecutor):
     """Ray tasks, one a cell. Connects to `RAY_ADDRESS` when that is set."""
 
     def __init__(self) -> None:
-        if "RAY_ADDRESS" in os.environ:
-            connect(os.environ["RAY_ADDRESS"])
+        if address := RAY_ADDRESS.read():
+            connect(address)
         else:
             ray.init(
                 num_cpus=available_cpus(),
