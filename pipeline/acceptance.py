@@ -20,7 +20,8 @@ from datetime import datetime
 from typing import Any
 
 from pipeline.documents import require_shape
-from pipeline.errors import DamagedDocument
+from pipeline.errors import DamagedDocument, StoreError
+from pipeline.graph import shorten
 from pipeline.provenance import this_machine, this_user
 from pipeline.seal import seal, unseal
 from pipeline.store import Store
@@ -48,14 +49,31 @@ class Acceptances:
     def __init__(self, store: Store):
         self._store = store
         self._names: set[str] | None = None
-        self._known: dict[str, Equivalence | None] = {}
+        self._known: dict[str, Mapping[str, Any] | None] = {}
 
     def find(self, stage: str, code: Code) -> Equivalence | None:
-        """Return what code of a stage type counts as, or None if it stands for itself."""
-        name = _identify(stage, code)
-        if name not in self._known:
-            self._known[name] = self._read(stage, name)
-        return self._known[name]
+        """Return what code of a stage type counts as, or None if it stands for itself.
+
+        Raises:
+            StoreError: what was accepted goes round in a circle.
+        """
+        names = [_identify(stage, code)]
+        target, first = code, self._look_up(stage, names[0])
+        document = first
+        while document is not None:
+            target = document["as"]
+            if (name := _identify(stage, target)) in names:
+                circle = shorten(names[names.index(name) :])
+                raise StoreError(
+                    f"{self._store.url}/{_FOLDER}: what was accepted of {stage} goes round in a "
+                    f"circle ({circle}), so no code stands for the others. Delete the one of "
+                    "these files that is wrong."
+                )
+            names.append(name)
+            document = self._look_up(stage, name)
+        if first is None:
+            return None
+        return Equivalence(target, {one: first[one] for one in ("code", "who", "why", "time")})
 
     def root(self, stage: str, code: Code) -> Code:
         """Return the code that stands in the keys for `code`."""
@@ -90,7 +108,12 @@ class Acceptances:
         self._names, self._known = None, {}
         return added
 
-    def _read(self, stage: str, name: str) -> Equivalence | None:
+    def _look_up(self, stage: str, name: str) -> Mapping[str, Any] | None:
+        if name not in self._known:
+            self._known[name] = self._read(stage, name)
+        return self._known[name]
+
+    def _read(self, stage: str, name: str) -> Mapping[str, Any] | None:
         if self._names is None:
             self._names = set(self._store.storage.names(_FOLDER))
         if name not in self._names:
@@ -104,8 +127,7 @@ class Acceptances:
                 f"{self._store.url}/{_FOLDER}/{name} is damaged: {error}. Delete it, and accept "
                 f"the code of {stage} again."
             ) from error
-        about = {field: document[field] for field in ("code", "who", "why", "time")}
-        return Equivalence(self.root(stage, document["as"]), about)
+        return document
 
 
 def describe(accepted: Mapping[str, Any]) -> str:

@@ -23,22 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.errors import BadInput
-
-LIMIT_VARIABLE = "FLS_CACHE_BYTES"
-DEFAULT_LIMIT_BYTES = 20_000_000_000
-
-
-def limit_bytes() -> int:
-    """Return how large the cache may grow: `FLS_CACHE_BYTES`, by default 20 GB.
-
-    Raises:
-        BadInput: the variable holds something else than a number of bytes.
-    """
-    text = os.environ.get(LIMIT_VARIABLE) or str(DEFAULT_LIMIT_BYTES)
-    if not (text.isascii() and text.isdecimal()):
-        raise BadInput(f"{LIMIT_VARIABLE} is {text!r}; expected a number of bytes, such as 5000000")
-    return int(text)
+from pipeline.variables import CACHE_BYTES
 
 
 class Cache:
@@ -116,7 +101,7 @@ class Cache:
                     for half in (*place.glob("part-*"), *place.glob("old-*")):
                         shutil.rmtree(half, ignore_errors=True)
             sizes = {place: folder_bytes(place) for place in places}
-            excess = sum(sizes.values()) - limit_bytes()
+            excess = sum(sizes.values()) - CACHE_BYTES.read()
             for place in places:
                 if excess > 0 and living.isdisjoint(os.listdir(place)):
                     shutil.rmtree(place)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -45,9 +45,15 @@ from pipeline.sync import sync_runs
 from pipeline.tracking import TrackerName
 from pipeline.tracking.ui import serve_ui
 from pipeline.trust import BUILT_IN, read_trust
+from pipeline.variables import VARIABLES, check_variables
 
 NONE_GIVEN: list[str] = []
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _paragraph(title: str, lines: Iterable[str]) -> str:
+    return "\n".join(["\b", title, *(f"  {line}" for line in lines)])
+
 
 app = typer.Typer(
     name="fls",
@@ -57,7 +63,16 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=_paragraph(
+        "Environment variables:", [f"{one.name}: {one.purpose}" for one in VARIABLES]
+    ),
 )
+
+
+@app.callback()
+def _begin() -> None:
+    if not {"-h", "--help"} & set(sys.argv):
+        check_variables()
 
 
 def read_duration(text: str) -> float:
@@ -167,7 +182,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def command(*examples: str, name: str | None = None) -> Callable[[Command], Command]:
     """Make a function a command whose help ends with examples."""
-    return app.command(name, epilog="\n".join(["\b", "Examples:", *(f"  {e}" for e in examples)]))
+    return app.command(name, epilog=_paragraph("Examples:", examples))
 
 
 @command(

@@ -30,15 +30,15 @@ from pipeline.report import print_failures, print_reports, print_tracking
 from pipeline.resumption import Drift, find_drift, is_complete, plan_of
 from pipeline.runs import RunOptions, RunRecord, RunState, State, load_run, new_run_id
 from pipeline.secrets import HIDDEN
-from pipeline.spec import STORAGE_VARIABLE, Spec
+from pipeline.spec import Spec
 from pipeline.storage import LocalStorage
 from pipeline.store import Store
 from pipeline.sync import HIDDEN_ADDRESS, close_orphans
 from pipeline.tracking import RunFacts, TrackerName, TrackingThread, destination
 from pipeline.trust import Places, Trust, places_of
+from pipeline.variables import RAY_JOB, STORAGE
 
 _STOP_WAIT_S = 60.0
-_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the command of a job
 _EXIT_CODES = {RunState.DONE: 0, RunState.FAILED: 1}
 
 
@@ -249,19 +249,19 @@ def _mind_the_job(spec: Spec, source: Source, console: Console) -> None:
     note = other_versions(source)
     if note:
         console.print(note, soft_wrap=True)
-    if _RAY_JOB in os.environ and spec.storage_given != spec.storage:
+    if RAY_JOB.read() and spec.storage_given != spec.storage:
         console.print(
             f"The storage is {spec.storage}: a folder of this job, which Ray deletes some time "
-            f"after it. To keep the results, set {STORAGE_VARIABLE} to a URL or an absolute path.",
+            f"after it. To keep the results, set {STORAGE.name} to a URL or an absolute path.",
             soft_wrap=True,
         )
 
 
 def _lines_folder(spec: Spec, store: Store, options: RunOptions, console: Console) -> str:
     """Return where JSON lines go: those of a cluster's job into the storage, if it is a folder."""
-    if _RAY_JOB in os.environ and isinstance(store.storage, LocalStorage):
+    if RAY_JOB.read() and isinstance(store.storage, LocalStorage):
         return str(store.storage.root / LINES)
-    if _RAY_JOB in os.environ and options.tracking is TrackerName.JSONL:
+    if RAY_JOB.read() and options.tracking is TrackerName.JSONL:
         console.print(
             "The JSON lines go into a folder of this job, which Ray deletes some time after it; "
             f"what they say is also in {store.url}, see `fls logs` and `fls results`.",

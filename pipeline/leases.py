@@ -16,15 +16,15 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.variables import LEASE_S
+
 if TYPE_CHECKING:
     from pipeline.store import Store
 
-_DEFAULT_S = 30.0
-
 
 def lease_s() -> float:
-    """Return `FLS_LEASE_S`, or 30: the silence in seconds after which a worker is given up."""
-    return float(os.environ.get("FLS_LEASE_S", _DEFAULT_S))
+    """Return the silence in seconds after which a worker is given up."""
+    return float(LEASE_S.read())
 
 
 @cache

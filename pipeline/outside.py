@@ -25,6 +25,7 @@ from pipeline.console import PlainConsole
 from pipeline.errors import BadInput
 from pipeline.params import Marked, marked
 from pipeline.stage import ExternalFile
+from pipeline.variables import CACHE_HOME
 
 _SETTLED_S = 10.0  # older than the steps of a file system's clock, and than clocks differ
 _MUCH_BYTES = 1_000_000_000  # takes long enough to be announced
@@ -250,7 +251,7 @@ class _Cache:
 
 
 def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    base = CACHE_HOME.read() or os.path.expanduser("~/.cache")
     if not os.path.isabs(base):  # nobody's home
         base = tempfile.gettempdir()
     return Path(base, "fishleg-surgeon", "folders")

@@ -28,9 +28,9 @@ from pipeline.secrets import find_secret, has_credentials, redact
 from pipeline.spec_shape import ClusterShape, FileShape, MlflowShape, ResourcesShape, StageShape
 from pipeline.stage import Catalogue, Params, Registry, Resources, Stage
 from pipeline.tracking import tracking_uri
+from pipeline.variables import STORAGE
 from pipeline.yaml_loader import Document, Path
 
-STORAGE_VARIABLE = "FISHLEG_STORAGE"  # takes the place of `storage:`
 _PLACES: Mapping[str, type[BaseModel]] = {
     "a stage": StageShape,
     "a stage's `resources:`": ResourcesShape,
@@ -185,7 +185,7 @@ def tracking_folder_of(storage: str, folder: FilePath) -> FilePath:
         storage: as the file gives it.
         folder: the file's.
     """
-    return folder if os.environ.get(STORAGE_VARIABLE) else defaults_folder(storage, folder)
+    return folder if STORAGE.read() else defaults_folder(storage, folder)
 
 
 def _resolve(value: Mapping[str, Any], spec: Spec, storage: Any, mlflow: Any) -> str:
@@ -198,8 +198,7 @@ def _resolve(value: Mapping[str, Any], spec: Spec, storage: Any, mlflow: Any) ->
         mlflow: what it gives as `mlflow:`.
     """
     if has_credentials(spec.storage):
-        hidden = STORAGE_VARIABLE in os.environ
-        storage = f"${{env.{STORAGE_VARIABLE}}}" if hidden else storage
+        storage = f"${{env.{STORAGE.name}}}" if STORAGE.read() else storage
     else:
         storage = spec.storage
     changed = {"storage": storage}
@@ -304,7 +303,7 @@ class _Builder:
         cells = expand({name: stages[name] for name in order}, params, self.note_join)
         if shape is None:
             raise SpecError(self.document.problems)
-        given = os.environ.get(STORAGE_VARIABLE)
+        given = STORAGE.read()
         storage = given or shape.storage
         place = lead(storage, "" if given else self.folder)
         tracking_folder = tracking_folder_of(storage, self.folder)

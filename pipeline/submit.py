@@ -26,8 +26,9 @@ from pipeline.params import marked
 from pipeline.provenance import SOURCE_FILE, Source, look_at, this_machine
 from pipeline.runs import new_run_id
 from pipeline.secrets import has_credentials, is_secret, presentable, secret_values
-from pipeline.spec import STORAGE_VARIABLE, Spec
+from pipeline.spec import Spec
 from pipeline.stage import ExternalFile
+from pipeline.variables import STORAGE
 
 _INTERRUPTED = 130
 
@@ -166,11 +167,11 @@ def _storage(spec: Spec, local: bool) -> dict[str, str]:
     if spec.storage == spec.storage_given:
         return {}
     if local:
-        return {STORAGE_VARIABLE: spec.storage}
+        return {STORAGE.name: spec.storage}
     raise BadInput(
         f"{spec.path}: storage: {spec.storage_given} is a folder of this machine, which the "
         "cluster does not see. Use a URL such as s3://bucket/folder, or the absolute path of a "
-        f"folder that all nodes share; {STORAGE_VARIABLE} takes the place of `storage:`."
+        f"folder that all nodes share; {STORAGE.name} takes the place of `storage:`."
     )
 
 

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.variables import CUDA_DEVICES
+
 INTERVAL_S = 5.0
 _PROC = Path("/proc")
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -141,7 +143,7 @@ def _machine_s() -> float | None:
 def _gpu_values() -> dict[str, float]:
     """Return what `nvidia-smi` says of the GPUs that this process may use; nothing without it."""
     command = ["nvidia-smi", _QUERY, "--format=csv,noheader,nounits"]
-    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = CUDA_DEVICES.read()
     try:
         done = subprocess.run(  # noqa: S603 - fixed arguments
             [*command, *([f"--id={devices}"] if devices else [])],

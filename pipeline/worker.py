@@ -53,6 +53,7 @@ from pipeline.stage import (
 from pipeline.store import Store
 from pipeline.system import SystemSampler
 from pipeline.text import cut
+from pipeline.variables import check_variables
 
 END = "end"  # to a local worker: its task is to end behind a checkpoint
 OTHERS_ENDED = "others ended"  # to the first rank's: all others have done their part, and well
@@ -190,6 +191,7 @@ def _run_task(
     output: int | None,
     await_others: Callable[[], object],
 ) -> Outcome:
+    check_variables()  # a node may have others than the driver
     _prepare_process(task)
     store = Store(task["storage"])
     if store.prepare() != task["token"]:

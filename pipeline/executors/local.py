@@ -33,6 +33,7 @@ from pipeline.executors.ranks import RankOutcomes
 from pipeline.search_path import python_command, search_variable
 from pipeline.stage import Resources
 from pipeline.system import oom_kills
+from pipeline.variables import CUDA_DEVICES
 from pipeline.worker import END, OTHERS_ENDED, TOLD, Outcome, Seat, Task, died, threads_of
 
 _LOG_TAIL_BYTES = 2000
@@ -427,7 +428,7 @@ def _list_gpus() -> dict[str, str]:
     ).stdout
     rows = [[part.strip() for part in line.split(",", 2)] for line in listing.splitlines()]
     names = {key: name for index, uuid, name in rows for key in (index, uuid)}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = os.environ.get(CUDA_DEVICES.name)  # empty means none
     if visible is None:
         return {index: name for index, _, name in rows}
     chosen = [device.strip() for device in visible.split(",") if device.strip()]

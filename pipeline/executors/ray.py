@@ -33,6 +33,7 @@ from pipeline.executors.ray_connection import connect
 from pipeline.executors.ray_ranks import Notice, run_ranks
 from pipeline.search_path import search_variable
 from pipeline.stage import Resources
+from pipeline.variables import RAY_ADDRESS
 from pipeline.worker import Outcome, Task, died, preempted, run_task
 
 # No data goes through Ray's object store, only tasks and outcomes; this is about its minimum.
@@ -65,8 +66,8 @@ class RayExecutor(AbstractExecutor):
     """Ray tasks, one a cell. Connects to `RAY_ADDRESS` when that is set."""
 
     def __init__(self) -> None:
-        if "RAY_ADDRESS" in os.environ:
-            connect(os.environ["RAY_ADDRESS"])
+        if address := RAY_ADDRESS.read():
+            connect(address)
         else:
             job = JobConfig()
             job._py_driver_sys_path = _NotHere()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from pipeline.variables import RAY_ADDRESS
+
 TOKENS = (  # what to tell somebody whom a cluster does not let in
     "Set RAY_AUTH_MODE=token, and put the cluster's token into RAY_AUTH_TOKEN, into the file that "
     "RAY_AUTH_TOKEN_PATH names, or into ~/.ray/auth_token."
@@ -11,7 +13,7 @@ TOKENS = (  # what to tell somebody whom a cluster does not let in
 
 # Ray's switch for "no cluster beyond this machine": without it, a local instance listens on all
 # network interfaces, and whoever reaches it may run code.
-if "RAY_ADDRESS" not in os.environ:
+if not RAY_ADDRESS.read():
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # `run_task` itself hides the GPUs from CPU tasks; Ray only warns that it will not any more.

@@ -20,6 +20,7 @@ from typing import Any
 from pipeline.events import Cursor, Event
 from pipeline.places import DATABASE, lead
 from pipeline.secrets import redact
+from pipeline.variables import TRACKING_URI
 
 
 class TrackerName(StrEnum):
@@ -246,7 +247,7 @@ def tracking_uri(
     """
     if recorded and declared and absolute_uri(declared) != declared:
         declared = None
-    given = os.environ.get("MLFLOW_TRACKING_URI")
+    given = TRACKING_URI.read()
     if given:
         return _rooted(given, "")
     return (

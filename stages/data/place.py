@@ -17,7 +17,7 @@ TINY_IMAGENET = "tiny-imagenet-200"
 
 def data_folder() -> Path:
     """Return the folder that data sets are under: `FISHLEG_DATA`, by default `data`."""
-    return Path(os.path.expanduser(os.environ.get("FISHLEG_DATA", "data")))
+    return Path(os.path.expanduser(os.environ.get("FISHLEG_DATA") or "data"))
 
 
 def tree_folder(root: Path, path: str) -> Path:

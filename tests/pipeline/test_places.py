@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from toy_runs import fls, ran, write_spec
 
-from pipeline.spec import STORAGE_VARIABLE, load_spec
+from pipeline.spec import load_spec
 from pipeline.store import Store
 from pipeline.tracking import tracking_uri
+from pipeline.variables import STORAGE
 
 ONE = "start: {uses: start, params: {value: 1}}"
 RUN = ("--executor", "local", "--tracking", "jsonl")
@@ -54,9 +55,9 @@ def test_what_stands_elsewhere_than_in_the_file_starts_here(
     toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = spec_in("deep")
-    monkeypatch.setenv(STORAGE_VARIABLE, "here")
+    monkeypatch.setenv(STORAGE.name, "here")
     assert load_spec(file).storage == f"{toy}/here"
-    monkeypatch.delenv(STORAGE_VARIABLE)
+    monkeypatch.delenv(STORAGE.name)
     assert fls("run", str(file), *RUN)[0] == 0
     assert fls("status", "--storage", "deep/.fls")[0] == 0
 
@@ -92,7 +93,7 @@ def test_a_tilde_is_the_home_folder_everywhere(home: Path, monkeypatch: pytest.M
     assert Store(f"{home}/store").exists() and not Path("~").exists()
     assert fls("status", "--storage", "~/store")[0] == 0
     assert load_spec(file).storage == f"{home}/store"
-    monkeypatch.setenv(STORAGE_VARIABLE, "~/other")
+    monkeypatch.setenv(STORAGE.name, "~/other")
     assert load_spec(file).storage == f"{home}/other"
     assert tracking_uri("sqlite:///~/x.db") == f"sqlite:///{home}/x.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///~/y.db")

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from toy_runs import fls, last_run, numbers, ran, resume_here, run_here, states, write_spec
 
+from pipeline import acceptance
 from pipeline.acceptance import Acceptances
-from pipeline.errors import BadInput
+from pipeline.errors import BadInput, StoreError
 from pipeline.planner import make_plan
 from pipeline.runs import RunState, State
 from pipeline.seal import seal, unseal
@@ -234,6 +235,40 @@ def test_classes_of_equal_code_grow_together(toy: Path) -> None:
         assert roots == [third] * 4
     assert not found.add("t", third, first, why="x", run="r")
     assert found.root("other", second) == second
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 2000])
+def test_acceptances_in_a_circle_are_told_with_their_files(toy: Path, length: int) -> None:
+    broken_run()
+    plan = make_plan(load_spec("pipeline.yaml"), Store(".fls"))
+    (planned,) = (one for one in plan.cells if one.cell.name == "apply")
+    stage, code = planned.ingredients["stage"], planned.ingredients["code"]
+    codes = [code, *({**code, "m": str(number)} for number in range(1, length))]
+    for one, other in zip(codes, [*codes[1:], codes[0]], strict=True):
+        said = {"stage": stage, "code": one, "as": other, "who": "me", "why": "x", "time": 1.0}
+        path = Path(".fls/accepted", acceptance._identify(stage, one))
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(seal({**said, "run": "r"}))
+    for command in (("plan",), RUN, ("resume", "last"), ("accept", "apply", "--why", "so")):
+        exit_code, _, errors = fls(*command)
+        assert (exit_code, "goes round in a circle" in errors) == (1, True), errors
+        assert acceptance._identify(stage, code) in errors
+        assert "Delete the one of these files that is wrong." in errors
+    if length > 1:
+        path.unlink()
+        assert fls("plan")[0] == 0
+
+
+def test_two_who_accept_opposite_things_at_once_are_told(toy: Path) -> None:
+    store = Store("memory://opposite")
+    code, other = {"m": "a"}, {"m": "b"}
+    mine, yours = Acceptances(store), Acceptances(store)
+    for one in (mine, yours):
+        assert one.root("t", code) == code and one.root("t", other) == other
+    assert mine.add("t", code, other, why="x", run="r")
+    with pytest.raises(StoreError, match="circle"):
+        yours.add("t", other, code, why="x", run="r")
+        yours.root("t", code)
 
 
 def test_acceptance_holds_for_a_plan_of_another_file(toy: Path) -> None:
