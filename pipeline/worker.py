@@ -47,7 +47,7 @@ from pipeline.stage import (
     Preempted,
     Preemption,
     StageError,
-    only_targets,
+    only_calls,
 )
 from pipeline.store import Store
 from pipeline.system import SystemSampler
@@ -81,10 +81,10 @@ class Seat(TypedDict):
 class Task(TypedDict):
     """One attempt at one cell, as plain data.
 
-    `entry` and `params_model` are `module:attribute`, and `targets` lists what else the stage may
-    import by a name that is kept in a stored file; `token` tells the storage from others;
-    `directory` is the driver's working directory, where relative paths in parameters start. An
-    executor adds a `seat` when it runs the task in several processes.
+    `entry` and `params_model` are `module:attribute`, and `calls` lists what else the stage may
+    import and call by what is kept in a stored file (see `pipeline.stage.call_text`); `token` tells
+    the storage from others; `directory` is the driver's working directory, where relative paths in
+    parameters start. An executor adds a `seat` when it runs the task in several processes.
     """
 
     run: str
@@ -95,7 +95,7 @@ class Task(TypedDict):
     entry: str
     params_model: str
     params: dict[str, Any]
-    targets: list[str]
+    calls: list[str]
     inputs: dict[str, list[TaskInput]]
     outputs: list[str]
     ingredients: dict[str, Any]
@@ -307,7 +307,7 @@ def _perform(
     That is checked at both ends, and before it keeps something to go on from: what is not what the
     key says raises `BrokenPromise`.
     """
-    with code.watch(), only_targets(task["targets"]):
+    with code.watch(), only_calls(task["calls"]):
         stage = _load(task["entry"])
         context = _make_context(task, store, folder, emit)
         context.preemption = preemption
