@@ -44,9 +44,10 @@ from pipeline.store import Store
 from pipeline.sync import sync_runs
 from pipeline.tracking import TrackerName
 from pipeline.tracking.ui import serve_ui
-from pipeline.trust import BUILT_IN, read_trust
+from pipeline.trust import read_trust
 from pipeline.variables import VARIABLES, check_variables
 
+BUILT_IN = "stages"  # the plugin that comes along, for who has no pipeline yet
 NONE_GIVEN: list[str] = []
 Command = TypeVar("Command", bound=Callable[..., Any])
 

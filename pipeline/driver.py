@@ -530,7 +530,7 @@ class Driver:
 
     def _facts(self, name: str) -> CellFacts:
         facts = cell_facts(self._schedule.planned(name))
-        return replace(facts, key=self._statuses[name].key)
+        return replace(facts, key=self._statuses[name].key, calls=self._schedule.calls(name))
 
     def _check_tracking(self) -> None:
         """Pass on what tracking has to say.

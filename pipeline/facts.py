@@ -47,6 +47,8 @@ def cell_facts(planned: PlannedCell) -> CellFacts:
 def save_facts(store: Store, run: RunFacts, plan: Plan) -> None:
     """Store the facts of a run; where it is tracked without credentials, like all documents."""
     cells = [asdict(cell_facts(planned)) for planned in plan.cells]
+    for cell in cells:
+        del cell["calls"]
     stored = replace(run, uri=absolute_uri(run.uri), folder=os.path.abspath(run.folder))
     document = {"run": asdict(stored), "cells": cells}
     store.write_run(run.run_id, _DOCUMENT, document)

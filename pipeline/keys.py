@@ -25,7 +25,7 @@ from pipeline.outside import Reading, files_of, folders_of, name_of, read_file, 
 from pipeline.params import Marked, marked
 from pipeline.source import RULE
 from pipeline.spec import Plugin
-from pipeline.stage import ExternalFile, Registry
+from pipeline.stage import ExternalFile, Registry, call_text
 
 CODE_CHANGED = ("code of ", "the rule for code digests")  # how phrases of `explain` begin
 _NOT_HASHED = {"names", "accepted", "rule"}
@@ -141,12 +141,17 @@ def base_of(ingredients: Mapping[str, Any]) -> str:
 
 def _is_verified(params: BaseModel, mark: Marked) -> bool:
     """Tell whether a declared digest is compared, by the parameter beside the name that says so."""
-    beside: Any = params
-    for part in mark.path[:-1]:
-        beside = getattr(beside, str(part)) if isinstance(beside, BaseModel) else beside[part]
     marker = mark.marker
     switch = marker.verified_by if isinstance(marker, Registry) else ""
-    return bool(getattr(beside, switch, True)) if switch else True
+    return bool(getattr(_beside(params, mark), switch, True)) if switch else True
+
+
+def _beside(params: BaseModel, mark: Marked) -> Any:
+    """Return what holds a marked parameter."""
+    found: Any = params
+    for part in mark.path[:-1]:
+        found = getattr(found, str(part)) if isinstance(found, BaseModel) else found[part]
+    return found
 
 
 def _blank(params: Any, path: Sequence[str | int]) -> None:
@@ -162,19 +167,31 @@ def _hash(ingredients: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def known_targets(cells: Iterable[Cell]) -> dict[str, frozenset[str]]:
-    """Return cell name -> all `module:attribute` that its parameters, or those upstream, stand for.
+def known_calls(cells: Iterable[Cell]) -> dict[str, frozenset[str]]:
+    """Return cell name -> all that its parameters, or those upstream, stand for.
+
+    Each is a `pipeline.stage.call_text`, without options and with those beside the name.
 
     Args:
         cells: in topological order.
     """
     known: dict[str, frozenset[str]] = {}
     for cell in cells:
-        registered = [(m.marker, m.value) for m in marked(cell.params)]
-        entries = [r.find(name) for r, name in registered if isinstance(r, Registry)]
-        own = {entry.target for entry in entries if entry}
+        own = {text for mark in marked(cell.params) for text in _calls(cell.params, mark)}
         known[cell.name] = frozenset(own.union(*(known[source] for source in cell.sources)))
     return known
+
+
+def _calls(params: BaseModel, mark: Marked) -> Iterator[str]:
+    registry = mark.marker
+    entry = registry.find(mark.value) if isinstance(registry, Registry) else None
+    if entry is None or not isinstance(registry, Registry):
+        return
+    argument = registry.argument(mark.value)
+    yield call_text(entry.target, argument)
+    if registry.options:
+        options = getattr(_beside(params, mark), registry.options, {})
+        yield call_text(entry.target, argument, options)
 
 
 # ------------------------------------------------------------------------- what has changed

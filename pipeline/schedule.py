@@ -6,11 +6,11 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipeline.graph import Cell, Source, shorten
-from pipeline.keys import known_targets
+from pipeline.keys import known_calls
 from pipeline.planner import Plan, PlannedCell
 from pipeline.runs import CellStatus, State
 from pipeline.worker import Task, TaskInput
@@ -42,7 +42,7 @@ class Schedule:
             )
             for one in planned
         }
-        self._targets = known_targets(plan.spec.cells)
+        self._calls = known_calls(plan.spec.cells)
         self._depth = self._depths()
 
     def cell(self, name: str) -> Cell:
@@ -56,6 +56,10 @@ class Schedule:
     def ingredients(self, name: str) -> dict[str, Any]:
         """Return what the cell's result is made of, as it is: with the inputs that there are."""
         return {**self._planned[name].ingredients, "inputs": self._input_keys(name)}
+
+    def calls(self, name: str) -> Sequence[str]:
+        """Return what a cell may import and call by what is kept in a stored file."""
+        return sorted(self._calls[name])
 
     def task(self, name: str, *, run: str, storage: str, token: str) -> Task:
         """Return an attempt at the cell as its worker needs to know it.
@@ -75,7 +79,7 @@ class Schedule:
             "storage": storage,
             "token": token,
             "entry": cell.declaration.entry,
-            "targets": sorted(self._targets[name]),
+            "calls": list(self.calls(name)),
             "params_model": f"{params.__module__}:{params.__qualname__}",
             "params": cell.params.model_dump(mode="json"),
             "inputs": self.task_inputs(name),

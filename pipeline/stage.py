@@ -17,7 +17,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -78,6 +77,7 @@ class Registry:
             says "data not checked".
         verified_by: the parameter beside the name, if any, that is false where a declared digest is
             not compared.
+        options: the parameter beside the name, if any, that holds options of what it stands for.
     """
 
     kind: str
@@ -86,6 +86,14 @@ class Registry:
     prefixes: Mapping[str, Entry] = field(default_factory=dict)
     data: bool = False
     verified_by: str = ""
+    options: str = ""
+
+    def argument(self, name: str) -> str | None:
+        """Return what follows the prefix in a name of a family, or None."""
+        if name in self.entries:
+            return None
+        families = (prefix for prefix in self.prefixes if name.startswith(prefix))
+        return next((name.removeprefix(prefix) for prefix in families), None)
 
     def find(self, name: str) -> Entry | None:
         """Return the entry of `name`, or None when there is none."""
@@ -309,35 +317,57 @@ class Preemption:
         self.asked = True
 
 
-_TARGETS: ContextVar[frozenset[str] | None] = ContextVar("targets", default=None)
+def call_text(
+    target: str, argument: str | None = None, options: Mapping[str, Any] | None = None
+) -> str:
+    """Return what a registry name stands for as one text, to compare it.
+
+    Args:
+        target: `module:attribute`.
+        argument: for a name of a family, what follows the prefix.
+        options: with which it is called, where that matters; JSON.
+    """
+    return json.dumps([target, argument, options], sort_keys=True)
+
+
+_known_calls: frozenset[str] | None = None  # of the process, so that all its threads are bound
 
 
 @contextmanager
-def only_targets(targets: Iterable[str]) -> Iterator[None]:
-    """Let `require_target` accept these `module:attribute` alone, as long as the context lasts."""
-    token = _TARGETS.set(frozenset(targets))
+def only_calls(calls: Iterable[str]) -> Iterator[None]:
+    """Let `require_call` accept these alone (see `call_text`), as long as the context lasts."""
+    global _known_calls
+    before, _known_calls = _known_calls, frozenset(calls)
     try:
         yield
     finally:
-        _TARGETS.reset(token)
+        _known_calls = before
 
 
-def require_target(target: str) -> None:
-    """Check a `module:attribute` that a stage is about to import, before it does.
+def require_call(
+    target: str, argument: str | None = None, options: Mapping[str, Any] | None = None
+) -> None:
+    """Check what a stage is about to import and call, before it does; see `call_text`.
 
-    Files of a store name what builds a network or reads its data. The runner knows which targets
-    the parameters of the cell, and of all cells upstream, stand for; whatever else a file names was
-    put there by somebody else. Outside the runner nothing is checked.
+    Files of a store name what builds a network or reads its data. The runner knows what the
+    parameters of the cell, and of all cells upstream, stand for; whatever else a file names was put
+    there by somebody else. Outside the runner nothing is checked.
 
     Raises:
         StageError: no parameter of the cell or upstream stands for it.
     """
-    known = _TARGETS.get()
-    if known is not None and target not in known:
-        raise StageError(
-            f"a stored file names {target!r} to be imported, which no parameter of this cell or "
-            "upstream stands for; the store may have been tampered with."
-        )
+    known = _known_calls
+    if known is None or call_text(target, argument, options) in known:
+        return
+    named = f"{target!r} to be imported"
+    if argument is not None:
+        named += f" and called with {argument!r}"
+    if options:
+        named += f" and given {json.dumps(options, sort_keys=True)[:200]}"
+    raise StageError(
+        f"a stored file names {named}, which no parameter of this cell or upstream stands for; the "
+        "store may have been tampered with."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ or `fls sync` to send.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 
 from rich.console import Console
@@ -24,6 +24,7 @@ from pipeline.errors import (
     TakenOver,
 )
 from pipeline.facts import StoredFacts, load_facts
+from pipeline.graph import Registration
 from pipeline.runs import HEARTBEAT_S, RunRecord, RunState, State, load_run, recorded_ids
 from pipeline.secrets import HIDDEN, redact
 from pipeline.store import Store
@@ -226,31 +227,34 @@ def _sync(
 def _with_loaders(
     facts: StoredFacts, record: RunRecord, trust: Trust
 ) -> tuple[StoredFacts, list[str]]:
-    """Leave out registrations by loaders that no plugin has; return also what to say of them.
+    """Register models as the pipeline file here says; return also what to say of the others.
 
-    A loader is run, so it is a plugin's own, whatever the store says.
+    What loads a model is run, and so is what the model's own file names.
     """
-    wanted = {
-        name: cell.registration["loader"]
+    wanted = [
+        name
         for name, cell in facts.cells.items()
         if cell.registration is not None and name not in record.tracking.registered
-    }
+    ]
     if not wanted:
         return facts, []
+    known: Mapping[str, tuple[Registration, Sequence[str]]] = {}
+    why = f"no stage of {trust.file} registers it"
     try:
-        known, why = trust.loaders(), ""
-    except Exception as error:  # any: it is the plugin author's code that runs
-        known, why = frozenset(), f" ({type(error).__name__}: {error})"
-    strange = {name: loader for name, loader in wanted.items() if loader not in known}
-    cells = {
-        name: replace(cell, registration=None) if name in strange else cell
-        for name, cell in facts.cells.items()
-    }
-    said = [
-        f"{name} is not registered: the store names {loader!r} to load its model, and no plugin of "
-        f"{trust.file} does{why}; give the run's own pipeline as --file."
-        for name, loader in strange.items()
-    ]
+        known = trust.registrations()
+    except PipelineError as error:
+        why = str(error)
+    cells, said = dict(facts.cells), []
+    for name in wanted:
+        own = facts.cells[name].registration
+        registration, calls = known.get(name, (None, ()))
+        given = asdict(registration) if registration else None
+        cells[name] = replace(facts.cells[name], registration=given, calls=calls)
+        if registration is None and own is not None:
+            said.append(
+                f"{name} is not registered: the store names {own['loader']!r} to load its model, "
+                f"but {why}. `{record.resume_command}` does, or give its own pipeline as --file."
+            )
     return replace(facts, cells=cells), said
 
 

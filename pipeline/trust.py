@@ -7,16 +7,17 @@ followed only as far as the pipeline file that is given here says the same, or t
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pipeline.graph import Registration
+from pipeline.keys import known_calls
 from pipeline.places import DATABASE, LINES
-from pipeline.spec import Spec, import_catalogue, read_values, tracking_folder_of
+from pipeline.spec import Spec, load_spec, read_values, tracking_folder_of
 from pipeline.storage import LocalStorage
 from pipeline.store import Store
 from pipeline.tracking import RunFacts, TrackerName, absolute_uri, place, tracking_uri
-
-BUILT_IN = "stages"  # the plugin that comes along
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,20 +50,24 @@ class Trust:
 
     Attributes:
         file: the file, whether or not it is there.
-        plugins: plugins that may be imported.
         places: where runs may be recorded.
     """
 
     file: Path
-    plugins: tuple[str, ...]
     places: Places
 
-    def loaders(self) -> frozenset[str]:
-        """Return the loaders of the plugins' catalogues, which are imported."""
-        found = [
-            plugin.catalogue.loader for plugin in map(import_catalogue, self.plugins) if plugin
-        ]
-        return frozenset(loader for loader in found if loader)
+    def registrations(self) -> Mapping[str, tuple[Registration, Sequence[str]]]:
+        """Return cell -> how its model is registered, and what may be called to load it.
+
+        The file's plugins are imported; a file that is no pipeline is a `SpecError`.
+        """
+        cells = load_spec(self.file).cells
+        calls = known_calls(cells)
+        return {
+            cell.name: (cell.registration, sorted(calls[cell.name]))
+            for cell in cells
+            if cell.registration is not None
+        }
 
     def stranger(self, run: RunFacts, tracker: TrackerName) -> str:
         """Say why a run is not recorded where its document says, and what to do."""
@@ -83,19 +88,17 @@ def places_of(spec: Spec, store: Store) -> Places:
 
 
 def read_trust(file: Path, store: Store) -> Trust:
-    """Return what a pipeline file names; one that is not there names what comes along.
+    """Return what a pipeline file names; one that is not there names nothing.
 
     Nothing is imported; a file that is no pipeline is a `SpecError`.
     """
-    plugins: tuple[str, ...] = (BUILT_IN,)
     uri, folder = tracking_uri(None), Path()
     if file.exists():
         shape = read_values(file)
-        plugins += tuple(shape.plugins)
         folder = tracking_folder_of(shape.storage, file.parent)
         declared = shape.mlflow.tracking_uri
         uri = tracking_uri(declared, folder=file.parent, default_folder=folder)
-    return Trust(file=file, plugins=plugins, places=_places(uri, folder, store))
+    return Trust(file=file, places=_places(uri, folder, store))
 
 
 def _places(uri: str, folder: Path, store: Store) -> Places:

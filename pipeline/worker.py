@@ -48,7 +48,7 @@ from pipeline.stage import (
     Preempted,
     Preemption,
     StageError,
-    only_targets,
+    only_calls,
 )
 from pipeline.store import Store
 from pipeline.system import SystemSampler
@@ -83,11 +83,12 @@ class Seat(TypedDict):
 class Task(TypedDict):
     """One attempt at one cell, as plain data.
 
-    `entry` and `params_model` are `module:attribute`, and `targets` lists what else the stage may
-    import by a name that is kept in a stored file; `token` tells the storage from others;
-    `host` is the driver's; `directory` is its working directory, where relative paths in parameters
-    start. An executor adds a `seat` when it runs the task in several processes, and `shipped` where
-    each node has a copy of that directory of its own, in which its workers begin.
+    `entry` and `params_model` are `module:attribute`, and `calls` lists what else the stage may
+    import and call by what is kept in a stored file (see `pipeline.stage.call_text`); `token` tells
+    the storage from others; `host` is the driver's; `directory` is its working directory, where
+    relative paths in parameters start. An executor adds a `seat` when it runs the task in several
+    processes, and `shipped` where each node has a copy of that directory of its own, in which its
+    workers begin.
     """
 
     run: str
@@ -98,7 +99,7 @@ class Task(TypedDict):
     entry: str
     params_model: str
     params: dict[str, Any]
-    targets: list[str]
+    calls: list[str]
     inputs: dict[str, list[TaskInput]]
     outputs: list[str]
     ingredients: dict[str, Any]
@@ -315,7 +316,7 @@ def _perform(
     That is checked at both ends, and before it keeps something to go on from: what is not what the
     key says raises `BrokenPromise`.
     """
-    with code.watch(), only_targets(task["targets"]):
+    with code.watch(), only_calls(task["calls"]):
         stage = _load(task["entry"])
         context = _make_context(task, store, folder, emit)
         context.preemption = preemption

@@ -45,6 +45,7 @@ Seed = Annotated[int, Role.SEED]
 
 MODELS = Registry(
     kind="model",
+    options="model_args",
     entries={
         "digits_resnet": Entry(
             target="stages.models.digits_resnet:digits_resnet",
@@ -78,6 +79,7 @@ MODELS = Registry(
 
 DATASETS = Registry(
     kind="data set",
+    options="dataset_args",
     entries={
         "digits": Entry(
             target="stages.data.digits:load",

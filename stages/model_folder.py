@@ -102,7 +102,7 @@ class Facts:
         Raises:
             StageError: what the name stands for builds something else, or has other options.
         """
-        builder = self.network.load()
+        builder = self.network.load(self.network_args)
         options = {"num_classes": self.num_classes, **self.network_args}
         require_options(builder, self.network, "model_args", (), options)
         network = builder(**options)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pipeline.stage import Params, Registry, StageError, require_target
+from pipeline.stage import Params, Registry, StageError, require_call
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +33,18 @@ class Reference:
     argument: str | None = None
     digest: str | None = None
 
-    def load(self) -> Callable[..., Any]:
+    def load(self, options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
         """Import the target and return it, with the family's argument already given.
+
+        Args:
+            options: of a network or data set: those of the user, with which it will be called.
 
         Raises:
             StageError: the module or the attribute does not exist.
 
         One that a stored file names, and no parameter does, is a StageError as well.
         """
-        require_target(self.target)
+        require_call(self.target, self.argument, options)
         module, _, attribute = self.target.partition(":")
         try:
             loaded = getattr(importlib.import_module(module), attribute)
@@ -99,9 +102,7 @@ def refer(params: Params, field: str) -> Reference:
         if entry is None:
             known = sorted([*registry.entries, *(f"{prefix}..." for prefix in registry.prefixes)])
             raise StageError(f"unknown {registry.kind} {name!r}; known: {', '.join(known)}.")
-        families = [prefix for prefix in registry.prefixes if name.startswith(prefix)]
-        argument = None
-        if name not in registry.entries and families:
-            argument = name.removeprefix(families[0])
-        return Reference(name=name, target=entry.target, argument=argument, digest=entry.digest)
+        return Reference(
+            name=name, target=entry.target, argument=registry.argument(name), digest=entry.digest
+        )
     raise StageError(f"parameter {field!r} has no registry.")

@@ -92,6 +92,8 @@ class CellFacts:
         promoted: outputs whose files are uploaded with the run itself.
         tags: facts that few cells have.
         registration: `name`, `output` and `loader` of a model to register, or None.
+        calls: what its loader may import and call by what is kept in a stored file, see
+            `pipeline.stage.call_text`; never kept in a store.
     """
 
     cell: str
@@ -103,6 +105,7 @@ class CellFacts:
     promoted: Sequence[str] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
     registration: Mapping[str, str] | None = None
+    calls: Sequence[str] = ()
 
 
 class CellState(StrEnum):

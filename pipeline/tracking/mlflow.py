@@ -197,7 +197,7 @@ class MLflowTracker(AbstractTracker):
             if version.tags.get("fls.key") == cell.key:
                 return
         with tempfile.TemporaryDirectory() as packed:
-            pack(registration["loader"], folder, Path(packed) / "model")
+            pack(registration["loader"], cell.calls, folder, Path(packed) / "model")
             self._client.log_artifacts(run_id, f"{packed}/model", artifact_path="model")
         try:
             self._client.create_registered_model(name)

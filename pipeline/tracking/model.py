@@ -7,23 +7,27 @@ torch and the code behind the model, so it is done in a process of its own: the 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import PipelineError
 from pipeline.search_path import python_command, search_variable
+from pipeline.stage import only_calls
 
 _LIMIT_S = 600.0
 _SHOWN_CHARACTERS = 2000
 
 
-def pack(loader: str, source: Path, destination: Path) -> None:
+def pack(loader: str, calls: Sequence[str], source: Path, destination: Path) -> None:
     """Write the model in `source` as an MLflow model folder.
 
     Args:
         loader: see `pipeline.stage.Catalogue`.
+        calls: what it may import and call by what the source says, see `pipeline.stage.call_text`.
         source: folder of the output that holds the model.
         destination: folder to make.
 
@@ -35,7 +39,13 @@ def pack(loader: str, source: Path, destination: Path) -> None:
     environment = {**os.environ, **search_variable(), **given}
     try:
         subprocess.run(  # noqa: S603 - our own interpreter and module
-            command, env=environment, check=True, capture_output=True, text=True, timeout=_LIMIT_S
+            command,
+            input=json.dumps(list(calls)),
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=_LIMIT_S,
         )
     except subprocess.CalledProcessError as error:
         said = error.stderr.strip().rpartition("\n")[2][:_SHOWN_CHARACTERS]
@@ -46,7 +56,8 @@ def pack(loader: str, source: Path, destination: Path) -> None:
 
 def _main(loader: str, source: str, destination: str) -> None:
     module, _, attribute = loader.partition(":")
-    model, example = getattr(importlib.import_module(module), attribute)(Path(source))
+    with only_calls(json.load(sys.stdin)):
+        model, example = getattr(importlib.import_module(module), attribute)(Path(source))
 
     import mlflow.pytorch  # takes seconds, so a model that cannot be loaded comes first
 

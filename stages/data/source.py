@@ -84,7 +84,7 @@ def load_data(source: DataSource) -> tuple[DataSet, DataSource]:
 @lru_cache(maxsize=1)  # a warm worker runs many cells on the same data
 def _load(root: Path, description: str) -> tuple[DataSet, DataSource]:
     source = DataSource.from_json(json.loads(description))
-    loader = source.reference.load()
+    loader = source.reference.load(source.args)
     options = {"download": source.download, **source.args}
     require_options(loader, source.reference, "dataset_args", (root,), options)
     dataset = loader(root, **options)

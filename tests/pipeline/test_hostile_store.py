@@ -601,25 +601,32 @@ def test_the_store_does_not_say_what_loads_a_model(
 ) -> None:
     write_spec(REGISTERED)
     run_here()
+    evil = {"loader": "site:addsitedir", "name": "another"}
+    untrack(lambda facts: facts["cells"][0]["registration"].update(evil))
     overheard.forget()
-    untrack(lambda facts: facts["cells"][0]["registration"].update(loader="site:addsitedir"))
-    code, output, errors = fls("sync", "last", *where)
-    assert (code, errors) == (1, "")
-    assert "start is not registered: the store names 'site:addsitedir' to load its mod" in output
-    assert "give the run's own pipeline as --file" in output
-    assert overheard.opened and not overheard.registered
+    for _ in range(2):
+        assert fls("sync", "last", *where)[0] == 0
+    (made,) = overheard.registered
+    assert made == {"name": "one", "output": "number", "loader": "toy.exporter:load"}
 
 
-def test_a_loader_of_the_pipelines_own_plugin_loads_its_models(
-    toy: Path, overheard: Overhearing
+@pytest.mark.parametrize("missing", ["file", "stage", "register"])
+def test_a_model_that_no_pipeline_here_registers_is_not_loaded(
+    toy: Path, overheard: Overhearing, missing: str
 ) -> None:
     write_spec(REGISTERED)
     run_here()
+    untrack(lambda facts: facts["cells"][0]["registration"].update(loader="site:addsitedir"))
     overheard.forget()
-    untrack(lambda facts: None)
-    for _ in range(2):
-        assert fls("sync", "last")[0] == 0
-    assert [one["loader"] for one in overheard.registered] == ["toy.exporter:load"]
+    if missing == "file":
+        Path("pipeline.yaml").unlink()
+    else:
+        write_spec(ONE if missing == "register" else REGISTERED.replace("start:", "other:"))
+    code, output, errors = fls("sync", "last", "--storage", ".fls")
+    assert (code, errors) == (1, "")
+    assert "start is not registered: the store names 'site:addsitedir' to load its mod" in output
+    assert "or give its own pipeline as --file" in output
+    assert overheard.opened and not overheard.registered
 
 
 EVIL_ADDRESS = "http://me:word@evil.example:5000"

@@ -36,7 +36,7 @@ def task_of(entry: str, params_model: str, params: dict[str, Any], **fields: Any
         "entry": entry,
         "params_model": f"toy.catalogue:{params_model}",
         "params": params,
-        "targets": [],
+        "calls": [],
         "inputs": {},
         "outputs": ["number"],
         "ingredients": {"stage": "toy"},

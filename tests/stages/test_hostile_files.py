@@ -4,8 +4,10 @@ import ast
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,13 @@ import pytest
 import torch
 from running_stages import TINY, Ran, run_stage
 
-from pipeline.stage import StageError, only_targets
-from stages.reference import Reference
+from pipeline.errors import PipelineError
+from pipeline.keys import known_calls
+from pipeline.spec import load_spec
+from pipeline.stage import StageError, call_text, only_calls
+from pipeline.tracking.model import pack
+from stages.data.source import DataSource
+from stages.reference import Reference, refer
 
 ROOT = Path(__file__).parents[2]
 REFUSED = r"expected a safetensors file, got a pickle, which can run any code when it is read; it"
@@ -106,23 +113,95 @@ def forge(folder: Path, monkeypatch: pytest.MonkeyPatch, *path: str) -> Path:
     return folder.parent / "executed"
 
 
+def known_of(folder: Path) -> list[str]:
+    """Return what the parameters behind a model folder stand for, as the runner knows it."""
+    facts = json.loads((folder / "model.json").read_text())
+    network, data = facts["network"], facts["data"]
+    return [
+        call_text(network["target"], network["argument"], facts["model_args"]),
+        call_text(data["reference"]["target"], data["reference"]["argument"], data["args"]),
+    ]
+
+
 @pytest.mark.parametrize("path", [("network",), ("data", "reference")])
 def test_code_that_a_stored_file_names_is_not_imported(
     tmp_path: Path, dense: Ran, monkeypatch: pytest.MonkeyPatch, path: tuple[str, ...]
 ) -> None:
     model = shutil.copytree(dense.output(), tmp_path / "model")
-    known = ["stages.models.digits_resnet:digits_resnet", "stages.data.digits:load"]
-    with only_targets(known):
+    known = known_of(model)
+    with only_calls(known):
         run_stage("evaluate", tmp_path / "before", {}, {"models": model})
     executed = forge(model, monkeypatch, *path)
     with (
-        only_targets(known),
-        pytest.raises(StageError, match=r"'evil_module:build' to be imported, which no parameter"),
+        only_calls(known),
+        pytest.raises(
+            StageError, match=r"'evil_module:build' to be imported.*, which no parameter"
+        ),
     ):
         run_stage("evaluate", tmp_path / "after", {}, {"models": model})
     assert not executed.exists()
     Reference(name="x", target="evil_module:build").load()  # outside the runner it would be
     assert executed.exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        (("network", "argument"), "evil", "digits_resnet' to be imported and called with 'evil'"),
+        (("data", "reference", "argument"), "x", "load' to be imported and called with 'x'"),
+        (("model_args",), {"weights": "http://evil"}, 'given {"weights": "http://evil"}'),
+        (("data", "args"), {"path": "/etc"}, 'given {"path": "/etc"}'),
+    ],
+)
+def test_a_stored_file_does_not_say_how_code_is_called(
+    tmp_path: Path, dense: Ran, path: tuple[str, ...], value: object, named: str
+) -> None:
+    model = shutil.copytree(dense.output(), tmp_path / "model")
+    known = known_of(model)
+    facts = json.loads((model / "model.json").read_text())
+    place = facts
+    for part in path[:-1]:
+        place = place[part]
+    place[path[-1]] = value
+    (model / "model.json").write_text(json.dumps(facts))
+    with only_calls(known), pytest.raises(StageError, match=re.escape(named)):
+        run_stage("evaluate", tmp_path / "after", {}, {"models": model})
+
+
+def test_what_may_be_imported_holds_in_threads_too() -> None:
+    with only_calls([call_text("stages.data.digits:load")]), ThreadPoolExecutor() as pool:
+        pool.submit(Reference(name="x", target="stages.data.digits:load").load).result()
+        with pytest.raises(StageError, match="'site:addsitedir' to be imported, which no"):
+            pool.submit(Reference(name="x", target="site:addsitedir").load).result()
+
+
+def test_a_model_that_is_packed_for_a_registry_imports_what_its_cell_knows(
+    tmp_path: Path, dense: Ran, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shutil.copytree(dense.output(), tmp_path / "model")
+    known = known_of(model)
+    executed = forge(model, monkeypatch, "network")
+    with pytest.raises(PipelineError, match="'evil_module:build' to be imported"):
+        pack("stages.exporter:load", known, model, tmp_path / "packed")
+    assert not executed.exists()
+
+
+def test_a_pipeline_knows_how_its_own_code_is_called(tmp_path: Path) -> None:
+    """The texts that the runner makes of parameters are those that stages make of stored files."""
+    (tmp_path / "p.yaml").write_text(
+        "name: x\nplugins: [stages]\nstages:\n"
+        "  pretrain: {uses: pretrain, params: {model: digits_resnet, model_args: {width: 4}, "
+        "dataset: digits}}\n"
+        "  import: {uses: import_checkpoint, params: {model: torchvision/resnet18, dataset: "
+        f"'folder:{tmp_path}', path: {tmp_path}/p.yaml}}}}\n"
+        "  evaluate: {uses: evaluate, inputs: {models: [pretrain, import]}}\n"
+    )
+    known = known_calls(load_spec(tmp_path / "p.yaml").cells)["evaluate"]
+    with only_calls(known):
+        for stage in load_spec(tmp_path / "p.yaml").cells[:2]:
+            params: Any = stage.params
+            refer(params, "model").load(params.model_args)
+            refer(params, "dataset").load(DataSource.from_params(params).args)
 
 
 # -------------------------------------------------------------------------- our own sources
