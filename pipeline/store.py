@@ -18,7 +18,6 @@ key never touch the same file; the second to publish discards its work.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import socket
@@ -26,6 +25,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ from pipeline.names import numbers, run_ids
 from pipeline.places import lead
 from pipeline.seal import seal, unseal, unseal_lines
 from pipeline.secrets import redact
-from pipeline.storage import open_storage
+from pipeline.storage import open_storage, patience_s, retry
 
 _FORMAT = 2
 _COLLECTED = "collected.json"
@@ -254,17 +254,23 @@ class Store:
         """Return a local folder with an output after comparing it with the manifest.
 
         Raises:
-            Damaged: a file is missing or differs.
+            Damaged: a file is missing, or its bytes were read and differ.
             StorageUnavailable: the storage is out of reach, or full.
         """
         path = f"{attempt_folder(manifest.key, manifest.attempt)}/outputs/{output}"
         try:
             folder = self.storage.local(path, fresh=fresh)
-            found = digest_files(folder)
+            found = retry(partial(digest_files, folder), patience_s() if fresh else 0.0)
         except FileNotFoundError as error:  # deleted meanwhile
             raise Damaged(manifest.key, f"{output} is not all there ({error})") from error
         except OSError as error:
-            raise self._unreadable(manifest.key, output, error) from error
+            if not fresh:  # perhaps only a copy of it cannot be read
+                return self._check(manifest, output, fresh=True)
+            raise StorageUnavailable(
+                f"{self.url}: {output} of {manifest.key[:12]} cannot be read ({error}). If that "
+                f"stays so, move {self.url}/{stage_folder(manifest.key)} away by hand, and its "
+                "cell runs again."
+            ) from error
         except StorageUnavailable:
             raise
         except StoreError as error:  # a link, or a name that leads elsewhere
@@ -274,12 +280,6 @@ class Store:
                 what = "differs from" if name in found else "is missing, unlike in"
                 raise Damaged(manifest.key, f"{output}/{name} {what} its manifest")
         return folder
-
-    def _unreadable(self, key: str, output: str, error: OSError) -> StoreError:
-        """Return what a read error means: a broken disk damages a result, the rest may pass."""
-        if error.errno == errno.EIO:
-            return Damaged(key, f"{output} cannot be read ({error})")
-        return StorageUnavailable(f"{self.url}: {output} of {key[:12]} cannot be read ({error})")
 
     def set_aside(self, key: str) -> bool:
         """Move a damaged result to `<key>.damaged-N`, so that its cell runs again.
