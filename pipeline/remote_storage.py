@@ -1,10 +1,10 @@
 """Storage that fsspec reaches: S3 and its like.
 
 Whatever fails for a while (a 5xx, too many requests, a time-out, a lost connection) is tried again
-with growing pauses: for `PATIENCE_S`, once the storage has answered before; for `FIRST_PATIENCE_S`
-if it never did, because then the URL or the endpoint is more likely wrong than busy. A request to
-S3 is given up after 5 s to connect or 20 s without an answer, and botocore makes each twice before
-this module does. So nothing waits for longer than about `PATIENCE_S` and a minute.
+with growing pauses: for two minutes (`FLS_PATIENCE_S`) once the storage has answered before; for
+ten seconds if it never did, because then the URL or the endpoint is more likely wrong than busy. A
+request to S3 is given up after 5 s to connect or 20 s without an answer, and botocore makes each
+twice before this module does. So nothing waits for longer than about that and a minute.
 """
 
 from __future__ import annotations
@@ -33,10 +33,8 @@ from pipeline.errors import (
 from pipeline.names import require_inside
 from pipeline.private import is_private, make_private, private_place
 from pipeline.secrets import redact
-from pipeline.storage import AbstractStorage, Leftover, StoredFile, list_files
+from pipeline.storage import AbstractStorage, Leftover, StoredFile, list_files, patience_s
 
-PATIENCE_S = 120.0
-FIRST_PATIENCE_S = 10.0
 _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 10.0
 
@@ -311,9 +309,8 @@ class RemoteStorage(AbstractStorage):
             except Exception as error:  # each of fsspec's storages has exceptions of its own
                 what = f"{self.url}: cannot {verb} {path}"
                 self._judge(error, what)
-                patience_s = PATIENCE_S if self._answered else FIRST_PATIENCE_S
                 waited_s = time.monotonic() - began
-                if waited_s + pause_s > patience_s:
+                if waited_s + pause_s > patience_s(self._answered):
                     raise StorageUnavailable(
                         f"{what}: {_reason(error)} (tried for {waited_s:.0f} s). Is the storage "
                         "up, and is its address right (for S3: AWS_ENDPOINT_URL)?"

@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -27,15 +28,31 @@ from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from stat import S_ISDIR, S_ISLNK
-from typing import BinaryIO, ClassVar
+from typing import BinaryIO, ClassVar, TypeVar
 from urllib.parse import urlsplit
 
 from pipeline.errors import BadInput, StorageUnavailable, StorageUnsupported, StoreError
 from pipeline.names import require_inside
 from pipeline.secrets import redact
 from pipeline.text import printable
+from pipeline.variables import PATIENCE_S
 
 FOREIGN = frozenset({".DS_Store"})  # no part of any result, wherever it lies
+_FIRST_PATIENCE_S = 10.0  # for a storage that has never answered: perhaps its address is wrong
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 10.0
+# What a disk or a file server may get over; all else is raised at once.
+_PASSING = {
+    errno.EAGAIN,
+    errno.EBUSY,
+    errno.EDQUOT,
+    errno.EHOSTDOWN,
+    errno.EINTR,
+    errno.EIO,
+    errno.ENOSPC,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+}
+_Answer = TypeVar("_Answer")
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
@@ -190,6 +207,32 @@ def open_storage(url: str) -> AbstractStorage:
     return RemoteStorage(url)
 
 
+def patience_s(answered: bool = True) -> float:
+    """Return how long a storage is waited for, that has `answered` before or has not."""
+    most_s = float(PATIENCE_S.read())
+    return most_s if answered else min(most_s, _FIRST_PATIENCE_S)
+
+
+def retry(request: Callable[[], _Answer], limit_s: float) -> _Answer:
+    """Return the answer to a request, made again while a disk or a file server has a bad moment.
+
+    It must be one that begins anew each time: what an fsync has failed on may be lost, and the next
+    fsync does not say so.
+
+    Raises:
+        OSError: it did not pass in time, or is of another kind.
+    """
+    end_s, pause_s = time.monotonic() + limit_s, _FIRST_PAUSE_S
+    while True:
+        try:
+            return request()
+        except OSError as error:
+            if error.errno not in _PASSING or time.monotonic() + pause_s > end_s:
+                raise
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
 def list_files(folder: Path) -> list[Path]:
     """Return all files in a folder and in those below it, sorted; none if there is no such folder.
 
@@ -232,45 +275,54 @@ class LocalStorage(AbstractStorage):
 
     def __init__(self, root: Path):
         self.root = root
+        self._answered = False
 
     def read(self, path: str) -> bytes:
         """See `AbstractStorage.read`."""
-        with self._reporting(path):
-            return self._at(path).read_bytes()
+        return self._patiently(path, lambda: self._at(path).read_bytes())
 
     def write(self, path: str, data: bytes) -> None:
         """See `AbstractStorage.write`."""
-        with self._reporting(path), self._part(path, data) as part:
-            part.replace(self._at(path))
-            _sync(part.parent)
+
+        def request() -> None:
+            with self._part(path, data) as part:
+                part.replace(self._at(path))
+                _sync(part.parent)
+
+        self._patiently(path, request)
 
     def create(self, path: str, data: bytes) -> bool:
         """See `AbstractStorage.create`; by a hard link, so that the file is whole at once.
 
-        Raises:
-            StorageUnsupported: the file system has no hard links.
-            OSError: never, but as what `_reporting` makes of it.
+        A file system without hard links is refused (`StorageUnsupported`).
         """
-        with self._reporting(path), self._part(path, data) as part:
-            try:
-                os.link(part, self._at(path))
-            except FileExistsError:
-                return self.read(path) == data
-            except OSError as error:
-                if error.errno not in _NO_HARD_LINKS:
-                    raise
-                raise StorageUnsupported(
-                    f"{self.root}: cannot create a file exclusively, because the file system has "
-                    f"no hard links ({error.strerror}); put 'storage:' on another one"
-                ) from error
-            _sync(part.parent)
-            return True
+
+        def request() -> bool:
+            with self._part(path, data) as part:
+                try:
+                    os.link(part, self._at(path))
+                except FileExistsError:
+                    return self._at(path).read_bytes() == data
+                except OSError as error:
+                    if error.errno not in _NO_HARD_LINKS:
+                        raise
+                    raise StorageUnsupported(
+                        f"{self.root}: cannot create a file exclusively, because the file system "
+                        f"has no hard links ({error.strerror}); put 'storage:' on another one"
+                    ) from error
+                _sync(part.parent)
+                return True
+
+        return self._patiently(path, request)
 
     def names(self, path: str) -> list[str]:
         """See `AbstractStorage.names`."""
         try:
-            with self._reporting(path):
-                return sorted(name for name in os.listdir(self._at(path)) if name[0] != ".")
+            return sorted(
+                name
+                for name in self._patiently(path, lambda: os.listdir(self._at(path)))
+                if name[0] != "."
+            )
         except FileNotFoundError:
             return []
 
@@ -284,8 +336,8 @@ class LocalStorage(AbstractStorage):
         ]
         found = []
         for file in below or [start]:
-            with suppress(FileNotFoundError), self._reporting(path):
-                stat = file.lstat()
+            with suppress(FileNotFoundError):
+                stat = self._patiently(path, file.lstat)
                 if not S_ISDIR(stat.st_mode):
                     name = file.relative_to(self.root).as_posix()
                     leads_on = S_ISLNK(stat.st_mode) and file.is_dir()
@@ -294,8 +346,7 @@ class LocalStorage(AbstractStorage):
 
     def open(self, path: str) -> BinaryIO:
         """See `AbstractStorage.open`."""
-        with self._reporting(path):
-            return self._at(path).open("rb")
+        return self._patiently(path, lambda: self._at(path).open("rb"))
 
     def remove(self, path: str) -> None:
         """See `AbstractStorage.remove`; renamed first, so that a kill leaves no half under a name.
@@ -303,7 +354,8 @@ class LocalStorage(AbstractStorage):
         Files that vanish meanwhile are as good as removed.
         """
         target = self._at(path)
-        with self._reporting(path):
+
+        def request() -> None:
             if not target.is_dir() or target.is_symlink():
                 target.unlink(missing_ok=True)
                 return
@@ -312,18 +364,18 @@ class LocalStorage(AbstractStorage):
                 target.rename(gone)
                 shutil.rmtree(gone, ignore_errors=True)
 
+        self._patiently(path, request)
+
     def move(self, source: str, target: str) -> None:
         """See `AbstractStorage.move`."""
-        with self._reporting(source):
-            moved = self._at(source).rename(self._at(target))
-            _sync(moved.parent)
+        moved = self._patiently(source, lambda: self._at(source).rename(self._at(target)))
+        self._patiently(source, lambda: _sync(moved.parent))
 
     def workspace(self, path: str) -> Path:
         """See `AbstractStorage.workspace`; it is the place itself."""
-        with self._reporting(path):
-            folder = self._at(path)
-            self._make(folder)
-            return folder
+        folder = self._at(path)
+        self._patiently(path, lambda: self._make(folder))
+        return folder
 
     def release(self, workspace: Path) -> None:
         """See `AbstractStorage.release`; what was made stays."""
@@ -400,6 +452,13 @@ class LocalStorage(AbstractStorage):
             ) from error
         for one in reversed(missing):
             _sync(one.parent)
+
+    def _patiently(self, path: str, request: Callable[[], _Answer]) -> _Answer:
+        """Return the answer to a request, see `retry`; one that fails is reported."""
+        with self._reporting(path):
+            answer = retry(request, patience_s(self._answered))
+        self._answered = True
+        return answer
 
     @contextmanager
     def _reporting(self, path: str) -> Iterator[None]:

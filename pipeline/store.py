@@ -18,7 +18,6 @@ key never touch the same file; the second to publish discards its work.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import socket
@@ -26,6 +25,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ from pipeline.names import numbers, run_ids
 from pipeline.places import lead
 from pipeline.seal import seal, unseal, unseal_lines
 from pipeline.secrets import redact
-from pipeline.storage import open_storage
+from pipeline.storage import open_storage, patience_s, retry
 
 _FORMAT = 2
 _CLOCK_HOLDS_S = 60.0  # clocks of machines drift apart, and may be set
@@ -158,7 +158,7 @@ class Store:
     def _look_at_clock(self) -> float:
         name = f"probe-{uuid.uuid4().hex}"
         try:
-            self.storage.write(name, b"\n")
+            self.storage.write(name, b"")  # which a full disk takes, too
             try:
                 (file,) = self.storage.files(name)
             finally:
@@ -279,17 +279,23 @@ class Store:
         """Return a local folder with an output after comparing it with the manifest.
 
         Raises:
-            Damaged: a file is missing, differs, or is one too many.
+            Damaged: a file is missing or one too many, or its bytes were read and differ.
             StorageUnavailable: the storage is out of reach, or full.
         """
         path = f"{attempt_folder(manifest.key, manifest.attempt)}/outputs/{output}"
         try:
             folder = self.storage.local(path, fresh=fresh)
-            found = digest_files(folder)
+            found = retry(partial(digest_files, folder), patience_s() if fresh else 0.0)
         except FileNotFoundError as error:  # deleted meanwhile
             raise Damaged(manifest.key, f"{output} is not all there ({error})") from error
         except OSError as error:
-            raise self._unreadable(manifest.key, output, error) from error
+            if not fresh:  # perhaps only a copy of it cannot be read
+                return self._check(manifest, output, fresh=True)
+            raise StorageUnavailable(
+                f"{self.url}: {output} of {manifest.key[:12]} cannot be read ({error}). If that "
+                f"stays so, move {self.url}/{stage_folder(manifest.key)} away by hand, and its "
+                "cell runs again."
+            ) from error
         except StorageUnavailable:
             raise
         except StoreError as error:  # a link, or a name that leads elsewhere
@@ -301,12 +307,6 @@ class Store:
         for name in sorted(found.keys() - manifest.outputs[output].keys()):
             raise Damaged(manifest.key, f"{output}/{name} is there, unlike in its manifest")
         return folder
-
-    def _unreadable(self, key: str, output: str, error: OSError) -> StoreError:
-        """Return what a read error means: a broken disk damages a result, the rest may pass."""
-        if error.errno == errno.EIO:
-            return Damaged(key, f"{output} cannot be read ({error})")
-        return StorageUnavailable(f"{self.url}: {output} of {key[:12]} cannot be read ({error})")
 
     def set_aside(self, key: str) -> bool:
         """Move a damaged result to `<key>.damaged-N`, so that its cell runs again.
@@ -466,7 +466,7 @@ class Store:
 
     def beat(self, run_id: str) -> None:
         """Leave a sign of life of a run's driver, in place of the one before."""
-        self.storage.write(f"runs/{run_id}/marks/alive", b"\n")
+        self.storage.write(f"runs/{run_id}/marks/alive", b"")
 
     def last_beat(self, run_id: str) -> float | None:
         """Return the Unix time of the last sign of life of a run's driver, by the storage's clock.

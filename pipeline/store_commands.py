@@ -21,7 +21,7 @@ from pipeline.cli import (
     read_spec,
     show_duration,
 )
-from pipeline.errors import BadInput
+from pipeline.errors import BadInput, StorageUnavailable
 from pipeline.gc import GRACE_S, Garbage, Retention, collect, find_garbage, find_spared
 from pipeline.planner import Plan, make_plan
 from pipeline.report import size
@@ -232,7 +232,12 @@ def _verify(store: Store, console: Console, *, set_aside: bool) -> int:
             if damage.key:
                 damaged[damage.key] = damage.cell
     for key, cell in damaged.items() if set_aside else ():
-        if store.set_aside(key):
+        try:
+            aside = store.set_aside(key)
+        except StorageUnavailable as error:  # which need not stay so
+            console.print(f"not set aside: {key[:12]} {cell}: {error}", soft_wrap=True)
+            continue
+        if aside:
             console.print(f"set aside: {key[:12]} {cell}; it runs again when it is needed")
     if not count:
         console.print(f"{store.url}: no damage.", soft_wrap=True)

@@ -16,12 +16,14 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.variables import CUDA_DEVICES
 
+LEFT_BEHIND: list[subprocess.Popen[Any]] = []  # children that do not end, though they were killed
+_DEATH_S = 1.0  # how long a process that was killed is waited for
 INTERVAL_S = 5.0
 _PROC = Path("/proc")
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -72,7 +74,10 @@ class SystemSampler:
         if memory:
             values["system/memory_bytes"] = memory
         if self._gpus:
-            values |= _gpu_values()
+            try:
+                values |= _gpu_values()
+            except subprocess.TimeoutExpired:  # another one would hang beside it, every few seconds
+                self._gpus = False
         rounded = {name: round(value, 1) for name, value in values.items()}
         self._emit({"type": "system", "time": time.time(), "values": rounded})
 
@@ -80,6 +85,32 @@ class SystemSampler:
         """Return the clock, and the processor time of this family of processes and of all."""
         ours = sum(os.times()[:4]) + sum(seconds for seconds, _ in _family(children_only=True))
         return time.monotonic(), ours, _machine_s()
+
+
+def ask(command: Sequence[str], limit_s: float) -> tuple[int, str]:
+    """Return the exit code and the output of a command that takes no input.
+
+    One that does not end in time is killed, and a `subprocess.TimeoutExpired`. Unlike
+    `subprocess.run` this does not wait for a process that outlives its SIGKILL, as one does that a
+    driver holds in a call.
+    """
+    process = subprocess.Popen(  # noqa: S603 - the callers' fixed commands
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        try:
+            process.communicate(timeout=_DEATH_S)
+        except subprocess.TimeoutExpired:
+            LEFT_BEHIND.append(process)
+        raise
+    return process.returncode, output
 
 
 def oom_kills() -> int | None:
@@ -145,17 +176,11 @@ def _gpu_values() -> dict[str, float]:
     command = ["nvidia-smi", _QUERY, "--format=csv,noheader,nounits"]
     devices = CUDA_DEVICES.read()
     try:
-        done = subprocess.run(  # noqa: S603 - fixed arguments
-            [*command, *([f"--id={devices}"] if devices else [])],
-            capture_output=True,
-            text=True,
-            timeout=INTERVAL_S,
-            check=True,
-        )
-        rows = [list(map(float, line.split(","))) for line in done.stdout.splitlines()]
-    except (OSError, ValueError, subprocess.SubprocessError):  # no such tool, or it has no answer
+        code, text = ask([*command, *([f"--id={devices}"] if devices else [])], INTERVAL_S)
+        rows = [list(map(float, line.split(","))) for line in text.splitlines()]
+    except (OSError, ValueError):  # no such tool, or it has no answer
         return {}
-    if not rows:
+    if code or not rows:
         return {}
     return {
         "system/gpu_percent": max(busy for busy, _ in rows),

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pipeline.errors import BadInput
@@ -18,6 +19,7 @@ from pipeline.secrets import redact
 from pipeline.text import CONTROLS, cut, printable
 
 _LEASE_S = 1.0, 86400.0  # below, heartbeats would be most of what is stored
+_PATIENCE_S = 0.0, 86400.0
 _MOST_BYTES = 2**60
 _SHOWN_CHARACTERS = 80
 
@@ -67,9 +69,9 @@ class Variable:
             ) from None
 
 
-def _seconds(text: str) -> float:
+def _seconds(bounds: tuple[float, float], text: str) -> float:
     value = float(text)
-    if not _LEASE_S[0] <= value <= _LEASE_S[1]:  # NaN is neither
+    if not bounds[0] <= value <= bounds[1]:  # NaN is neither
         raise ValueError
     return value
 
@@ -91,7 +93,14 @@ LEASE_S = Variable(
     purpose="seconds of silence after which a worker or a driver is given up (30)",
     default=30.0,
     expected=f"seconds from {_LEASE_S[0]:g} to {_LEASE_S[1]:g}, such as 30",
-    parse=_seconds,
+    parse=partial(_seconds, _LEASE_S),
+)
+PATIENCE_S = Variable(
+    name="FLS_PATIENCE_S",
+    purpose="seconds that a storage which is away, full or failing is waited for (120)",
+    default=120.0,
+    expected=f"seconds from {_PATIENCE_S[0]:g} to {_PATIENCE_S[1]:g}, such as 120",
+    parse=partial(_seconds, _PATIENCE_S),
 )
 CACHE_BYTES = Variable(
     name="FLS_CACHE_BYTES",
@@ -127,6 +136,7 @@ VARIABLES = (
     STORAGE,
     DATA,
     LEASE_S,
+    PATIENCE_S,
     CACHE_BYTES,
     TRACKING_URI,
     RAY_ADDRESS,

@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import selectors
 import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from pipeline.errors import PipelineError
 from pipeline.executors.base import (
     AbstractExecutor,
     available_cpus,
@@ -32,11 +35,14 @@ from pipeline.executors.base import (
 from pipeline.executors.ranks import RankOutcomes
 from pipeline.search_path import python_command, search_variable
 from pipeline.stage import Resources
-from pipeline.system import oom_kills
+from pipeline.system import LEFT_BEHIND, ask, oom_kills
 from pipeline.variables import CUDA_DEVICES
 from pipeline.worker import END, OTHERS_ENDED, TOLD, Outcome, Seat, Task, died, threads_of
 
+_log = logging.getLogger(__name__)
 _LOG_TAIL_BYTES = 2000
+_DEATH_S = 5.0  # how long a process that was killed is waited for: a driver may hold it in a call
+_GPU_TOOL_S = 30.0
 _OUT_OF_MEMORY = (
     ": the kernel was out of memory and killed it. Lower what the stage needs, or how many run at "
     "once (--max-parallel, or `resources: {memory: ...}`)"
@@ -100,8 +106,7 @@ class LocalExecutor(AbstractExecutor):
         """Drop the cell's task and kill the workers that run it."""
         self._queue = deque(item for item in self._queue if item[0]["cell"] != cell)
         if cell in self._busy:
-            for worker in self._busy[cell].workers:
-                worker.kill()
+            end_all(self._busy[cell].workers)
             self._release(cell)
 
     def preempt(self) -> None:
@@ -114,6 +119,8 @@ class LocalExecutor(AbstractExecutor):
     def stop(self) -> None:
         """Kill all workers."""
         self._queue.clear()
+        workers = [worker for gang in self._busy.values() for worker in gang.workers]
+        end_all([*workers, *self._idle])
         for cell in list(self._busy):
             self.cancel(cell)
         while self._idle:
@@ -173,6 +180,7 @@ class _Worker:
         self.alive = True
         self.told = False  # to end, by others than us, as one that only helps with its task
         self._buffer = b""
+        self._left_behind = False  # it does not end, though it was shot
         self._log: IO[bytes] = tempfile.TemporaryFile()
         fcntl.fcntl(
             self._log, fcntl.F_SETFL, os.O_APPEND
@@ -210,7 +218,7 @@ class _Worker:
         """Read what has come; return the outcome once it is whole, or once the worker has died."""
         chunk = os.read(self.replies.fileno(), 1 << 16)
         if not chunk:
-            self._end()
+            end_all([self])
             return died(self._obituary())
         *lines, self._buffer = (self._buffer + chunk).split(b"\n")
         replies = [json.loads(line) for line in lines]
@@ -224,7 +232,7 @@ class _Worker:
 
     def kill(self) -> None:
         """Kill the worker with its children, and free what it holds here."""
-        self._end()
+        end_all([self])
         try:
             self._requests.close()
         except BrokenPipeError:
@@ -232,17 +240,35 @@ class _Worker:
         self.replies.close()
         self._log.close()
 
-    def _end(self) -> None:
+    def shoot(self) -> None:
+        """Send SIGKILL to the worker and its children, and do not wait."""
         self.alive = False
         if self._process.returncode is None:
             try:
                 os.killpg(self._process.pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass  # already gone, which is what is wanted
-            self._process.wait()
+
+    def bury(self, limit_s: float) -> None:
+        """Wait until a worker that was shot is gone, or for as long as is useful."""
+        if self._left_behind:
+            return
+        try:
+            self._process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            self._left_behind = True
+            LEFT_BEHIND.append(self._process)
+            _log.warning(
+                "Worker process %d does not end after SIGKILL: the kernel holds it, as for a "
+                "file server or a GPU that hangs. The run goes on without it; what it holds of "
+                "this machine stays taken until it ends.",
+                self._process.pid,
+            )
 
     def _obituary(self) -> str:
         code = self._process.returncode
+        if code is None:
+            return "The worker process hung up, and does not end after SIGKILL."
         how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         hint = ""
         if code == -signal.SIGKILL:
@@ -252,6 +278,16 @@ class _Worker:
         self._log.seek(max(0, self._log.tell() - _LOG_TAIL_BYTES))
         tail = self._log.read().decode(errors="replace").strip()
         return f"The worker process died {how}{hint}." + (f"\n{tail}" if tail else "")
+
+
+def end_all(workers: Iterable[_Worker]) -> None:
+    """Shoot all first, then wait for them together, for as long as for one."""
+    shot = list(workers)
+    for worker in shot:
+        worker.shoot()
+    end_s = time.monotonic() + _DEATH_S
+    for worker in shot:
+        worker.bury(max(0.0, end_s - time.monotonic()))
 
 
 class _Gang:
@@ -415,20 +451,27 @@ def _each(wanted: Resources) -> str:
 
 
 def _list_gpus() -> dict[str, str]:
-    """Return device -> name of the NVIDIA GPUs that this process may use, without torch."""
+    """Return device -> name of the NVIDIA GPUs that this process may use, without torch.
+
+    Raises:
+        PipelineError: the driver's tool hangs.
+    """
     program = shutil.which("nvidia-smi")
-    if program is None:
+    visible = os.environ.get(CUDA_DEVICES.name)  # empty means none
+    if program is None or visible == "":
         return {}
-    listing = subprocess.run(  # noqa: S603 - the driver's own tool, no user input
-        [program, "--query-gpu=index,uuid,name", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    ).stdout
+    try:
+        _, listing = ask(
+            [program, "--query-gpu=index,uuid,name", "--format=csv,noheader"], _GPU_TOOL_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise PipelineError(
+            f"{program} gave no answer within {_GPU_TOOL_S:g} s, so the GPUs of this machine are "
+            f"not known: expected a list. Repair the driver, or set {CUDA_DEVICES.name} to an "
+            "empty text to run without GPUs."
+        ) from error
     rows = [[part.strip() for part in line.split(",", 2)] for line in listing.splitlines()]
     names = {key: name for index, uuid, name in rows for key in (index, uuid)}
-    visible = os.environ.get(CUDA_DEVICES.name)  # empty means none
     if visible is None:
         return {index: name for index, _, name in rows}
     chosen = [device.strip() for device in visible.split(",") if device.strip()]

@@ -25,6 +25,7 @@ def main(folder: str, file: str, arguments: list[str]) -> None:
         capture_output=True,
         text=True,
         timeout=120,
+        env={**os.environ, "FLS_PATIENCE_S": "2"},
         cwd=folder,
     )
     found = {"code": done.returncode, "output": done.stdout, "errors": done.stderr}

@@ -7,6 +7,7 @@ message. Then it is emptied, and the run is to go on. Prints JSON: what the comm
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,11 @@ from typing import Any
 
 def fls(*arguments: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline", *arguments], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "pipeline", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "FLS_PATIENCE_S": "2"},
     )
     return {"code": done.returncode, "output": done.stdout, "errors": done.stderr}
 

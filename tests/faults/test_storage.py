@@ -284,7 +284,7 @@ def test_an_s3_that_is_away_for_a_while_only_delays_a_run(toy: Path, proxy: Flak
 def test_an_s3_that_never_comes_back_ends_a_run_with_one_message(
     toy: Path, proxy: FlakyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.remote_storage.PATIENCE_S", 2.0)
+    monkeypatch.setenv("FLS_PATIENCE_S", "2")
     storage = f"s3://{BUCKET}/ended-{next(_counter)}"
     write_spec("slow: {uses: slow, params: {steps: 400, delay_s: 0.05}}", storage=storage)
     window = iter(range(10_000))

@@ -1,8 +1,11 @@
 """Plain processes as workers."""
 
 import os
+import signal
+import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,9 @@ import pytest
 from test_worker import fail_task, start_task, task_of
 from toy_runs import alive, wait_for
 
-from pipeline.errors import BadInput
+from pipeline import system
+from pipeline.errors import BadInput, PipelineError
+from pipeline.executors import local
 from pipeline.executors.base import AbstractExecutor
 from pipeline.executors.local import LocalExecutor, _list_gpus, _Machine
 from pipeline.stage import Resources
@@ -157,3 +162,71 @@ def test_gpus_are_listed_as_far_as_they_may_be_used(
     assert _list_gpus() == {"GPU-b": "NVIDIA A10"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert _list_gpus() == {}
+
+
+def deaf(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let SIGKILL reach nobody, as if the kernel held them all in a call; return whom it met."""
+    met: list[int] = []
+    monkeypatch.setattr(os, "killpg", lambda pid, number: met.append(pid))
+    monkeypatch.setattr(local, "_DEATH_S", 0.3)
+    return met
+
+
+def test_a_worker_that_outlives_its_kill_holds_nobody_up(
+    executor: LocalExecutor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("first", "second"):
+        executor.submit(slow_task(name), ONE_CPU)
+    pids = [pid_of(name) for name in ("first", "second")]
+    try:
+        with monkeypatch.context() as patch:
+            met = deaf(patch)
+            began = time.monotonic()
+            executor.cancel("first")
+            assert time.monotonic() - began < 2
+            executor.stop()
+            assert time.monotonic() - began < 4
+        assert set(met) == set(pids)
+        assert [record.message.split()[2] for record in caplog.records] == list(map(str, pids))
+        assert "does not end after SIGKILL" in caplog.text
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        while system.LEFT_BEHIND:
+            system.LEFT_BEHIND.pop().wait()
+
+
+@pytest.mark.parametrize("killable", [True, False])
+def test_a_tool_for_gpus_that_hangs_is_told_in_bounded_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killable: bool
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\necho $$ >> {tmp_path}/pids\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(local, "_GPU_TOOL_S", 0.3)
+    monkeypatch.setattr(system, "INTERVAL_S", 0.3)
+    monkeypatch.setattr(system, "_DEATH_S", 0.1)
+    try:
+        with monkeypatch.context() as patch, pytest.raises(PipelineError) as raised:
+            if not killable:
+                patch.setattr(subprocess.Popen, "kill", lambda self: None)
+            began = time.monotonic()
+            _list_gpus()
+        assert time.monotonic() - began < 5
+        assert "nvidia-smi gave no answer within 0.3 s" in str(raised.value)
+        assert "set CUDA_VISIBLE_DEVICES to an empty text" in str(raised.value)
+        emitted: list[dict[str, Any]] = []
+        with system.SystemSampler(emitted.append, gpus=True):
+            wait_for(lambda: len(emitted) >= 3)
+        assert len((tmp_path / "pids").read_text().split()) == 2, "asked again though it hangs"
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        assert _list_gpus() == {}
+    finally:
+        for pid in map(int, (tmp_path / "pids").read_text().split()):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        while system.LEFT_BEHIND:
+            system.LEFT_BEHIND.pop().communicate()

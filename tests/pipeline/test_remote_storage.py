@@ -28,8 +28,7 @@ _counter = itertools.count()
 def hurried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Little patience, so that what ends in an error does so soon."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(remote_storage, "PATIENCE_S", 1.0)
-    monkeypatch.setattr(remote_storage, "FIRST_PATIENCE_S", 0.3)
+    monkeypatch.setattr(remote_storage, "patience_s", lambda answered: 1.0 if answered else 0.3)
     monkeypatch.setattr(remote_storage, "_FIRST_PAUSE_S", 0.05)
     quick = {"connect_timeout": 1, "read_timeout": 0.3, "retries": {"total_max_attempts": 1}}
     monkeypatch.setattr(remote_storage, "_S3_REQUESTS", quick)
