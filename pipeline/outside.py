@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
 import uuid
 from collections.abc import Iterable
@@ -24,6 +23,7 @@ from pydantic import BaseModel
 from pipeline.console import PlainConsole
 from pipeline.errors import BadInput
 from pipeline.params import Marked, marked
+from pipeline.private import make_private, private_place
 from pipeline.stage import ExternalFile
 from pipeline.variables import CACHE_HOME
 
@@ -252,6 +252,9 @@ class _Cache:
 
 def _cache_folder() -> Path:
     base = CACHE_HOME.read() or os.path.expanduser("~/.cache")
-    if not os.path.isabs(base):  # nobody's home
-        base = tempfile.gettempdir()
-    return Path(base, "fishleg-surgeon", "folders")
+    if os.path.isabs(base):
+        return Path(base, "fishleg-surgeon", "folders")
+    place = private_place("folders")  # of a user without a home
+    with suppress(OSError):  # where none can be made, nothing is kept
+        make_private(place)
+    return place

@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import queue
-import shutil
 import signal
 import socket
 import stat
@@ -23,7 +22,6 @@ import tempfile
 import threading
 import time
 import traceback
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -292,15 +290,13 @@ def _help(task: Task, store: Store, code: CodePromise, pass_on: Callable[[], Non
 
     Told to end it goes on: rank 0 cannot write its checkpoint without it.
     """
-    folder = Path(tempfile.gettempdir(), f"fls-{uuid.uuid4().hex}")  # is there once it is used
-    try:
-        with _heeding_signals(pass_on):
-            _perform(task, store, code, folder, lambda event: None, Preemption())
-        return {"status": "ok"}
-    except (Exception, SystemExit) as error:
-        return _failed(error)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="fls-", ignore_cleanup_errors=True) as folder:
+        try:
+            with _heeding_signals(pass_on):
+                _perform(task, store, code, Path(folder), lambda event: None, Preemption())
+            return {"status": "ok"}
+        except (Exception, SystemExit) as error:
+            return _failed(error)
 
 
 def _perform(

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import stat
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import PipelineError, StorageUnsupported
+from pipeline.outside import read_folder
 from pipeline.private import make_private, private_place
 from pipeline.remote_storage import RemoteStorage
 from pipeline.tracking import mlflow_server
@@ -109,6 +111,25 @@ def test_a_user_without_a_name_has_a_place(shared: Path, monkeypatch: pytest.Mon
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "getuid", lambda: 1_234_567_890)
     assert RemoteStorage("memory://bucket").scratch.parent.name == "fls-1234567890"
+
+
+def test_digests_kept_by_another_user_are_not_believed(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.txt").write_text("a")
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    digest = read_folder(data).digest
+    assert stat.S_IMODE(private_place("folders").stat().st_mode) == 0o700
+    shutil.rmtree(private_place())
+    place = private_place("folders")
+    assert as_other(lambda: os.makedirs(place)) == "None"
+    with pytest.raises(StorageUnsupported, match="is not a folder of user"):
+        read_folder(data)
+    assert len(digest) == 64
 
 
 # ------------------------------------------------------------------- the lock of MLflow's tables
