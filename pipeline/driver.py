@@ -7,6 +7,7 @@ Workers know nothing of each other.
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import time
@@ -31,7 +32,7 @@ from pipeline.schedule import Schedule
 from pipeline.secrets import redact
 from pipeline.store import Store
 from pipeline.tracking import CellFacts, CellState, TrackerName, TrackingThread
-from pipeline.worker import Outcome, died
+from pipeline.worker import STOPPING, Outcome, died
 
 _WAIT_S = 0.2
 _LISTEN_EVERY_S = 1.0
@@ -283,23 +284,34 @@ class Driver:
 
     @contextmanager
     def _heeding_signals(self) -> Iterator[None]:
-        """Take note of SIGINT and SIGTERM; the second one of its kind acts as usual."""
-        before = {
-            number: signal.getsignal(number) or signal.SIG_DFL
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        """Take note of SIGINT and SIGTERM; the second one of its kind acts as usual.
+
+        A terminal that is closed (SIGHUP, once or more often) is as SIGTERM; not under nohup.
+        """
+        before = {number: signal.getsignal(number) or signal.SIG_DFL for number in STOPPING}
+        terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+        nowhere = os.open(os.devnull, os.O_WRONLY)
 
         def note(number: int, frame: FrameType | None) -> None:
             self.signal = number
             signal.signal(number, before[signal.Signals(number)])
 
+        def note_hangup(number: int, frame: FrameType | None) -> None:
+            self.signal = self.signal or signal.SIGTERM
+            for descriptor in terminals:  # what is written there now is an error
+                os.dup2(nowhere, descriptor)
+
         for number in before:
-            signal.signal(number, note)
+            if number is not signal.SIGHUP:
+                signal.signal(number, note)
+            elif before[number] is not signal.SIG_IGN:
+                signal.signal(number, note_hangup)
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            os.close(nowhere)
 
     # -- the loop
 

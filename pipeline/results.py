@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from pipeline.planner import Plan, PlannedCell, make_plan
 from pipeline.runs import recorded_ids
 from pipeline.spec import Spec
 from pipeline.stage import Results
+from pipeline.storage import list_files, sync
 from pipeline.store import Store
 
 Row = dict[str, Any]
@@ -106,13 +110,39 @@ def export(spec: Spec, store: Store, address: str, destination: Path) -> None:
                 command = spec.command("--until", cell.name)
                 raise BadInput(f"{cell.name} is not in the store; `{command}` makes it.")
             module, _, attribute = catalogue.exporter.partition(":")
-            destination.mkdir(parents=True, exist_ok=True)
-            getattr(importlib.import_module(module), attribute)(
-                store.fetch(key, output), destination
-            )
+            exporter = getattr(importlib.import_module(module), attribute)
+            with _beside(destination) as part:
+                exporter(store.fetch(key, output), part)
             return
     kinds = {out.kind for cell in cells for out in cell.declaration.outputs.values()}
     raise BadInput(f"{address} gives nothing to export, only: {', '.join(sorted(kinds))}")
+
+
+@contextmanager
+def _beside(destination: Path) -> Iterator[Path]:
+    """Yield a folder beside a destination, whose files take their places there once all are whole.
+
+    A kill or an error before that leaves the destination as it was. A new destination appears at
+    once; in one that is there each file replaces the one of its name, and others stay.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    part = destination.with_name(f".{destination.name}.{uuid.uuid4().hex}.part")
+    part.mkdir()
+    try:
+        yield part
+        files = list_files(part)
+        for file in files:
+            sync(file)
+        if destination.exists():
+            for file in files:
+                target = destination / file.relative_to(part)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(target)
+        else:
+            part.rename(destination)
+        sync(destination.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _with_output(cells: Sequence[Cell], kind: str) -> Iterator[tuple[Cell, str]]:

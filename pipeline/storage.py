@@ -253,7 +253,7 @@ def list_files(folder: Path) -> list[Path]:
     return found
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until the disk has a file's content, or a folder's names.
 
     Raises:
@@ -287,7 +287,7 @@ class LocalStorage(AbstractStorage):
         def request() -> None:
             with self._part(path, data) as part:
                 part.replace(self._at(path))
-                _sync(part.parent)
+                sync(part.parent)
 
         self._patiently(path, request)
 
@@ -310,7 +310,7 @@ class LocalStorage(AbstractStorage):
                         f"{self.root}: cannot create a file exclusively, because the file system "
                         f"has no hard links ({error.strerror}); put 'storage:' on another one"
                     ) from error
-                _sync(part.parent)
+                sync(part.parent)
                 return True
 
         return self._patiently(path, request)
@@ -369,7 +369,7 @@ class LocalStorage(AbstractStorage):
     def move(self, source: str, target: str) -> None:
         """See `AbstractStorage.move`."""
         moved = self._patiently(source, lambda: self._at(source).rename(self._at(target)))
-        self._patiently(source, lambda: _sync(moved.parent))
+        self._patiently(source, lambda: sync(moved.parent))
 
     def workspace(self, path: str) -> Path:
         """See `AbstractStorage.workspace`; it is the place itself."""
@@ -386,11 +386,11 @@ class LocalStorage(AbstractStorage):
         with self._reporting(path):
             files = list_files(folder)
             for file in files:
-                _sync(file)
+                sync(file)
             above = {parent for file in [folder / "any", *files] for parent in file.parents}
             for parent in sorted(above, reverse=True):
                 if parent.is_relative_to(self.root):
-                    _sync(parent)
+                    sync(parent)
 
     def save_file(self, file: Path, path: str) -> None:
         """See `AbstractStorage.save_file`; workspaces are in place."""
@@ -451,7 +451,7 @@ class LocalStorage(AbstractStorage):
                 "folder, or one that can be made; choose another place."
             ) from error
         for one in reversed(missing):
-            _sync(one.parent)
+            sync(one.parent)
 
     def _patiently(self, path: str, request: Callable[[], _Answer]) -> _Answer:
         """Return the answer to a request, see `retry`; one that fails is reported."""

@@ -56,6 +56,7 @@ from pipeline.variables import check_variables
 END = "end"  # to a local worker: its task is to end behind a checkpoint
 OTHERS_ENDED = "others ended"  # to the first rank's: all others have done their part, and well
 TOLD = "told"  # from one that only helps: it was told to end, and the first rank should
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a process that gets one is to end
 _TEXT_CHARACTERS = 500  # of what a stage says, as far as it is not for the log
 
 
@@ -229,9 +230,9 @@ def _run_task(
 def _heeding_signals(heed: Callable[[], None]) -> Iterator[None]:
     """Heed the signals that tell a worker to end, for as long as a stage runs.
 
-    SIGTERM comes from our driver, or from whoever takes the machine away; SIGINT is what becomes of
-    Ray's gentle cancelling. Both are heeded also where the process ignores them, as one does that a
-    shell has started in the background.
+    SIGTERM comes from our driver, or from whoever takes the machine away, as SIGHUP does; SIGINT is
+    what becomes of Ray's gentle cancelling. All are heeded also where the process ignores them, as
+    one does that a shell has started in the background.
     """
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -239,7 +240,7 @@ def _heeding_signals(heed: Callable[[], None]) -> Iterator[None]:
 
     before = {
         number: signal.getsignal(number) or signal.SIG_DFL
-        for number in (signal.SIGINT, signal.SIGTERM)
+        for number in STOPPING
         if threading.current_thread() is threading.main_thread()
     }
     for number in before:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
@@ -259,8 +260,8 @@ def _decode_cached(tree: Path, splits: Mapping[str, _Labelled], reading: Reading
     """Decode all splits, or take them from `.decoded-HASH.safetensors` in the tree.
 
     The hash covers every path, size, time and inode, how images are read, and the version of
-    the rules, so a changed tree is decoded again. A tree that cannot be written to is decoded each
-    time.
+    the rules, so a changed tree is decoded again, and so is one whose cache is not what was
+    written. A tree that cannot be written to is decoded each time.
     """
     listing = [
         [name, str(path.relative_to(tree)), *_signature(path)]
@@ -269,16 +270,11 @@ def _decode_cached(tree: Path, splits: Mapping[str, _Labelled], reading: Reading
     ]
     state = json.dumps([RULES, listing, asdict(reading)]).encode()
     cache = tree / f".decoded-{hashlib.sha256(state).hexdigest()[:16]}.safetensors"
-    try:
-        images = load_file(cache)
-        with safe_open(cache, "pt") as file:
-            notes = tuple(json.loads(file.metadata()["notes"]))
-    except (FileNotFoundError, SafetensorError):
-        images, notes = _decode_all(splits, reading)
-        if os.access(tree, os.W_OK):
-            part = cache.with_name(f"{cache.name}.{os.getpid()}.part")
-            save_file(images, part, metadata={"notes": json.dumps(notes)})
-            part.replace(cache)
+    found = _read_cache(cache)
+    if found is None:
+        found = _decode_all(splits, reading)
+        _write_cache(cache, *found)
+    images, notes = found
     return _Decoded(
         splits={
             name: Split(inputs=images[name], labels=torch.tensor([label for _, label in labelled]))
@@ -286,6 +282,47 @@ def _decode_cached(tree: Path, splits: Mapping[str, _Labelled], reading: Reading
         },
         notes=notes,
     )
+
+
+def _read_cache(cache: Path) -> tuple[dict[str, Tensor], tuple[str, ...]] | None:
+    """Return the images and notes in a cache, or None unless it is there and whole."""
+    try:
+        images = load_file(cache)
+        with safe_open(cache, "pt") as file:
+            about = json.loads(file.metadata()["about"])
+        notes = about["notes"]
+        if about["sha256"] != _checksum(images, notes):
+            return None
+        return images, tuple(json.loads(notes))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _write_cache(cache: Path, images: dict[str, Tensor], notes: tuple[str, ...]) -> None:
+    """Write a cache, whole and to the disk; where there is no room there is none."""
+    text = json.dumps(notes)
+    about = {"notes": text, "sha256": _checksum(images, text)}
+    part = cache.with_name(f"{cache.name}.{uuid.uuid4().hex}.part")
+    try:
+        save_file(images, part, metadata={"about": json.dumps(about)})
+        for path in (part, cache.parent):
+            opened = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(opened)
+            finally:
+                os.close(opened)
+            if path is part:
+                part.replace(cache)
+    except (OSError, SafetensorError):
+        part.unlink(missing_ok=True)
+
+
+def _checksum(images: Mapping[str, Tensor], notes: str) -> str:
+    digest = hashlib.sha256(notes.encode())
+    for name, stack in sorted(images.items()):
+        digest.update(json.dumps([name, list(stack.shape), str(stack.dtype)]).encode())
+        digest.update(stack.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _signature(path: Path) -> tuple[int, ...]:

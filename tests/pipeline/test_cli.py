@@ -1,6 +1,7 @@
 """The command line, as a user meets it."""
 
 import csv
+import importlib
 import io
 import json
 import os
@@ -221,6 +222,39 @@ def test_an_export_is_what_the_plugin_makes_of_it(toy: Path) -> None:
     code, output, _ = fls("export", "pipeline.yaml", "add[amount=2,seed=1]", "deep/folder")
     assert (code, output) == (0, "deep/folder: number.json\n")
     assert json.loads(Path("deep/folder/number.json").read_text()) == {"number": 13.0}
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_export_that_fails_leaves_the_destination_as_it_was(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    real = importlib.import_module("toy.exporter").export
+    write_spec(DIAMOND)
+    run_here()
+    folder = Path("deep/folder")
+    before = {}
+    if there:
+        folder.mkdir(parents=True)
+        before = {"number.json": "earlier", "mine.txt": "mine"}
+        for name, text in before.items():
+            (folder / name).write_text(text)
+
+    def half(source: Path, destination: Path) -> None:
+        real(source, destination)
+        (destination / "number.json").write_text("ha")
+        raise OSError(28, "No space left on device")
+
+    export = ("export", "pipeline.yaml", "add[amount=2,seed=1]", "deep/folder")
+    monkeypatch.setattr("toy.exporter.export", half)
+    assert fls(*export)[0] == 1
+    assert folder.exists() == there
+    assert {path.name: path.read_text() for path in folder.glob("*")} == before
+    assert [path.name for path in Path("deep").iterdir()] == (["folder"] if there else [])
+    monkeypatch.setattr("toy.exporter.export", real)
+    assert fls(*export)[0] == 0
+    assert json.loads((folder / "number.json").read_text()) == {"number": 13.0}
+    assert (folder / "mine.txt").exists() == there
+    assert [path.name for path in Path("deep").iterdir()] == ["folder"]
 
 
 def test_a_graph_and_the_names(toy: Path) -> None:

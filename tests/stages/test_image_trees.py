@@ -1,5 +1,8 @@
 """Trees of images from outside: one list of classes, hidden files, and every kind of pixel."""
 
+import errno
+import json
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from pipeline.stage import StageError
 from stages.data import image_folder, images
@@ -357,6 +361,77 @@ def test_decoded_copies_do_not_outlive_the_rules_they_were_made_by(
         calls.clear()
         load(tmp_path, **options)
         assert len(calls) == 8, options
+
+
+def decoded(tree: Path) -> Path:
+    """Return the one file that a tree's decoded images are in."""
+    (found,) = (path for path in tree.iterdir() if path.name.startswith(".decoded-"))
+    return found
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "empty", "other", "no checksum", "folder"])
+def test_a_damaged_cache_is_noticed_and_made_anew(tmp_path: Path, how: str) -> None:
+    tree(tmp_path, {"train": "ab", "test": "ab"})
+    before = digest_arrays(load(tmp_path))
+    cache = decoded(tmp_path)
+    whole = cache.read_bytes()
+    if how == "flipped":
+        cache.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    elif how == "truncated":
+        cache.write_bytes(whole[:-1])
+    elif how == "empty":
+        cache.write_bytes(b"")
+    elif how == "folder":
+        cache.unlink()
+        cache.mkdir()
+    else:
+        images = {"train": torch.zeros(4, 3, 1, 1, dtype=torch.uint8)}
+        about = {"notes": "[]", "sha256": "0" * 64} if how == "other" else {"notes": "[]"}
+        save_file(images, cache, metadata={"about": json.dumps(about)})
+    assert digest_arrays(load(tmp_path)) == before
+    if how != "folder":
+        assert cache.read_bytes() == whole
+
+
+def test_a_cache_is_on_the_disk_before_it_has_its_name_and_processes_do_not_share_a_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree(tmp_path, {"train": "ab", "test": "ab"})
+    steps: list[str] = []
+    real_sync, real_replace = os.fsync, Path.replace
+
+    def sync(descriptor: int) -> None:
+        steps.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        real_sync(descriptor)
+
+    def replace(self: Path, target: Path) -> Path:
+        steps.append(f"rename {self.name}")
+        return real_replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(Path, "replace", replace)
+    load(tmp_path)
+    decoded(tmp_path).unlink()
+    load(tmp_path)
+    parts = [step.partition(" ")[2] for step in steps if step.startswith("rename")]
+    assert len(set(parts)) == 2
+    for part, at in zip(parts, (0, 3), strict=True):
+        assert steps[at : at + 3] == [f"sync {part}", f"rename {part}", f"sync {tmp_path.name}"]
+
+
+def test_a_full_disk_leaves_a_tree_without_a_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree(tmp_path, {"train": "ab", "test": "ab"})
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        before = digest_arrays(load(tmp_path))
+    assert not [path for path in tmp_path.iterdir() if path.name[0] == "."]
+    assert digest_arrays(load(tmp_path)) == before
 
 
 def test_a_renamed_class_is_decoded_again(tmp_path: Path) -> None:
