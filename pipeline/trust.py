@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pipeline.errors import BadInput
 from pipeline.graph import Registration
 from pipeline.keys import known_calls
 from pipeline.places import DATABASE, LINES
@@ -88,12 +90,12 @@ def places_of(spec: Spec, store: Store) -> Places:
 
 
 def read_trust(file: Path, store: Store) -> Trust:
-    """Return what a pipeline file names; one that is not there names nothing.
+    """Return what a pipeline file names; one that is not there, or is none, names nothing.
 
-    Nothing is imported; a file that is no pipeline is a `SpecError`.
+    Nothing is imported.
     """
     uri, folder = tracking_uri(None), Path()
-    if file.exists():
+    with suppress(BadInput):
         shape = read_values(file)
         folder = tracking_folder_of(shape.storage, file.parent)
         declared = shape.mlflow.tracking_uri
