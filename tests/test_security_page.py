@@ -9,8 +9,8 @@ TEST = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
 
 def rows() -> list[list[str]]:
     text = (ROOT / "docs/security.md").read_text(encoding="utf-8")
-    table = text[text.index("| finding | test |") :].splitlines()[2:]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table if line]
+    table = text[text.index("| finding | test |") :].partition("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table]
 
 
 def test_each_finding_has_a_test_and_a_line_of_defence() -> None:
