@@ -59,6 +59,7 @@ class Attempt:
         key: the cell's key.
         number: the attempt's fencing number, unique under the key.
         folder: local folder for the stage's context; holds `checkpoints/`, `outputs/` and `log/`.
+        passed_over: checkpoints of earlier attempts that this one cannot use, each with the reason.
     """
 
     def __init__(self, storage: AbstractStorage, key: str, number: int):
@@ -68,6 +69,7 @@ class Attempt:
         self._path = attempt_folder(key, number)
         self._segments = 0
         self._log: dict[str, tuple[int, int]] = {}  # what is stored of it: size and time of writing
+        self.passed_over: list[str] = []
         self.folder = storage.workspace(self._path)
         try:
             self._take_over_checkpoint()
@@ -243,16 +245,20 @@ class Attempt:
                 whole = _digest_checkpoint(part) == wanted
             except StorageUnavailable:  # the next attempt may find it
                 raise
+                why = "its files differ from their digests"
             except (
-                FileNotFoundError,  # it is in the making; or its attempt lives, and is further on
-                shutil.Error,
-                ValueError,
-                StoreError,  # a link in it, for example
-            ):
-                whole = False
+                FileNotFoundError
+            ):  # it is in the making; or its attempt lives, and is further on
+                whole, why = False, ""
+            except shutil.Error as error:  # of links: another owner's files, or another device
+                whole, why = False, str(error.args[0][0][2])
+            except (ValueError, StoreError) as error:  # a link in it, for example
+                whole, why = False, str(error)
             if whole:
                 part.replace(part.with_suffix(""))
                 return
+            if why:
+                self.passed_over.append(f"checkpoint {checkpoint} of attempt {number} ({why})")
             shutil.rmtree(part, ignore_errors=True)
 
 

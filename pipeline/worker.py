@@ -264,6 +264,9 @@ def _attempt(
     await_others: Callable[[], object],
 ) -> Outcome:
     emit = _sink(events, log, meter)
+    if attempt.passed_over:
+        text = f"Not gone on from: {'; '.join(attempt.passed_over)}."
+        emit({"type": "text", "time": time.time(), "text": text})
     try:
         with (
             SystemSampler(events.emit, gpus=task["num_gpus"] > 0),

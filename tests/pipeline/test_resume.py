@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, and go on."""
 
+import errno
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ from toy_runs import (
     fls,
     kill,
     last_run,
+    log_lines,
     numbers,
     ran,
     resume_here,
@@ -29,6 +31,7 @@ from toy_runs import (
 from pipeline.cli import read_duration
 from pipeline.errors import BadInput
 from pipeline.runs import RunState, State, find_run, new_run_id
+from pipeline.stage import Context
 from pipeline.store import Store
 
 STAGES = """
@@ -304,3 +307,41 @@ def test_what_ran_when_its_driver_died_is_interrupted(toy: Path) -> None:
     shown = dict(zip(header, row, strict=True))
     assert (shown["running"], shown["interrupted"]) == ("·", "1")
     assert fls("logs", "slow", "--follow")[1].endswith("slow: interrupted\n")
+
+
+def test_a_checkpoint_that_is_damaged_is_said_to_be_passed_over(undisturbed: float) -> None:
+    process = start_fls(*RUN)
+    wait_for(checkpoint_exists)
+    kill(process)
+    for digests in Path(".fls").glob("stages/*/attempts/0001/checkpoints/*/.digests.json"):
+        digests.write_text("{}")
+    assert resume_here(last_run())[0] == 0
+    assert numbers()["slow"] == undisturbed
+    said = [event["text"] for event in slow_events(2) if event["type"] == "text"]
+    assert "Not gone on from: checkpoint " in said[0]
+    assert any(
+        "Not gone on from: checkpoint " in line
+        for line in log_lines(last_run().cells["slow"].key, 2)
+    )
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EPERM], ids=errno.errorcode.get)
+def test_a_checkpoint_of_another_owner_or_device_is_said_to_be_passed_over(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    store, key = Store(".fls"), "k" * 64
+    first = store.begin_attempt(key)
+    with Context(params=None, folder=first.folder).checkpoint() as folder:
+        (folder / "state.txt").write_text("one")
+    first.append_events([{"type": "checkpoint"}])
+    real = os.link
+
+    def link(source: Any, target: Any, **options: Any) -> None:
+        if "/checkpoints/" in str(source):
+            raise OSError(number, os.strerror(number))
+        real(source, target, **options)
+
+    monkeypatch.setattr(os, "link", link)
+    (text,) = store.begin_attempt(key).passed_over
+    assert text.startswith("checkpoint 1 of attempt 1 (")
+    assert os.strerror(number) in text
