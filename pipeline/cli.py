@@ -586,7 +586,9 @@ def ui(
         int, typer.Option(help="Port on 127.0.0.1; where it is taken, or 0, a free one.")
     ] = 5000,
 ) -> None:
-    """Serve MLflow's pages on a pipeline's runs, and print their address; Ctrl-C ends it.
+    """Serve MLflow's pages on a pipeline's runs, and print the link to them; Ctrl-C ends it.
+
+    The link has a password in it, new each time: without it nobody on this machine gets in.
 
     Of a tracking server, whose pages are there already, the address is printed.
     """

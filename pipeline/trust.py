@@ -20,6 +20,7 @@ from pipeline.spec import Spec, load_spec, read_values, tracking_folder_of
 from pipeline.storage import LocalStorage
 from pipeline.store import Store
 from pipeline.tracking import RunFacts, TrackerName, absolute_uri, place, tracking_uri
+from pipeline.variables import TRACKING_URI
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class Places:
         if tracker is TrackerName.JSONL:
             folder = os.path.abspath(run.folder)
             return replace(run, folder=folder) if folder in self.folders else None
-        if os.environ.get("MLFLOW_TRACKING_URI"):
+        if TRACKING_URI.read():
             return replace(run, uri=tracking_uri(None))
         known = {place(uri): uri for uri in self.addresses}
         uri = known.get(place(run.uri))

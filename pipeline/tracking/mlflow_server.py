@@ -22,6 +22,10 @@ from pipeline.errors import PipelineError
 from pipeline.secrets import redact
 from pipeline.tracking.base import RunFacts
 
+ADVICE = (
+    "Expected `tracking_uri:` or MLFLOW_TRACKING_URI to be a server or a database that can be "
+    "used, such as sqlite:///mlflow.db in a folder that can be written."
+)
 _LOCK_S = 60.0  # making the tables takes seconds
 _LOOK_S = 0.1
 
@@ -41,11 +45,12 @@ def connect(uri: str) -> MlflowClient:
         database.parent.mkdir(parents=True, exist_ok=True)
         database.open("ab").close()
     except OSError as error:
-        raise PipelineError(unusable(uri, error)) from error
-    with _only_one(database, uri):
-        if database.stat().st_size == 0:
-            _make_tables(database)
-        return MlflowClient(uri)
+        raise PipelineError(f"{unusable(uri, error)}. {ADVICE}") from error
+    if database.stat().st_size == 0:
+        with _only_one(database, uri):
+            if database.stat().st_size == 0:
+                _make_tables(database)
+    return MlflowClient(uri)
 
 
 def _make_tables(database: Path) -> None:
@@ -107,6 +112,11 @@ def database_of(uri: str) -> Path | None:
     return Path(uri.removeprefix(prefix)).resolve() if uri.startswith(prefix) else None
 
 
+def artifacts_beside(database: Path) -> str:
+    """Return the URI of the folder for the files of an SQLite database's runs."""
+    return (database.parent / "mlruns").as_uri()
+
+
 def open_experiment(client: MlflowClient, run: RunFacts) -> str:
     """Return the experiment's id; makes the experiment if need be.
 
@@ -119,7 +129,7 @@ def open_experiment(client: MlflowClient, run: RunFacts) -> str:
         database = database_of(run.uri)
         # A server knows where artifacts go; a bare database would put them into the folder of
         # whoever happens to write, so they go beside it.
-        location = None if database is None else (database.parent / "mlruns").as_uri()
+        location = None if database is None else artifacts_beside(database)
         try:
             return client.create_experiment(run.experiment, artifact_location=location)
         except MlflowException:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 
-from pipeline.search_path import python_command
 from pipeline.secrets import presentable
+
+_HOST = "127.0.0.1"
 
 
 def serve_ui(uri: str, port: int) -> None:
     """Print the address of the MLflow pages and, unless a server has them already, serve them.
 
-    This process becomes the server, so it ends as any server does: by Ctrl-C or SIGTERM.
+    It ends as any server does: by Ctrl-C or SIGTERM.
 
     Args:
         uri: of the tracking server or database.
@@ -22,25 +22,14 @@ def serve_ui(uri: str, port: int) -> None:
     if uri.startswith(("http://", "https://")):
         sys.stdout.write(f"{presentable(uri)}\n")
         return
-    port = port if _free(port) else 0
-    if port == 0:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-    sys.stdout.write(f"http://127.0.0.1:{port}  (Ctrl-C closes it)\n")
-    sys.stdout.flush()
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    # Eight more processes, for things that this project has no use for.
-    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-    os.environ["MLFLOW_BACKEND_STORE_URI"] = uri  # as an argument, all users here could read it
-    os.environ["PYTHONSAFEPATH"] = "1"  # for the processes that it starts, too
-    command = python_command("mlflow", "ui", "--host", "127.0.0.1", "--port", str(port))
-    command += ["--workers", "1"]
-    os.execv(sys.executable, command)  # noqa: S606 - no shell, our own interpreter
+    from pipeline.tracking.ui_server import serve  # imports MLflow
+
+    with _listen(port) as listener:
+        serve(uri, listener)
 
 
-def _free(port: int) -> bool:
+def _listen(port: int) -> socket.socket:
     try:
-        socket.create_server(("127.0.0.1", port)).close()
+        return socket.create_server((_HOST, port))
     except OSError:  # somebody listens there, or may not
-        return False
-    return True
+        return socket.create_server((_HOST, 0))

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -751,33 +750,6 @@ def test_where_mlflow_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tracking_uri("http://declared", "sqlite:////begun/x.db") == "http://declared"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://environment")
     assert tracking_uri("http://declared", "http://recorded") == "http://environment"
-
-
-def test_the_pages_are_served_to_this_machine_on_a_free_port(
-    toy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_spec(SLOW)
-    started: list[list[str]] = []
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///some.db")
-    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "sqlite:///other.db")
-    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-    monkeypatch.setenv("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-    monkeypatch.setattr("os.execv", lambda program, command: started.append(command))
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        taken = other.getsockname()[1]
-        code, output, _ = fls("ui", "--port", str(taken))
-    options = dict(itertools.pairwise(started[0]))
-    assert code == 0
-    assert os.environ["MLFLOW_BACKEND_STORE_URI"] == "sqlite:///some.db"
-    assert options["--host"] == "127.0.0.1"
-    assert int(options["--port"]) != taken
-    assert output == f"http://127.0.0.1:{options['--port']}  (Ctrl-C closes it)\n"
-
-
-def test_the_pages_of_a_server_are_its_own(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_spec(SLOW)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example")
-    assert fls("ui") == (0, "https://mlflow.example\n", "")
 
 
 class Recording(AbstractTracker):
