@@ -164,9 +164,15 @@ def test_structures_of_one_method_are_rows_of_their_own(ran: Path, tmp_path: Pat
 def test_the_work_behind_a_checkpoint_counts_and_what_was_lost_does_not(tmp_path: Path) -> None:
     store, key = Store(str(tmp_path)), "a" * 64
     cut_off, last = store.begin_attempt(key), store.begin_attempt(key)
-    early = {"type": "checkpoint", "seconds": 1.0, "cpu_seconds": 2.0, "peak_bytes": 900}
+    early = {
+        "type": "checkpoint",
+        "time": 0.0,
+        "seconds": 1.0,
+        "cpu_seconds": 2.0,
+        "peak_bytes": 900,
+    }
     late = {**early, "seconds": 10.0, "cpu_seconds": 15.0}
-    lost = {"type": "metrics", "values": {}, "step": None}
+    lost = {"type": "metrics", "time": 0.0, "values": {}, "step": None}
     (cut_off.folder / "checkpoints").mkdir()
     cut_off.append_events([early])
     cut_off.append_events([late, lost])

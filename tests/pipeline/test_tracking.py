@@ -985,7 +985,7 @@ def test_a_kill_while_the_tables_are_made_breaks_no_database(
         patch.setattr(module, "MlflowClient", half)
         module.connect(uri)
     assert module.connect(uri).get_experiment_by_name("Default") is not None
-    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mlflow.db.lock", "mlflow.db"]
 
 
 def test_a_copy_of_the_progress_shares_nothing_that_changes() -> None:
