@@ -243,12 +243,10 @@ class Attempt:
                 wanted = unseal(self._storage.read(f"{path}/{DIGESTS}"))
                 self._storage.load(path, part)
                 whole = _digest_checkpoint(part) == wanted
+                why = "its files differ from their digests"
             except StorageUnavailable:  # the next attempt may find it
                 raise
-                why = "its files differ from their digests"
-            except (
-                FileNotFoundError
-            ):  # it is in the making; or its attempt lives, and is further on
+            except FileNotFoundError:  # it is in the making, or its attempt lives, further on
                 whole, why = False, ""
             except shutil.Error as error:  # of links: another owner's files, or another device
                 whole, why = False, str(error.args[0][0][2])
