@@ -13,7 +13,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -106,8 +106,9 @@ class Driver:
         self._leases = LeaseWatch(store, record.run_id)
         self._held_s: dict[str, float] = {}
         self._tail = EventTail(store, record.run_id, {})
+        at_once = store.storage.at_once
         # Its threads are daemons: a request that hangs holds no process back that is told to end.
-        self._pool = ThreadPool(store.storage.at_once)
+        self._pool = ThreadPool(at_once) if at_once > 1 else None
         self._flights: dict[str, _Flight] = {}
         self._failures: Counter[str] = Counter()
         self._repairs: Counter[str] = Counter()
@@ -130,7 +131,7 @@ class Driver:
         Raises:
             StorageUnavailable: the storage is away, for longer than it was waited for.
         """
-        with self._pool, self._heeding_signals():
+        with self._pool or nullcontext(), self._heeding_signals():
             try:
                 return self._run()
             except StorageUnavailable as error:
@@ -391,7 +392,7 @@ class Driver:
 
     def _read_all(self, names: Sequence[str]) -> Iterable[tuple[str, list[Event]]]:
         """Return each cell with its next events; of a storage that is slow to answer, at once."""
-        if len(names) < 2:
+        if self._pool is None or len(names) < 2:
             return [(name, self._read(name)) for name in names]
         return zip(names, self._pool.map(self._read, names), strict=True)
 

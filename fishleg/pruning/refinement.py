@@ -217,11 +217,15 @@ class Refinement:
     @torch.no_grad()
     def _round(self) -> None:
         """Write what was moved into the model, and 0 for what was removed."""
-        for name in self._narrow:
-            self._moved[name].copy_(self._wide[name])
+        rounded = {name: self._wide[name].to(self._moved[name].dtype) for name in self._narrow}
+        for name, value in rounded.items():
+            self._moved[name].copy_(value)
         self._held.apply()
-        for name in self._narrow:
-            self._wide[name].masked_fill_(self._moved[name] == 0, 0.0)
+        for name, value in rounded.items():  # what the masks have put back holds in float32, too
+            put_back = self._moved[name] != value
+            if name in self._held.removed:
+                put_back |= self._held.removed[name].to(value.device)
+            self._wide[name].copy_(torch.where(put_back, self._moved[name], self._wide[name]))
 
     def divergence(self, batch: Any) -> Tensor:
         """Return the mean over the batch of T^2 KL(dense_T || model_T), a scalar, in nats."""

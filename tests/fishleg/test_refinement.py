@@ -333,3 +333,17 @@ def test_a_run_in_half_precision_goes_on_to_the_same_bits() -> None:
             run.step(inputs)
         ends.append(model.state_dict())
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_steps_below_the_smallest_half_precision_number_add_up() -> None:
+    dense, pruned, partition, masks, inputs = classifier()
+    dense, pruned = dense.half(), pruned.half()
+    with torch.no_grad():
+        pruned[3].bias.zero_()  # 40 steps of 1e-8 each are above half of 6e-8
+    options = RefinementOptions(learning_rate=1e-8, statistics="frozen")
+    run = Refinement(pruned, dense, Categorical(), partition, masks, steps=40, options=options)
+    run._rate = lambda: 1e-8
+    for _ in range(40):
+        run.step(inputs.half())
+    assert pruned[3].bias.count_nonzero() == 4
+    assert not run._wide["0.weight"][~masks["0"][:, :-1]].any()
