@@ -54,7 +54,10 @@ def _is_outage(error: BaseException) -> bool:
         return True
     if not isinstance(error, OSError):
         return any(f"{one.__module__}.{one.__name__}" in _OTHERS for one in type(error).__mro__)
-    if error.errno is None and not isinstance(error, ValueError):  # one of requests
-        response = getattr(error, "response", None)
-        return response is None or response.status_code in PASSING_STATUS
-    return error.errno in _PASSING
+    if error.errno is not None:
+        return error.errno in _PASSING
+    if not hasattr(error, "response") or isinstance(
+        error, ValueError
+    ):  # a bad address, of requests
+        return False
+    return error.response is None or error.response.status_code in PASSING_STATUS
