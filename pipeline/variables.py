@@ -88,6 +88,10 @@ def _devices(text: str) -> str:
     return text
 
 
+def _cluster(text: str) -> str | None:
+    return None if text == "local" else _text(text)  # Ray's word for an instance of one's own
+
+
 LEASE_S = Variable(
     name="FLS_LEASE_S",
     purpose="seconds of silence after which a worker or a driver is given up (30)",
@@ -115,7 +119,9 @@ TRACKING_URI = Variable(
     name="MLFLOW_TRACKING_URI", purpose="MLflow's address; takes the place of `tracking_uri:`"
 )
 RAY_ADDRESS = Variable(
-    name="RAY_ADDRESS", purpose="the Ray cluster to run on; none is started where it is set"
+    name="RAY_ADDRESS",
+    purpose="the Ray cluster to run on; unset or `local`: one on this machine, for this run",
+    parse=_cluster,
 )
 RAY_JOB = Variable(
     name="RAY_JOB_CONFIG_JSON_ENV_VAR",

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
-import pipeline.executors.ray_settings  # noqa: F401 - before Ray, which reads them
+import pipeline.executors.ray_token  # noqa: F401 - both before Ray, which reads what they set
 
 # isort: split
 import ray
@@ -63,16 +63,18 @@ def _searching_as_here() -> Iterator[None]:
 
 
 class RayExecutor(AbstractExecutor):
-    """Ray tasks, one a cell. Connects to `RAY_ADDRESS` when that is set."""
+    """Ray tasks, one a cell. Connects to `RAY_ADDRESS` when that names a cluster."""
 
     def __init__(self) -> None:
-        if address := RAY_ADDRESS.read():
+        address = RAY_ADDRESS.read()
+        if address is not None:
             connect(address)
         else:
             job = JobConfig()
             job._py_driver_sys_path = _NotHere()
             with _searching_as_here():
                 ray.init(
+                    "local",
                     num_cpus=available_cpus(),
                     object_store_memory=_OBJECT_STORE_BYTES,
                     include_dashboard=False,

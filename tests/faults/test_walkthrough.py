@@ -15,7 +15,7 @@ import pytest
 from ray_heads import ROOT, SEVERAL_NODES, environment, free_ports, start_head, start_node
 
 GUIDE = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
-COMMAND = re.compile(r"^    ((?:ray|fls|mlflow|export) .*)$", re.MULTILINE)
+COMMAND = re.compile(r"^    ((?:ray|fls|mlflow|export|\(umask) .*)$", re.MULTILINE)
 
 
 class Walk:
@@ -108,8 +108,9 @@ def walk(tmp_path: Path) -> Iterator[Walk]:
 
 
 def test_the_guide_leads_from_three_machines_to_the_table(walk: Walk) -> None:
-    walk.run("ray get-auth-token --generate")
-    assert (walk.folder / ".ray" / "auth_token").stat().st_size > 16
+    walk.run("(umask 077 && ray get-auth-token --generate)")
+    token = (walk.folder / ".ray" / "auth_token").stat()
+    assert (token.st_size > 16, token.st_mode & 0o777) == (True, 0o600)
     walk.export("RAY_AUTH_MODE")
     walk.serve()
     walk.start_head()

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_local_executor import named, pid_of, slow_task
 from test_worker import fail_task, start_task
-from toy_runs import DIAMOND, alive, last_run, numbers, ray_executor, run_here, write_spec
+from toy_runs import DIAMOND, ROOT, alive, last_run, numbers, ray_executor, run_here, write_spec
 
 from pipeline import launch
 from pipeline.errors import BadInput
@@ -131,3 +133,76 @@ def test_ray_listens_to_this_machine_only(executor: AbstractExecutor) -> None:
 
     assert [node["NodeManagerAddress"] for node in ray.nodes()] == ["127.0.0.1"]
     assert logging.getLogger("ray").level >= logging.ERROR
+
+
+# -------------------------------------------------------------------- who gets in
+
+KNOCK = """
+import sys
+from ray._raylet import GcsClient
+from ray.exceptions import AuthenticationError
+try:
+    print(len(GcsClient(address=sys.argv[1]).get_all_node_info(timeout=10)))
+except AuthenticationError:
+    print("refused")
+"""
+LOCAL = """
+import os, sys
+import ray
+from pipeline.executors import ExecutorName, make_executor
+executor = make_executor(ExecutorName.RAY)
+print(os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"], ray.get_runtime_context().gcs_address)
+sys.stdout.flush()
+sys.stdin.read()
+executor.stop()
+"""
+
+
+def knock(address: str, home: Path, **more: str) -> str:
+    """Return what a process learns that has only its own home and `more` to show."""
+    mine = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", KNOCK, address],
+        env={**mine, "HOME": str(home), **more},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return done.stdout.strip() or done.stderr
+
+
+def test_an_instance_of_our_own_lets_no_other_user_in(
+    executor: AbstractExecutor, tmp_path: Path
+) -> None:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    assert knock(address, tmp_path) == "refused"
+    assert knock(address, tmp_path, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="f" * 32) == "refused"
+
+
+@pytest.mark.parametrize("address", ["local", ""])
+def test_a_local_address_is_none_and_leaves_no_token_in_a_file(
+    tmp_path: Path, address: str
+) -> None:
+    mine = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOCAL],
+        env={**mine, "HOME": str(tmp_path), "RAY_ADDRESS": address, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        several, _, head = line.strip().partition(" ")
+        assert several == "0", line + process.communicate()[1]
+        assert knock(head, tmp_path) == "refused"
+        assert not (tmp_path / ".ray").exists()
+        _, errors = process.communicate("", timeout=60)
+        assert (process.returncode, errors) == (0, "")
+    finally:
+        process.kill()
+        process.wait()

@@ -47,6 +47,8 @@ def test_every_variable_that_is_read_is_declared() -> None:
         ("pipeline/executors/ray_jobs.py", "name"),  # what it hides from Ray, and puts back
         ("pipeline/executors/ray.py", "PYTHONPATH"),  # which is Python's, and put back
         ("pipeline/search_path.py", "PYTHONPATH"),  # the same
+        ("pipeline/executors/ray_token.py", "RAY_AUTH_MODE"),  # which are Ray's, and completed
+        ("pipeline/executors/ray_token.py", "RAY_AUTH_TOKEN_PATH"),
         ("stages/data/place.py", "FISHLEG_DATA"),  # a stage knows nothing of the runner
     }
     assert read - {("pipeline/variables.py", "self.name")} <= elsewhere
