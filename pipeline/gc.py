@@ -138,10 +138,10 @@ def collect(
 ) -> Iterator[Garbage]:
     """Delete garbage, and yield each thing that was; what is in use by now is spared.
 
-    `pass_over` is told of what cannot be deleted, such as a link that leads out of the store.
+    `pass_over` is told of what cannot be deleted, such as what is another user's.
 
     Raises:
-        StorageUnavailable: the storage is away, or what is to be deleted is another user's.
+        StorageUnavailable: the storage is away.
 
     Cost: a listing of each thing; and a survey at the beginning, and whenever something changed.
     """

@@ -147,6 +147,9 @@ class RemoteStorage(AbstractStorage):
 
         self._patiently("move", source, move)
 
+    def require_writable(self, *paths: str) -> None:
+        """See `AbstractStorage.require_writable`; there are no folders, and the server refuses."""
+
     def workspace(self, path: str) -> Path:
         """See `AbstractStorage.workspace`."""
         make_private(self.scratch)

@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from stat import S_ISDIR, S_ISLNK
+from stat import S_IMODE, S_ISDIR, S_ISLNK
 from typing import BinaryIO, ClassVar, TypeVar
 from urllib.parse import urlsplit
 
@@ -136,6 +136,14 @@ class AbstractStorage(ABC):
     @abstractmethod
     def move(self, source: str, target: str) -> None:
         """Rename a folder."""
+
+    @abstractmethod
+    def require_writable(self, *paths: str) -> None:
+        """Refuse folders of others that this user may not write in, where there are such.
+
+        Args:
+            paths: of folders; the storage as a whole is looked at, too.
+        """
 
     @abstractmethod
     def workspace(self, path: str) -> Path:
@@ -371,6 +379,24 @@ class LocalStorage(AbstractStorage):
         moved = self._patiently(source, lambda: self._at(source).rename(self._at(target)))
         self._patiently(source, lambda: sync(moved.parent))
 
+    def require_writable(self, *paths: str) -> None:
+        """See `AbstractStorage.require_writable`.
+
+        Raises:
+            StoreError: there is one.
+        """
+        for folder in (self.root, *map(self.root.joinpath, paths)):
+            try:
+                found = folder.stat()
+            except OSError:  # it is not there, or what is wrong is said when it is used
+                continue
+            if found.st_uid != os.getuid() and not os.access(folder, os.W_OK | os.X_OK):
+                raise StoreError(
+                    f"{folder}: user {os.getuid()} may not write in it: it is user "
+                    f"{found.st_uid}'s and group {found.st_gid}'s (mode "
+                    f"{S_IMODE(found.st_mode):o}). {self._how_to_share()}"
+                )
+
     def workspace(self, path: str) -> Path:
         """See `AbstractStorage.workspace`; it is the place itself."""
         folder = self._at(path)
@@ -421,6 +447,14 @@ class LocalStorage(AbstractStorage):
             )
         return target
 
+    def _how_to_share(self) -> str:
+        return (
+            "Users who share a store need a group, and each `umask 002`, or they keep each other "
+            f"out. The one whose it is lets the group in: `chgrp -R GROUP {self.root}`, "
+            f"`chmod -R g+rwX {self.root}` and `find {self.root} -type d -exec chmod g+s {{}} +`. "
+            "Or use another `storage:`."
+        )
+
     @contextmanager
     def _part(self, path: str, data: bytes) -> Iterator[Path]:
         """Yield a file with `data` beside where it is to go, which `names` does not show."""
@@ -439,11 +473,16 @@ class LocalStorage(AbstractStorage):
     def _make(self, folder: Path) -> None:
         """Make a folder, and wait until the disk knows of it.
 
+        The storage itself is made for this user alone: specs and uncommitted changes are in it. One
+        that is to be shared is made, and given to a group, before.
+
         Raises:
             StorageUnavailable: there can be none.
         """
         missing = [one for one in (folder, *folder.parents) if not one.exists()]
         try:
+            if self.root in missing:
+                self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
             folder.mkdir(parents=True, exist_ok=True)
         except (FileNotFoundError, FileExistsError) as error:  # where nothing can be made, a file
             raise StorageUnavailable(
@@ -466,10 +505,16 @@ class LocalStorage(AbstractStorage):
 
         Raises:
             StorageUnavailable: something is.
+            StoreError: nothing is, but this user is kept out.
             OSError: nothing is, but a file is there or is not.
         """
         try:
             yield
+        except PermissionError as error:
+            raise StoreError(
+                f"{self.root / path}: {error.strerror or error} for user {os.getuid()}. "
+                f"{self._how_to_share()}"
+            ) from error
         except OSError as error:
             if isinstance(error, (FileNotFoundError, FileExistsError, shutil.Error)):
                 raise

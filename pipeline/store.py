@@ -97,6 +97,7 @@ class Store:
         A storage that cannot create files exclusively is refused (`StorageUnsupported`), and one
         that has the layout of another version, or does not say which (`StoreError`).
         """
+        self.storage.require_writable("stages", "runs", "generations")
         found = self._about()
         if found is None:
             self._probe()

@@ -15,9 +15,11 @@ from pipeline.errors import PipelineError, StorageUnsupported
 from pipeline.outside import read_folder
 from pipeline.private import make_private, private_place
 from pipeline.remote_storage import RemoteStorage
+from pipeline.store import Store
 from pipeline.tracking import mlflow_server
 
 OTHER = 65_534  # nobody
+GROUP = 54_999
 
 
 @pytest.fixture
@@ -33,15 +35,16 @@ def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def as_other(act: Callable[[], object]) -> str:
+def as_other(act: Callable[[], object], *, groups: tuple[int, ...] = (), mask: int = 0o022) -> str:
     """Do something as another user, in a process of its own; return what comes of it, as text."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            os.setgroups([])
+            os.setgroups(groups)
             os.setgid(OTHER)
             os.setuid(OTHER)
+            os.umask(mask)
             text = repr(act())
         except BaseException as error:
             text = repr(error)
@@ -168,3 +171,62 @@ def test_a_lock_that_is_held_for_long_is_an_error_with_its_path(
             mlflow_server.connect(f"sqlite:///{database}")
         assert time.monotonic() - began_s < 5
     mlflow_server.connect(f"sqlite:///{database}")
+
+
+# --------------------------------------------------------------------------------------- a store
+
+
+def fill_store(folder: Path) -> Store:
+    store = Store(str(folder))
+    store.write_run("20260101-000000-aaaa", "spec", {"text": "private: true"})
+    return store
+
+
+def shared_store(folder: Path, *, mode: int, mask: int) -> None:
+    """Make a store in a folder that belongs to a group."""
+    folder.mkdir()
+    os.chown(folder, 0, GROUP)
+    folder.chmod(mode)
+    before = os.umask(mask)
+    try:
+        fill_store(folder)
+    finally:
+        os.umask(before)
+
+
+def test_a_store_that_a_run_makes_is_its_users_alone(shared: Path) -> None:
+    store = fill_store(shared / "project" / ".fls")
+    found = as_other(lambda: store.read_run("20260101-000000-aaaa", "spec"))
+    assert "Permission denied" in found
+    assert stat.S_IMODE((shared / "project" / ".fls").stat().st_mode) == 0o700
+    assert stat.S_IMODE((shared / "project").stat().st_mode) & 0o055  # not the store's
+
+
+def test_a_store_in_a_folder_shared_on_purpose_serves_its_group(shared: Path) -> None:
+    folder = shared / "store"
+    shared_store(folder, mode=0o2770, mask=0o002)
+    again = partial(Store(str(folder)).write_run, "20260102-000000-bbbb", "spec", {})
+    assert as_other(again, groups=(GROUP,), mask=0o002) == "None"
+    assert f"{folder}: user {OTHER} may not write" in as_other(again)
+
+
+def test_a_store_that_keeps_its_group_out_is_refused_at_the_start(shared: Path) -> None:
+    folder = shared / "store"
+    shared_store(folder, mode=0o2775, mask=0o022)
+    found = as_other(Store(str(folder)).prepare, groups=(GROUP,), mask=0o002)
+    assert f"{folder}/runs: user {OTHER} may not write in it" in found
+    assert f"it is user 0's and group {GROUP}'s" in found
+    assert "umask 002" in found
+    assert f"chmod -R g+rwX {folder}" in found
+
+
+def test_what_the_group_may_not_read_is_no_outage(shared: Path) -> None:
+    folder = shared / "store"
+    shared_store(folder, mode=0o2770, mask=0o002)
+    (spec,) = folder.glob("runs/*/spec.json")
+    spec.chmod(0o600)
+    read = partial(Store(str(folder)).read_run, "20260101-000000-aaaa", "spec")
+    found = as_other(read, groups=(GROUP,), mask=0o002)
+    assert found.startswith("StoreError")
+    assert f"spec.json: Permission denied for user {OTHER}" in found
+    assert "umask 002" in found
