@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from pipeline.secrets import redact
 from pipeline.storage import AbstractStorage
@@ -126,15 +127,23 @@ class LogStream(io.TextIOBase):
 
     A line that is overwritten by a carriage return, as progress bars do, counts only as it ends;
     empty lines do not count. What a forked child prints goes the way of its file descriptor 2.
+
+    Whoever holds a stream beyond its end, as a logging handler of an earlier cell in a warm worker
+    does, writes into the log of the cell that runs now, or nowhere if there is none.
     """
 
     encoding = "utf-8"
+    _present: ClassVar[LogStream | None] = None  # that of the cell that runs now
 
     def __init__(self, log: LogWriter):
         self._log = log
         self._line = ""
         self._lock = threading.RLock()
         self._process = os.getpid()
+
+    def __enter__(self) -> LogStream:
+        LogStream._present = self
+        return self
 
     def writable(self) -> bool:
         """Say that this stream may be written to."""
@@ -149,6 +158,8 @@ class LogStream(io.TextIOBase):
         if os.getpid() != self._process:
             os.write(2, _encode(text))
             return len(text)
+        if self.closed:
+            return LogStream._present.write(text) if LogStream._present else len(text)
         with self._lock:
             *lines, rest = (self._line + text).split("\n")
             shown = [one for line in lines if (one := _last_state(line))]
@@ -163,16 +174,23 @@ class LogStream(io.TextIOBase):
 
     def flush(self) -> None:
         """Show the line that has not ended yet."""
-        if os.getpid() == self._process and not self.closed:
-            with self._lock:
-                if self._line:
-                    self._log.show_unfinished(_last_state(self._line))
+        if os.getpid() != self._process:
+            return
+        if self.closed:
+            if LogStream._present:
+                LogStream._present.flush()
+            return
+        with self._lock:
+            if self._line:
+                self._log.show_unfinished(_last_state(self._line))
 
     def close(self) -> None:
         """Write a last line without an end."""
         if not self.closed and os.getpid() == self._process:
             self.write("\n")
         super().close()
+        if LogStream._present is self:
+            LogStream._present = None
 
 
 class OutputFile:

@@ -135,6 +135,20 @@ def test_a_forked_child_does_not_write_into_its_parents_log(log: Log, capfd: Any
     assert "of the child" in capfd.readouterr().err
 
 
+def test_a_stream_that_is_held_beyond_its_end_writes_into_the_present_log_or_nowhere(
+    log: Log, tmp_path: Path
+) -> None:
+    with log.stream as held:
+        print("first", file=held)
+    print("nowhere", file=held, flush=True)
+    later = Log(tmp_path / "later", 16_000)
+    with later.writer, later.stream:
+        print("second", file=held, flush=True)
+        print("half a line", end="", file=held, flush=True)
+        assert later.lines() == ["second", "half a line"]
+    assert log.lines() == ["first"]
+
+
 @pytest.fixture
 def secret(monkeypatch: pytest.MonkeyPatch) -> str:
     value = "5entinel-of-a-token"
@@ -206,6 +220,23 @@ def test_output_past_python_joins_the_log(executor: LocalExecutor, secret: str) 
     executor.submit(start_task(key="b" * 64), Resources())  # to the same worker
     assert collect(executor, 1)["cell"]["status"] == "ok"
     assert not {"from C", "of a fork"} & set(log_lines("b" * 64))
+
+
+def test_a_logging_handler_of_an_earlier_cell_writes_into_the_log_of_the_present_one(
+    executor: LocalExecutor,
+) -> None:
+    task = plugin(
+        "import logging\n"
+        "logger = logging.getLogger('toy.warm')\n"
+        "print('handlers before:', len(logger.handlers))\n"
+        "if not logger.handlers:\n"
+        "    logger.addHandler(logging.StreamHandler())\n"
+        "logger.warning('said by %s', ctx.cell)" + SAVE
+    )
+    for key, before in ((KEY, 0), ("b" * 64, 1)):  # by the same worker
+        executor.submit({**task, "key": key}, Resources())
+        assert collect(executor, 1)["cell"]["status"] == "ok"
+        assert log_lines(key)[:2] == [f"handlers before: {before}", "said by cell"]
 
 
 def test_a_log_in_an_object_store_is_the_same(toy: Path) -> None:
