@@ -26,6 +26,7 @@ ADVICE = (
     "Expected `tracking_uri:` or MLFLOW_TRACKING_URI to be a server or a database that can be "
     "used, such as sqlite:///mlflow.db in a folder that can be written."
 )
+_FILES = "mlruns"
 _LOCK_S = 60.0  # making the tables takes seconds
 _LOOK_S = 0.1
 
@@ -43,7 +44,9 @@ def connect(uri: str) -> MlflowClient:
         return MlflowClient(uri)
     try:
         database.parent.mkdir(parents=True, exist_ok=True)
-        database.open("ab").close()
+        os.close(
+            os.open(database, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, _mode_in(database.parent))
+        )
     except OSError as error:
         raise PipelineError(f"{unusable(uri, error)}. {ADVICE}") from error
     if database.stat().st_size == 0:
@@ -58,6 +61,7 @@ def _make_tables(database: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".fls-mlflow-", dir=database.parent) as folder:
         part = Path(folder) / database.name
         MlflowClient(f"sqlite:///{part}")
+        part.chmod(stat.S_IMODE(database.stat().st_mode))
         part.replace(database)
 
 
@@ -71,10 +75,9 @@ def _only_one(database: Path, uri: str) -> Iterator[None]:
         PipelineError: it cannot be opened, or another process holds it for too long.
     """
     path = database.with_name(f".{database.name}.lock")
-    shared = stat.S_IMODE(database.stat().st_mode) & stat.S_IWGRP
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        lock = os.open(path, flags, 0o660 if shared else 0o600)
+        lock = os.open(path, flags, _mode_in(database.parent))
     except OSError as error:
         raise PipelineError(unusable(uri, error)) from error
     try:
@@ -90,6 +93,16 @@ def _only_one(database: Path, uri: str) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def _mode_in(folder: Path) -> int:
+    """Return the mode of files made in a folder: for their user alone, or for its group.
+
+    Specs, uncommitted changes and networks are in them. A folder is shared where its group may
+    write, and owns what is made in it (`chmod g+ws`).
+    """
+    shared = stat.S_IWGRP | stat.S_ISGID
+    return 0o660 if folder.stat().st_mode & shared == shared else 0o600
 
 
 def _take(lock: int) -> bool:
@@ -114,7 +127,7 @@ def database_of(uri: str) -> Path | None:
 
 def artifacts_beside(database: Path) -> str:
     """Return the URI of the folder for the files of an SQLite database's runs."""
-    return (database.parent / "mlruns").as_uri()
+    return (database.parent / _FILES).as_uri()
 
 
 def open_experiment(client: MlflowClient, run: RunFacts) -> str:
@@ -129,7 +142,13 @@ def open_experiment(client: MlflowClient, run: RunFacts) -> str:
         database = database_of(run.uri)
         # A server knows where artifacts go; a bare database would put them into the folder of
         # whoever happens to write, so they go beside it.
-        location = None if database is None else artifacts_beside(database)
+        location = None
+        if database is not None:
+            location = artifacts_beside(database)
+            mode = _mode_in(database.parent)
+            (database.parent / _FILES).mkdir(
+                exist_ok=True, mode=mode | (mode & 0o440) >> 2
+            )  # x for r
         try:
             return client.create_experiment(run.experiment, artifact_location=location)
         except MlflowException:

@@ -17,6 +17,13 @@ from ray_heads import ROOT, SEVERAL_NODES, environment, free_ports, start_head, 
 GUIDE = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
 COMMAND = re.compile(r"^    ((?:ray|fls|mlflow|export|\(umask) .*)$", re.MULTILINE)
 
+LOGIN = (
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_AUTH_ADMIN_PASSWORD",
+    "MLFLOW_FLASK_SERVER_SECRET_KEY",
+)
+
 
 class Walk:
     """Runs the guide's commands one by one, with this machine's names for HEAD and /shared.
@@ -35,6 +42,8 @@ class Walk:
         self.variables = environment(HOME=str(folder))
         for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE"):
             del self.variables[name]
+        for name in LOGIN:
+            self.variables.pop(name, None)
         self.variables["PATH"] = f"{folder / 'bin'}{os.pathsep}{self.variables['PATH']}"
         self.names = {"/shared": str(folder / "shared")}
 
@@ -64,13 +73,13 @@ class Walk:
         return done.stdout
 
     def export(self, name: str) -> None:
-        assignment = self.next(f"export {name}=").removeprefix("export ")
-        key, _, value = assignment.partition("=")
-        self.variables[key] = value
+        command = f'{self.next(f"export {name}=")}; printf %s "${name}"'
+        self.variables[name] = self._execute(command)
 
     def serve(self) -> None:
         (port,) = free_ports(1)
         self.names["HEAD:5000"] = f"127.0.0.1:{port}"
+        self.server = f"http://127.0.0.1:{port}"
         command = self.next("mlflow server").replace("--port 5000", f"--port {port}")
         command = command.replace("0.0.0.0", "127.0.0.1")  # noqa: S104 - to be replaced
         log = (self.folder / "mlflow.log").open("wb")
@@ -81,7 +90,7 @@ class Walk:
         self.stack.callback(server.wait)
         self.stack.callback(server.terminate)
         end = time.monotonic() + 120
-        while not _healthy(f"http://127.0.0.1:{port}/health"):
+        while _status(f"{self.server}/health") != 200:
             assert time.monotonic() < end, (self.folder / "mlflow.log").read_text()
             time.sleep(0.2)
 
@@ -112,7 +121,12 @@ def test_the_guide_leads_from_three_machines_to_the_table(walk: Walk) -> None:
     token = (walk.folder / ".ray" / "auth_token").stat()
     assert (token.st_size > 16, token.st_mode & 0o777) == (True, 0o600)
     walk.export("RAY_AUTH_MODE")
+    walk.run("(umask 077 && python3")
+    assert (walk.folder / ".mlflow_password").stat().st_mode & 0o777 == 0o600
+    for name in LOGIN:
+        walk.export(name)
     walk.serve()
+    assert _status(f"{walk.server}/api/2.0/mlflow/experiments/get?experiment_id=0") == 401
     walk.start_head()
     walk.start_node()
     walk.start_node()
@@ -141,9 +155,12 @@ def _await(walk: Walk, run: str) -> None:
         time.sleep(0.1)
 
 
-def _healthy(url: str) -> bool:
+def _status(url: str) -> int:
+    """Return what an HTTP server answers to somebody without a password; 0 if there is none."""
     try:
-        urllib.request.urlopen(url, timeout=2).close()  # noqa: S310 - our own server
+        with urllib.request.urlopen(url, timeout=2) as answer:  # noqa: S310 - our own server
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
     except (OSError, urllib.error.URLError):
-        return False
-    return True
+        return 0

@@ -17,6 +17,7 @@ from pipeline.private import make_private, private_place
 from pipeline.remote_storage import RemoteStorage
 from pipeline.store import Store
 from pipeline.tracking import mlflow_server
+from pipeline.tracking.base import RunFacts
 
 OTHER = 65_534  # nobody
 GROUP = 54_999
@@ -148,6 +149,36 @@ def test_the_lock_of_a_database_lies_beside_it_and_is_private(shared: Path) -> N
     assert stat.S_IMODE(lock_of(database).stat().st_mode) == 0o600
     assert not list(shared.glob("fls-*.lock"))
     assert "PermissionError" in as_other(lambda: open(lock_of(database)))
+
+
+@pytest.mark.parametrize(("folder_mode", "may_read"), [(0o755, False), (0o2770, True)])
+def test_a_database_and_its_files_are_their_users_alone_unless_the_folder_is_a_groups(
+    shared: Path, folder_mode: int, may_read: bool
+) -> None:
+    folder = shared / "project"
+    folder.mkdir()
+    os.chown(folder, 0, GROUP)
+    folder.chmod(folder_mode)
+    before = os.umask(0o002 if may_read else 0o022)
+    try:
+        uri = f"sqlite:///{folder}/mlflow.db"
+        facts = RunFacts(
+            run_id="r", name="n", experiment="e", uri=uri, spec_file="f.yaml", spec_text=""
+        )
+        client = mlflow_server.connect(uri)
+        run = client.create_run(mlflow_server.open_experiment(client, facts)).info.run_id
+        client.log_text(run, "private: true", "spec.yaml")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((folder / "mlruns").stat().st_mode) & 0o777 == (
+        0o770 if may_read else 0o700
+    )
+    for act in (
+        lambda: (folder / "mlflow.db").read_bytes()[:6],
+        lambda: os.listdir(folder / "mlruns"),
+    ):
+        found = as_other(act, groups=(GROUP,))
+        assert ("PermissionError" in found) != may_read, found
 
 
 def test_a_lock_that_is_a_link_empties_nothing(shared: Path) -> None:
