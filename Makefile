@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 # One thread a process: two torch processes with two threads each on two cores are many times slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help run test test-faults benchmarks results check format lint types doctest imports constraints clean
+.PHONY: help run test test-faults benchmarks results check format lint types doctest imports packages constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -33,7 +33,7 @@ benchmarks: $(READY)  ## Run what is not finished of the benchmarks (hours)
 results: $(READY)  ## Make docs/results.md from the benchmarks' results
 	@$(BIN)/python -m benchmarks report
 
-check: format lint types imports test doctest  ## Everything that CI checks
+check: format lint types imports packages doctest test  ## Everything that CI checks
 
 format: $(READY)  ## Check the formatting
 	@$(BIN)/ruff format --check .
@@ -46,6 +46,9 @@ types: $(READY)  ## Check the types
 
 imports: $(READY)  ## Check who may import whom
 	@$(BIN)/lint-imports --no-cache
+
+packages: $(READY)  ## Check that the installed packages fit together
+	@$(BIN)/python -m pip check
 
 doctest: $(READY)  ## Run the examples in docstrings
 	@$(BIN)/python -m pytest --doctest-modules fishleg stages pipeline
