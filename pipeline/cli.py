@@ -44,10 +44,9 @@ from pipeline.store import Store
 from pipeline.sync import sync_runs
 from pipeline.tracking import TrackerName
 from pipeline.tracking.ui import serve_ui
-from pipeline.trust import read_trust
+from pipeline.trust import BUILT_IN, read_trust
 from pipeline.variables import VARIABLES, check_variables
 
-BUILT_IN = "stages"  # the plugin that comes along, for who has no pipeline yet
 NONE_GIVEN: list[str] = []
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -176,6 +175,14 @@ GraceOption = Annotated[
         parser=read_duration,
         help="When stopped: wait so long for checkpoints.",
         show_default="10s",
+    ),
+]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="Import all code that the run's stored spec names, also what --file does not: then "
+        "who can write to the store can run code as you.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -439,17 +446,22 @@ def resume(
     replan: Annotated[
         bool, typer.Option("--replan", help="Make anew what has changed since, such as code.")
     ] = False,
+    trust_store: TrustOption = False,
     stop_after: StopOption = None,
     grace: GraceOption = None,
 ) -> None:
     """Go on with a run that was killed, stopped, or failed, as the same run in tracking.
 
-    The spec is the one that the run began with. If code has changed since, this says what and
-    which cells that touches, and stops: then choose --replan, or see `fls accept`.
+    The spec is the one that the run began with. Its plugins, and functions that its parameters
+    name, are imported if --file names them too, or with --trust. If code has changed since, this
+    says what and which cells that touches, and stops: then choose --replan, or see `fls accept`.
     """
     store = open_store(file, storage)
     record = _find(store, run, storage)
-    trust, limits = read_trust(file, store), (stop_after, grace or GRACE_S)
+    trust = read_trust(file, store, everything=trust_store)
+    if storage is not None or trust_store:
+        record.trust = trust.option
+    limits = (stop_after, grace or GRACE_S)
     sys.exit(resume_run(store, record, trust, console_here(), *limits, replan=replan))
 
 

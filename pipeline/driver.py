@@ -8,7 +8,6 @@ Workers know nothing of each other.
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import time
 from collections import Counter
@@ -139,7 +138,7 @@ class Driver:
                 self._view.close(self._statuses)
                 self._tracking.abandon("stopped")
                 self._tracking.finish(_TRACKING_TIMEOUT_S[RunState.STOPPED])
-                where = f"--storage {shlex.quote(self._store.url)}"
+                where = self._record.where_in(self._store.url)
                 raise StorageUnavailable(
                     f"{error} The run has ended, and what was stored is kept: once the storage is "
                     f"back, `fls resume {self._record.run_id} {where}` goes on from there."

@@ -182,6 +182,18 @@ def known_calls(cells: Iterable[Cell]) -> dict[str, frozenset[str]]:
     return known
 
 
+def own_calls(cell: Cell) -> Iterator[tuple[str, list[str]]]:
+    """Yield each `module:function` of a cell's parameters, which is in no catalogue.
+
+    With it goes all that `known_calls` has of it.
+    """
+    for mark in marked(cell.params):
+        registry = mark.marker
+        entry = registry.find(mark.value) if isinstance(registry, Registry) else None
+        if entry is not None and entry.target == mark.value:
+            yield mark.value, list(_calls(cell.params, mark))
+
+
 def _calls(params: BaseModel, mark: Marked) -> Iterator[str]:
     registry = mark.marker
     entry = registry.find(mark.value) if isinstance(registry, Registry) else None

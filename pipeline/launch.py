@@ -104,12 +104,12 @@ def resume_run(
     """Go on with a run that was interrupted or stopped, or that failed; return the exit code.
 
     The spec is the one that the run began with, whatever the file says by now. The file, of which
-    `trust` is, only has to name where the run is recorded. With `replan`, what
-    has changed besides (code, above all) is made anew, under new keys.
+    `trust` is, only has to name the code that is imported, and where the run is recorded. With
+    `replan`, what has changed besides (code, above all) is made anew, under new keys.
 
     Raises:
         BadInput: the run is still running; or something has changed, and `replan` is not given; or
-            it is recorded where nobody here says.
+            it is recorded where nobody here says, or names code that nobody here does.
     """
     if record.observed_state() is RunState.RUNNING:
         raise BadInput(
@@ -119,7 +119,7 @@ def resume_run(
         console.print(f"Nothing to do: run {record.run_id} is complete.")
         close_orphans(store, record.options.tracking, trust.places)
         return 0
-    plan = plan_of(record, store)
+    plan = plan_of(record, store, trust)
     drift = find_drift(plan, record, store)
     if drift.causes and not replan:
         raise BadInput(drift.refusal(record, store.url))
@@ -304,7 +304,8 @@ def _facts_again(
     Raises:
         BadInput: nobody here says that it is tracked there.
     """
-    tracker, folder = record.options.tracking, _lines_folder(spec, store, record.options, console)
+    tracker = record.options.tracking
+    folder = trust.places.allowed(_lines_folder(spec, store, record.options, console))
     try:
         before = load_facts(store, record.run_id)
     except DamagedDocument:  # it goes on without

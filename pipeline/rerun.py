@@ -43,7 +43,7 @@ class Comparison:
     earlier: str = ""
 
 
-def rerun(plan: Plan, store: Store, address: str, storage: str | None = None) -> Comparison:
+def rerun(plan: Plan, store: Store, address: str, where: str = "") -> Comparison:
     """Compute a stored cell again in a temporary folder, with as many threads as the first time.
 
     Where nothing but its code has changed since, the result of the earlier code is compared: to see
@@ -53,7 +53,8 @@ def rerun(plan: Plan, store: Store, address: str, storage: str | None = None) ->
         plan: a plan with the cell.
         store: holds its result and its inputs, which are only read.
         address: the cell's.
-        storage: where the store was looked for by --storage, and so where a hint says it is.
+        where: the options of a hint by which the store is found and its code trusted, with a space
+            before them; "" for those of the run's own file.
 
     Raises:
         PipelineError: the computation failed.
@@ -64,8 +65,8 @@ def rerun(plan: Plan, store: Store, address: str, storage: str | None = None) ->
     stored, earlier = planned.manifest or _complete(store, planned.key), ""
     if stored is None:
         stored, run = _find_earlier(plan, store, planned)
-        where = dataclasses.replace(load_run(store, run), storage=storage).where
-        earlier = f"fls accept {planned.cell.stage} --run {run}{where} --why '...'"
+        found_by = where or load_run(store, run).where
+        earlier = f"fls accept {planned.cell.stage} --run {run}{found_by} --why '...'"
     schedule, name = Schedule(plan), planned.cell.name
     with tempfile.TemporaryDirectory(prefix="fls-rerun-") as folder:
         copy = Store(folder)

@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,32 @@ from pipeline.planner import Plan, PlannedCell, Selection, make_plan
 from pipeline.runs import RunRecord, RunState
 from pipeline.spec import Spec, load_spec
 from pipeline.store import Store
+from pipeline.trust import Trust
 
 
-def spec_of(record: RunRecord) -> Spec:
-    """Return the spec that a run began with, whatever the file says by now."""
+def spec_of(record: RunRecord, store: Store, trust: Trust) -> Spec:
+    """Return the spec that a run began with, whatever the file says by now.
+
+    One that names code which `trust` does not is `BadInput`.
+    """
+    at = f" on {record.host}" if record.host else ""
+    file = Path(record.options.file)
+    whose = f"The spec of run {record.run_id} in {store.url}, which says that it is {file}{at},"
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / Path(record.options.file).name
+        path = Path(folder) / file.name
         path.write_text(record.spec_text, encoding="utf-8")
-        spec = load_spec(path, record.options.overrides, Path(record.options.file).parent)
-    return replace(spec, path=Path(record.options.file))  # where a hint says it is
+        spec = load_spec(
+            path, record.options.overrides, file.parent, partial(trust.require_plugins, whose)
+        )
+    trust.require_calls(whose, spec.cells)
+    return replace(spec, path=file)  # where a hint says it is
 
 
-def plan_of(record: RunRecord, store: Store) -> Plan:
-    """Return the plan of a run as it would be made now."""
+def plan_of(record: RunRecord, store: Store, trust: Trust) -> Plan:
+    """Return the plan of a run as it would be made now; its spec is that of `spec_of`."""
     options = record.options
     selection = Selection(from_=options.from_, only=options.only, until=options.until)
-    return make_plan(spec_of(record), store, selection)
+    return make_plan(spec_of(record, store, trust), store, selection)
 
 
 def is_complete(record: RunRecord, store: Store) -> bool:
@@ -73,7 +84,7 @@ class Drift:
 
     def refusal(self, record: RunRecord, storage: str) -> str:
         """Return why a run does not go on, and how it may."""
-        where = f"--storage {shlex.quote(storage)}"
+        where = record.where_in(storage)
         lines = [
             f"Run {record.run_id} began with other code or data. What has changed:",
             *(f"  {line}" for line in self.lines()),
@@ -117,7 +128,9 @@ def find_drift(plan: Plan, record: RunRecord, store: Store) -> Drift:
     )
 
 
-def accept(store: Store, record: RunRecord, stages: Sequence[str], why: str) -> list[str]:
+def accept(
+    store: Store, record: RunRecord, trust: Trust, stages: Sequence[str], why: str
+) -> list[str]:
     """Let the present code of some stages count as the code that a run began with.
 
     Returns:
@@ -128,7 +141,7 @@ def accept(store: Store, record: RunRecord, stages: Sequence[str], why: str) -> 
     """
     if not why.strip():
         raise BadInput("--why needs a reason: it is what others will judge the results by.")
-    plan, before = plan_of(record, store), _planned(record, store)
+    plan, before = plan_of(record, store, trust), _planned(record, store)
     for stage in stages:
         if stage not in plan.spec.stages:
             known = plan.spec.stages

@@ -150,6 +150,8 @@ class RunRecord:
         elsewhere: other destinations that it had -> how far it is recorded there.
         damaged: names of its documents that are damaged; what they said counts as unknown.
         storage: where it was looked for by --storage, and so where hints say it is; or None.
+        trust: the option by which the code of its spec is trusted here; it begins with a space, or
+            is "" where none is needed or known.
     """
 
     run_id: str
@@ -172,6 +174,7 @@ class RunRecord:
     elsewhere: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     damaged: Sequence[str] = ()
     storage: str | None = None
+    trust: str = ""
 
     @property
     def where(self) -> str:
@@ -187,7 +190,12 @@ class RunRecord:
     @property
     def resume_command(self) -> str:
         """The command that goes on with the run."""
-        return f"fls resume {self.run_id}{self.where}"
+        return f"fls resume {self.run_id}{self.where}{self.trust}"
+
+    def where_in(self, url: str) -> str:
+        """Return the options by which `fls resume` and `fls accept` find it from here, by URL."""
+        trust = self.trust or ("" if self.storage else self.where)
+        return f"--storage {shlex.quote(url)}{trust}"
 
     @property
     def sync_command(self) -> str:

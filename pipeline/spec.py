@@ -8,7 +8,7 @@ import os
 import shlex
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
@@ -115,7 +115,10 @@ class Spec:
 
 
 def load_spec(
-    path: FilePath, overrides: Sequence[str] = (), folder: FilePath | None = None
+    path: FilePath,
+    overrides: Sequence[str] = (),
+    folder: FilePath | None = None,
+    admit: Callable[[Sequence[str]], None] = lambda plugins: None,
 ) -> Spec:
     """Read a spec, check all of it, and make its cells.
 
@@ -126,6 +129,8 @@ def load_spec(
         path: the YAML file.
         overrides: `--set` options, see `pipeline.interpolate.override`.
         folder: where relative paths in it start, or None for that of the file.
+        admit: is given its plugins before one of them is imported, and raises where that must not
+            happen.
 
     Returns:
         The spec, free of mistakes.
@@ -147,7 +152,8 @@ def load_spec(
     given = document.value.get("storage"), document.value.get("mlflow")
     environment = override(document, overrides, os.environ)
     path = FilePath(path)
-    spec = _Builder(document, path, text, path.parent if folder is None else folder).build()
+    folder = path.parent if folder is None else folder
+    spec = _Builder(document, path, text, folder, admit).build()
     if document.problems:
         raise SpecError(document.problems)
     return dataclasses.replace(
@@ -266,8 +272,16 @@ def _refuse_secrets(text: str, file: str, overrides: Sequence[str]) -> None:
 class _Builder:
     """Turns a document into a spec, noting problems in the document on the way."""
 
-    def __init__(self, document: Document, path: FilePath, text: str, folder: FilePath):
+    def __init__(
+        self,
+        document: Document,
+        path: FilePath,
+        text: str,
+        folder: FilePath,
+        admit: Callable[[Sequence[str]], None],
+    ):
         self.document = document
+        self.admit = admit
         self.path = path
         self.text = text
         self.folder = folder
@@ -288,7 +302,9 @@ class _Builder:
         except ValidationError as error:
             shape = None
             self.note_issues(error, FileShape, raw, ())
-        for index, module in enumerate(_strings(raw.get("plugins"))):
+        plugins = _strings(raw.get("plugins"))
+        self.admit(plugins)
+        for index, module in enumerate(plugins):
             if self.document.position(("plugins", index)) not in self.wrong:
                 self.add_plugin(module, ("plugins", index))
         stages = dict(self.stages(raw.get("stages")))

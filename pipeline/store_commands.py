@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from pipeline.cli import (
     FileOption,
     StorageOption,
+    TrustOption,
     command,
     console_here,
     open_store,
@@ -23,7 +25,7 @@ from pipeline.cli import (
 )
 from pipeline.errors import BadInput, StorageUnavailable
 from pipeline.gc import GRACE_S, Garbage, Retention, collect, find_garbage, find_spared
-from pipeline.planner import Plan, make_plan
+from pipeline.planner import make_plan
 from pipeline.report import size
 from pipeline.rerun import Comparison, rerun
 from pipeline.resumption import accept as accept_code
@@ -31,6 +33,7 @@ from pipeline.resumption import plan_of
 from pipeline.runs import DEFAULT_FILE, find_run
 from pipeline.spec import Spec
 from pipeline.store import Store
+from pipeline.trust import read_trust
 from pipeline.verify import find_damage
 
 FileArgument = Annotated[
@@ -141,18 +144,25 @@ def verify(
         ),
     ] = None,
     run: RunOption = "last",
+    trust_store: TrustOption = False,
 ) -> None:
     """Check each file of the store against its hash; exit code 1 if one is damaged.
 
     With --rerun, compute one cell again in a temporary folder instead; nothing is published. If its
     code has changed, it is compared with what the earlier code made, as a test of `fls accept`. The
-    cell is looked for in the pipeline or, with --storage alone, in --run.
+    cell is looked for in the pipeline or, with --storage alone, in --run. Plugins of the run's
+    spec, and functions that its parameters name, are imported if pipeline.yaml names them too, or
+    with --trust.
     """
     store = open_store(file or DEFAULT_FILE, storage)
     if rerun_cell is not None:
-        by_run = file is None and storage is not None
-        plan = plan_of(find_run(store, run), store) if by_run else _plan(file, store)
-        found = rerun(plan, store, rerun_cell, storage)
+        trust = read_trust(file or DEFAULT_FILE, store, everything=trust_store)
+        where = "" if storage is None else f" --storage {shlex.quote(storage)}{trust.option}"
+        if file is None and storage is not None:
+            plan = plan_of(find_run(store, run), store, trust)
+        else:
+            plan = make_plan(read_spec(file or DEFAULT_FILE), store)
+        found = rerun(plan, store, rerun_cell, where)
         sys.exit(_print_comparison(found, console_here()))
     sys.exit(_verify(store, console_here(), set_aside=set_aside))
 
@@ -167,14 +177,19 @@ def accept(
     run: RunOption = "last",
     file: FileOption = DEFAULT_FILE,
     storage: StorageOption = None,
+    trust_store: TrustOption = False,
 ) -> None:
     """Let the stages' present code count as the code that a run began with.
+
+    The plugins of the run's spec, and functions that its parameters name, are imported if --file
+    names them too, or with --trust.
 
     What is in the store stays valid, for all stages of the same type. Who accepted it, when and why
     is recorded, and shown by `fls plan --why` and in tracking.
     """
     store = open_store(file, storage)
-    cells = accept_code(store, find_run(store, run), stages, why)
+    trust = read_trust(file, store, everything=trust_store)
+    cells = accept_code(store, find_run(store, run), trust, stages, why)
     console = console_here()
     if cells:
         console.print(f"Accepted for {len(cells)} cells of {', '.join(stages)}.", soft_wrap=True)
@@ -192,10 +207,6 @@ def _storage_of(specs: Sequence[Spec]) -> str:
     if len(found) > 1:
         raise BadInput(f"The pipelines have several storages, choose one: {', '.join(found)}.")
     return found[0]
-
-
-def _plan(file: Path | None, store: Store) -> Plan:
-    return make_plan(read_spec(file or DEFAULT_FILE), store)
 
 
 def _print_garbage(garbage: Iterable[Garbage], console: Console) -> int:

@@ -7,20 +7,23 @@ followed only as far as the pipeline file that is given here says the same, or t
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.errors import BadInput
-from pipeline.graph import Registration
-from pipeline.keys import known_calls
+from pipeline.errors import BadInput, SpecError
+from pipeline.graph import Cell, Registration, shorten
+from pipeline.keys import known_calls, own_calls
 from pipeline.places import DATABASE, LINES
+from pipeline.runs import DEFAULT_FILE
 from pipeline.spec import Spec, load_spec, read_values, tracking_folder_of
 from pipeline.storage import LocalStorage
 from pipeline.store import Store
 from pipeline.tracking import RunFacts, TrackerName, absolute_uri, place, tracking_uri
 from pipeline.variables import TRACKING_URI
+
+BUILT_IN = "stages"  # the plugin that comes along
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,10 @@ class Places:
 
     addresses: tuple[str, ...]
     folders: tuple[str, ...]
+
+    def allowed(self, folder: str) -> str:
+        """Return a folder of JSON lines, or where it is none of these, the present pipeline's."""
+        return folder if os.path.abspath(folder) in self.folders else self.folders[0]
 
     def find(self, run: RunFacts, tracker: TrackerName) -> RunFacts | None:
         """Return where a run is recorded, in the words of this side; None if it has none for it."""
@@ -54,10 +61,76 @@ class Trust:
     Attributes:
         file: the file, whether or not it is there.
         places: where runs may be recorded.
+        plugins: its plugins, and the built-in one.
+        trouble: why it names nothing, or "".
+        everything: the user says that whatever the store names may be imported.
     """
 
     file: Path
     places: Places
+    plugins: frozenset[str] = frozenset({BUILT_IN})
+    trouble: str = ""
+    everything: bool = False
+
+    @property
+    def option(self) -> str:
+        """What gives a command this trust; it begins with a space, or is "" where all have it."""
+        if self.everything:
+            return " --trust"
+        return "" if self.file == DEFAULT_FILE else f" --file {shlex.quote(str(self.file))}"
+
+    def require_plugins(self, whose: str, plugins: Iterable[str]) -> None:
+        """Check the plugins of a stored spec, before one of them is imported.
+
+        Args:
+            whose: the spec, as a sentence's subject: "the spec of run x ...".
+            plugins: its plugins.
+
+        Raises:
+            BadInput: the file has not all of them.
+        """
+        strange = [name for name in plugins if name not in self.plugins]
+        if strange and not self.everything:
+            what = "plugin" if len(strange) == 1 else "plugins"
+            raise BadInput(self._refusal(whose, f"{what} {shorten(strange)}"))
+
+    def require_calls(self, whose: str, cells: Iterable[Cell]) -> None:
+        """Check the functions that the parameters of a stored spec name.
+
+        Names of a catalogue are its plugin's to explain, and are not looked at. The file's plugins
+        are imported, where there is something to compare.
+
+        Args:
+            whose: as above.
+            cells: the spec's.
+
+        Raises:
+            BadInput: the file has not all of them, called in the same way.
+        """
+        named = [one for cell in cells for one in own_calls(cell)]
+        if not named or self.everything:
+            return
+        known = self._calls()
+        strange = dict.fromkeys(name for name, calls in named if not known.issuperset(calls))
+        if strange:
+            what = f"{shorten(list(strange))}, with the options that it gives,"
+            raise BadInput(self._refusal(whose, what))
+
+    def _calls(self) -> frozenset[str]:
+        """Return all that the file's parameters stand for; nothing, if it has mistakes."""
+        try:
+            return frozenset().union(*known_calls(load_spec(self.file).cells).values())
+        except BadInput:
+            return frozenset()
+
+    def _refusal(self, whose: str, what: str) -> str:
+        trouble = f" ({self.trouble})" if self.trouble else ""
+        return (
+            f"{whose} names {what} to be imported, and {self.file} does not{trouble}; nothing of "
+            "it was. Give the run's own pipeline file to the command, or use it in that file's "
+            "folder; or, if you know who can write to the store, and would run their code, give "
+            "--trust."
+        )
 
     def registrations(self) -> Mapping[str, tuple[Registration, Sequence[str]]]:
         """Return cell -> how its model is registered, and what may be called to load it.
@@ -90,18 +163,35 @@ def places_of(spec: Spec, store: Store) -> Places:
     return _places(spec.tracking_uri(), spec.tracking_folder, store)
 
 
-def read_trust(file: Path, store: Store) -> Trust:
+def read_trust(file: Path, store: Store, *, everything: bool = False) -> Trust:
     """Return what a pipeline file names; one that is not there, or is none, names nothing.
 
     Nothing is imported.
+
+    Args:
+        file: the file.
+        store: the store whose documents are to be judged.
+        everything: see `Trust`.
     """
-    uri, folder = tracking_uri(None), Path()
-    with suppress(BadInput):
+    uri, folder, plugins, trouble = tracking_uri(None), Path(), {BUILT_IN}, ""
+    try:
         shape = read_values(file)
+    except SpecError:
+        trouble = "which has mistakes, see `fls validate`"
+    except BadInput:
+        trouble = "which cannot be read"
+    else:
         folder = tracking_folder_of(shape.storage, file.parent)
         declared = shape.mlflow.tracking_uri
         uri = tracking_uri(declared, folder=file.parent, default_folder=folder)
-    return Trust(file=file, places=_places(uri, folder, store))
+        plugins.update(shape.plugins)
+    return Trust(
+        file=file,
+        places=_places(uri, folder, store),
+        plugins=frozenset(plugins),
+        trouble=trouble,
+        everything=everything,
+    )
 
 
 def _places(uri: str, folder: Path, store: Store) -> Places:

@@ -19,7 +19,7 @@ PACKAGES = ("fishleg", "stages", "pipeline")
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "experiments/*.yaml", "pipeline.yaml")
 HELP = {"pipeline/cli.py", "pipeline/store_commands.py"}
 # Placeholders that stand for options, by the end of their expression; the others are one word.
-OPTIONS = {"where": " --storage s "}
+OPTIONS = {"where": " --storage s ", "trust": " --trust "}
 
 
 @dataclass(frozen=True)

@@ -77,11 +77,18 @@ def test_hints_for_a_storage_hold_from_any_folder(
     go_elsewhere(toy, monkeypatch)
     status = fls("status", "last", "--storage", str(toy / ".fls"))[1]
     assert "fails on purpose" in follow(status, "logs", "--run", "--storage")
-    follow(status, "resume", "--storage")
+    follow_resume = advice(status, "resume")
+    assert fls(*follow_resume, "--trust")[::2] == (0, "")  # its plugin is named by nobody here
 
 
 @pytest.mark.parametrize(
-    "way", [("resume", "--storage", "--replan"), ("accept", "--why", "--run", "--storage")]
+    "way",
+    [
+        ("resume", "--storage", "--trust", "--replan"),
+        ("accept", "--why", "--run", "--storage", "--trust"),
+        ("resume", "--storage", "--file", "--replan"),
+        ("accept", "--why", "--run", "--storage", "--file"),
+    ],
 )
 def test_what_to_do_about_changed_code(
     toy: Path, monkeypatch: pytest.MonkeyPatch, way: tuple[str, ...]
@@ -90,11 +97,12 @@ def test_what_to_do_about_changed_code(
     change_code(toy)
     go_elsewhere(toy, monkeypatch)
     storage = str(toy / ".fls")
-    code, _, errors = fls("resume", "last", "--storage", storage)
+    trust = ["--file", str(toy / "other.yaml")] if "--file" in way else ["--trust"]
+    code, _, errors = fls("resume", "last", "--storage", storage, *trust)
     assert code == 2
     follow(errors, *way)
     if "accept" in way:
-        assert fls("resume", "last", "--storage", storage)[0] == 0
+        assert fls("resume", "last", "--storage", storage, *trust)[0] == 0
     assert ran() == {"start": 1, "apply": 2 if "resume" in way else 1, "bad": 1}
     assert last_run(storage).observed_state() is RunState.DONE
 
@@ -140,10 +148,11 @@ def test_what_brings_back_an_input_that_was_collected(toy: Path) -> None:
     run = last_run().run_id
     key = last_run().cells["a"].key
     shutil.rmtree(f".fls/stages/{key}")
-    code, _, errors = fls("verify", "--storage", ".fls", "--run", run, "--rerun", "b")
+    command = ("verify", "--storage", ".fls", "--run", run, "--rerun", "b", "--trust")
+    code, _, errors = fls(*command)
     assert code == 2
     follow(errors, "run", "--set", "--until")
-    assert fls("verify", "--storage", ".fls", "--run", run, "--rerun", "b")[0] == 0
+    assert fls(*command)[0] == 0
 
 
 def test_a_run_that_is_stopped_by_its_file_goes_on_as_it_says(toy: Path) -> None:

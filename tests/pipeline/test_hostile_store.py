@@ -28,6 +28,7 @@ from pipeline.store import Store
 from pipeline.text import CONTROLS
 from pipeline.tracking import CellFacts, RunFacts
 from pipeline.tracking.jsonl import JsonLinesTracker
+from pipeline.trust import read_trust
 from pipeline.verify import find_damage
 from pipeline.worker import run_task
 
@@ -477,7 +478,7 @@ def test_a_stored_spec_cannot_run_code_from_the_store(toy: Path) -> None:
         request["spec_text"] = text
 
     forge(path, name_it)
-    code, output, errors = fls("resume", "last")
+    code, output, errors = fls("resume", "last", "--trust")
     assert code == 2
     assert "cannot import plugin 'results.evil': ImportError: it lies in the store" in errors
     assert not Path("executed").exists()
@@ -496,6 +497,123 @@ def test_a_spec_cannot_name_code_in_a_store(toy: Path) -> None:
         load_spec(Path("pipeline.yaml"))
     assert not Path("executed").exists()
     assert ran()["start"] == 1
+
+
+# ------------------------------------------------------------------- code of a stored spec
+
+APPLY = (
+    "start: {uses: start, params: {value: 10}}\n"
+    "apply: {uses: apply, inputs: {number: start}, params: {operation: plus}}\n"
+    "bad: {uses: fail, retries: 0}"
+)
+BY_RUN = {
+    "resume": "resume last",
+    "verify": "verify --storage .fls --rerun start",
+    "accept": "accept start --why so",
+}
+
+
+@pytest.fixture
+def evil(toy: Path) -> Iterator[Path]:
+    """The file that is there once the module `evil`, which lies beside the pipeline, has run."""
+    Path("evil.py").write_text(
+        f"from pathlib import Path\nPath({str(toy / 'executed')!r}).touch()\n"
+        "from toy.catalogue import CATALOGUE\ndef operation(x, y): return x\n"
+    )
+    yield toy / "executed"
+    sys.modules.pop("evil", None)
+
+
+def rewrite(old: str, new: str, **options: Any) -> str:
+    """Let the last run's document have another spec, and other options; return the run's id."""
+
+    def change(request: dict[str, Any]) -> None:
+        request["spec_text"] = request["spec_text"].replace(old, new)
+        request["options"].update(options)
+
+    run = last_run().run_id
+    forge(Path(f".fls/runs/{run}/run.json"), change)
+    return run
+
+
+@pytest.mark.parametrize("command", BY_RUN)
+@pytest.mark.parametrize("way", ["plainly", "by a variable", "by an option"])
+def test_a_plugin_that_the_store_alone_names_is_not_imported(
+    toy: Path, evil: Path, command: str, way: str
+) -> None:
+    write_spec(APPLY)
+    run_here()
+    head = {
+        "plainly": "plugins: [toy, evil]",
+        "by a variable": "vars: {x: evil}\nplugins: ['${vars.x}']",
+        "by an option": "vars: {x: toy}\nplugins: ['${vars.x}']",
+    }[way]
+    options = ["vars.x=evil"] if way == "by an option" else []
+    run = rewrite("plugins: [toy]", head, overrides=options)
+    code, output, errors = fls(*BY_RUN[command].split())
+    assert (code, output, errors.count("\n")) == (2, "", 1), errors
+    assert f"The spec of run {run} in {toy}/.fls, which says that it is pipeline.yaml" in errors
+    assert "names plugin evil to be imported, and pipeline.yaml does not; nothing of it" in errors
+    assert "Give the run's own pipeline file to" in errors and errors.endswith("give --trust.\n")
+    assert not evil.exists()
+
+
+@pytest.mark.parametrize("command", BY_RUN)
+@pytest.mark.parametrize("way", ["plainly", "by an option"])
+def test_a_function_that_the_store_alone_names_is_not_called(
+    toy: Path, evil: Path, command: str, way: str
+) -> None:
+    write_spec(APPLY)
+    run_here()
+    if way == "plainly":
+        rewrite("operation: plus", "operation: 'evil:operation'")
+    else:
+        rewrite("", "", overrides=["apply.operation=evil:operation"])
+    given = BY_RUN[command].replace("--rerun start", "--rerun apply").split()
+    code, output, errors = fls(*given)
+    assert (code, output, errors.count("\n")) == (2, "", 1), errors
+    assert "names evil:operation, with the options that it gives, to be imported, and" in errors
+    assert not evil.exists()
+
+
+@pytest.mark.parametrize("command", BY_RUN)
+def test_what_a_store_names_is_imported_where_the_user_says_so(
+    toy: Path, evil: Path, command: str
+) -> None:
+    write_spec(APPLY.replace("operation: plus", "operation: 'evil:operation'"))
+    run_here()
+    evil.unlink()
+    given = BY_RUN[command].replace("--rerun start", "--rerun apply").split()
+    write_spec(APPLY)
+    for file, why in (("pipeline.yaml", ""), ("pipeline.yaml", " (which has mistakes, see `fls")):
+        if why:
+            Path(file).write_text("name: x\n")
+        if command == "verify" or not why:
+            assert f"{file} does not{why}" in fls(*given)[2]
+    write_spec(APPLY)
+    assert fls(*given, "--trust")[2] == ""
+    write_spec(APPLY.replace("operation: plus", "operation: 'evil:operation'"))
+    assert fls(*given)[2] == ""
+    assert evil.exists() == (command == "verify")  # where the cell is computed
+
+
+def test_what_comes_along_is_known_without_a_pipeline_file(toy: Path) -> None:
+    trust = read_trust(Path("pipeline.yaml"), Store(".fls"))
+    trust.require_plugins("x", ["stages"])
+    with pytest.raises(BadInput, match=r"pipeline.yaml does not \(which cannot be read\)"):
+        trust.require_plugins("x", ["toy"])
+
+
+def test_json_lines_go_into_no_folder_that_a_stored_spec_alone_names(toy: Path) -> None:
+    write_spec(APPLY)
+    run_here()
+    run = rewrite("", "", file=f"{toy}/outside/pipeline.yaml")
+    Path(f".fls/runs/{run}/facts.json").unlink()
+    before = Path(f"tracking/{run}.jsonl").read_bytes()
+    code, output, errors = fls("resume", "last")
+    assert (code, errors) == (1, "")
+    assert not Path("outside").exists()
+    assert Path(f"tracking/{run}.jsonl").read_bytes() != before
 
 
 # -------------------------------------------------------------- files that nobody published

@@ -63,7 +63,7 @@ def test_a_run_goes_on_from_its_storage_alone(toy: Path, tmp_path: Path) -> None
     assert run in fls("status", *storage)[1]
     assert "bad failed" in fls("status", "last", *storage)[1]
     assert "on purpose" in fls("logs", "bad", *storage)[1]
-    code, _, errors = fls("resume", "last", *storage)
+    code, _, errors = fls("resume", "last", *storage, "--trust")
     assert (code, errors) == (0, "")
     assert ran() == {"start": 1, "apply": 1, "bad": 1, "end": 1}
     assert not Path(".fls").exists()

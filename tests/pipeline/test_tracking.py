@@ -671,7 +671,7 @@ def test_a_run_that_goes_on_elsewhere_is_tracked_where_it_was(
     storage = str(begin_and_fail(toy, monkeypatch))
     first = last_run(storage)
     assert first.destination == f"sqlite:///{toy}/mlflow.db"
-    assert resume_here(first, storage)[0] == 0
+    assert resume_here(first, storage, file=toy / "pipeline.yaml")[0] == 0
     assert not Path("mlflow.db").exists()
     client = MlflowClient(f"sqlite:///{toy}/mlflow.db")
     runs = recorded(client, first.run_id)
@@ -689,7 +689,7 @@ def test_each_place_that_a_run_is_tracked_at_gets_it_all_once(
     uri = f"sqlite:///{toy}/elsewhere/mlflow.db"
     shutil.copy(fresh_database, "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    code, output = resume_here(first, storage)
+    code, output = resume_here(first, storage, file=toy / "pipeline.yaml")
     assert code == 0
     assert f"Tracked at {client.tracking_uri} until now, and at {uri} from now on" in output
     assert f"`fls sync {first.run_id}`" in output

@@ -146,7 +146,7 @@ def test_a_cell_is_computed_again_by_the_url_of_its_run_alone(toy: Path) -> None
     run_here(overrides=["start.value=20"])
     Path("pipeline.yaml").unlink()
     shutil.move(".fls", "moved")
-    code, output, _ = fls("verify", "--storage", "moved", "--rerun", "start[seed=1]")
+    code, output, _ = fls("verify", "--storage", "moved", "--rerun", "start[seed=1]", "--trust")
     assert (code, "all 1 files are the same" in output) == (0, True)
 
 

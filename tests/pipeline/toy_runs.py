@@ -79,12 +79,16 @@ def run_here(
 
 
 def resume_here(
-    record: RunRecord, storage: str = ".fls", *, replan: bool = False
+    record: RunRecord,
+    storage: str = ".fls",
+    *,
+    replan: bool = False,
+    file: Path = Path("pipeline.yaml"),
 ) -> tuple[int, str]:
-    """Resume a run in this process; return exit code and output."""
+    """Resume a run in this process, with a pipeline file; return exit code and output."""
     output = io.StringIO()
     store = Store(storage)
-    trust = read_trust(Path("pipeline.yaml"), store)
+    trust = read_trust(file, store)
     code = resume_run(store, record, trust, _console(output), replan=replan)
     return code, output.getvalue()
 
