@@ -70,10 +70,11 @@ def submit(spec: Spec, asked: Submission, console: Console, *, follow: bool) -> 
     package = collect(folder, asked.excludes)
     _require_packed(spec, asked.file, package)
     package.refuse_if_large()
-    package.refuse_if_holding(secret_values(os.environ))
     source = look_at(folder, package.files)
     if local:
         source = dataclasses.replace(source, submitted_from=this_machine())
+    extra = {SOURCE_FILE: source.to_json()}
+    package.refuse_if_holding(secret_values(os.environ), extra)
 
     run_id = asked.resume or new_run_id()
     submission_id = f"fls-{run_id}" if asked.resume is None else f"fls-{run_id}-{new_run_id()[-4:]}"
@@ -85,7 +86,7 @@ def submit(spec: Spec, asked: Submission, console: Console, *, follow: bool) -> 
     jobs = RayJobs(asked.address)
     with tempfile.TemporaryDirectory() as scratch:
         archive = Path(scratch) / "package.zip"
-        package.write(archive, {SOURCE_FILE: source.to_json()})
+        package.write(archive, extra)
         jobs.submit(
             submission_id,
             command,
@@ -257,6 +258,8 @@ def _tell(
         say(f"  links are not packed: {', '.join(package.links)}")
     if package.secrets:
         say(f"  not packed, as keys or passwords: {', '.join(package.secrets)}")
+    if package.stores:
+        say(f"  stores are not packed: {', '.join(package.stores)}")
     say(f"  environment given: {', '.join(environment)}")
     if moving.secret:
         say(f"  secrets not given, the nodes must have them: {', '.join(moving.secret)}")
