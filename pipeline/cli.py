@@ -289,13 +289,14 @@ def submit(
 
     Packed is the working directory without version control, environments, stores, data, weights,
     without what .gitignore and .flsignore name, and without files that are known to hold keys or
-    passwords, by their names (.env, credentials.json, kubeconfig, *.pem, ...) or because they begin
-    like a private key; these are listed, and !/PATH in .flsignore takes one along.
+    passwords, by their names (*.env, credentials.json, kubeconfig, *.pem, ...) or because they
+    begin like a private key; these are listed, and !/PATH in .flsignore takes one along. A store is
+    never packed, whatever its name.
 
     The job is given the variables AWS_*, FISHLEG_*, FSSPEC_* and MLFLOW_*, by these names, except
-    secrets (names with KEY, SECRET, TOKEN, PASSWORD and the like, URLs with a password) and paths
-    of this machine: Ray keeps a job's variables as plain text. Set secrets on the nodes, or hand
-    one over by --env NAME.
+    secrets (names with KEY, SECRET, TOKEN, PASSWORD and the like, URLs, JSON and connection strings
+    with a password in them) and paths of this machine: Ray keeps a job's variables as plain text.
+    Set secrets on the nodes, or hand one over by --env NAME.
     """
     from pipeline.submit import Submission
     from pipeline.submit import submit as submit_pipeline

@@ -12,11 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import BadInput
-from pipeline.secrets import has_credentials, is_secret
+from pipeline.secrets import is_secret_variable
 
 PREFIXES = ("AWS_", "FISHLEG_", "FSSPEC_", "MLFLOW_")
 # What these name lies on this machine: a file, a folder, a section of a file.
 _OF_THIS_MACHINE = re.compile(r"_(FILE|PATH|BUNDLE|PROFILE|DIR)$")
+
+_INSTEAD = {
+    "MLFLOW_TRACKING_URI": "Take it out of the address, and set MLFLOW_TRACKING_USERNAME and "
+    "MLFLOW_TRACKING_PASSWORD on the nodes"
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +52,37 @@ def forwarding(environment: Mapping[str, str], wishes: Sequence[str]) -> Forward
         for name, value in sorted(environment.items())
         if name.startswith(PREFIXES) and name not in wanted
     }
-    secret = [n for n, value in candidates.items() if is_secret(n) or has_credentials(value)]
+    secret = [name for name, value in candidates.items() if is_secret_variable(name, value)]
     local = [name for name in candidates if name not in secret and _OF_THIS_MACHINE.search(name)]
     plain = {name: value for name, value in candidates.items() if name not in {*secret, *local}}
     return Forwarding(given={**plain, **wanted}, secret=secret, local=local)
+
+
+def refuse_secrets(
+    environment: Mapping[str, str], wishes: Sequence[str], origins: Mapping[str, str]
+) -> None:
+    """Check that a job is given no secret that nobody wished for.
+
+    Args:
+        environment: all that the job is to be given, as it will be.
+        wishes: as in `forwarding`.
+        origins: name -> where its value comes from, of those that this process does not have.
+
+    Raises:
+        BadInput: it would be; names the variable, not what it holds.
+    """
+    wished = {wish.partition("=")[0] for wish in wishes}
+    for name, value in environment.items():
+        if name in wished or not is_secret_variable(name, value):
+            continue
+        named, first = name, ""
+        if name in origins:
+            named, first = f"{name} ({origins[name]})", f"set {name} here, and "
+        instead = _INSTEAD.get(name, "Set it on the nodes")
+        raise BadInput(
+            f"{named} holds a password or a token, which Ray would show in its dashboard. "
+            f"{instead}; or {first}hand it over as it is by --env {name}."
+        )
 
 
 def _wish(wish: str, environment: Mapping[str, str]) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline import limits
 from pipeline.errors import Position, Problem, SpecError, nearest
-from pipeline.secrets import has_credentials, is_secret
+from pipeline.secrets import holds_secret, is_secret
 from pipeline.text import CONTROLS, cut
 from pipeline.yaml_loader import Budget, Document, Path, load, read_scalar
 
@@ -166,9 +166,9 @@ class _Resolver:
                 f"the environment variable {name} is not set; set it, or write "
                 f"${{env.{name}:-default}}"
             )
-        if has_credentials(text) and self.place not in _ADDRESSES:
+        if holds_secret(text) and self.place not in _ADDRESSES:
             raise _Unresolved(
-                f"the environment variable {name} is a URL with credentials, and all values of "
+                f"the environment variable {name} holds a password or a token, and all values of "
                 "this file are recorded; let the code that needs it read the environment itself"
             )
         if CONTROLS.search(text):

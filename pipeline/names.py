@@ -42,9 +42,14 @@ def store_around(path: Path) -> Path | None:
     No code is imported from a store: a stored document that names a module there would run it.
     """
     for folder in path.resolve().parents:
-        if (folder / "storage.json").is_file() and (folder / "stages").is_dir():
+        if is_store(folder):
             return folder
     return None
+
+
+def is_store(folder: Path) -> bool:
+    """Tell whether a folder is a store."""
+    return (folder / "storage.json").is_file() and (folder / "stages").is_dir()
 
 
 def numbers(names: Iterable[str]) -> Iterator[int]:

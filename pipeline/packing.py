@@ -1,23 +1,26 @@
 """Packs a working directory for a cluster: the code and the pipeline, not what they make.
 
 What stays behind is said by patterns in the language of `.gitignore`; the last one that matches a
-file decides. In order: the patterns below, each folder's `.gitignore`, `.flsignore` in the
-directory itself, and the user's `--exclude`. Links are never packed, and what begins like a private
-key only if a pattern of `.flsignore` or `--exclude` says so, such as `!/tests/key.txt`.
+file decides. In order: those of `pipeline.secret_files`, those below, each folder's `.gitignore`,
+`.flsignore` in the directory itself, and the user's `--exclude`. Links and stores are never packed,
+and what begins like a private key only if a pattern of `.flsignore` or `--exclude` says so, such as
+`!/tests/key.txt`.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pathspec import GitIgnoreSpec
 
 from pipeline.errors import BadInput
+from pipeline.names import is_store
+from pipeline.secret_files import BEGINNING_BYTES, PATTERNS, begins_like_key, is_secret_file
 
 IGNORE_FILE = ".flsignore"
 LEFT_BEHIND = (
@@ -30,25 +33,9 @@ LEFT_BEHIND = (
     "/data/", "/checkpoints/", "*.pt", "*.pth", "*.pt2", "*.ckpt", "*.safetensors", "*.onnx",
     "*.npy", "*.npz", "*.parquet", "*.h5", "*.tar", "*.tar.gz", "*.tgz", "*.zip", "*.whl",
 )  # fmt: skip
-SECRETS = (
-    # passwords and tokens
-    ".env", ".env.*", ".netrc", ".pypirc", ".pgpass", ".htpasswd", ".git-credentials",
-    ".vault-token", ".aws/", ".azure/", ".boto", ".s3cfg", ".docker/", ".dockercfg", ".kube/",
-    "kubeconfig", "kubeconfig.y*ml", "*.kubeconfig", "*credentials*.json", "credentials.y*ml",
-    "credentials.toml", "credentials.ini", "credentials.csv", "client_secret*.json",
-    "service[-_]account*.json", "secret.y*ml", "secrets.y*ml", "secrets.json", "secrets.toml",
-    "secrets.ini", "*.secret",
-    # keys
-    ".ssh/", ".gnupg/", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.ppk",
-    "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*",
-)  # fmt: skip
 # Ray's dashboard takes packages of up to 100 MiB; code is far smaller than this.
 LIMIT_BYTES = 50 << 20
 _LARGEST = 5
-_PRIVATE_KEY = re.compile(
-    rb"\s*(-----BEGIN ([A-Z0-9]+ )*PRIVATE KEY( BLOCK)?-----|PuTTY-User-Key-File-)"
-)
-_BEGINNING_BYTES = 200
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the time of every packed file: the same content, the same bytes
 
 
@@ -60,14 +47,16 @@ class Package:
         folder: the folder.
         files: relative path, with slashes -> size in bytes.
         links: relative paths of links, which are not packed.
-        secrets: relative paths of what is not packed because of a name in `SECRETS`, or because it
-            begins like a private key; those of folders end with a slash.
+        secrets: relative paths of what is not packed because it holds keys or passwords, see
+            `pipeline.secret_files`; those of folders end with a slash.
+        stores: relative paths of stores, which are not packed, whatever their names.
     """
 
     folder: Path
     files: Mapping[str, int]
     links: Sequence[str]
     secrets: Sequence[str]
+    stores: Sequence[str]
 
     @property
     def size_bytes(self) -> int:
@@ -91,18 +80,23 @@ class Package:
             + f"\nLeave files behind by --exclude, or by patterns in {IGNORE_FILE}."
         )
 
-    def refuse_if_holding(self, secrets: Iterable[tuple[str, str]]) -> None:
+    def refuse_if_holding(
+        self, secrets: Iterable[tuple[str, str]], extra: Mapping[str, str]
+    ) -> None:
         """Check that no file holds the value of a secret.
 
         Args:
             secrets: names of environment variables, and their values.
+            extra: as in `write`.
 
         Raises:
             BadInput: one does; names file and variable.
         """
         needles = [(name, os.fsencode(value)) for name, value in secrets]
-        for path in self.files:
-            content = (self.folder / path).read_bytes()
+        files = {path: (self.folder / path).read_bytes for path in self.files}
+        files |= {path: partial(os.fsencode, text) for path, text in extra.items()}
+        for path, read in files.items():
+            content = read()
             for name, needle in needles:
                 if needle in content:
                     raise BadInput(
@@ -129,10 +123,10 @@ class Package:
 def collect(folder: Path, excludes: Sequence[str] = ()) -> Package:
     """Find what is to be packed of a folder."""
     last = [*_lines(folder / IGNORE_FILE), *excludes]
-    first = [*LEFT_BEHIND, *SECRETS]
+    first = [*PATTERNS, *LEFT_BEHIND]
     walk = _Walk(folder, GitIgnoreSpec.from_lines(first), GitIgnoreSpec.from_lines(last))
     files = dict(walk.files("", []))
-    return Package(folder, files, walk.links, walk.secrets)
+    return Package(folder, files, walk.links, walk.secrets, walk.stores)
 
 
 class _Walk:
@@ -140,9 +134,9 @@ class _Walk:
         self.folder = folder
         self.first = first
         self.last = last
-        self.named = GitIgnoreSpec.from_lines(SECRETS)
         self.links: list[str] = []
         self.secrets: list[str] = []
+        self.stores: list[str] = []
 
     def files(
         self, prefix: str, outer: Sequence[tuple[str, GitIgnoreSpec]]
@@ -160,11 +154,13 @@ class _Walk:
             is_folder = entry.is_dir(follow_symlinks=False)
             full = path + "/" if is_folder else path
             if self.ignored(full, specs):
-                if self.named.match_file(full):
+                if is_secret_file(full):
                     self.secrets.append(full)
                 continue
             if entry.is_symlink():
                 self.links.append(path)
+            elif is_folder and is_store(self.folder / path):
+                self.stores.append(full)
             elif is_folder:
                 yield from self.files(full, specs)
             elif entry.is_file() and self.is_key(path):
@@ -175,8 +171,8 @@ class _Walk:
     def is_key(self, path: str) -> bool:
         """Tell whether a file begins like a private key, and no pattern takes it along."""
         with open(self.folder / path, "rb") as file:
-            found = _PRIVATE_KEY.match(file.read(_BEGINNING_BYTES))
-        return found is not None and self.last.check_file(path).include is not False
+            found = begins_like_key(file.read(BEGINNING_BYTES))
+        return found and self.last.check_file(path).include is not False
 
     def ignored(self, path: str, specs: Sequence[tuple[str, GitIgnoreSpec]]) -> bool:
         """Tell whether the last pattern that matches `path` says to leave it behind."""

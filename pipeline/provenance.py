@@ -18,6 +18,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pipeline.secret_files import KEY_LINE, is_secret_file
+from pipeline.secrets import redact
+
 SOURCE_FILE = ".fls-source.json"
 _DIFF_CHARACTERS = 500_000
 _SHOWN_VERSIONS = 8
@@ -32,7 +35,10 @@ class Source:
         commit: the commit that is checked out, or None outside of Git.
         changes: a line for each file that differs from it, such as `M pipeline.yaml`; new files
             are `?`.
-        diff: the changes of tracked files as a patch, cut where it is very long.
+        diff: the changes of tracked files as a patch, cut where it is very long; secrets of the
+            environment are hidden in it.
+        left_out: files that differ, and are in neither of these, because they hold keys or
+            passwords.
         python: version of Python.
         packages: installed distribution -> version.
         user: whose process that is; of a packed folder, who packed it.
@@ -42,6 +48,7 @@ class Source:
     commit: str | None = None
     changes: Sequence[str] = ()
     diff: str = ""
+    left_out: Sequence[str] = ()
     python: str = field(default_factory=platform.python_version)
     packages: Mapping[str, str] = field(default_factory=lambda: _installed())
     user: str = field(default_factory=lambda: this_user())
@@ -54,6 +61,8 @@ class Source:
         shown = list(self.changes[:_SHOWN_CHANGES])
         if len(self.changes) > len(shown):
             shown.append(f"and {len(self.changes) - len(shown)} more")
+        if self.left_out:
+            shown.append(f"left out, as keys or passwords: {', '.join(self.left_out)}")
         return {
             "mlflow.source.git.commit": self.commit,
             "fls.uncommitted": "\n".join(shown) or "none",
@@ -91,17 +100,32 @@ def look_at(folder: Path, files: Collection[str] | None = None) -> Source:
     states = dict(zip(words[1::2], words[::2], strict=True))
     for path in _git(folder, "ls-files", "--others", "--exclude-standard", "-z").split("\0")[:-1]:
         states[path] = "?"
+    left_out = _secret_files(folder, states)
+    states = {path: state for path, state in states.items() if path not in left_out}
     if files is not None:
         states = {p: state for p, state in states.items() if p in files or state == "D"}
     tracked = [path for path, state in states.items() if state != "?"]
     diff = ""
     if tracked:
         options = ("--relative", "--no-renames", "--no-color", "--no-ext-diff", "--no-textconv")
-        diff = _git(folder, "diff", "HEAD", *options, "--", *tracked)
+        diff = redact(_git(folder, "diff", "HEAD", *options, "--", *tracked))
     if len(diff) > _DIFF_CHARACTERS:
         diff = f"{diff[:_DIFF_CHARACTERS]}\n... cut after {_DIFF_CHARACTERS} characters\n"
     changes = [f"{state} {path}" for path, state in sorted(states.items())]
-    return Source(commit=commit, changes=changes, diff=diff)
+    return Source(commit=commit, changes=changes, diff=diff, left_out=sorted(left_out))
+
+
+def _secret_files(folder: Path, paths: Collection[str]) -> set[str]:
+    """Return those of the paths that hold keys or passwords, or did so in the commit."""
+    found = {path for path in paths if is_secret_file(path)}
+    others = [path for path in paths if path not in found]
+    for where in ("--untracked", "HEAD") if others else ():
+        options = ("--files-with-matches", "-z", "--text", "-E", "-e", f"^{KEY_LINE}", where)
+        done = _run_git(folder, "grep", *options, "--", *others)
+        if done is None or done.returncode > 1:  # what cannot be searched is not shown
+            return set(paths)
+        found |= {name.removeprefix("HEAD:") for name in done.stdout.split("\0")[:-1]}
+    return found
 
 
 def changed_versions(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -151,16 +175,21 @@ def _installed() -> dict[str, str]:
 
 def _git(folder: Path, *arguments: str) -> str:
     """Return what a Git command prints; nothing where there is no Git, repository or commit."""
+    done = _run_git(folder, *arguments)
+    return done.stdout if done is not None and done.returncode == 0 else ""
+
+
+def _run_git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str] | None:
+    """Run a Git command; None where there is no Git, or it takes too long."""
     try:
-        done = subprocess.run(  # noqa: S603 - fixed commands, paths after `--`
-            ["git", *arguments],  # noqa: S607 - the user's own git
+        return subprocess.run(  # noqa: S603 - fixed commands, paths after `--`
+            ["git", "--literal-pathspecs", *arguments],  # noqa: S607 - the user's own git
             cwd=folder,
             capture_output=True,
             text=True,
             errors="replace",
             timeout=30,
-            check=True,
+            check=False,
         )
     except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout
+        return None

@@ -3,7 +3,8 @@
 A spec, its parameters, the events of its stages and what fails are written into the store and the
 tracking server, where many can read them. So a spec may not take a value from a variable whose name
 says that it is a secret, nor hold the value of one; and texts that are made elsewhere (a stage that
-prints its environment, a library that puts a URL into its error) are redacted on their way.
+prints its environment, a library that puts a URL into its error) are redacted on their way. What a
+variable holds is judged here alone, for specs as for the jobs that are given variables.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ from pipeline.text import printable
 
 _NAME = re.compile(
     r"PASSW(OR)?D|PASSPHRASE|SECRET|CREDENTIAL|APIKEY|TOKENS?(_|$)|COOKIES?(_|$)"
+    r"|CONNECTION_?STRING|AUTHORIZATION"
     r"|(^|_)((ACCESS|PRIVATE)?KEYS?|PASS)(_|$)|._PWD$",
     re.IGNORECASE,
 )
-_PLACE = re.compile(r"_(FILE|PATH|DIR)$", re.IGNORECASE)  # where a secret lies is none itself
+_PLACE = re.compile(
+    r"_(FILE|FILENAME|PATH|DIR)$", re.IGNORECASE
+)  # where a secret lies is none itself
 # Each of these is linear in the text; one pattern for a whole URL would not be.
 _WORD = re.compile(r"[^\s'\"<>]+")
 _AFTER_AUTHORITY = re.compile(r"[/?#]")
@@ -31,6 +35,12 @@ _OPTION = re.compile(r"[?&;]([^=?&;#]*)=([^&;#]+)")
 _OPTION_NAME = re.compile(
     r"TOKEN|SECRET|PASSW|SIGNATURE|CREDENTIAL|APIKEY|\bSIG\b|(^|[_-])KEY", re.IGNORECASE
 )
+# What names a secret inside of a value, besides what does so as a variable's name.
+_INNER_NAME = re.compile(r"(^|_)(AUTH|PWD|SAS|JWT)$|SIGNATURE|ODBC_CONNECT", re.IGNORECASE)
+_NEW_WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+")
+# Of a connection string; a name alone is no URL, and `key` alone none of a secret.
+_SETTING = re.compile(r"(?:^|[;,])(?!\s*keys?\s*=)([^=;,:/?&]*)=([^;,]*)", re.IGNORECASE)
+_QUOTED_PAIR = re.compile(r"""["']([^"']+)["']\s*:\s*["']([^"']+)["']""")
 _LONE_TOKEN = 20  # a user without a password that is so long is a token, unless it is words
 _CONTAINER = ("abfs", "abfss", "wasb", "wasbs")  # where a user would stand, these have a container
 _SHORTEST = 8  # a shorter value would be found in text that has nothing to do with it
@@ -66,6 +76,22 @@ def has_credentials(text: str) -> bool:
     return next(_credentials(text), None) is not None
 
 
+def holds_secret(value: str) -> bool:
+    """Tell whether a variable's value, whatever its name, has a secret in it.
+
+    >>> holds_secret("s3://key:secret@bucket"), holds_secret('{"client_kwargs": {"token": "t"}}')
+    (True, True)
+    >>> holds_secret("AccountName=a;AccountKey=k"), holds_secret('{"anon": true, "key": null}')
+    (True, False)
+    """
+    return has_credentials(value) or bool(_named_secrets(value))
+
+
+def is_secret_variable(name: str, value: str) -> bool:
+    """Tell whether a variable is a secret, by its name or by what is in its value."""
+    return is_secret(name) or holds_secret(value)
+
+
 def find_secret(text: str, environment: Mapping[str, str]) -> tuple[int, str] | None:
     """Return where a text holds a secret, and what kind of one; None if it does not.
 
@@ -84,9 +110,10 @@ def find_secret(text: str, environment: Mapping[str, str]) -> tuple[int, str] | 
 def secret_values(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """Yield name and value of the secrets in an environment that can be told from other text.
 
-    Of a URL with credentials these are the URL, and each of the secrets in it; but not a password
-    such as `postgres`, a short one that is made of words, which any text may hold by chance. It is
-    hidden where it stands in a URL. What a variable's name declares a secret is one, however weak.
+    Of a URL with credentials, JSON or a connection string these are the whole, and each of the
+    secrets in it; but not a password such as `postgres`, a short one that is made of words, which
+    any text may hold by chance. It is hidden where it stands in the whole. What a variable's name
+    declares a secret is one, however weak.
 
     >>> list(secret_values({"A_TOKEN": "long enough", "B_TOKEN": "short", "HOME": "/home/me"}))
     [('A_TOKEN', 'long enough')]
@@ -95,11 +122,47 @@ def secret_values(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """
     for name, value in environment.items():
         found = [value[start:end].rpartition(":")[2] for start, end in _credentials(value)]
+        found += _named_secrets(value)
         whole = [value] if found or is_secret(name) else []
         parts = [one for one in found if len(one) >= _GUESSABLE or not _WORDS.fullmatch(one)]
         for one in dict.fromkeys([*whole, *parts, *map(unquote, parts)]):
             if len(one) >= _SHORTEST:
                 yield name, one
+
+
+def _named_secrets(value: str) -> list[str]:
+    """Return what is named a secret in a value that is JSON, or looks like it, or has settings."""
+    if not value.lstrip().startswith(("{", "[")):
+        pairs = _SETTING.findall(value)
+    else:
+        try:
+            return list(_secrets_of(json.loads(value), named=False))
+        except (ValueError, RecursionError):
+            pairs = _QUOTED_PAIR.findall(value)
+    return [one.strip() for name, one in pairs if _names_secret(name.strip()) and one.strip()]
+
+
+def _secrets_of(data: Any, named: bool) -> Iterator[str]:
+    """Yield the texts and numbers in JSON data that a key declares to be secret."""
+    if isinstance(data, dict):
+        for key, one in data.items():
+            yield from _secrets_of(one, named or _names_secret(key))
+    elif isinstance(data, list):
+        for one in data:
+            yield from _secrets_of(one, named)
+    elif isinstance(data, str):
+        if named and data:
+            yield data
+        elif not named:
+            yield from _named_secrets(data)
+    elif named and data is not None and not isinstance(data, bool):
+        yield str(data)
+
+
+def _names_secret(name: str) -> bool:
+    """Tell whether the name of something in a value says that it is secret: AccountKey, auth."""
+    words = _NEW_WORD.sub("_", name)
+    return is_secret(words) or (_INNER_NAME.search(words) is not None and not _PLACE.search(words))
 
 
 def _credentials(text: str) -> Iterator[tuple[int, int]]:
@@ -116,7 +179,8 @@ def _credentials(text: str) -> Iterator[tuple[int, int]]:
             if ":" in user or (len(user) >= _LONE_TOKEN and not name):
                 yield begin, begin + len(user)
             for option in _OPTION.finditer(url):
-                if _OPTION_NAME.search(option[1]):
+                asked = unquote(option[1])
+                if _OPTION_NAME.search(asked) or _names_secret(asked):
                     yield begin + option.start(2), begin + option.end(2)
             begin += len(url)
             scheme = url
@@ -172,7 +236,8 @@ class _Redactor:
         known = {
             form
             for name, value in secret_values(environment)
-            if is_secret(name) or not has_credentials(value)  # or else just what is secret in it
+            # of a URL, just what is secret in it
+            if is_secret(name) or _named_secrets(value) or not has_credentials(value)
             for form in _forms(value)
         }
         longest_first = sorted((one for one in known if len(one) >= _SHORTEST), key=len)[::-1]

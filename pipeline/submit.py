@@ -20,15 +20,15 @@ from urllib.parse import urlsplit
 from rich.console import Console
 
 from pipeline.errors import BadInput
-from pipeline.forwarding import Forwarding, forwarding
+from pipeline.forwarding import Forwarding, forwarding, refuse_secrets
 from pipeline.packing import IGNORE_FILE, Package, collect
 from pipeline.params import marked
 from pipeline.provenance import SOURCE_FILE, Source, look_at, this_machine
 from pipeline.runs import new_run_id
-from pipeline.secrets import has_credentials, is_secret, presentable, secret_values
+from pipeline.secrets import is_secret_variable, presentable, secret_values
 from pipeline.spec import Spec
 from pipeline.stage import ExternalFile
-from pipeline.variables import STORAGE
+from pipeline.variables import STORAGE, TRACKING_URI
 
 _INTERRUPTED = 130
 
@@ -67,13 +67,15 @@ def submit(spec: Spec, asked: Submission, console: Console, *, follow: bool) -> 
     named = {"MLFLOW_TRACKING_URI"} & {*moving.given, *moving.secret} or spec.mlflow.tracking_uri
     if named or asked.resume is None or not local:  # else the run stays where it is tracked
         environment["MLFLOW_TRACKING_URI"] = _tracking(spec, moving, local)
+    refuse_secrets(environment, asked.env, _origins(spec))
     package = collect(folder, asked.excludes)
     _require_packed(spec, asked.file, package)
     package.refuse_if_large()
-    package.refuse_if_holding(secret_values(os.environ))
     source = look_at(folder, package.files)
     if local:
         source = dataclasses.replace(source, submitted_from=this_machine())
+    extra = {SOURCE_FILE: source.to_json()}
+    package.refuse_if_holding(secret_values(os.environ), extra)
 
     run_id = asked.resume or new_run_id()
     submission_id = f"fls-{run_id}" if asked.resume is None else f"fls-{run_id}-{new_run_id()[-4:]}"
@@ -85,7 +87,7 @@ def submit(spec: Spec, asked: Submission, console: Console, *, follow: bool) -> 
     jobs = RayJobs(asked.address)
     with tempfile.TemporaryDirectory() as scratch:
         archive = Path(scratch) / "package.zip"
-        package.write(archive, {SOURCE_FILE: source.to_json()})
+        package.write(archive, extra)
         jobs.submit(
             submission_id,
             command,
@@ -179,18 +181,9 @@ def _tracking(spec: Spec, moving: Forwarding, local: bool) -> str:
     """Return where the job is to track, from anywhere.
 
     Raises:
-        BadInput: that is a place which only this machine reaches, or holds a password.
+        BadInput: that is a place which only this machine reaches.
     """
-    if "MLFLOW_TRACKING_URI" in moving.given:
-        uri = moving.given["MLFLOW_TRACKING_URI"]
-    elif "MLFLOW_TRACKING_URI" in moving.secret:
-        raise BadInput(
-            "MLFLOW_TRACKING_URI holds a password, which Ray would show in its dashboard. Set "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on the nodes, or hand it over "
-            "as it is by --env MLFLOW_TRACKING_URI."
-        )
-    else:
-        uri = spec.tracking_uri()
+    uri = moving.given.get("MLFLOW_TRACKING_URI") or spec.tracking_uri()
     scheme, _, path = uri.partition("://")
     if scheme == "sqlite":
         if local:
@@ -205,6 +198,17 @@ def _tracking(spec: Spec, moving: Forwarding, local: bool) -> str:
             "cluster. Give the address by which the cluster reaches it."
         )
     return uri
+
+
+def _origins(spec: Spec) -> dict[str, str]:
+    """Return name -> origin of the job's variables whose values are not of this environment."""
+    if TRACKING_URI.read() or spec.mlflow.tracking_uri is None:
+        return {}
+    uri = spec.mlflow.tracking_uri
+    here = {name: value for name, value in os.environ.items() if name in spec.environment}
+    used = [name for name, value in here.items() if value and value in uri]
+    by = f", by {', '.join(used)}" if used else ""
+    return {TRACKING_URI.name: f"mlflow.tracking_uri of {spec.path}{by}"}
 
 
 def _require_packed(spec: Spec, file: Path, package: Package) -> None:
@@ -257,6 +261,8 @@ def _tell(
         say(f"  links are not packed: {', '.join(package.links)}")
     if package.secrets:
         say(f"  not packed, as keys or passwords: {', '.join(package.secrets)}")
+    if package.stores:
+        say(f"  stores are not packed: {', '.join(package.stores)}")
     say(f"  environment given: {', '.join(environment)}")
     if moving.secret:
         say(f"  secrets not given, the nodes must have them: {', '.join(moving.secret)}")
@@ -275,8 +281,7 @@ def _resume_command(asked: Submission, run_id: str, moving: Forwarding) -> str:
     words = ["fls", "submit", str(asked.file), "--address", asked.address, "--resume", run_id]
     for name in wished:
         value = moving.given[name]
-        shown = not (is_secret(name) or has_credentials(value))
-        words += ["--env", f"{name}={value}" if shown else name]
+        words += ["--env", name if is_secret_variable(name, value) else f"{name}={value}"]
     for pattern in asked.excludes:
         words += ["--exclude", pattern]
     return " ".join([*shell, shlex.join(words)])

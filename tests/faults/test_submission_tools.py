@@ -68,9 +68,13 @@ def test_rays_own_command_runs_the_file_itself(head: Head, work: Path) -> None:
 
 def test_rays_launcher_submits_over_ssh(head: Head, work: Path, tmp_path_factory) -> None:
     write_spec(DIAMOND)
+    Path("committed.env").write_text("PASSWORD=5entinel\n")
     git("init", "-q")
     git("add", "-A")
     git("commit", "-q", "-m", "first")
+    git("remote", "add", "origin", "https://me:5entinel@example.com/x.git")
+    Path("deploy").mkdir()
+    Path("deploy/fishleg.env").write_text("PASSWORD=5entinel\n")
     folder = tmp_path_factory.mktemp("ssh")
     with _sshd(folder, head) as address:
         cluster = yaml.safe_load((ROOT / "deploy" / "cluster.yaml").read_text())
@@ -93,10 +97,16 @@ def test_rays_launcher_submits_over_ssh(head: Head, work: Path, tmp_path_factory
         )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| start[seed=0] | 10 |" in done.stdout
-    storage = str(folder / "home" / "fishleg-surgeon" / ".fls")
+    copy = folder / "home" / "fishleg-surgeon"
+    storage = str(copy / ".fls")
     assert last_run(storage).state is RunState.DONE
     source = Store(storage).read_run(last_run(storage).run_id, "source")
     assert (len(source["commit"]), source["changes"]) == (40, [])
+    # What holds passwords stayed here, and is named as far as Git knows it.
+    assert source["left_out"] == ["committed.env"]
+    files = [path for path in copy.rglob("*") if path.is_file()]
+    assert copy / "pipeline.yaml" in files
+    assert not [path for path in files if b"5entinel" in path.read_bytes()]
 
 
 def test_stages_get_what_they_ask_for(head: Head, work: Path) -> None:

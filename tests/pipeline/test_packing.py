@@ -91,9 +91,9 @@ def test_what_is_too_large_is_refused_by_name(folder: Path) -> None:
 def test_a_secret_in_a_file_is_refused(folder: Path) -> None:
     put("notes/setup.md", text="export TOKEN=hunter2-hunter2\n")
     with pytest.raises(BadInput, match=r"notes/setup.md holds .* variable MY_TOKEN") as caught:
-        collect(folder).refuse_if_holding([("MY_TOKEN", "hunter2-hunter2")])
+        collect(folder).refuse_if_holding([("MY_TOKEN", "hunter2-hunter2")], {})
     assert "hunter2" not in str(caught.value)
-    collect(folder, ["notes/"]).refuse_if_holding([("MY_TOKEN", "hunter2-hunter2")])
+    collect(folder, ["notes/"]).refuse_if_holding([("MY_TOKEN", "hunter2-hunter2")], {})
 
 
 def test_equal_content_gives_equal_bytes_and_run_bits_stay(folder: Path) -> None:
@@ -123,7 +123,9 @@ def test_git_tells_commit_and_changes(folder: Path) -> None:
     assert source.changes == ["M a.py", "D b.py", "M d d.py", "? new.py"]
     assert "+changed" in source.diff
     assert "PASSWORD" not in source.diff
-    assert source.tags()["fls.uncommitted"] == "M a.py\nD b.py\nM d d.py\n? new.py"
+    assert source.tags()["fls.uncommitted"] == "\n".join(
+        ["M a.py", "D b.py", "M d d.py", "? new.py", "left out, as keys or passwords: .env"]
+    )
     assert len(source.tags()["mlflow.source.git.commit"]) == 40
     put(SOURCE_FILE, text=source.to_json())
     assert read_source(folder).to_json() == source.to_json()

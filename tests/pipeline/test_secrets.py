@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from toy_runs import ROOT, fls, last_run
 
-from pipeline.secrets import find_secret, has_credentials, is_secret, redact
+from pipeline.forwarding import forwarding
+from pipeline.secrets import find_secret, has_credentials, is_secret, is_secret_variable, redact
 from pipeline.tracking import RunFacts, TrackerName, make_tracker, tracking_uri
 
 SECRETS = {
@@ -154,7 +155,7 @@ def test_a_tracking_server_with_a_password_is_never_named_with_it(
         ('how: "${env.HF_TOKEN}"', "HF_TOKEN looks like a secret, and all values of this file are"),
         ('how: "${env.MY_API_KEY:-none}"', "MY_API_KEY looks like a secret"),
         ('how: "x${env.DB_PASSWORD}"', "DB_PASSWORD looks like a secret"),
-        ('how: "${env.DATA_URL}"', "the environment variable DATA_URL is a URL with credentials"),
+        ('how: "${env.DATA_URL}"', "the environment variable DATA_URL holds a password or a token"),
         ("how: hf-5entinel-token", "expected no secrets, because this is recorded; got the value "),
         ("how: s3://key:whatever@bucket", "expected no secrets, because this is recorded; got a U"),
         ("how: x  # https://a.b/?token=abc", "expected no secrets, because this is recorded; got"),
@@ -267,3 +268,61 @@ def test_redaction_keeps_what_is_no_secret() -> None:
     both = "https://a/?sig=one&x=1&api_key=two then https://b/?token=three"
     assert redact(both, {}) == "https://a/?sig=***&x=1&api_key=*** then https://b/?token=***"
     assert os.environ.get("HOME", "") in redact(os.environ.get("HOME", ""))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        '{"key": "AKIAEXAMPLE", "secret": "5entinel-5entinel"}',
+        '{"client_kwargs": {"aws_secret_access_key": "5entinel-5entinel"}, "anon": false}',
+        '{"accountKey": "5entinel-5entinel"}',
+        '{"headers": {"Authorization": "Bearer 5entinel-5entinel"}}',
+        '{"auth": ["me", "5entinel-5entinel"]}',
+        '{"connection_string": "AccountName=a;Account' + 'Key=5entinel-5entinel"}',
+        '{"endpoint_url": "http://me:5entinel-5entinel@host"}',
+        "{'secret': '5entinel-5entinel'}",
+        '{"secr\\u0065t": "5entinel-5entinel"}',
+        '[{"token": "5entinel-5entinel"}]',
+        "DefaultEndpointsProtocol=https;AccountName=a;Account" + "Key=5entinel-5entinel",
+        "Endpoint=sb://host/;SharedAccess" + "Key=5entinel-5entinel",
+        "postgresql://me:5entinel-5entinel@host/db",
+        "https://host/x?access_token=5entinel-5entinel",
+        "https://host/x?a=1&%74oken=5entinel-5entinel",
+        "https://host/x?AccountKey=5entinel-5entinel",
+        "postgresql://host/db?user=me&pwd=5entinel-5entinel",
+        "mssql+pyodbc:///?odbc_connect=DRIVER%3Dx%3BPWD%3D5entinel-5entinel",
+    ],
+)
+def test_a_value_with_a_secret_in_it_is_one_whatever_its_variables_name(value: str) -> None:
+    assert is_secret_variable("FSSPEC_S3", value)
+    moving = forwarding({"FSSPEC_S3": value, "AWS_REGION": "eu"}, [])
+    assert (moving.given, moving.secret) == ({"AWS_REGION": "eu"}, ["FSSPEC_S3"])
+    assert "5entinel" not in redact(f"the environment is {value}", {"FSSPEC_S3": value})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        '{"anon": true, "endpoint_url": "http://minio:9000", "key": null, "secret": ""}',
+        '{"client_kwargs": {"region_name": "eu"}, "key_filename": "/home/me/.ssh/id_rsa"}',
+        '{"token_file": "/run/token", "tokenizer": "bpe", "monkey": "x"}',
+        "{not json",
+        "http://me@host:5000/?x=1",
+        "s3://bucket/key=value",
+        "key=value",
+        "rs=0:di=01;34:*.key=00",
+    ],
+)
+def test_a_value_without_a_secret_goes_along(value: str) -> None:
+    assert not is_secret_variable("FSSPEC_S3", value)
+    assert forwarding({"FSSPEC_S3": value}, []).given == {"FSSPEC_S3": value}
+
+
+def test_the_secrets_in_a_variables_json_are_hidden_and_refused() -> None:
+    here = {"FSSPEC_S3": '{"key": "AKIAEXAMPLE", "secret": "5entinel-5entinel", "x": "plain text"}'}
+    assert redact("saw 5entinel-5entinel of AKIAEXAMPLE, plain text", here) == (
+        "saw *** of ***, plain text"
+    )
+    assert find_secret("x: 5entinel-5entinel", here) == (
+        3, "the value of the environment variable FSSPEC_S3",
+    )  # fmt: skip

@@ -15,7 +15,8 @@ from s3_server import BUCKET
 from test_packing import git
 from toy_runs import DIAMOND, TOY, fls, last_run, numbers, ran, wait_for, write_spec
 
-from pipeline.forwarding import forwarding
+from pipeline.errors import BadInput
+from pipeline.forwarding import forwarding, refuse_secrets
 from pipeline.provenance import SOURCE_FILE, Source
 from pipeline.runs import RunState
 from pipeline.store import Store
@@ -209,6 +210,43 @@ def test_what_a_remote_cluster_could_not_use_is_refused(
     assert (code, output) == (2, "")
     assert message in errors
     assert "hunter2" not in errors
+
+
+@pytest.mark.parametrize("address", ["http://192.0.2.1:8265", "http://127.0.0.1:9"])
+def test_a_password_that_the_pipeline_takes_from_a_variable_goes_into_no_job(
+    work: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("LAB", "postgresql://me:hunter2-hunter2@192.0.2.9/db")
+    path = write_spec("a: {uses: start, params: {value: 1}}", storage=str(work / "results"))
+    path.write_text(path.read_text() + "mlflow: {tracking_uri: '${env.LAB}'}\n")
+    code, output, errors = fls("submit", "--address", address)
+    assert (code, output) == (2, "")
+    assert errors.startswith(
+        "MLFLOW_TRACKING_URI (mlflow.tracking_uri of pipeline.yaml, by LAB) holds a"
+    )
+    assert "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on the nodes" in errors
+    assert "--env MLFLOW_TRACKING_URI" in errors
+    assert len(errors.splitlines()) == 1
+    assert "hunter2" not in errors
+    # Who names it has decided.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:hunter2-hunter2@192.0.2.9/db")
+    code, _, errors = fls(
+        "submit", "--address", "http://127.0.0.1:9", "--env", "MLFLOW_TRACKING_URI"
+    )
+    assert (code, errors[:27]) == (1, "No Ray head answers at http")
+
+
+def test_a_job_is_given_no_secret_whatever_chose_its_variables() -> None:
+    final = {
+        "MLFLOW_TRACKING_URI": "http://me:hunter2-hunter2@host",
+        "FSSPEC_S3": '{"secret": "x"}',
+    }
+    with pytest.raises(BadInput, match="^FSSPEC_S3 holds a password or a token, which") as caught:
+        refuse_secrets(final, ["MLFLOW_TRACKING_URI"], {})
+    assert "on the nodes" in str(caught.value)
+    assert "--env FSSPEC_S3" in str(caught.value)
+    refuse_secrets(final, ["MLFLOW_TRACKING_URI", "FSSPEC_S3=x"], {})
 
 
 def test_a_file_that_a_stage_reads_must_be_packed(work: Path) -> None:
