@@ -449,7 +449,7 @@ class LocalStorage(AbstractStorage):
 
     def _how_to_share(self) -> str:
         return (
-            "Users who share a store need a group, and each `umask 002`, or they keep each other "
+            "Users who share a store need a group, and each umask 002, or they keep each other "
             f"out. The one whose it is lets the group in: `chgrp -R GROUP {self.root}`, "
             f"`chmod -R g+rwX {self.root}` and `find {self.root} -type d -exec chmod g+s {{}} +`. "
             "Or use another `storage:`."

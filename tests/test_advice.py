@@ -33,6 +33,9 @@ OTHERS = {
     "mlflow": ["experiments", "restore", "-x"],
     "ray": ["start", "--head", "--dashboard-host"],
     "pip": ["install"],
+    "chgrp": ["-R"],
+    "chmod": ["-R"],
+    "find": ["-type", "-exec"],
 }
 FOREIGN = {*dir(builtins), "torch", "norm_except_dim"}
 SENTENCE = re.compile(r"[a-z]+ [a-z]+")

@@ -21,7 +21,6 @@ import pipeline.executors.ray_token  # noqa: F401 - both before Ray, which reads
 
 # isort: split
 import ray
-from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.executors.base import (
@@ -29,7 +28,7 @@ from pipeline.executors.base import (
     available_cpus,
     refuse_unsatisfiable,
 )
-from pipeline.executors.ray_connection import connect
+from pipeline.executors.ray_connection import connect, searching_here_last
 from pipeline.executors.ray_ranks import Notice, run_ranks
 from pipeline.search_path import search_variable
 from pipeline.stage import Resources
@@ -39,14 +38,6 @@ from pipeline.worker import Outcome, Task, died, preempted, run_task
 # No data goes through Ray's object store, only tasks and outcomes; this is about its minimum.
 _OBJECT_STORE_BYTES = 100 << 20
 _ACCELERATOR = "accelerator_type:"
-
-
-class _NotHere(list[str]):
-    """Folders that Ray's workers search first; the working directory, which Ray adds, is none."""
-
-    def extend(self, folders: Iterable[str]) -> None:
-        """Add folders."""
-        super().extend(folder for folder in folders if folder != os.getcwd())
 
 
 @contextmanager
@@ -70,8 +61,6 @@ class RayExecutor(AbstractExecutor):
         if address is not None:
             connect(address)
         else:
-            job = JobConfig()
-            job._py_driver_sys_path = _NotHere()
             with _searching_as_here():
                 ray.init(
                     "local",
@@ -80,7 +69,7 @@ class RayExecutor(AbstractExecutor):
                     include_dashboard=False,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
-                    job_config=job,
+                    job_config=searching_here_last(),
                 )
         # Ray prints a paragraph for each worker that dies, into whatever is on the screen. A death
         # arrives as an outcome, and the driver tells of it.

@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pipeline.executors.ray_settings  # noqa: F401 - before Ray, which reads them
 
@@ -19,12 +20,33 @@ import ray
 from ray._private.services import canonicalize_bootstrap_address
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError, RpcError
+from ray.job_config import JobConfig
 
 from pipeline.errors import BadInput
 from pipeline.executors.ray_settings import TOKENS
 
 _CLIENT = "ray://"
 _PATIENCE_S = 10.0
+
+
+class _NotHere(list[str]):
+    """Folders that Ray's workers search first; the working directory, which Ray adds, is none."""
+
+    def extend(self, folders: Iterable[str]) -> None:
+        """Add folders."""
+        super().extend(folder for folder in folders if folder != os.getcwd())
+
+
+def searching_here_last() -> JobConfig:
+    """Return a job whose workers do not look for modules in the driver's working directory first.
+
+    A worker adds it itself, see `pipeline.search_path`. It stays the first where this very package
+    lies in it, without being installed: then the nodes would find none.
+    """
+    job = JobConfig()
+    if Path(pipeline.__path__[0]).parent != Path.cwd():
+        job._py_driver_sys_path = _NotHere()
+    return job
 
 
 def connect(address: str) -> None:
@@ -39,7 +61,9 @@ def connect(address: str) -> None:
     try:
         with _silence():
             _ask(address)
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+            # The driver of Ray's client is on the head, and its working directory another.
+            job = JobConfig() if address.startswith(_CLIENT) else searching_here_last()
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, job_config=job)
     except AuthenticationError as error:
         raise BadInput(
             f"Ray at {address} (RAY_ADDRESS) lets nobody in without its token. {TOKENS}"

@@ -150,6 +150,21 @@ def test_a_run_that_a_cluster_refuses_is_one_paragraph_and_no_run(head: Head, wo
     assert Store(".fls").list_runs() == []
 
 
+def test_a_node_takes_no_module_of_the_working_directory_for_an_installed_one(
+    head: Head, work: Path
+) -> None:
+    write_spec(DIAMOND)
+    for name in ("fsspec", "pydantic", "ray", "torch", "yaml"):
+        Path(f"{name}.py").write_text(f"open({str(work / 'executed')!r}, 'a').write('{name} ')\n")
+    found = subprocess.run(
+        [sys.executable, "-m", "pipeline", "run", "--tracking", "jsonl"],
+        env={**head.environment, "RAY_ADDRESS": head.gcs},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert not Path("executed").exists(), Path("executed").read_text()
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
 # ------------------------------------------------------------- what needs no head to be refused
 
 
