@@ -35,7 +35,7 @@ OTHERS = {
     "pip": ["install"],
     "chgrp": ["-R"],
     "chmod": ["-R"],
-    "find": ["-type", "-exec"],
+    "find": ["PLACEHOLDER", "-type", "d", "-exec", "chmod"],
 }
 FOREIGN = {*dir(builtins), "torch", "norm_except_dim"}
 SENTENCE = re.compile(r"[a-z]+ [a-z]+")

@@ -4,6 +4,7 @@ import fcntl
 import os
 import shutil
 import stat
+import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
@@ -248,7 +249,15 @@ def test_a_store_that_keeps_its_group_out_is_refused_at_the_start(shared: Path) 
     assert f"{folder}/runs: user {OTHER} may not write in it" in found
     assert f"it is user 0's and group {GROUP}'s" in found
     assert "umask 002" in found
-    assert f"chmod -R g+rwX {folder}" in found
+    for command in (
+        ["chgrp", "-R", "GROUP", str(folder)],
+        ["chmod", "-R", "g+rwX", str(folder)],
+        ["find", str(folder), "-type", "d", "-exec", "chmod", "g+s", "{}", "+"],
+    ):
+        assert f"`{' '.join(command)}`" in found
+        subprocess.run([str(GROUP) if one == "GROUP" else one for one in command], check=True)
+    again = partial(Store(str(folder)).write_run, "20260102-000000-bbbb", "spec", {})
+    assert as_other(again, groups=(GROUP,), mask=0o002) == "None"
 
 
 def test_what_the_group_may_not_read_is_no_outage(shared: Path) -> None:
