@@ -24,6 +24,7 @@ from pipeline.errors import Damaged, PipelineError, StorageUnavailable, TakenOve
 from pipeline.events import EVENTS_AT_ONCE, Event, EventTail
 from pipeline.executors import AbstractExecutor
 from pipeline.facts import cell_facts
+from pipeline.heartbeat import Heartbeat
 from pipeline.leases import LeaseWatch, lease_s
 from pipeline.live import LiveView
 from pipeline.planner import Plan
@@ -117,7 +118,8 @@ class Driver:
         self._unheard: list[str] = []
         self._looked_s = time.monotonic()
         self._lacking: set[str] = set()
-        self._beat_s = self._save_s = 0.0
+        self._heartbeat = Heartbeat(store, record)
+        self._save_s = 0.0
         self._superseded = False
         self._refused = False
         self.signal: int | None = None
@@ -131,7 +133,7 @@ class Driver:
         Raises:
             StorageUnavailable: the storage is away, for longer than it was waited for.
         """
-        with self._pool or nullcontext(), self._heeding_signals():
+        with self._pool or nullcontext(), self._heartbeat, self._heeding_signals():
             try:
                 return self._run()
             except StorageUnavailable as error:
@@ -150,6 +152,7 @@ class Driver:
 
         Raises:
             StorageUnavailable: it is.
+            TakenOver: the run is another driver's by now.
         """
         state: RunState | None = RunState.FAILED
         try:
@@ -161,6 +164,9 @@ class Driver:
         except StorageUnavailable:
             state = None
             raise
+        except TakenOver:
+            self._superseded = True
+            raise
         finally:
             if state is not None:
                 self._close(state)
@@ -170,6 +176,7 @@ class Driver:
     def _open(self) -> None:
         self._record.claim(self._store, self._statuses)
         self._save(now=True)
+        self._heartbeat.start()
         self._account_for_cached()
 
     def _account_for_cached(self) -> None:
@@ -332,6 +339,7 @@ class Driver:
             self._looked_s = now
             self._check_room()
         self._check_tracking()
+        self._heed()
         self._save()
         self._view.show(self._statuses)
 
@@ -568,35 +576,29 @@ class Driver:
     def _attend(self) -> None:
         """Show, while tracking ends, that the run is still being recorded by this process."""
         self._pass_on_messages()
+        self._heed()
         self._save()
 
+    def _heed(self) -> None:
+        """See what was asked of this driver; raise what has ended its heartbeat, if it has."""
+        self._heartbeat.check()
+        if self.signal is None and self._heartbeat.asked_to_stop:
+            self.signal = signal.SIGTERM
+
     def _save(self, *, now: bool = False, leaving: bool = False) -> None:
-        """Write every few seconds that this driver is alive, and see what was asked of it.
+        """Write every few seconds how far the run is.
 
-        How far the run is, which of thousands of cells takes long to write, takes at most a
-        twentieth of the time.
-
-        Raises:
-            TakenOver: the run is another driver's by now, and nothing more is written.
+        That takes long of thousands of cells, but at most a twentieth of the time. Where the run
+        is another driver's by now, nothing more is written; see `RunRecord.require_own`.
         """
-        if now or time.monotonic() - self._beat_s >= HEARTBEAT_S:
-            self._beat_s = time.monotonic()
-            if self._record.superseded(self._store):
-                self._superseded = True
-                raise TakenOver(
-                    f"Run {self._record.run_id} was taken over by another process while this one "
-                    "was silent; this one ends."
-                )
-            if self.signal is None and self._record.asked_to_stop(self._store):
-                self.signal = signal.SIGTERM
-            if not now and time.monotonic() < self._save_s:
-                self._record.beat(self._store)
-                return
-            began_s = time.monotonic()
-            self._record.tracking = self._tracking.progress()
-            self._record.save_progress(self._store, leaving=leaving)
-            end_s = time.monotonic()
-            self._save_s = end_s + (end_s - began_s) / _SAVING_SHARE
+        began_s = time.monotonic()
+        if not now and began_s < self._save_s:
+            return
+        self._record.require_own(self._store)
+        self._record.tracking = self._tracking.progress()
+        self._record.save_progress(self._store, leaving=leaving)
+        end_s = time.monotonic()
+        self._save_s = end_s + max(HEARTBEAT_S, (end_s - began_s) / _SAVING_SHARE)
 
 
 def _unusable(error: Exception) -> str:
