@@ -7,17 +7,20 @@ Workers know nothing of each other.
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 from pipeline.activity import Pace, first_line
 from pipeline.errors import Damaged, PipelineError, StorageUnavailable, TakenOver
@@ -25,7 +28,7 @@ from pipeline.events import EVENTS_AT_ONCE, Event, EventTail
 from pipeline.executors import AbstractExecutor
 from pipeline.facts import cell_facts
 from pipeline.heartbeat import Heartbeat
-from pipeline.leases import LeaseWatch, lease_s
+from pipeline.leases import Holder, LeaseWatch, lease_s
 from pipeline.live import LiveView
 from pipeline.planner import Plan
 from pipeline.runs import HEARTBEAT_S, RunRecord, RunState, State, recorded_ids
@@ -47,6 +50,8 @@ _SAVING_SHARE = 0.05  # of the time, at most, that goes into writing how far the
 GRACE_S = 10.0
 _TRACKING_TIMEOUT_S = {RunState.DONE: 120.0, RunState.FAILED: 120.0, RunState.STOPPED: 10.0}
 _AWAY_S = 30.0  # how long a server that is away is waited for at the end
+
+_Answer = TypeVar("_Answer")
 
 
 @dataclass
@@ -190,7 +195,7 @@ class Driver:
                 source = known[manifest.key].cell if manifest.key in known else None
                 self._tracking.note(self._facts(name), CellState.CACHED, source)
             elif name in self._record.tracking.closed:
-                self._statuses[name].state = State.DONE
+                self._schedule.change(name, State.DONE)
                 facts = self._facts(name)
                 if facts.registration is not None or facts.tags:  # it may not have come to these
                     self._tracking.note(facts, CellState.CACHED)
@@ -211,8 +216,8 @@ class Driver:
             return
         if self.signal is not None:
             self._wind_down(state)
+        self._listen(list(self._flights))
         for name in list(self._flights):
-            self._listen(name)
             if (outcome := self._flights[name].outcome) is not None:
                 self._settle(name, outcome)
                 continue
@@ -276,8 +281,7 @@ class Driver:
 
     def _working(self) -> bool:
         """Tell whether a worker has begun with one of the cells in flight."""
-        for name in self._flights:
-            self._listen(name)
+        self._listen(list(self._flights))
         return any(flight.started_s is not None for flight in self._flights.values())
 
     def _promoted(self) -> Iterator[Path]:
@@ -347,45 +351,63 @@ class Driver:
         limit = min(
             self._record.options.max_parallel or self._executor.window, self._executor.window
         )
+        end_s = time.monotonic() + _LISTEN_S
         found_one = True
         while found_one:  # what the store has already makes others ready at once
             found_one = False
-            busy = {self._statuses[name].key for name in self._flights}
-            for name in self._schedule.ready():
-                status = self._statuses[name]
-                if name in self._flights or self._retry_s.get(name, 0) > time.monotonic():
-                    continue
-                if len(self._flights) >= limit:
-                    return
-                if self._exists(status.key):
-                    self._take_from_store(name)
-                    found_one = True
-                elif status.key not in busy and not self._held(name):
-                    busy.add(status.key)
-                    self._tail.skip(name, status.key)
-                    self._flights[name] = _Flight()
-                    task = self._schedule.task(
-                        name, run=self._record.run_id, storage=self._store.url, token=self._token
-                    )
-                    self._executor.submit(task, self._schedule.cell(name).resources)
+            waiting = self._waiting()
+            while (room := limit - len(self._flights)) > 0 and time.monotonic() < end_s:
+                names = list(islice(waiting, min(room, self._store.storage.at_once)))
+                if not names:
+                    break
+                for name, (exists, holder) in self._ask_all(self._look, names):
+                    if exists:
+                        self._take_from_store(name)
+                        found_one = True
+                    elif not self._is_held(name, holder):
+                        self._submit(name)
 
-    def _held(self, name: str) -> bool:
+    def _waiting(self) -> Iterator[str]:
+        """Yield the cells that may run now, as far as can be told without the store."""
+        busy = {self._statuses[name].key for name in self._flights}
+        for name in self._schedule.ready():
+            now = time.monotonic()
+            held = now - self._held_s.get(name, -math.inf) < _LISTEN_EVERY_S
+            key = self._statuses[name].key
+            if not held and key not in busy and self._retry_s.get(name, 0) <= now:
+                busy.add(key)
+                yield name
+
+    def _look(self, name: str) -> tuple[bool, Holder | None]:
+        """Return whether the store has a cell's result, and else who works at it, if anyone."""
+        key = self._statuses[name].key
+        if self._exists(key):
+            return True, None
+        holder = self._leases.holder(key)
+        if holder is None:
+            self._tail.skip(name, key)
+        return False, holder
+
+    def _is_held(self, name: str, holder: Holder | None) -> bool:
         """Tell whether another run works at the cell, whose result is then waited for."""
-        before_s = self._held_s.get(name)
-        if before_s is not None and time.monotonic() - before_s < _LISTEN_EVERY_S:
-            return True
-        holder = self._leases.holder(self._statuses[name].key)
         if holder is None:
             self._held_s.pop(name, None)
             return False
-        if before_s is None:
+        if name not in self._held_s:
             self._view.say(f"{name}: run {holder.run} on {holder.host} is at it; waiting for that.")
         self._held_s[name] = time.monotonic()
         return True
 
+    def _submit(self, name: str) -> None:
+        self._flights[name] = _Flight()
+        task = self._schedule.task(
+            name, run=self._record.run_id, storage=self._store.url, token=self._token
+        )
+        self._executor.submit(task, self._schedule.cell(name).resources)
+
     def _take_from_store(self, name: str) -> None:
         """Use a result that another run has made meanwhile."""
-        self._statuses[name].state = State.CACHED
+        self._schedule.change(name, State.CACHED)
         self._tracking.note(self._facts(name), CellState.CACHED)
 
     def _listen_to_all(self) -> None:
@@ -395,23 +417,27 @@ class Driver:
         at_once = self._store.storage.at_once
         while self._unheard and time.monotonic() < end_s:
             names, self._unheard = self._unheard[:at_once], self._unheard[at_once:]
-            for name, events in self._read_all([name for name in names if name in self._flights]):
-                self._take_all(name, events)
+            self._listen([name for name in names if name in self._flights])
 
-    def _read_all(self, names: Sequence[str]) -> Iterable[tuple[str, list[Event]]]:
-        """Return each cell with its next events; of a storage that is slow to answer, at once."""
+    def _ask_all(
+        self, ask: Callable[[str], _Answer], names: Sequence[str]
+    ) -> Iterable[tuple[str, _Answer]]:
+        """Return each cell with what the store says of it; of a slow storage, asked at once."""
         if self._pool is None or len(names) < 2:
-            return [(name, self._read(name)) for name in names]
-        return zip(names, self._pool.map(self._read, names), strict=True)
+            return [(name, ask(name)) for name in names]
+        return zip(names, self._pool.map(ask, names), strict=True)
 
     def _read(self, name: str) -> list[Event]:
         return self._tail.read(name, self._statuses[name].key)[0]
 
-    def _listen(self, name: str) -> bool:
-        """Take in what a cell has to say, up to a bound; tell whether that was all."""
-        events = self._read(name)
-        self._take_all(name, events)
-        return len(events) < EVENTS_AT_ONCE
+    def _listen(self, names: Sequence[str]) -> list[str]:
+        """Take in what cells have to say, up to a bound; return those of which that was all."""
+        heard = []
+        for name, events in self._ask_all(self._read, names):
+            self._take_all(name, events)
+            if len(events) < EVENTS_AT_ONCE:
+                heard.append(name)
+        return heard
 
     def _take_all(self, name: str, events: Sequence[Event]) -> None:
         flight = self._flights[name]
@@ -425,7 +451,8 @@ class Driver:
         status = self._statuses[name]
         if event["type"] == "start":
             flight.started_s = time.monotonic()
-            status.state, status.began = State.RUNNING, event["time"]
+            self._schedule.change(name, State.RUNNING)
+            status.began = event["time"]
             flight.pace.begin(event)
         elif event["type"] == "progress":
             status.progress = (event["done"], event["total"], event["unit"])
@@ -443,10 +470,17 @@ class Driver:
         for name, outcome in self._executor.wait(timeout_s):
             if name in self._flights:
                 self._flights[name].outcome = outcome
-        for name, flight in list(self._flights.items()):
-            late = time.monotonic() > end_s
-            if flight.outcome is not None and not late and self._listen(name):
-                self._settle(name, flight.outcome)
+        ended = {
+            name: flight.outcome
+            for name, flight in self._flights.items()
+            if flight.outcome is not None
+        }
+        unheard = iter(ended)
+        while time.monotonic() <= end_s and (
+            names := list(islice(unheard, self._store.storage.at_once))
+        ):
+            for name in self._listen(names):
+                self._settle(name, ended[name])
 
     def _settle(self, name: str, outcome: Outcome) -> None:
         self._statuses[name].seconds = outcome.get("seconds")
@@ -465,9 +499,9 @@ class Driver:
 
     def _end_flight(self, name: str, state: State) -> None:
         del self._flights[name]
+        self._schedule.change(name, state)
         status = self._statuses[name]
-        status.state, status.began = state, None
-        status.progress = status.moved = status.gap_s = status.said = None
+        status.began = status.progress = status.moved = status.gap_s = status.said = None
 
     def _fail(self, name: str, outcome: Outcome) -> None:
         """Let a cell try again after a pause, or give it up."""

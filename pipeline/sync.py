@@ -257,7 +257,7 @@ def _with_loaders(
     return replace(facts, cells=cells), said
 
 
-def _step(store: Store, record: RunRecord) -> None:
+def _step(store: Store, record: RunRecord, cell: str | None) -> None:
     """Show every few seconds that the run is being recorded here, if it still is.
 
     See `RunRecord.require_own`.
