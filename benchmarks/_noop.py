@@ -6,6 +6,7 @@ It is a plugin like any other, so that what runs it is what runs everything.
 from __future__ import annotations
 
 import json
+import os
 import selectors
 import subprocess
 import sys
@@ -18,7 +19,9 @@ from pydantic import Field
 
 from pipeline.executors.base import AbstractExecutor
 from pipeline.stage import Catalogue, Context, Output, Params, Resources, Stage
-from pipeline.worker import Outcome, Task, died
+from pipeline.worker import Outcome, Task
+
+_AHEAD = 8  # tasks that a worker has been sent, so that it does not wait for the driver
 
 
 class NoopParams(Params):
@@ -72,7 +75,7 @@ class Cluster(AbstractExecutor):
     def __init__(self, workers: int, flights: int, environment: dict[str, str]):
         self._flights = flights
         self._line: deque[Task] = deque()
-        self._at: dict[int, str] = {}
+        self._at: dict[int, deque[str]] = {index: deque() for index in range(workers)}
         self._selector = selectors.DefaultSelector()
         self._workers = [_Worker(environment) for _ in range(workers)]
         for index, worker in enumerate(self._workers):
@@ -98,9 +101,8 @@ class Cluster(AbstractExecutor):
         """See `AbstractExecutor.wait`."""
         ended = []
         for ready, _ in self._selector.select(timeout_s):
-            cell = self._at.pop(ready.data)
-            line = self._workers[ready.data].answers.readline()
-            ended.append((cell, json.loads(line) if line else died("its worker ended")))
+            for outcome in self._workers[ready.data].read():
+                ended.append((self._at[ready.data].popleft(), outcome))
         self._hand_out()
         return ended
 
@@ -119,9 +121,9 @@ class Cluster(AbstractExecutor):
 
     def _hand_out(self) -> None:
         for index, worker in enumerate(self._workers):
-            if index not in self._at and self._line:
+            while len(self._at[index]) < _AHEAD and self._line:
                 task = self._line.popleft()
-                self._at[index] = task["cell"]
+                self._at[index].append(task["cell"])
                 worker.send(task)
 
 
@@ -139,10 +141,16 @@ class _Worker:
         )
         self._tasks = cast(IO[bytes], self._process.stdin)
         self.answers = cast(IO[bytes], self._process.stdout)
+        self._read = b""
 
     def send(self, task: Task) -> None:
         self._tasks.write(json.dumps(task).encode() + b"\n")
         self._tasks.flush()
+
+    def read(self) -> list[Outcome]:
+        """Return the outcomes that have come."""
+        *lines, self._read = (self._read + os.read(self.answers.fileno(), 1 << 16)).split(b"\n")
+        return [json.loads(line) for line in lines]
 
     def stop(self) -> None:
         with self._process:

@@ -428,7 +428,8 @@ class Driver:
         return zip(names, self._pool.map(ask, names), strict=True)
 
     def _read(self, name: str) -> list[Event]:
-        return self._tail.read(name, self._statuses[name].key)[0]
+        ended = self.signal is not None or self._flights[name].outcome is not None
+        return self._tail.read(name, self._statuses[name].key, ended=ended)[0]
 
     def _listen(self, names: Sequence[str]) -> list[str]:
         """Take in what cells have to say, up to a bound; return those of which that was all."""

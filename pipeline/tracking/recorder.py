@@ -103,7 +103,7 @@ class Recorder:
         tail = EventTail(self._store, self._run.run_id, cursors)
         behind = True
         while behind:
-            events, cursor = tail.read(name, cell.key)
+            events, cursor = tail.read(name, cell.key, ended=state is not CellState.RUNNING)
             self._tracker.log(name, events)
             cursors[name] = cursor
             self._step(name)
