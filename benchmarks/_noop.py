@@ -148,8 +148,15 @@ class _Worker:
         self._tasks.flush()
 
     def read(self) -> list[Outcome]:
-        """Return the outcomes that have come."""
-        *lines, self._read = (self._read + os.read(self.answers.fileno(), 1 << 16)).split(b"\n")
+        """Return the outcomes that have come.
+
+        Raises:
+            EOFError: the worker has ended.
+        """
+        data = os.read(self.answers.fileno(), 1 << 16)
+        if not data:
+            raise EOFError("A worker has ended: expected an outcome.")
+        *lines, self._read = (self._read + data).split(b"\n")
         return [json.loads(line) for line in lines]
 
     def stop(self) -> None:
