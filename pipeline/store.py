@@ -397,7 +397,8 @@ class Store:
             limit: no further segment is read once there are as many events.
             merged: whether to look for segments that were merged since `after` was read.
 
-        Cost: a read for each segment and one more; with `merged`, and if some are known, a listing.
+        Cost: a read for each segment, and one more unless the attempt has ended; with `merged`, and
+        if some are known, a listing.
         """
         events: list[dict[str, Any]] = []
         lost: set[int] = set()
@@ -432,6 +433,8 @@ class Store:
                 except ValueError as error:
                     text = f"an event of attempt {attempt} cannot be read ({error})"
                     events.append({"type": "text", "time": now, "text": text})
+            if events and events[-1]["type"] == "end":  # nothing comes after it
+                break
         return events, after
 
     def _merged_into(

@@ -174,6 +174,23 @@ def test_a_forged_merged_segment_counts_as_damaged(store: Store, head: dict[str,
     assert "is damaged (its first line does not fit the others)" in text["text"]
 
 
+def test_what_has_ended_is_not_asked_for_more(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list(say(store, [1, 1, 1]))
+    asked = []
+    read_file, names = type(store.storage).read, type(store.storage).names
+    for name, true in (("read", read_file), ("names", names)):
+
+        def noted(self: Any, path: str, true: Any = true) -> Any:
+            asked.append(path)
+            return true(self, path)
+
+        monkeypatch.setattr(type(store.storage), name, noted)
+    assert read(store) == ([0, 1, 2], 3)
+    assert asked == [attempts.event_segment(KEY, 1, 1)]
+
+
 def test_segments_are_merged_on_s3(s3: str, tmp_path: Path) -> None:
     store = Store(f"s3://{BUCKET}/{tmp_path.name}")
     seen = {after: list(said) for after, said in enumerate(say(store, [2, 1, 3, 1]), start=1)}
