@@ -10,19 +10,22 @@ import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from pipeline import logs
 from pipeline.errors import StorageUnavailable, StoreError
+from pipeline.events import EVENTS_AT_ONCE, merge
 from pipeline.names import numbers, require_inside
-from pipeline.seal import seal, seal_lines, unseal
+from pipeline.seal import seal, seal_lines, unseal, unseal_lines
 from pipeline.stage import StageError
 from pipeline.storage import AbstractStorage, list_files
 
 # Beside a checkpoint's files, and written after them: their digests.
 DIGESTS = ".digests.json"
 _CHECKPOINTS_KEPT = 2
+_SAID_BYTES = 16_000_000  # of events, of which an attempt that says more merges none
 
 
 def stage_folder(key: str) -> str:
@@ -68,6 +71,9 @@ class Attempt:
         self._storage = storage
         self._path = attempt_folder(key, number)
         self._segments = 0
+        # Their content: a storage that is far away would take minutes to give back a day's.
+        self._said: list[bytes] = []
+        self._said_bytes = 0
         self._log: dict[str, tuple[int, int]] = {}  # what is stored of it: size and time of writing
         self.passed_over: list[str] = []
         self.folder = storage.workspace(self._path)
@@ -84,13 +90,44 @@ class Attempt:
         self._storage.release(self.folder)
 
     def append_events(self, events: Sequence[Mapping[str, Any]]) -> None:
-        """Store events as the next segment; a `checkpoint` event stores the checkpoint first."""
+        """Store events as the next segment; a `checkpoint` event stores the checkpoint first.
+
+        With the `end`, which is the last one, the segments are merged. Not those of an attempt that
+        said a very great deal: they are large, and not so many.
+        """
         if any(event["type"] == "checkpoint" for event in events):
             self._save_checkpoint()
-        if events:
-            self._segments += 1
-            path = event_segment(self.key, self.number, self._segments)
-            self._storage.write(path, seal_lines(events))
+        if not events:
+            return
+        data = seal_lines(events)
+        self._segments += 1
+        self._storage.write(event_segment(self.key, self.number, self._segments), data)
+        self._said.append(data)
+        self._said_bytes += len(data)
+        if self._said_bytes > _SAID_BYTES:
+            self._said.clear()
+        elif events[-1]["type"] == "end" and len(self._said) == self._segments:
+            self._merge_segments()
+
+    def _merge_segments(self) -> None:
+        """Leave as few segments as hold the events without being too large to be read at once.
+
+        Each replaces the first of those that it holds, which are deleted only then: at any moment,
+        and wherever this is interrupted, a reader finds each event once. See `pipeline.events`.
+        """
+        number, segments = 1, [unseal_lines(data) for data in self._said]
+        while segments:
+            sizes = accumulate(map(len, segments))
+            count = max(1, sum(size <= EVENTS_AT_ONCE for size in sizes))
+            parts, segments = segments[:count], segments[count:]
+            if count > 1:
+                path = event_segment(self.key, self.number, number)
+                self._storage.write(path, seal_lines(merge(parts)))
+                merged = range(number + 1, number + count)
+                self._storage.remove_files(
+                    [event_segment(self.key, self.number, one) for one in merged]
+                )
+            number += count
 
     def save_log(self) -> None:
         """Store what is new in `log/`, and delete what was left out there; see `pipeline.logs`."""

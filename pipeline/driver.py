@@ -7,23 +7,27 @@ Workers know nothing of each other.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 from pipeline.activity import Pace, first_line
 from pipeline.errors import Damaged, PipelineError, StorageUnavailable, TakenOver
 from pipeline.events import EVENTS_AT_ONCE, Event, EventTail
 from pipeline.executors import AbstractExecutor
 from pipeline.facts import cell_facts
-from pipeline.leases import LeaseWatch, lease_s
+from pipeline.heartbeat import Heartbeat
+from pipeline.leases import Holder, LeaseWatch, lease_s
 from pipeline.live import LiveView
 from pipeline.planner import Plan
 from pipeline.runs import HEARTBEAT_S, RunRecord, RunState, State, recorded_ids
@@ -45,6 +49,8 @@ _SAVING_SHARE = 0.05  # of the time, at most, that goes into writing how far the
 GRACE_S = 10.0
 _TRACKING_TIMEOUT_S = {RunState.DONE: 120.0, RunState.FAILED: 120.0, RunState.STOPPED: 10.0}
 _AWAY_S = 30.0  # how long a server that is away is waited for at the end
+
+_Answer = TypeVar("_Answer")
 
 
 @dataclass
@@ -116,7 +122,8 @@ class Driver:
         self._unheard: list[str] = []
         self._looked_s = time.monotonic()
         self._lacking: set[str] = set()
-        self._beat_s = self._save_s = 0.0
+        self._heartbeat = Heartbeat(store, record)
+        self._save_s = 0.0
         self._superseded = False
         self._refused = False
         self.signal: int | None = None
@@ -130,7 +137,7 @@ class Driver:
         Raises:
             StorageUnavailable: the storage is away, for longer than it was waited for.
         """
-        with self._pool or nullcontext(), self._heeding_signals():
+        with self._pool or nullcontext(), self._heartbeat, self._heeding_signals():
             try:
                 return self._run()
             except StorageUnavailable as error:
@@ -149,6 +156,7 @@ class Driver:
 
         Raises:
             StorageUnavailable: it is.
+            TakenOver: the run is another driver's by now.
         """
         state: RunState | None = RunState.FAILED
         try:
@@ -160,6 +168,9 @@ class Driver:
         except StorageUnavailable:
             state = None
             raise
+        except TakenOver:
+            self._superseded = True
+            raise
         finally:
             if state is not None:
                 self._close(state)
@@ -169,6 +180,7 @@ class Driver:
     def _open(self) -> None:
         self._record.claim(self._store, self._statuses)
         self._save(now=True)
+        self._heartbeat.start()
         self._account_for_cached()
 
     def _account_for_cached(self) -> None:
@@ -182,7 +194,7 @@ class Driver:
                 source = known[manifest.key].cell if manifest.key in known else None
                 self._tracking.note(self._facts(name), CellState.CACHED, source)
             elif name in self._record.tracking.closed:
-                self._statuses[name].state = State.DONE
+                self._schedule.change(name, State.DONE)
                 facts = self._facts(name)
                 if facts.registration is not None or facts.tags:  # it may not have come to these
                     self._tracking.note(facts, CellState.CACHED)
@@ -203,8 +215,8 @@ class Driver:
             return
         if self.signal is not None:
             self._wind_down(state)
+        self._listen(list(self._flights))
         for name in list(self._flights):
-            self._listen(name)
             if (outcome := self._flights[name].outcome) is not None:
                 self._settle(name, outcome)
                 continue
@@ -268,8 +280,7 @@ class Driver:
 
     def _working(self) -> bool:
         """Tell whether a worker has begun with one of the cells in flight."""
-        for name in self._flights:
-            self._listen(name)
+        self._listen(list(self._flights))
         return any(flight.started_s is not None for flight in self._flights.values())
 
     def _promoted(self) -> Iterator[Path]:
@@ -331,6 +342,7 @@ class Driver:
             self._looked_s = now
             self._check_room()
         self._check_tracking()
+        self._heed()
         self._save()
         self._view.show(self._statuses)
 
@@ -338,45 +350,63 @@ class Driver:
         limit = min(
             self._record.options.max_parallel or self._executor.window, self._executor.window
         )
+        end_s = time.monotonic() + _LISTEN_S
         found_one = True
         while found_one:  # what the store has already makes others ready at once
             found_one = False
-            busy = {self._statuses[name].key for name in self._flights}
-            for name in self._schedule.ready():
-                status = self._statuses[name]
-                if name in self._flights or self._retry_s.get(name, 0) > time.monotonic():
-                    continue
-                if len(self._flights) >= limit:
-                    return
-                if self._exists(status.key):
-                    self._take_from_store(name)
-                    found_one = True
-                elif status.key not in busy and not self._held(name):
-                    busy.add(status.key)
-                    self._tail.skip(name, status.key)
-                    self._flights[name] = _Flight()
-                    task = self._schedule.task(
-                        name, run=self._record.run_id, storage=self._store.url, token=self._token
-                    )
-                    self._executor.submit(task, self._schedule.cell(name).resources)
+            waiting = self._waiting()
+            while (room := limit - len(self._flights)) > 0 and time.monotonic() < end_s:
+                names = list(islice(waiting, min(room, self._store.storage.at_once)))
+                if not names:
+                    break
+                for name, (exists, holder) in self._ask_all(self._look, names):
+                    if exists:
+                        self._take_from_store(name)
+                        found_one = True
+                    elif not self._is_held(name, holder):
+                        self._submit(name)
 
-    def _held(self, name: str) -> bool:
+    def _waiting(self) -> Iterator[str]:
+        """Yield the cells that may run now, as far as can be told without the store."""
+        busy = {self._statuses[name].key for name in self._flights}
+        for name in self._schedule.ready():
+            now = time.monotonic()
+            held = now - self._held_s.get(name, -math.inf) < _LISTEN_EVERY_S
+            key = self._statuses[name].key
+            if not held and key not in busy and self._retry_s.get(name, 0) <= now:
+                busy.add(key)
+                yield name
+
+    def _look(self, name: str) -> tuple[bool, Holder | None]:
+        """Return whether the store has a cell's result, and else who works at it, if anyone."""
+        key = self._statuses[name].key
+        if self._exists(key):
+            return True, None
+        holder = self._leases.holder(key)
+        if holder is None:
+            self._tail.skip(name, key)
+        return False, holder
+
+    def _is_held(self, name: str, holder: Holder | None) -> bool:
         """Tell whether another run works at the cell, whose result is then waited for."""
-        before_s = self._held_s.get(name)
-        if before_s is not None and time.monotonic() - before_s < _LISTEN_EVERY_S:
-            return True
-        holder = self._leases.holder(self._statuses[name].key)
         if holder is None:
             self._held_s.pop(name, None)
             return False
-        if before_s is None:
+        if name not in self._held_s:
             self._view.say(f"{name}: run {holder.run} on {holder.host} is at it; waiting for that.")
         self._held_s[name] = time.monotonic()
         return True
 
+    def _submit(self, name: str) -> None:
+        self._flights[name] = _Flight()
+        task = self._schedule.task(
+            name, run=self._record.run_id, storage=self._store.url, token=self._token
+        )
+        self._executor.submit(task, self._schedule.cell(name).resources)
+
     def _take_from_store(self, name: str) -> None:
         """Use a result that another run has made meanwhile."""
-        self._statuses[name].state = State.CACHED
+        self._schedule.change(name, State.CACHED)
         self._tracking.note(self._facts(name), CellState.CACHED)
 
     def _listen_to_all(self) -> None:
@@ -386,23 +416,28 @@ class Driver:
         at_once = self._store.storage.at_once
         while self._unheard and time.monotonic() < end_s:
             names, self._unheard = self._unheard[:at_once], self._unheard[at_once:]
-            for name, events in self._read_all([name for name in names if name in self._flights]):
-                self._take_all(name, events)
+            self._listen([name for name in names if name in self._flights])
 
-    def _read_all(self, names: Sequence[str]) -> Iterable[tuple[str, list[Event]]]:
-        """Return each cell with its next events; of a storage that is slow to answer, at once."""
+    def _ask_all(
+        self, ask: Callable[[str], _Answer], names: Sequence[str]
+    ) -> Iterable[tuple[str, _Answer]]:
+        """Return each cell with what the store says of it; of a slow storage, asked at once."""
         if self._pool is None or len(names) < 2:
-            return [(name, self._read(name)) for name in names]
-        return zip(names, self._pool.map(self._read, names), strict=True)
+            return [(name, ask(name)) for name in names]
+        return zip(names, self._pool.map(ask, names), strict=True)
 
     def _read(self, name: str) -> list[Event]:
-        return self._tail.read(name, self._statuses[name].key)[0]
+        ended = self.signal is not None or self._flights[name].outcome is not None
+        return self._tail.read(name, self._statuses[name].key, ended=ended)[0]
 
-    def _listen(self, name: str) -> bool:
-        """Take in what a cell has to say, up to a bound; tell whether that was all."""
-        events = self._read(name)
-        self._take_all(name, events)
-        return len(events) < EVENTS_AT_ONCE
+    def _listen(self, names: Sequence[str]) -> list[str]:
+        """Take in what cells have to say, up to a bound; return those of which that was all."""
+        heard = []
+        for name, events in self._ask_all(self._read, names):
+            self._take_all(name, events)
+            if len(events) < EVENTS_AT_ONCE:
+                heard.append(name)
+        return heard
 
     def _take_all(self, name: str, events: Sequence[Event]) -> None:
         flight = self._flights[name]
@@ -416,7 +451,8 @@ class Driver:
         status = self._statuses[name]
         if event["type"] == "start":
             flight.started_s = time.monotonic()
-            status.state, status.began = State.RUNNING, event["time"]
+            self._schedule.change(name, State.RUNNING)
+            status.began = event["time"]
             flight.pace.begin(event)
         elif event["type"] == "progress":
             status.progress = (event["done"], event["total"], event["unit"])
@@ -434,10 +470,17 @@ class Driver:
         for name, outcome in self._executor.wait(timeout_s):
             if name in self._flights:
                 self._flights[name].outcome = outcome
-        for name, flight in list(self._flights.items()):
-            late = time.monotonic() > end_s
-            if flight.outcome is not None and not late and self._listen(name):
-                self._settle(name, flight.outcome)
+        ended = {
+            name: flight.outcome
+            for name, flight in self._flights.items()
+            if flight.outcome is not None
+        }
+        unheard = iter(ended)
+        while time.monotonic() <= end_s and (
+            names := list(islice(unheard, self._store.storage.at_once))
+        ):
+            for name in self._listen(names):
+                self._settle(name, ended[name])
 
     def _settle(self, name: str, outcome: Outcome) -> None:
         self._statuses[name].seconds = outcome.get("seconds")
@@ -456,9 +499,9 @@ class Driver:
 
     def _end_flight(self, name: str, state: State) -> None:
         del self._flights[name]
+        self._schedule.change(name, state)
         status = self._statuses[name]
-        status.state, status.began = state, None
-        status.progress = status.moved = status.gap_s = status.said = None
+        status.began = status.progress = status.moved = status.gap_s = status.said = None
 
     def _fail(self, name: str, outcome: Outcome) -> None:
         """Let a cell try again after a pause, or give it up."""
@@ -567,35 +610,29 @@ class Driver:
     def _attend(self) -> None:
         """Show, while tracking ends, that the run is still being recorded by this process."""
         self._pass_on_messages()
+        self._heed()
         self._save()
 
+    def _heed(self) -> None:
+        """See what was asked of this driver; raise what has ended its heartbeat, if it has."""
+        self._heartbeat.check()
+        if self.signal is None and self._heartbeat.asked_to_stop:
+            self.signal = signal.SIGTERM
+
     def _save(self, *, now: bool = False, leaving: bool = False) -> None:
-        """Write every few seconds that this driver is alive, and see what was asked of it.
+        """Write every few seconds how far the run is.
 
-        How far the run is, which of thousands of cells takes long to write, takes at most a
-        twentieth of the time.
-
-        Raises:
-            TakenOver: the run is another driver's by now, and nothing more is written.
+        That takes long of thousands of cells, but at most a twentieth of the time. Where the run
+        is another driver's by now, nothing more is written; see `RunRecord.require_own`.
         """
-        if now or time.monotonic() - self._beat_s >= HEARTBEAT_S:
-            self._beat_s = time.monotonic()
-            if self._record.superseded(self._store):
-                self._superseded = True
-                raise TakenOver(
-                    f"Run {self._record.run_id} was taken over by another process while this one "
-                    "was silent; this one ends."
-                )
-            if self.signal is None and self._record.asked_to_stop(self._store):
-                self.signal = signal.SIGTERM
-            if not now and time.monotonic() < self._save_s:
-                self._record.beat(self._store)
-                return
-            began_s = time.monotonic()
-            self._record.tracking = self._tracking.progress()
-            self._record.save_progress(self._store, leaving=leaving)
-            end_s = time.monotonic()
-            self._save_s = end_s + (end_s - began_s) / _SAVING_SHARE
+        began_s = time.monotonic()
+        if not now and began_s < self._save_s:
+            return
+        self._record.require_own(self._store)
+        self._record.tracking = self._tracking.progress()
+        self._record.save_progress(self._store, leaving=leaving)
+        end_s = time.monotonic()
+        self._save_s = end_s + max(HEARTBEAT_S, (end_s - began_s) / _SAVING_SHARE)
 
 
 def _unusable(error: Exception) -> str:

@@ -15,14 +15,20 @@ JSON object with `type` and `time` (Unix seconds); the types, with their further
     end         status: last in every attempt that was not killed; and the cost of one that failed
 
 Of `progress` and `text`, which tell how a stage stands, a segment holds the latest one alone.
+
+Once an attempt has ended, runs of its segments are merged: the first of a run is replaced by all of
+them, and the others are deleted. So whoever begins to read finds what there was, and whoever has
+read some of a run goes on within it: a merged segment says in a first line which of its events had
+been in which segment.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 from pipeline.leases import lease_s
@@ -33,6 +39,7 @@ _FIRST_INTERVAL_S = 1.0
 _LAST_INTERVAL_S = 10.0
 _LATEST_ALONE = {"progress", "text"}
 EVENTS_AT_ONCE = 5000  # in a segment, and of a cell in one turn of its reader
+_MERGED = "merged"  # the type of a merged segment's first line
 
 
 class EventWriter:
@@ -122,6 +129,37 @@ class EventWriter:
         return min(longest_s, max(_FIRST_INTERVAL_S, elapsed / 60))
 
 
+def merge(segments: Iterable[Sequence[Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
+    """Return the lines of a merged segment.
+
+    >>> split(merge([[{"type": "start"}], [{"type": "end"}]]))
+    [[{'type': 'start'}], [{'type': 'end'}]]
+    """
+    parts = list(segments)
+    head = {"type": _MERGED, "events": [len(part) for part in parts]}
+    return [head, *(event for part in parts for event in part)]
+
+
+def split(lines: list[Any]) -> list[list[Any]]:
+    """Return the segments that a stored one holds: itself, or those that were merged into it.
+
+    Raises:
+        ValueError: its first line does not fit the others.
+    """
+    head = lines[0] if lines else None
+    if not isinstance(head, dict) or head.get("type") != _MERGED:
+        return [lines]
+    counts = head.get("events")
+    if (
+        not isinstance(counts, list)
+        or not all(type(count) is int and count > 0 for count in counts)
+        or sum(counts) != len(lines) - 1
+    ):
+        raise ValueError("its first line does not fit the others")
+    left = iter(lines[1:])
+    return [list(islice(left, count)) for count in counts]
+
+
 def words(event: Mapping[str, Any]) -> str:
     """Return what an event says to people, or "".
 
@@ -151,9 +189,12 @@ class EventSource(Protocol):
         """Return the numbers of the key's attempts, ascending."""
 
     def read_events(
-        self, key: str, attempt: int, after: int, *, limit: int
+        self, key: str, attempt: int, after: int, *, limit: int, merged: bool
     ) -> tuple[list[Event], int]:
-        """Return `limit` events or so after segment `after`, and the last segment's number."""
+        """Return `limit` events or so after segment `after`, and the last segment's number.
+
+        With `merged`, they are also looked for in what was merged meanwhile.
+        """
 
 
 class EventTail:
@@ -179,10 +220,16 @@ class EventTail:
         attempts = self._source.attempts(key)
         self._cursors[cell] = Cursor(attempts[-1] + 1 if attempts else 0)
 
-    def read(self, cell: str, key: str) -> tuple[list[Event], Cursor]:
+    def read(self, cell: str, key: str, *, ended: bool = True) -> tuple[list[Event], Cursor]:
         """Return the cell's next events, and how far they go.
 
         Fewer than `EVENTS_AT_ONCE` are all that there are.
+
+        Args:
+            cell: the cell.
+            key: its key.
+            ended: whether its attempt may have ended. While it has not, nothing is merged, and a
+                storage need not be asked for that.
         """
         cursor = self._cursors.get(cell, Cursor())
         found: list[Event] = []
@@ -190,7 +237,9 @@ class EventTail:
             if attempt < cursor.attempt or (key, attempt) in self._foreign:
                 continue
             after = cursor.segment if attempt == cursor.attempt else 0
-            events, last = self._source.read_events(key, attempt, after, limit=EVENTS_AT_ONCE)
+            events, last = self._source.read_events(
+                key, attempt, after, limit=EVENTS_AT_ONCE, merged=ended
+            )
             if not events:
                 continue
             if after == 0 and events[0].get("run", self._run_id) != self._run_id:

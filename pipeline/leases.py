@@ -108,7 +108,7 @@ class LeaseWatch:
         if sight is None or sight.attempt != attempts[-1]:
             sight = self._sights[key] = _Sight(attempts[-1], 0, time.monotonic())
         events, last = self._store.read_events(key, sight.attempt, sight.segment)
-        if events:
+        if last > sight.segment:
             sight.first = sight.first or events[0]
             sight.segment, sight.time_s = last, time.monotonic()
             sight.ended = events[-1]["type"] == "end"

@@ -228,14 +228,15 @@ def _attempt_head(store: Store, key: str, attempt: int) -> str:
 
 def _print_events(store: Store, key: str, attempt: int, console: Console) -> None:
     """Print what an attempt said that is older than logs: then its lines were events."""
-    events, last = store.read_events(key, attempt, limit=EVENTS_AT_ONCE)
-    began = events[0] if events else {}
-    while events:
+    began, last, more = None, 0, True
+    while more:
+        events, last = store.read_events(key, attempt, last, limit=EVENTS_AT_ONCE)
         for event in events:
+            began = began or event
             text = _event_text(event)
             if text:
                 _say(console, f"{_since(began, event):>8}  {text}")
-        events, last = store.read_events(key, attempt, last, limit=EVENTS_AT_ONCE)
+        more = len(events) >= EVENTS_AT_ONCE
 
 
 def _stream(console: Console, text: str) -> None:

@@ -20,7 +20,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import BadInput, DamagedDocument, nearest
+from pipeline.errors import BadInput, DamagedDocument, TakenOver, nearest
 from pipeline.events import Cursor
 from pipeline.executors import ExecutorName
 from pipeline.leases import has_died, lease_s, this_machine
@@ -282,6 +282,18 @@ class RunRecord:
     def superseded(self, store: Store) -> bool:
         """Tell whether another driver has taken the run over, because this one was silent."""
         return len(store.run_marks(self.run_id, "life-")) > self.life
+
+    def require_own(self, store: Store) -> None:
+        """Check that the run is still this process's; otherwise it writes nothing more of it.
+
+        Raises:
+            TakenOver: another process has taken it over.
+        """
+        if self.superseded(store):
+            raise TakenOver(
+                f"Run {self.run_id} was taken over by another process while this one was silent; "
+                "this one ends."
+            )
 
     def ask_to_stop(self, store: Store) -> None:
         """Ask the run's present driver to stop, wherever it is."""

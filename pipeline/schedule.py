@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import socket
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,7 +44,16 @@ class Schedule:
             for one in planned
         }
         self._calls = known_calls(plan.spec.cells)
-        self._depth = self._depths()
+        self._rank = self._ranks()
+        self._takers: dict[str, list[str]] = {}
+        for one in planned:
+            for source in one.cell.sources:
+                self._takers.setdefault(source, []).append(one.cell.name)
+        self._unsettled = {
+            name for name, status in self.statuses.items() if status.state not in _SETTLED
+        }
+        self._unsure = set(self._unsettled)  # whether they are ready
+        self._ready: list[tuple[tuple[int, int], str]] = []  # by rank, which is each one's own
 
     def cell(self, name: str) -> Cell:
         """Return the cell called `name`."""
@@ -113,28 +123,47 @@ class Schedule:
     @property
     def settled(self) -> bool:
         """Whether nothing waits or runs."""
-        return all(status.state in _SETTLED for status in self.statuses.values())
+        return not self._unsettled
+
+    def change(self, name: str, state: State) -> None:
+        """Note how a cell stands from now on.
+
+        Cost: of the cells that take from it, however many others there are.
+        """
+        self.statuses[name].state = state
+        if state in _SETTLED:
+            self._unsettled.discard(name)
+        else:
+            self._unsettled.add(name)
+        self._unsure.update([name, *self._takers.get(name, ())])
 
     def ready(self) -> list[str]:
         """Return the waiting cells that may run now, those with the longest way to go first.
 
         Cells that lost an input they cannot do without are marked skipped on the way.
         """
-        found = []
-        for name, status in self.statuses.items():
-            cell = self.cell(name)
-            if status.state is not State.WAITING or not all(
-                self._state(source) in _SETTLED for source in cell.sources
-            ):
-                continue
-            lost = self._lost(cell)
-            if lost:
-                status.state = State.SKIPPED
-                status.error = {"message": f"needs {shorten(lost)}, which failed"}
-                continue
-            status.key = self._key(name)
-            found.append(name)
-        return sorted(found, key=lambda name: -self._depth[name])
+        while self._unsure:
+            self._look_at(self._unsure.pop())
+        return [name for _, name in self._ready]
+
+    def _look_at(self, name: str) -> None:
+        """Find out whether a cell may run now."""
+        place = self._rank[name], name
+        at = bisect_left(self._ready, place)
+        if self._ready[at : at + 1] == [place]:
+            del self._ready[at]
+        cell, status = self.cell(name), self.statuses[name]
+        if status.state is not State.WAITING or not all(
+            self._state(source) in _SETTLED for source in cell.sources
+        ):
+            return
+        lost = self._lost(cell)
+        if lost:
+            status.error = {"message": f"needs {shorten(lost)}, which failed"}
+            self.change(name, State.SKIPPED)
+            return
+        status.key = self._key(name)
+        self._ready.insert(at, place)
 
     def available(self, source: Source) -> bool:
         """Tell whether a connected output can be fetched."""
@@ -156,7 +185,8 @@ class Schedule:
             name = names.pop()
             status = self.statuses[name]
             if status.state in _USABLE:
-                status.state, status.progress = State.WAITING, None
+                status.progress = None
+                self.change(name, State.WAITING)
                 again.append(name)
                 names += [
                     source
@@ -197,11 +227,14 @@ class Schedule:
             for key, sources in self.cell(name).inputs.items()
         }
 
-    def _depths(self) -> dict[str, int]:
-        """Return for each cell how many cells the longest way from it to the end has."""
+    def _ranks(self) -> dict[str, tuple[int, int]]:
+        """Return for each cell what sorts it: how long the way from it to the end is, its place.
+
+        The length is that of the longest way in cells, negative.
+        """
         depth = dict.fromkeys(self._planned, 1)
         for name in reversed(list(self._planned)):
             for source in self.cell(name).sources:
                 if source in depth:
                     depth[source] = max(depth[source], depth[name] + 1)
-        return depth
+        return {name: (-depth[name], place) for place, name in enumerate(depth)}

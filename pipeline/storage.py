@@ -22,7 +22,7 @@ import shutil
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from operator import attrgetter
@@ -132,6 +132,10 @@ class AbstractStorage(ABC):
     @abstractmethod
     def remove(self, path: str) -> None:
         """Delete a file, or a folder with all in it, if it is there."""
+
+    @abstractmethod
+    def remove_files(self, paths: Sequence[str]) -> None:
+        """Delete files, those that are there."""
 
     @abstractmethod
     def move(self, source: str, target: str) -> None:
@@ -373,6 +377,11 @@ class LocalStorage(AbstractStorage):
                 shutil.rmtree(gone, ignore_errors=True)
 
         self._patiently(path, request)
+
+    def remove_files(self, paths: Sequence[str]) -> None:
+        """See `AbstractStorage.remove_files`."""
+        for path in paths:
+            self.remove(path)
 
     def move(self, source: str, target: str) -> None:
         """See `AbstractStorage.move`."""

@@ -23,7 +23,7 @@ import re
 import socket
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,9 @@ from pipeline.errors import (
     StorageUnsupported,
     StoreError,
 )
-from pipeline.logs import Segment, segments
+from pipeline.events import split
+from pipeline.logs import Segment
+from pipeline.logs import segments as log_segments
 from pipeline.names import numbers, run_ids
 from pipeline.places import lead
 from pipeline.seal import seal, unseal, unseal_lines
@@ -372,43 +374,88 @@ class Store:
 
     def log_segments(self, key: str, attempt: int) -> list[Segment]:
         """Return the segments of an attempt's log, see `pipeline.logs`; none of an old attempt."""
-        return segments(self.storage, attempt_folder(key, attempt))
+        return log_segments(self.storage, attempt_folder(key, attempt))
 
     def read_events(
-        self, key: str, attempt: int, after: int = 0, *, limit: int | None = None
+        self,
+        key: str,
+        attempt: int,
+        after: int = 0,
+        *,
+        limit: int | None = None,
+        merged: bool = True,
     ) -> tuple[list[dict[str, Any]], int]:
         """Return an attempt's events after segment `after`, and the number of the last segment.
-
-        With a `limit`, no further segment is read once there are as many events.
 
         In place of a segment that is damaged, or of an event that is none, comes a `text` event
         that says so; before it, where the `start` is lost with the first segment, one that does not
         say whose the attempt is.
+
+        Args:
+            key: the cell's key.
+            attempt: the attempt's number.
+            after: the segment up to which they are known.
+            limit: no further segment is read once there are as many events.
+            merged: whether to look for segments that were merged since `after` was read.
+
+        Cost: a read for each segment, and one more unless the attempt has ended; with `merged`, and
+        if some are known, a listing.
         """
         events: list[dict[str, Any]] = []
+        lost: set[int] = set()
         while limit is None or len(events) < limit:
+            number = after + 1
             try:
-                data = self.storage.read(event_segment(key, attempt, after + 1))
+                data = self.storage.read(event_segment(key, attempt, number))
             except FileNotFoundError:
-                return events, after
-            after += 1
+                found = self._merged_into(key, attempt, after, lost) if merged and after else None
+                if found is None:
+                    return events, after
+                number, data = found
             now = time.time()
             try:
-                found = unseal_lines(data)
+                segments = split(unseal_lines(data))
             except ValueError as error:
-                if after == 1:
+                lost.add(number)
+                if after == 0:
                     events.append({"type": "start", "time": now})
-                text = f"segment {after} of the events of attempt {attempt} is damaged ({error})"
+                text = f"segment {number} of the events of attempt {attempt} is damaged ({error})"
                 events.append({"type": "text", "time": now, "text": text})
+                after = max(after, number)
                 continue
-            for event in found:
+            if number + len(segments) - 1 <= after:
+                return events, after
+            new = [event for one in segments[max(0, after + 1 - number) :] for event in one]
+            after = number + len(segments) - 1
+            for event in new:
                 try:
                     require_event(event)
                     events.append(event)
                 except ValueError as error:
                     text = f"an event of attempt {attempt} cannot be read ({error})"
                     events.append({"type": "text", "time": now, "text": text})
+            if events and events[-1]["type"] == "end":  # nothing comes after it
+                break
         return events, after
+
+    def _merged_into(
+        self, key: str, attempt: int, after: int, lost: Container[int]
+    ) -> tuple[int, bytes] | None:
+        """Return the segment into which the one after `after` may have been merged, or None.
+
+        Where that is a `lost` one, it is the segment behind all that were merged into it.
+        """
+        folder = f"{attempt_folder(key, attempt)}/events"
+        known = sorted(numbers(name[: -len(".jsonl")] for name in self.storage.names(folder)))
+        before = [number for number in known if number <= after][-1:]
+        if before and before[0] in lost:
+            before = [number for number in known if number > after][:1]
+        if not before:
+            return None
+        try:
+            return before[0], self.storage.read(event_segment(key, attempt, before[0]))
+        except FileNotFoundError:  # the attempt was deleted
+            return None
 
     # -- generations
 

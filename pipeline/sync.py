@@ -21,7 +21,6 @@ from pipeline.errors import (
     PipelineError,
     StorageUnavailable,
     StoreError,
-    TakenOver,
 )
 from pipeline.facts import StoredFacts, load_facts
 from pipeline.graph import Registration
@@ -258,15 +257,13 @@ def _with_loaders(
     return replace(facts, cells=cells), said
 
 
-def _step(store: Store, record: RunRecord) -> None:
-    """Show every few seconds that the run is being recorded here.
+def _step(store: Store, record: RunRecord, cell: str | None) -> None:
+    """Show every few seconds that the run is being recorded here, if it still is.
 
-    Raises:
-        TakenOver: by now it is another process's.
+    See `RunRecord.require_own`.
     """
     if time.time() - record.heartbeat >= HEARTBEAT_S:
-        if record.superseded(store):
-            raise TakenOver(f"Run {record.run_id} was taken over by another process.")
+        record.require_own(store)
         record.save_progress(store)
 
 

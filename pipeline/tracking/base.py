@@ -145,7 +145,8 @@ class AbstractTracker(ABC):
 
     Attributes:
         ids: JSON data that the tracker wants back when it goes on with the run: `cells` (cell ->
-            id) and `records` (cell -> record name -> id), where the tracker has ids.
+            id) and `records` (cell -> record name -> id), where the tracker has ids. Whatever in it
+            is a dictionary has cells for its keys.
         notices: what the user should know and has not been told; who tells it takes it out.
     """
 
@@ -322,6 +323,30 @@ class TrackingProgress:
             ids=_copy_json(self.ids),
             ended=self.ended,
         )
+
+    def follow(self, live: TrackingProgress, cell: str) -> None:
+        """Take over how far one cell is recorded, from progress of which this was a copy before.
+
+        Cost: of a cell, and two searches in lists; however many cells there are.
+        """
+        _take(cell, live.cursors, self.cursors)
+        _take(cell, live.keys, self.keys)
+        for theirs, ours in ((live.closed, self.closed), (live.registered, self.registered)):
+            if (cell in theirs) != (cell in ours):
+                (ours.remove if cell in ours else ours.append)(cell)
+        for name, value in live.ids.items():
+            if isinstance(value, dict):
+                _take(cell, value, self.ids.setdefault(name, {}))
+            else:
+                self.ids[name] = value
+
+
+def _take(name: str, theirs: Mapping[str, Any], ours: dict[str, Any]) -> None:
+    """Take over one value of a dictionary, or that it is gone."""
+    if name in theirs:
+        ours[name] = _copy_json(theirs[name])
+    else:
+        ours.pop(name, None)
 
 
 def _copy_json(value: Any) -> Any:

@@ -38,7 +38,8 @@ class Recorder:
         store: what.
         run: the run.
         progress: how far it is recorded; changed here, before `changed` is called.
-        changed: called after each step that succeeded.
+        changed: called after each step that succeeded, with the cell that it was about, if it was
+            about one.
         say: takes what the user should know.
 
     Attributes:
@@ -51,7 +52,7 @@ class Recorder:
         store: Store,
         run: RunFacts,
         progress: TrackingProgress,
-        changed: Callable[[], None] = lambda: None,
+        changed: Callable[[str | None], object] = lambda cell: None,
         say: Callable[[str], object] = lambda text: None,
     ):
         self._tracker = tracker
@@ -94,7 +95,7 @@ class Recorder:
                 self._forget(name, records=True)
             self._tracker.link_cached(cell, source, self._end(cell, state))
             self._progress.keys[name] = cell.key
-            self._step()
+            self._step(name)
             self._register(cell)
             return
         self._begin(cell)
@@ -102,17 +103,17 @@ class Recorder:
         tail = EventTail(self._store, self._run.run_id, cursors)
         behind = True
         while behind:
-            events, cursor = tail.read(name, cell.key)
+            events, cursor = tail.read(name, cell.key, ended=state is not CellState.RUNNING)
             self._tracker.log(name, events)
             cursors[name] = cursor
-            self._step()
+            self._step(name)
             behind = len(events) >= EVENTS_AT_ONCE
         if state is not CellState.RUNNING:
             self._tracker.close_cell(name, self._end(cell, state))
             self._open.discard(name)
             if state is CellState.DONE:
                 self._progress.closed.append(name)
-            self._step()
+            self._step(name)
         if state is CellState.DONE:
             self._register(cell)
 
@@ -161,7 +162,7 @@ class Recorder:
         if name not in self._open:
             self._tracker.open_cell(cell)
             self._open.add(name)
-            self._step()
+            self._step(name)
 
     def _forget(self, name: str, *, records: bool = False) -> None:
         progress = self._progress
@@ -176,7 +177,7 @@ class Recorder:
             folder = self._store.fetch(cell.key, cell.registration["output"])
             self._tracker.register(cell, folder)
             self._progress.registered.append(cell.cell)
-            self._step()
+            self._step(cell.cell)
 
     def _end(self, cell: CellFacts, state: CellState) -> CellEnd:
         """Gather what is kept of a result; one that is damaged by now is recorded without files."""
@@ -204,8 +205,8 @@ class Recorder:
         except Damaged:
             return None
 
-    def _step(self) -> None:
+    def _step(self, cell: str | None = None) -> None:
         self._progress.ids = self._tracker.ids
         while self._tracker.notices:
             self._say(self._tracker.notices.pop(0))
-        self._changed()
+        self._changed(cell)

@@ -234,6 +234,9 @@ class TrackingThread:
         with self._change:
             self._messages.append(text)
 
-    def _stepped(self) -> None:
+    def _stepped(self, cell: str | None) -> None:
         with self._change:
-            self._recorded = self._live.copy()
+            if cell is None:
+                self._recorded = self._live.copy()
+            else:
+                self._recorded.follow(self._live, cell)

@@ -1,13 +1,16 @@
 """Whether a run is alive is told by one clock, however clocks and process numbers differ."""
 
 import os
+import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from toy_runs import fls, last_run, run_here, write_spec
 
+from pipeline.errors import StorageUnavailable, TakenOver
 from pipeline.leases import has_died, this_machine
 from pipeline.runs import RunRecord, RunState, load_run
 from pipeline.seal import seal, unseal
@@ -31,6 +34,11 @@ def run_id(toy: Path) -> str:
 def change(run_id: str, **fields: Any) -> None:
     path = Path(".fls/runs", run_id, "state.json")
     path.write_bytes(seal({**unseal(path.read_bytes()), **fields}))
+
+
+def beat_every(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("driver", "heartbeat"):
+        monkeypatch.setattr(f"pipeline.{module}.HEARTBEAT_S", seconds)
 
 
 def be_silent(run_id: str, seconds: float = 7200) -> None:
@@ -163,7 +171,7 @@ def test_a_driver_of_many_cells_beats_often_and_seldom_writes_them_all(
         beats.append(time.monotonic())
         beat(record, store)
 
-    monkeypatch.setattr("pipeline.driver.HEARTBEAT_S", 0.1)
+    beat_every(0.1, monkeypatch)
     monkeypatch.setattr(RunRecord, "save_progress", slow_save)
     monkeypatch.setattr(RunRecord, "beat", counted_beat)
     write_spec("    slow: {uses: slow, params: {steps: 40, delay_s: 0.1}}\n")
@@ -172,6 +180,61 @@ def test_a_driver_of_many_cells_beats_often_and_seldom_writes_them_all(
     assert len(saves) <= 4 + seconds / 2
     assert len(beats) >= 5
     assert Path(f".fls/runs/{last_run().run_id}/marks/alive").exists()
+
+
+def test_a_driver_that_waits_for_its_storage_beats_on_time(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beats: list[float] = []
+    read, beat = Store.read_events, RunRecord.beat
+
+    def slow_read(store: Store, *arguments: Any, **options: Any) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            time.sleep(1.5)
+        return read(store, *arguments, **options)
+
+    def noted_beat(record: RunRecord, store: Store) -> None:
+        beat(record, store)
+        beats.append(time.monotonic())
+
+    beat_every(0.1, monkeypatch)
+    monkeypatch.setattr(Store, "read_events", slow_read)
+    monkeypatch.setattr(RunRecord, "beat", noted_beat)
+    write_spec("    start: {uses: start, params: {value: 1}}\n")
+    assert run_here()[0] == 0
+    assert max(later - sooner for sooner, later in pairwise(beats)) < 1.0
+
+
+def test_a_driver_whose_heartbeat_fails_ends(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(record: RunRecord, store: Store) -> None:
+        raise StorageUnavailable("The storage is away.")
+
+    beat_every(0.1, monkeypatch)
+    monkeypatch.setattr(RunRecord, "beat", fail)
+    write_spec("    slow: {uses: slow, params: {steps: 400, delay_s: 0.1}}\n")
+    with pytest.raises(StorageUnavailable, match="is away.*fls resume"):
+        run_here()
+    assert "heartbeat" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_driver_whose_run_was_taken_over_beats_no_more(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beats: list[str] = []
+    beat = RunRecord.beat
+
+    def taken_over(record: RunRecord, store: Store) -> None:
+        beats.append(record.run_id)
+        beat(record, store)
+        store.begin_life(record.run_id)
+
+    beat_every(0.1, monkeypatch)
+    monkeypatch.setattr(RunRecord, "beat", taken_over)
+    write_spec("    slow: {uses: slow, params: {steps: 400, delay_s: 0.1}}\n")
+    with pytest.raises(TakenOver, match="was taken over by another process"):
+        run_here()
+    assert len(beats) == 1
+    assert "heartbeat" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_beat_is_a_sign_of_life(run_id: str) -> None:

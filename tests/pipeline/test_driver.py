@@ -23,6 +23,7 @@ from toy_runs import (
 from pipeline import driver, launch
 from pipeline.errors import BadInput
 from pipeline.executors.local import LocalExecutor
+from pipeline.leases import LeaseWatch
 from pipeline.planner import Selection, make_plan
 from pipeline.runs import RunState, State
 from pipeline.schedule import Schedule
@@ -332,13 +333,14 @@ def test_no_thread_is_left_behind(toy: Path) -> None:
     assert {thread.name for thread in threading.enumerate()}.isdisjoint({"tracking", "events"})
 
 
-def test_cells_of_a_storage_that_is_slow_to_answer_are_read_at_once(
-    toy: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("owner", "name"), [(Store, "read_events"), (LeaseWatch, "holder")])
+def test_cells_of_a_storage_that_is_slow_to_answer_are_asked_for_at_once(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, owner: type, name: str
 ) -> None:
     most, now, lock = 0, 0, threading.Lock()
-    read = Store.read_events
+    ask = getattr(owner, name)
 
-    def slow_read(store: Store, *args: Any, **options: Any) -> Any:
+    def slow_answer(asked: Any, *args: Any, **options: Any) -> Any:
         nonlocal most, now
         with lock:
             now += 1
@@ -346,10 +348,10 @@ def test_cells_of_a_storage_that_is_slow_to_answer_are_read_at_once(
         time.sleep(0.03)
         with lock:
             now -= 1
-        return read(store, *args, **options)
+        return ask(asked, *args, **options)
 
     monkeypatch.setattr(LocalStorage, "at_once", 16)
-    monkeypatch.setattr(Store, "read_events", slow_read)
+    monkeypatch.setattr(owner, name, slow_answer)
     write_spec(
         "    slow:\n      uses: slow\n      params: {steps: 15, delay_s: 0.1}\n"
         "      matrix: {seed: [0, 1, 2, 3]}\n      resources: {num_cpus: 0.25}\n"
