@@ -19,6 +19,12 @@ def look_here_last() -> None:
     sys.path[:] = [*(path for path in sys.path if path not in {"", here}), here]
 
 
+def look_here_too() -> None:
+    """Search the working directory behind all else, unless it is searched already."""
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
+
+
 def python_command(module: str, *arguments: str) -> list[str]:
     """Return the command that runs a module in a process that finds what this one would find.
 

@@ -37,7 +37,7 @@ from pipeline.leases import this_machine
 from pipeline.logs import FOLDER as LOG_FOLDER
 from pipeline.logs import LogStream, LogWriter, OutputFile
 from pipeline.promise import CodePromise, DataPromise
-from pipeline.search_path import look_here_last
+from pipeline.search_path import look_here_too
 from pipeline.secrets import redact
 from pipeline.stage import (
     Artifact,
@@ -390,7 +390,7 @@ def _prepare_process(task: Task) -> None:
     """Set what must be set before the stage's module, and with it perhaps torch, is imported."""
     if os.path.isdir(task["directory"]):
         os.chdir(task["directory"])
-        look_here_last()
+        look_here_too()
     os.environ["OMP_NUM_THREADS"] = str(threads_of(task))
     if task["num_gpus"] == 0:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
