@@ -18,6 +18,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pipeline.documents import require_shape
+from pipeline.errors import BadInput
+
 SOURCE_FILE = ".fls-source.json"
 _DIFF_CHARACTERS = 500_000
 _SHOWN_VERSIONS = 8
@@ -69,11 +72,23 @@ class Source:
 
 
 def read_source(folder: Path) -> Source:
-    """Return what the folder's file says, or what Git says where there is no such file."""
+    """Return what the folder's file says, or what Git says where there is no such file.
+
+    Raises:
+        BadInput: the file says something else.
+    """
+    path = folder / SOURCE_FILE
     try:
-        return Source(**json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8")))
+        data = path.read_bytes()
     except FileNotFoundError:
         return look_at(folder)
+    try:
+        require_shape("source", data)
+        return Source(**json.loads(data))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BadInput(
+            f"{path.name} is not as `fls submit` writes it ({error}). Delete it, or submit again."
+        ) from error
 
 
 def look_at(folder: Path, files: Collection[str] | None = None) -> Source:
