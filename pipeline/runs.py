@@ -432,7 +432,7 @@ def _options(fields: Mapping[str, Any]) -> RunOptions:
     Raises:
         ValueError: they are damaged.
     """
-    if not Path(fields["file"]).name.strip("."):
+    if not Path(fields["file"]).name.strip(".") or "\0" in fields["file"]:
         raise ValueError(f"{fields['file']!r} names no file")
     names = {
         "executor": ExecutorName(fields["executor"]),
