@@ -4,6 +4,8 @@ import sys
 
 from pipeline.search_path import look_here_last
 
+_LINE_CHARACTERS = 4000
+
 
 def main() -> None:
     """Run the command line; a user's error is one message and an exit code, never a traceback."""
@@ -15,11 +17,13 @@ def main() -> None:
     from pipeline.errors import PipelineError
     from pipeline.secrets import presentable
     from pipeline.stage import StageError
+    from pipeline.text import cut
 
     try:
         app()
     except (PipelineError, StageError) as error:
-        sys.stderr.write(f"{presentable(str(error))}\n")
+        for line in presentable(str(error)).splitlines():  # it may quote what a store says
+            sys.stderr.write(f"{cut(line, _LINE_CHARACTERS)}\n")
         sys.exit(error.exit_code if isinstance(error, PipelineError) else 1)
     except OSError as error:  # the machine's: no such folder, no room, no permission
         place = "" if error.filename is None else f"{error.filename}: "

@@ -43,6 +43,16 @@ class _Options(_Document):
     max_parallel: Count | None = None
 
 
+class _Source(_Document):
+    commit: str | None = None
+    changes: list[str] = []
+    diff: str = ""
+    python: str = ""
+    packages: Texts = {}
+    user: str = ""
+    submitted_from: str | None = None
+
+
 class _Environment(_Document):
     python: str = ""
     packages: Texts = {}
@@ -269,6 +279,7 @@ _EVENTS: dict[str, type[_Event]] = {
     "end": _Cost,
 }
 _SHAPES: dict[str, type[_Document]] = {
+    "source": _Source,
     "run": _Run,
     "state": _State,
     "tracking": _Tracking,

@@ -18,6 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pipeline.documents import require_shape
+from pipeline.errors import BadInput
 from pipeline.secret_files import KEY_LINE, is_secret_file
 from pipeline.secrets import redact
 
@@ -78,11 +80,23 @@ class Source:
 
 
 def read_source(folder: Path) -> Source:
-    """Return what the folder's file says, or what Git says where there is no such file."""
+    """Return what the folder's file says, or what Git says where there is no such file.
+
+    Raises:
+        BadInput: the file says something else.
+    """
+    path = folder / SOURCE_FILE
     try:
-        return Source(**json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8")))
+        data = path.read_bytes()
     except FileNotFoundError:
         return look_at(folder)
+    try:
+        require_shape("source", data)
+        return Source(**json.loads(data))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BadInput(
+            f"{path.name} is not as `fls submit` writes it ({error}). Delete it, or submit again."
+        ) from error
 
 
 def look_at(folder: Path, files: Collection[str] | None = None) -> Source:

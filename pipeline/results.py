@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import BadInput
+from pipeline.errors import BadInput, StoreError
 from pipeline.graph import Cell, resolve, shorten
 from pipeline.planner import Plan, PlannedCell, make_plan
 from pipeline.runs import recorded_ids
@@ -48,11 +49,33 @@ def result_rows(spec: Spec, store: Store) -> tuple[list[str], list[Row], list[st
     rows: list[Row] = []
     for name, key in keys.items():
         _, output, results = found[name]
-        text = (store.fetch(key, output) / "rows.json").read_text(encoding="utf-8")
         records = ids[key].records if key in ids else {}
-        rows += [_row(results, name, records, row) for row in json.loads(text)]
+        rows += [
+            _row(results, name, records, row)
+            for row in _read_rows(store.fetch(key, output) / "rows.json", name, key)
+        ]
     columns = dict.fromkeys(column for results in declared for column in results.columns)
     return list(columns), rows, [name for name in found if name not in keys]
+
+
+def _read_rows(path: Path, cell: str, key: str) -> list[Row]:
+    """Return the rows in a result.
+
+    Raises:
+        StoreError: there are none, or it holds something else.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        rows = None
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and isinstance(row.get("model_cell"), str) for row in rows
+    ):
+        raise StoreError(
+            f"{cell}: rows.json of its result {key[:12]} is no list of objects that each name a "
+            f"model_cell. `fls run --force {shlex.quote(cell)}` makes it again."
+        )
+    return rows
 
 
 def _row(results: Results, cell: str, records: Mapping[str, str], row: Row) -> Row:

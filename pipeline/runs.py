@@ -25,11 +25,13 @@ from pipeline.events import Cursor
 from pipeline.executors import ExecutorName
 from pipeline.leases import has_died, lease_s, this_machine
 from pipeline.store import Store
+from pipeline.text import cut
 from pipeline.tracking import TrackerName, TrackingProgress
 
 DEFAULT_FILE = Path("pipeline.yaml")
 DOCUMENTS = ("run", "state", "tracking")
 HEARTBEAT_S = 2.0
+_REASON_CHARACTERS = 300
 
 
 class State(StrEnum):
@@ -382,7 +384,7 @@ def load_run(store: Store, run_id: str) -> RunRecord:
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(
             f"{store.url}: the documents of run {run_id} are of another version "
-            f"({type(error).__name__}: {error})."
+            f"({type(error).__name__}: {cut(str(error), _REASON_CHARACTERS)})."
         ) from error
 
 
@@ -442,7 +444,7 @@ def _options(fields: Mapping[str, Any]) -> RunOptions:
     Raises:
         ValueError: they are damaged.
     """
-    if not Path(fields["file"]).name.strip("."):
+    if not Path(fields["file"]).name.strip(".") or "\0" in fields["file"]:
         raise ValueError(f"{fields['file']!r} names no file")
     names = {
         "executor": ExecutorName(fields["executor"]),

@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from stat import S_IMODE, S_ISDIR, S_ISLNK
+from stat import S_IMODE, S_ISDIR, S_ISLNK, S_ISREG
 from typing import BinaryIO, ClassVar, TypeVar
 from urllib.parse import urlsplit
 
@@ -265,6 +265,23 @@ def list_files(folder: Path) -> list[Path]:
     return found
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read it; a pipe or a device, which might never answer, is refused.
+
+    Raises:
+        StoreError: it is such a thing.
+    """
+    opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(opened).st_mode
+        if not S_ISREG(mode) and not S_ISDIR(mode):
+            raise StoreError(f"{path} is no file, but a pipe or a device: not read. Delete it.")
+        return os.fdopen(opened, "rb")  # which says what is wrong with a folder
+    except BaseException:
+        os.close(opened)
+        raise
+
+
 def sync(path: Path) -> None:
     """Wait until the disk has a file's content, or a folder's names.
 
@@ -291,7 +308,12 @@ class LocalStorage(AbstractStorage):
 
     def read(self, path: str) -> bytes:
         """See `AbstractStorage.read`."""
-        return self._patiently(path, lambda: self._at(path).read_bytes())
+
+        def request() -> bytes:
+            with open_regular(self._at(path)) as file:
+                return file.read()
+
+        return self._patiently(path, request)
 
     def write(self, path: str, data: bytes) -> None:
         """See `AbstractStorage.write`."""
@@ -314,7 +336,8 @@ class LocalStorage(AbstractStorage):
                 try:
                     os.link(part, self._at(path))
                 except FileExistsError:
-                    return self._at(path).read_bytes() == data
+                    with open_regular(self._at(path)) as file:
+                        return file.read() == data
                 except OSError as error:
                     if error.errno not in _NO_HARD_LINKS:
                         raise
@@ -358,7 +381,7 @@ class LocalStorage(AbstractStorage):
 
     def open(self, path: str) -> BinaryIO:
         """See `AbstractStorage.open`."""
-        return self._patiently(path, lambda: self._at(path).open("rb"))
+        return self._patiently(path, lambda: open_regular(self._at(path)))
 
     def remove(self, path: str) -> None:
         """See `AbstractStorage.remove`; renamed first, so that a kill leaves no half under a name.

@@ -59,7 +59,7 @@ from pipeline.storage import open_storage, patience_s, retry
 _FORMAT = 2
 _CLOCK_HOLDS_S = 60.0  # clocks of machines drift apart, and may be set
 _COLLECTED = "collected.json"
-_GENERATION = re.compile(r"(.+)\.([0-9]+)")
+_GENERATION = re.compile(r"(.+)\.([0-9]{1,9})")
 
 
 @dataclass(frozen=True, kw_only=True)

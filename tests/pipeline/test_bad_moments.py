@@ -53,9 +53,9 @@ def fail(monkeypatch: pytest.MonkeyPatch, number: int, times: int) -> list[str]:
 
         monkeypatch.setattr(owner, name, call)
 
-    for name in ("read_bytes", "open", "lstat", "unlink", "rename", "mkdir"):
+    for name in ("lstat", "unlink", "rename", "mkdir"):
         failing(Path, name)
-    for name in ("listdir", "link", "fsync"):
+    for name in ("open", "listdir", "link", "fsync"):
         failing(os, name)
     return failed
 
