@@ -47,6 +47,7 @@ class _Source(_Document):
     commit: str | None = None
     changes: list[str] = []
     diff: str = ""
+    left_out: list[str] = []
     python: str = ""
     packages: Texts = {}
     user: str = ""
