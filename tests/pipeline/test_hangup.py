@@ -36,7 +36,7 @@ def test_sighup_is_as_sigterm(toy: Path) -> None:
 
 
 def test_a_closed_terminal_stops_the_run_in_order(toy: Path) -> None:
-    write_spec(SLOW)
+    write_spec(SLOW.replace("400", "120"))
     pid, terminal = pty.fork()
     if pid == 0:  # a session of its own, led by the command
         os.environ["PYTHONPATH"] = str(ROOT)
