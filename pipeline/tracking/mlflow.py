@@ -55,7 +55,7 @@ from pipeline.tracking.model import pack
 from pipeline.tracking.outage import PASSING_STATUS, may_pass
 from pipeline.tracking.series import Point, Series
 
-_PAGE = 100  # runs of a search that are held at once
+_PAGE = 25  # runs of a search that are held at once
 _STATUS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 _PARENT = "mlflow.parentRunId"
 _NOTE = "mlflow.note.content"
