@@ -12,14 +12,12 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
 
 from pipeline.activity import Pace, first_line
 from pipeline.errors import Damaged, PipelineError, StorageUnavailable, TakenOver
@@ -29,6 +27,7 @@ from pipeline.facts import cell_facts
 from pipeline.heartbeat import Heartbeat
 from pipeline.leases import Holder, LeaseWatch, lease_s
 from pipeline.live import LiveView
+from pipeline.parallel import Requests
 from pipeline.planner import Plan
 from pipeline.runs import HEARTBEAT_S, RunRecord, RunState, State, recorded_ids
 from pipeline.schedule import Schedule
@@ -49,8 +48,6 @@ _SAVING_SHARE = 0.05  # of the time, at most, that goes into writing how far the
 GRACE_S = 10.0
 _TRACKING_TIMEOUT_S = {RunState.DONE: 120.0, RunState.FAILED: 120.0, RunState.STOPPED: 10.0}
 _AWAY_S = 30.0  # how long a server that is away is waited for at the end
-
-_Answer = TypeVar("_Answer")
 
 
 @dataclass
@@ -111,9 +108,7 @@ class Driver:
         self._leases = LeaseWatch(store, record.run_id)
         self._held_s: dict[str, float] = {}
         self._tail = EventTail(store, record.run_id, {})
-        at_once = store.storage.at_once
-        # Its threads are daemons: a request that hangs holds no process back that is told to end.
-        self._pool = ThreadPool(at_once) if at_once > 1 else None
+        self._requests = Requests(store.storage.at_once)
         self._flights: dict[str, _Flight] = {}
         self._failures: Counter[str] = Counter()
         self._repairs: Counter[str] = Counter()
@@ -137,7 +132,7 @@ class Driver:
         Raises:
             StorageUnavailable: the storage is away, for longer than it was waited for.
         """
-        with self._pool or nullcontext(), self._heartbeat, self._heeding_signals():
+        with self._requests, self._heartbeat, self._heeding_signals():
             try:
                 return self._run()
             except StorageUnavailable as error:
@@ -356,10 +351,10 @@ class Driver:
             found_one = False
             waiting = self._waiting()
             while (room := limit - len(self._flights)) > 0 and time.monotonic() < end_s:
-                names = list(islice(waiting, min(room, self._store.storage.at_once)))
+                names = list(islice(waiting, min(room, self._requests.at_once)))
                 if not names:
                     break
-                for name, (exists, holder) in self._ask_all(self._look, names):
+                for name, (exists, holder) in self._requests.ask(self._look, names):
                     if exists:
                         self._take_from_store(name)
                         found_one = True
@@ -413,18 +408,10 @@ class Driver:
         """Listen to the cells in flight, in turn, for as long as one may; the rest comes next."""
         end_s = time.monotonic() + _LISTEN_S
         self._unheard = self._unheard or list(self._flights)
-        at_once = self._store.storage.at_once
+        at_once = self._requests.at_once
         while self._unheard and time.monotonic() < end_s:
             names, self._unheard = self._unheard[:at_once], self._unheard[at_once:]
             self._listen([name for name in names if name in self._flights])
-
-    def _ask_all(
-        self, ask: Callable[[str], _Answer], names: Sequence[str]
-    ) -> Iterable[tuple[str, _Answer]]:
-        """Return each cell with what the store says of it; of a slow storage, asked at once."""
-        if self._pool is None or len(names) < 2:
-            return [(name, ask(name)) for name in names]
-        return zip(names, self._pool.map(ask, names), strict=True)
 
     def _read(self, name: str) -> list[Event]:
         ended = self.signal is not None or self._flights[name].outcome is not None
@@ -433,7 +420,7 @@ class Driver:
     def _listen(self, names: Sequence[str]) -> list[str]:
         """Take in what cells have to say, up to a bound; return those of which that was all."""
         heard = []
-        for name, events in self._ask_all(self._read, names):
+        for name, events in self._requests.ask(self._read, names):
             self._take_all(name, events)
             if len(events) < EVENTS_AT_ONCE:
                 heard.append(name)
@@ -477,7 +464,7 @@ class Driver:
         }
         unheard = iter(ended)
         while time.monotonic() <= end_s and (
-            names := list(islice(unheard, self._store.storage.at_once))
+            names := list(islice(unheard, self._requests.at_once))
         ):
             for name in self._listen(names):
                 self._settle(name, ended[name])

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import islice
 
 from rich.console import Console
 
@@ -24,13 +25,14 @@ from pipeline.errors import (
 )
 from pipeline.facts import StoredFacts, load_facts
 from pipeline.graph import Registration
+from pipeline.parallel import Requests
 from pipeline.runs import HEARTBEAT_S, RunRecord, RunState, State, load_run, recorded_ids
 from pipeline.secrets import HIDDEN, redact
 from pipeline.store import Store
 from pipeline.tracking import (
     AbstractTracker,
-    CellFacts,
     CellState,
+    News,
     Recorder,
     TrackerName,
     destination,
@@ -192,9 +194,9 @@ def _sync(
     count, lost = 0, bool(unsure)
     try:
         recorder.open()
-        for cell, state, source in _missing(store, record, facts):
-            recorder.record(cell, state, source)
-            count += cell.cell not in recorder.set_aside
+        for news in _read_ahead(recorder, store, _missing(store, record, facts)):
+            recorder.record(*news)
+            count += news[0].cell not in recorder.set_aside
         for key, output in _promoted(record, facts):
             try:
                 folder = store.fetch(key, output)
@@ -257,6 +259,14 @@ def _with_loaders(
     return replace(facts, cells=cells), said
 
 
+def _read_ahead(recorder: Recorder, store: Store, news: Iterator[News]) -> Iterator[News]:
+    """Yield the news, of which the recorder reads as much at a time as the storage likes."""
+    with Requests(store.storage.at_once) as requests:
+        while some := list(islice(news, requests.at_once)):
+            recorder.read_ahead(some, requests)
+            yield from some
+
+
 def _step(store: Store, record: RunRecord, cell: str | None) -> None:
     """Show every few seconds that the run is being recorded here, if it still is.
 
@@ -267,9 +277,7 @@ def _step(store: Store, record: RunRecord, cell: str | None) -> None:
         record.save_progress(store)
 
 
-def _missing(
-    store: Store, record: RunRecord, facts: StoredFacts
-) -> Iterator[tuple[CellFacts, CellState, str | None]]:
+def _missing(store: Store, record: RunRecord, facts: StoredFacts) -> Iterator[News]:
     """Yield what is not recorded yet, as the driver would have noted it."""
     cached = [one.key for one in record.cells.values() if one.state is State.CACHED]
     sources = recorded_ids(store, cached, record.destination)

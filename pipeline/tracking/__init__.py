@@ -14,7 +14,7 @@ from pipeline.tracking.base import (
     place,
     tracking_uri,
 )
-from pipeline.tracking.recorder import Recorder
+from pipeline.tracking.recorder import News, Recorder
 from pipeline.tracking.thread import TrackingThread
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "CellEnd",
     "CellFacts",
     "CellState",
+    "News",
     "Recorder",
     "RunFacts",
     "TrackerName",

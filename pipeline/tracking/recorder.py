@@ -8,13 +8,14 @@ same recorder.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import Damaged, TakenOver
-from pipeline.events import EVENTS_AT_ONCE, Cursor, EventTail
+from pipeline.events import EVENTS_AT_ONCE, Cursor, Event, EventTail
+from pipeline.parallel import Requests
 from pipeline.secrets import redact
 from pipeline.store import Manifest, Store
 from pipeline.tracking.base import (
@@ -25,6 +26,20 @@ from pipeline.tracking.base import (
     RunFacts,
     TrackingProgress,
 )
+
+News = tuple[CellFacts, CellState, str | None]  # the arguments of `Recorder.record`
+
+_WITH_RESULT = {CellState.DONE, CellState.CACHED}
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What was read of a cell that had been recorded up to `begin`: of what its attempts say."""
+
+    key: str
+    begin: Cursor
+    events: list[Event]
+    end: Cursor
 
 
 class Recorder:
@@ -62,6 +77,8 @@ class Recorder:
         self._changed = changed
         self._say = say
         self._open: set[str] = set()
+        self._reads: dict[str, _Read] = {}  # cell -> what was read ahead
+        self._manifests: dict[str, Manifest] = {}  # key -> the same
         self.set_aside: dict[str, str] = {}
         tracker.ids = progress.ids
 
@@ -74,6 +91,29 @@ class Recorder:
         self._tracker.open_run(run)
         self._progress.ended = False
         self._step()
+
+    def read_ahead(self, news: Sequence[News], requests: Requests) -> None:
+        """Read what `record` will ask of the store, for many cells at a time.
+
+        What cannot be read is asked for once more there.
+        """
+        self._reads.clear()
+        self._manifests.clear()
+        requests.ask(self._try_to_read, news)
+
+    def _try_to_read(self, news: News) -> None:
+        cell, state, _ = news
+        with suppress(Exception):  # whatever the storage raises
+            if state is not CellState.CACHED:
+                self._reads[cell.cell] = self._read(cell, state)
+            if state in _WITH_RESULT and (manifest := self._manifest(cell.key)) is not None:
+                self._manifests[cell.key] = manifest
+
+    def _read(self, cell: CellFacts, state: CellState) -> _Read:
+        begin = self._progress.cursors.get(cell.cell, Cursor())
+        tail = EventTail(self._store, self._run.run_id, {cell.cell: begin})
+        events, end = tail.read(cell.cell, cell.key, ended=state is not CellState.RUNNING)
+        return _Read(cell.key, begin, events, end)
 
     def record(self, cell: CellFacts, state: CellState, source: str | None = None) -> None:
         """Record what is new of a cell.
@@ -100,14 +140,15 @@ class Recorder:
             return
         self._begin(cell)
         cursors = self._progress.cursors
-        tail = EventTail(self._store, self._run.run_id, cursors)
         behind = True
         while behind:
-            events, cursor = tail.read(name, cell.key, ended=state is not CellState.RUNNING)
-            self._tracker.log(name, events)
-            cursors[name] = cursor
+            read = self._reads.pop(name, None)
+            if read is None or (read.key, read.begin) != (cell.key, cursors[name]):
+                read = self._read(cell, state)
+            self._tracker.log(name, read.events)
+            cursors[name] = read.end
             self._step(name)
-            behind = len(events) >= EVENTS_AT_ONCE
+            behind = len(read.events) >= EVENTS_AT_ONCE
         if state is not CellState.RUNNING:
             self._tracker.close_cell(name, self._end(cell, state))
             self._open.discard(name)
@@ -181,7 +222,9 @@ class Recorder:
 
     def _end(self, cell: CellFacts, state: CellState) -> CellEnd:
         """Gather what is kept of a result; one that is damaged by now is recorded without files."""
-        manifest = self._manifest(cell.key) if state in {CellState.DONE, CellState.CACHED} else None
+        manifest = None
+        if state in _WITH_RESULT:
+            manifest = self._manifests.pop(cell.key, None) or self._manifest(cell.key)
         if manifest is None:
             return CellEnd(state=state)
         folders = {}

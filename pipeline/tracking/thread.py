@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.parallel import Requests
 from pipeline.secrets import redact
 from pipeline.store import Store
 from pipeline.tracking.base import (
@@ -24,13 +25,12 @@ from pipeline.tracking.base import (
     TrackingProgress,
     make_tracker,
 )
-from pipeline.tracking.recorder import Recorder
+from pipeline.tracking.recorder import News, Recorder
 
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 15.0
 _TURN_S = 1.0
 
-News = tuple[CellFacts, CellState, str | None]
 Chores = Callable[[AbstractTracker], object]
 
 
@@ -57,7 +57,7 @@ class TrackingThread:
         self._live = progress.copy()  # the thread's own
         self._recorded = progress.copy()  # as of its last step
         self._change = threading.Condition()  # guards all that follows
-        self._news: dict[str, News] = {}
+        self._news: dict[str, News] = {}  # cell -> what is to be recorded of it
         self._promoted: list[Path] = []
         self._end: str | None = None
         self._abandoned = False
@@ -153,6 +153,12 @@ class TrackingThread:
             return
         recorder = Recorder(tracker, self._store, run, self._live, self._stepped, self._tell)
         self._set_aside = recorder.set_aside
+        with Requests(self._store.storage.at_once) as requests:
+            self._record_all(recorder, requests, tracker, chores)
+
+    def _record_all(
+        self, recorder: Recorder, requests: Requests, tracker: AbstractTracker, chores: Chores
+    ) -> None:
         opened, pause_s = False, _FIRST_PAUSE_S
         while not self._given_up:
             try:
@@ -160,7 +166,7 @@ class TrackingThread:
                     recorder.open()
                     opened = self._patient = True
                     self._do(chores, tracker)
-                while self._record_next(recorder):
+                while self._record_next(recorder, requests):
                     pause_s = _FIRST_PAUSE_S
                 return
             except Exception as error:  # a server or a database may fail in any way
@@ -186,7 +192,7 @@ class TrackingThread:
                 raise
             self._tell(f"What earlier runs left open in tracking stays so: {redact(str(error))}")
 
-    def _record_next(self, recorder: Recorder) -> bool:
+    def _record_next(self, recorder: Recorder, requests: Requests) -> bool:
         """Wait for news and record it; once there is no more to come, record the run's end.
 
         Returns:
@@ -198,21 +204,24 @@ class TrackingThread:
             self._change.wait_for(lambda: self._news or self._finishing)
             if self._given_up:
                 return False
-            name = next(iter(self._news), None)
-            news = self._news.pop(name) if name is not None else None
-        if news is None:
+            taken = {name: self._news.pop(name) for name in list(self._news)[: requests.at_once]}
+        if not taken:
             for folder in self._promoted:
                 recorder.promote(folder.name, folder)
             if self._end is not None:
                 recorder.close(self._end)
             return False
+        if len(taken) > 1:
+            recorder.read_ahead(list(taken.values()), requests)
         try:
-            recorder.record(*news)
-        except Exception:  # an outage
+            while taken and not self._abandoned and not self._given_up:
+                name = next(iter(taken))
+                recorder.record(*taken[name])
+                del taken[name]
+        finally:  # also after an outage
             with self._change:  # in front, unless there is newer news of the cell
                 if not self._abandoned:
-                    self._news = {news[0].cell: news, **self._news}
-            raise
+                    self._news = {**taken, **self._news}
         return True
 
     def _fall_behind(self, error: Exception) -> None:
