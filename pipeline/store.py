@@ -1,6 +1,7 @@
 """The content-addressed store: results by key, attempts at them, and documents of runs.
 
     <storage>/storage.json                       format, and a token that tells storages apart
+    <storage>/.gitignore                         keeps a new store out of Git, and of Ray's launcher
     <storage>/stages/<key>/manifest.json         present means complete; names the attempt that won
     <storage>/stages/<key>/attempts/<number>/    attempt.json, events/, log/, checkpoints/, outputs/
                                                  and, if it failed, failure.json
@@ -103,6 +104,7 @@ class Store:
         found = self._about()
         if found is None:
             self._probe()
+            self.storage.create(".gitignore", b"*\n")
             found = {"format": _FORMAT, "token": uuid.uuid4().hex}
             if not self.storage.create("storage.json", seal(found)):
                 return self.prepare()

@@ -189,6 +189,7 @@ def files_of(kind: Kind) -> list[Path]:
 def test_every_document_of_a_store_is_of_a_kind_that_is_looked_at(stored: Path) -> None:
     paths = [p.relative_to(".fls").as_posix() for p in Path(".fls").rglob("*") if p.is_file()]
     kinds = {path: [kind.name for kind in KINDS if kind.fits(path)] for path in paths}
+    assert kinds.pop(".gitignore") == []  # which Git and rsync read
     assert {path: names for path, names in kinds.items() if len(names) != 1} == {}
     assert {kind.name for kind in KINDS} == {name for names in kinds.values() for name in names}
 

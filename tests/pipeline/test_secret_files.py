@@ -160,9 +160,13 @@ def test_rays_launcher_leaves_the_same_files_behind() -> None:
 def test_rsync_understands_the_list(folder: Path) -> None:
     put(*CODE, *(one for one in [*PROVEN, *OF_THE_KIND] if one != "credentials"))
     put(".git/config", ".git/refs/heads/my_token", ".git/HEAD", "a.egg-info/x", ".venv/bin/x")
+    Store("results").prepare()
+    put("results/stages/key/manifest.json")
     cluster = yaml.safe_load((ROOT / "deploy" / "cluster.yaml").read_text())
     excludes = [word for one in cluster["rsync_exclude"] for word in ("--exclude", one)]
-    subprocess.run(["rsync", "-a", *excludes, "./", "../copy"], check=True)
+    (ignored,) = cluster["rsync_filter"]
+    filters = ["--filter", f"dir-merge,- {ignored}"]  # as Ray words it
+    subprocess.run(["rsync", "-a", *excludes, *filters, "./", "../copy"], check=True)
     copy = folder.parent / "copy"
     found = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
     assert found == {*CODE, ".git/refs/heads/my_token", ".git/HEAD"}
