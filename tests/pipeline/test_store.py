@@ -353,7 +353,11 @@ def test_local_work_is_done_in_place(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     publish(store)
     assert store.fetch(KEY, "number").is_relative_to(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".gitignore", "stages", "storage.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".gitignore",
+        "stages",
+        "storage.json",
+    ]
 
 
 def test_a_file_system_without_hard_links_is_refused(
