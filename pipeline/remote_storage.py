@@ -96,14 +96,18 @@ class RemoteStorage(AbstractStorage):
             return self.read(path) == data
         return True
 
-    def names(self, path: str) -> list[str]:
-        """See `AbstractStorage.names`."""
+    def names(self, path: str, beginning: str = "") -> list[str]:
+        """See `AbstractStorage.names`; S3 itself looks for those with a beginning."""
         full = self._full(path)
         try:
+            if beginning and self._is_s3:
+                inside = self._patiently("list", path, lambda: self.fs.find(full, prefix=beginning))
+                return sorted({name.partition(f"{full}/")[2].partition("/")[0] for name in inside})
             found = self._patiently("list", path, lambda: self.fs.ls(full, detail=False))
         except FileNotFoundError:
             return []
-        return sorted({name.rstrip("/").rpartition("/")[2] for name in found} - {""})
+        names = {name.rstrip("/").rpartition("/")[2] for name in found} - {""}
+        return sorted(name for name in names if name.startswith(beginning))
 
     def files(self, path: str) -> list[StoredFile]:
         """See `AbstractStorage.files`."""

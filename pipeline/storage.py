@@ -115,8 +115,11 @@ class AbstractStorage(ABC):
         """
 
     @abstractmethod
-    def names(self, path: str) -> list[str]:
-        """Return the sorted names in a folder; none if there is no such folder."""
+    def names(self, path: str, beginning: str = "") -> list[str]:
+        """Return the sorted names in a folder with a beginning; none if there is no such folder.
+
+        Cost: that of listing the folder; on S3, with a beginning, that of what is found.
+        """
 
     @abstractmethod
     def files(self, path: str) -> list[StoredFile]:
@@ -350,13 +353,13 @@ class LocalStorage(AbstractStorage):
 
         return self._patiently(path, request)
 
-    def names(self, path: str) -> list[str]:
+    def names(self, path: str, beginning: str = "") -> list[str]:
         """See `AbstractStorage.names`."""
         try:
             return sorted(
                 name
                 for name in self._patiently(path, lambda: os.listdir(self._at(path)))
-                if name[0] != "."
+                if name[0] != "." and name.startswith(beginning)
             )
         except FileNotFoundError:
             return []

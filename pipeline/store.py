@@ -336,7 +336,8 @@ class Store:
     def damaged(self, key: str) -> list[str]:
         """Return the names of the results of a key that were set aside."""
         aside = re.compile(re.escape(key) + r"\.damaged-[0-9]+")
-        return [name for name in self.storage.names("stages") if aside.fullmatch(name)]
+        names = self.storage.names("stages", f"{key}.damaged-")
+        return [name for name in names if aside.fullmatch(name)]
 
     # -- attempts
 

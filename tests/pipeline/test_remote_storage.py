@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from flaky_proxy import FlakyProxy, flaky
@@ -109,6 +110,22 @@ def test_what_fails_for_a_while_is_tried_again(
         before = proxy.requests
         action()
         assert proxy.requests > before + 1
+
+
+def test_an_attempt_lists_no_other_results(proxy: FlakyProxy, storage: RemoteStorage) -> None:
+    store = Store(storage.url)
+    with store.begin_attempt(KEY):
+        pass
+    store.storage.write(f"stages/{KEY}/manifest.json", b"broken")
+    assert store.set_aside(KEY)
+    store.storage.write("stages/other/manifest.json", b"")
+    asked: list[str] = []
+    proxy.fault = lambda method, path: asked.append(path)
+    assert store.damaged(KEY) == [f"{KEY}.damaged-1"]
+    with store.begin_attempt(KEY) as attempt:
+        assert attempt.number == 2
+    listed = [parse_qs(urlsplit(path).query).get("prefix", [""])[0] for path in asked]
+    assert [prefix for prefix in listed if prefix and KEY not in prefix] == []
 
 
 @pytest.mark.parametrize("fault", ["500", "hang"])

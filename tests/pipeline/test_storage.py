@@ -64,6 +64,15 @@ def test_a_path_that_leads_out_is_refused(tmp_path: Path, kind: str, path: str) 
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("kind", ["folder", "memory"])
+def test_names_with_a_beginning_are_found(tmp_path: Path, kind: str) -> None:
+    storage = Store(str(tmp_path / "store") if kind == "folder" else "memory://beginning").storage
+    for path in ("a/1.x/file", "a/1.x-2/file", "a/1/file", "a/2.x/file", "a/1.xy"):
+        storage.write(path, b"")
+    assert storage.names("a", "1.x") == ["1.x", "1.x-2", "1.xy"]
+    assert storage.names("a", "3") == storage.names("b", "1") == []
+
+
 def test_a_link_that_leads_out_is_not_followed(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path / "store")
     (tmp_path / "outside").mkdir()
