@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 # One thread a process: two torch processes with two threads each on two cores are many times slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help run test test-faults benchmarks results check format lint types doctest imports packages constraints clean
+.PHONY: help run test test-faults benchmarks results tree check format lint types doctest imports packages constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -32,6 +32,9 @@ benchmarks: $(READY)  ## Run what is not finished of the benchmarks (hours)
 
 results: $(READY)  ## Make docs/results.md from the benchmarks' results
 	@$(BIN)/python -m benchmarks report
+
+tree: $(READY)  ## Write the tree of files into docs/architecture.md
+	@$(BIN)/python -m tests.module_tree
 
 check: format lint types imports packages doctest test  ## Everything that CI checks
 

@@ -17,9 +17,9 @@ from benchmarks.harness.pipelines import run_pipeline
 from benchmarks.harness.report import RESULTS, write_report
 from benchmarks.harness.scripts import run_script
 from benchmarks.harness.suite import Benchmark, find_benchmark, list_benchmarks
-from pipeline.cli import StopOption
-from pipeline.console import PlainConsole
-from pipeline.errors import PipelineError
+from pipeline.base.console import PlainConsole
+from pipeline.base.errors import PipelineError
+from pipeline.cli.commands import StopOption
 
 ALL: list[str] = []
 

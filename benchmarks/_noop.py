@@ -19,7 +19,7 @@ from pydantic import Field
 
 from pipeline.executors.base import AbstractExecutor
 from pipeline.stage import Catalogue, Context, Output, Params, Resources, Stage
-from pipeline.worker import Outcome, Task
+from pipeline.worker.worker import Outcome, Task
 
 _AHEAD = 8  # tasks that a worker has been sent, so that it does not wait for the driver
 
@@ -132,7 +132,7 @@ class _Worker:
 
     def __init__(self, environment: dict[str, str]):
         self._process = subprocess.Popen(  # noqa: S603 - this interpreter, a fixed module
-            [sys.executable, "-m", "pipeline.worker"],
+            [sys.executable, "-m", "pipeline.worker.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -19,16 +19,16 @@ from typing import Any
 
 from benchmarks._noop import Cluster, write_pipeline
 from benchmarks._slow_s3 import SlowLink, serve_s3
-from pipeline.console import PlainConsole
-from pipeline.cost import CostMeter
-from pipeline.driver import Driver
+from pipeline.base.console import PlainConsole
 from pipeline.executors import ExecutorName
-from pipeline.live import LiveView
-from pipeline.planner import make_plan
-from pipeline.runs import HEARTBEAT_S, RunOptions, RunRecord, RunState, new_run_id
-from pipeline.spec import load_spec
-from pipeline.store import Store
+from pipeline.planning.planner import make_plan
+from pipeline.running.driver import Driver
+from pipeline.running.live import LiveView
+from pipeline.running.record import HEARTBEAT_S, RunOptions, RunRecord, RunState, new_run_id
+from pipeline.spec.build import load_spec
+from pipeline.store.store import Store
 from pipeline.tracking import RunFacts, TrackerName, TrackingThread
+from pipeline.worker.cost import CostMeter
 
 TITLE = "The driver of many cells"
 

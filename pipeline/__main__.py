@@ -2,7 +2,7 @@
 
 import sys
 
-from pipeline.search_path import look_here_last
+from pipeline.base.search_path import look_here_last
 
 _LINE_CHARACTERS = 4000
 
@@ -12,12 +12,12 @@ def main() -> None:
     # Not above: with `python -m`, what lies in the working directory would come first there.
     import traceback
 
-    import pipeline.store_commands  # noqa: F401 - joins its commands to the others
-    from pipeline.cli import app
-    from pipeline.errors import PipelineError
-    from pipeline.secrets import presentable
+    import pipeline.cli.store_commands  # noqa: F401 - joins its commands to the others
+    from pipeline.base.errors import PipelineError
+    from pipeline.base.secrets import presentable
+    from pipeline.base.text import cut
+    from pipeline.cli.commands import app
     from pipeline.stage import StageError
-    from pipeline.text import cut
 
     try:
         app()

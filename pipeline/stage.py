@@ -24,8 +24,8 @@ from typing import Any, Protocol
 from pydantic import BaseModel, ConfigDict
 from pydantic_core.core_schema import no_info_after_validator_function
 
-from pipeline.names import numbers
-from pipeline.rows import csv_text as csv_text
+from pipeline.base.names import numbers
+from pipeline.base.rows import csv_text as csv_text
 
 # ------------------------------------------------------------------------------- declaration
 

@@ -14,9 +14,9 @@ import typer
 import yaml
 from advice import PACKAGES, commands, names_of, pages, quoted, texts, words_run_by_tests
 
-import pipeline.store_commands  # noqa: F401 - adds its commands
-from pipeline.cli import app
-from pipeline.spec_shape import ClusterShape, FileShape, MlflowShape, ResourcesShape, StageShape
+import pipeline.cli.store_commands  # noqa: F401 - adds its commands
+from pipeline.cli.commands import app
+from pipeline.spec.shape import ClusterShape, FileShape, MlflowShape, ResourcesShape, StageShape
 from stages.catalogue import CATALOGUE
 
 CLI = typer.main.get_command(app).commands

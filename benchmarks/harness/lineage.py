@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.store import Manifest, Store
+from pipeline.store.store import Manifest, Store
 
 _DENSE = {"pretrain", "import_checkpoint"}
 

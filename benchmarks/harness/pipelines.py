@@ -17,14 +17,14 @@ from benchmarks.harness.documents import (
 from benchmarks.harness.environment import environment_of
 from benchmarks.harness.lineage import Step, cost_of, findings_of, path_to
 from benchmarks.harness.suite import STORE_VARIABLE, Benchmark, matches, store_folder
-from pipeline.errors import BadInput
+from pipeline.base.errors import BadInput
+from pipeline.cli.results import result_rows
 from pipeline.executors import ExecutorName
-from pipeline.launch import start_run
-from pipeline.planner import Selection
-from pipeline.results import result_rows
-from pipeline.runs import RunOptions
-from pipeline.spec import Spec, load_spec
-from pipeline.store import Store
+from pipeline.planning.planner import Selection
+from pipeline.running.launch import start_run
+from pipeline.running.record import RunOptions
+from pipeline.spec.build import Spec, load_spec
+from pipeline.store.store import Store
 from pipeline.tracking import TrackerName
 
 

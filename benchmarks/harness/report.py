@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.harness.documents import Document, read_cells
 from benchmarks.harness.suite import BENCHMARKS, Benchmark, list_benchmarks, load_script
-from pipeline import yaml_loader
+from pipeline.spec import yaml_loader
 from stages.catalogue import Published
 from stages.report.figure import draw
 from stages.report.labels import labels_of

@@ -24,7 +24,7 @@ from benchmarks.harness.documents import (
 )
 from benchmarks.harness.environment import describe_environment
 from benchmarks.harness.suite import BENCHMARKS, Benchmark, load_script, matches, store_folder
-from pipeline.cost import CostMeter
+from pipeline.worker.cost import CostMeter
 
 _THREADS = "OMP_NUM_THREADS"
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from pipeline.errors import BadInput, nearest
+from pipeline.base.errors import BadInput, nearest
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 STORE_VARIABLE = "FISHLEG_BENCHMARKS_STORE"

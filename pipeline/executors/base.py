@@ -8,9 +8,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from enum import StrEnum
 
-from pipeline.errors import BadInput
+from pipeline.base.errors import BadInput
 from pipeline.stage import Resources
-from pipeline.worker import Outcome, Task
+from pipeline.worker.worker import Outcome, Task
 
 
 class ExecutorName(StrEnum):

@@ -1,10 +1,10 @@
 """Runs tasks in plain processes on this machine.
 
-A worker is `python -m pipeline.worker`: it reads one JSON task a line from its standard input and
-answers with one JSON outcome a line. CPU workers stay warm, so that torch is imported once in each
-and not once in each cell; a task with a GPU gets a process of its own, because that is the only
-way to be sure that all GPU memory comes back. A worker whose input closes kills itself and its
-children, so no worker outlives the driver, however the driver died.
+A worker is `python -m pipeline.worker.worker`: it reads one JSON task a line from its standard
+input and answers with one JSON outcome a line. CPU workers stay warm, so that torch is imported
+once in each and not once in each cell; a task with a GPU gets a process of its own, because that
+is the only way to be sure that all GPU memory comes back. A worker whose input closes kills itself
+and its children, so no worker outlives the driver, however the driver died.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from pipeline.errors import PipelineError
+from pipeline.base.errors import PipelineError
+from pipeline.base.search_path import python_command, search_variable
+from pipeline.base.variables import CUDA_DEVICES
 from pipeline.executors.base import (
     AbstractExecutor,
     available_cpus,
@@ -33,11 +35,9 @@ from pipeline.executors.base import (
     refuse_unsatisfiable,
 )
 from pipeline.executors.ranks import RankOutcomes
-from pipeline.search_path import python_command, search_variable
 from pipeline.stage import Resources
-from pipeline.system import LEFT_BEHIND, ask, oom_kills
-from pipeline.variables import CUDA_DEVICES
-from pipeline.worker import END, OTHERS_ENDED, TOLD, Outcome, Seat, Task, died, threads_of
+from pipeline.worker.system import LEFT_BEHIND, ask, oom_kills
+from pipeline.worker.worker import END, OTHERS_ENDED, TOLD, Outcome, Seat, Task, died, threads_of
 
 _log = logging.getLogger(__name__)
 _LOG_TAIL_BYTES = 2000
@@ -194,7 +194,7 @@ class _Worker:
             **search_variable(),
         }
         self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-            python_command("pipeline.worker"),
+            python_command("pipeline.worker.worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

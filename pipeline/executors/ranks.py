@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from pipeline.worker import Outcome
+from pipeline.worker.worker import Outcome
 
 # A rank that dies takes the connections of the others along, whose errors may be heard of first.
 WAIT_FOR_THE_CAUSE_S = 2.0

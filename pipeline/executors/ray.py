@@ -23,6 +23,8 @@ import pipeline.executors.ray_token  # noqa: F401 - both before Ray, which reads
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.base.search_path import search_variable
+from pipeline.base.variables import RAY_ADDRESS
 from pipeline.executors.base import (
     AbstractExecutor,
     available_cpus,
@@ -30,10 +32,8 @@ from pipeline.executors.base import (
 )
 from pipeline.executors.ray_connection import connect, searching_here_last
 from pipeline.executors.ray_ranks import Notice, run_ranks
-from pipeline.search_path import search_variable
 from pipeline.stage import Resources
-from pipeline.variables import RAY_ADDRESS
-from pipeline.worker import Outcome, Task, died, preempted, run_task
+from pipeline.worker.worker import Outcome, Task, died, preempted, run_task
 
 # No data goes through Ray's object store, only tasks and outcomes; this is about its minimum.
 _OBJECT_STORE_BYTES = 100 << 20

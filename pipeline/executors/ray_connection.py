@@ -22,7 +22,7 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError, RpcError
 from ray.job_config import JobConfig
 
-from pipeline.errors import BadInput
+from pipeline.base.errors import BadInput
 from pipeline.executors.ray_settings import TOKENS
 
 _CLIENT = "ray://"
@@ -40,8 +40,8 @@ class _NotHere(list[str]):
 def searching_here_last() -> JobConfig:
     """Return a job whose workers do not look for modules in the driver's working directory first.
 
-    A worker adds it itself, see `pipeline.search_path`. It stays the first where this very package
-    lies in it, without being installed: then the nodes would find none.
+    A worker adds it itself, see `pipeline.base.search_path`. It stays the first where this very
+    package lies in it, without being installed: then the nodes would find none.
     """
     job = JobConfig()
     if Path(pipeline.__path__[0]).parent != Path.cwd():

@@ -22,7 +22,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from pipeline.errors import PipelineError
+from pipeline.base.errors import PipelineError
 from pipeline.executors.ray_settings import TOKENS
 
 # Which package is uploaded and which socket is closed is nothing for the user.

@@ -23,7 +23,7 @@ import ray
 
 from pipeline.executors.ranks import WAIT_FOR_THE_CAUSE_S, cause
 from pipeline.stage import Preemption, Resources
-from pipeline.worker import Outcome, Seat, Task, died, run_task
+from pipeline.worker.worker import Outcome, Seat, Task, died, run_task
 
 
 class Notice:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from pipeline.variables import RAY_ADDRESS
+from pipeline.base.variables import RAY_ADDRESS
 
 TOKENS = (  # what to tell somebody whom a cluster does not let in
     "Set RAY_AUTH_MODE=token, and put the cluster's token into RAY_AUTH_TOKEN, into the file that "

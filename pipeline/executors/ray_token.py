@@ -12,7 +12,7 @@ import secrets
 import sys
 
 import pipeline.executors.ray_settings  # noqa: F401 - before Ray, which reads them
-from pipeline.variables import RAY_ADDRESS
+from pipeline.base.variables import RAY_ADDRESS
 
 if RAY_ADDRESS.read() is None:
     if "ray" not in sys.modules:

@@ -17,10 +17,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from pipeline.events import Cursor, Event
-from pipeline.places import DATABASE, lead
-from pipeline.secrets import redact
-from pipeline.variables import TRACKING_URI
+from pipeline.base.places import DATABASE, lead
+from pipeline.base.secrets import redact
+from pipeline.base.variables import TRACKING_URI
+from pipeline.store.events import Cursor, Event
 
 
 class TrackerName(StrEnum):
@@ -52,7 +52,7 @@ class RunFacts:
         uri: the tracking server or database.
         spec_file: the spec's path as given.
         spec_text: the spec as it was read.
-        resolved: a spec that repeats the run by itself, see `pipeline.resolved`.
+        resolved: a spec that repeats the run by itself, see `pipeline.spec.resolved`.
         overrides: the `--set` options.
         selection: option, such as `--only` -> what was given with it.
         environment: the variables that the spec refers to, with what each stood for.

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import PipelineError
-from pipeline.events import Event
+from pipeline.base.errors import PipelineError
+from pipeline.store.events import Event
 from pipeline.tracking.base import AbstractTracker, CellEnd, CellFacts, RunFacts
 from pipeline.tracking.outage import may_pass
 

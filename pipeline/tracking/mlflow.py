@@ -32,9 +32,9 @@ from mlflow.exceptions import InvalidUrlException, MlflowException, RestExceptio
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import ArgumentError, OperationalError  # of a wrong address, of an outage
 
-from pipeline.errors import PipelineError
-from pipeline.events import Event
-from pipeline.secrets import redact
+from pipeline.base.errors import PipelineError
+from pipeline.base.secrets import redact
+from pipeline.store.events import Event
 from pipeline.tracking.base import (
     AbstractTracker,
     CellEnd,

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from pipeline.text import CONTROLS
+from pipeline.base.text import CONTROLS
 from pipeline.tracking.series import Point
 
 PARAM_CHARACTERS = 6000

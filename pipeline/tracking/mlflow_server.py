@@ -18,8 +18,8 @@ import pipeline.tracking.mlflow_settings  # noqa: F401 - before MLflow, which re
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from pipeline.errors import PipelineError
-from pipeline.secrets import redact
+from pipeline.base.errors import PipelineError
+from pipeline.base.secrets import redact
 from pipeline.tracking.base import RunFacts
 
 ADVICE = (

@@ -14,8 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import PipelineError
-from pipeline.search_path import python_command, search_variable
+from pipeline.base.errors import PipelineError
+from pipeline.base.search_path import python_command, search_variable
 from pipeline.stage import only_calls
 
 _LIMIT_S = 600.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 
-from pipeline.errors import PipelineError, StorageUnavailable
+from pipeline.base.errors import PipelineError, StorageUnavailable
 
 PASSING_STATUS = {408, 429, 502, 503, 504}  # of HTTP
 _PASSING = {

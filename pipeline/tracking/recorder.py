@@ -13,11 +13,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.errors import Damaged, TakenOver
-from pipeline.events import EVENTS_AT_ONCE, Cursor, Event, EventTail
-from pipeline.parallel import Requests
-from pipeline.secrets import redact
-from pipeline.store import Manifest, Store
+from pipeline.base.errors import Damaged, TakenOver
+from pipeline.base.parallel import Requests
+from pipeline.base.secrets import redact
+from pipeline.store.events import EVENTS_AT_ONCE, Cursor, Event, EventTail
+from pipeline.store.store import Manifest, Store
 from pipeline.tracking.base import (
     AbstractTracker,
     CellEnd,

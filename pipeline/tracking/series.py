@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from pipeline.events import Event
+from pipeline.store.events import Event
 
 _COSTS = ("seconds", "cpu_seconds")  # those that add up
 

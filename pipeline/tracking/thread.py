@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.parallel import Requests
-from pipeline.secrets import redact
-from pipeline.store import Store
+from pipeline.base.parallel import Requests
+from pipeline.base.secrets import redact
+from pipeline.store.store import Store
 from pipeline.tracking.base import (
     AbstractTracker,
     CellFacts,

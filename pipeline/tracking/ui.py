@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 
-from pipeline.secrets import presentable
+from pipeline.base.secrets import presentable
 
 _HOST = "127.0.0.1"
 

@@ -33,7 +33,7 @@ from mlflow.server.constants import (
 from mlflow.store.db.db_types import DATABASE_ENGINES
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipeline.errors import PipelineError
+from pipeline.base.errors import PipelineError
 from pipeline.tracking.mlflow_server import ADVICE, artifacts_beside, connect, database_of, unusable
 
 USER = "fls"

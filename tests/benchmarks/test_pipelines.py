@@ -13,10 +13,10 @@ from benchmarks.harness.lineage import cost_of, path_to
 from benchmarks.harness.pipelines import keep_results, run_pipeline
 from benchmarks.harness.report import write_report
 from benchmarks.harness.suite import Benchmark
-from pipeline.planner import make_plan
-from pipeline.seal import seal, unseal
-from pipeline.spec import load_spec
-from pipeline.store import Store
+from pipeline.planning.planner import make_plan
+from pipeline.spec.build import load_spec
+from pipeline.store.seal import seal, unseal
+from pipeline.store.store import Store
 
 SPEC = """
 name: small

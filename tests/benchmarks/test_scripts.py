@@ -11,7 +11,7 @@ from benchmarks.harness.documents import read_cells
 from benchmarks.harness.report import write_report
 from benchmarks.harness.scripts import run_script
 from benchmarks.harness.suite import Benchmark, find_benchmark, list_benchmarks, matches
-from pipeline.errors import BadInput
+from pipeline.base.errors import BadInput
 
 TOY = """
 from pathlib import Path

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pipeline.packing import collect
+from pipeline.cluster.packing import collect
 
 ROOT = Path(__file__).parents[2]
 # The code, and what else the fault tests read of the project.

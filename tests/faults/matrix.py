@@ -22,10 +22,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.attempt import attempt_folder
-from pipeline.planner import make_plan
-from pipeline.spec import load_spec
-from pipeline.store import Store
+from pipeline.planning.planner import make_plan
+from pipeline.spec.build import load_spec
+from pipeline.store.attempt import attempt_folder
+from pipeline.store.store import Store
 from tests.faults.cluster import Cluster, pause
 from tests.faults.ledger import ROOT, Ledger
 

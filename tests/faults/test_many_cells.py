@@ -9,10 +9,10 @@ from pathlib import Path
 import psutil
 from toy_runs import ROOT, last_run, states, write_spec
 
-from pipeline.planner import make_plan
-from pipeline.runs import State
-from pipeline.spec import load_spec
-from pipeline.store import Store
+from pipeline.planning.planner import make_plan
+from pipeline.running.record import State
+from pipeline.spec.build import load_spec
+from pipeline.store.store import Store
 
 CELLS = 500
 PLANNING_S = 1.0

@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline"))
 
 from toy_runs import fls, last_run, start_fls, wait_for
 
-from pipeline.planner import make_plan
-from pipeline.runs import State
-from pipeline.spec import load_spec
-from pipeline.store import Store
+from pipeline.planning.planner import make_plan
+from pipeline.running.record import State
+from pipeline.spec.build import load_spec
+from pipeline.store.store import Store
 from stages.models.digits_resnet import digits_resnet
 
 SLOW = "slow: {uses: slow, params: {steps: 30, delay_s: 0.1}}"

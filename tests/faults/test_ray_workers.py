@@ -22,10 +22,10 @@ from test_workers import (
 )
 from toy_runs import alive, ray_executor, wait_for
 
-from pipeline.errors import BadInput
+from pipeline.base.errors import BadInput
 from pipeline.executors.base import AbstractExecutor
 from pipeline.stage import Resources
-from pipeline.store import Store
+from pipeline.store.store import Store
 
 TWO_HALVES = Resources(num_cpus=0.5, workers=2)
 

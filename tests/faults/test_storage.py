@@ -19,7 +19,7 @@ from s3_server import BUCKET, s3_environment
 from toy_runs import ROOT, fls, last_run, numbers, ran, run_here, write_spec
 
 from pipeline.stage import Context
-from pipeline.store import Store
+from pipeline.store.store import Store
 
 Record = Callable[[str, object], None]
 HERE = Path(__file__).parent

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline"))
 from test_worker import plugin
 from toy_runs import checkpoint_exists, fls, last_run, numbers, start_fls, wait_for, write_spec
 
-from pipeline.runs import RunState, State
-from pipeline.store import Store
+from pipeline.running.record import RunState, State
+from pipeline.store.store import Store
 
 STEPS = 40
 SLOW = f"slow: {{uses: slow, params: {{steps: {STEPS}, delay_s: 0.1, checkpoint_every: 5}}}}"

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import pipeline.storage
-from pipeline.attempt import Attempt
-from pipeline.errors import Damaged
+import pipeline.store.storage
+from pipeline.base.errors import Damaged
 from pipeline.stage import Context
-from pipeline.store import Store
+from pipeline.store.attempt import Attempt
+from pipeline.store.store import Store
 
 KEY = "k" * 64
 TEXTS = {"one.txt": "1" * 300, "two.txt": "2" * 300, "deep/three.txt": "3" * 300}
@@ -289,7 +289,7 @@ def main(folder: Path, count: int, seed: int) -> int:
     chance = random.Random(seed)  # noqa: S311
     totals: dict[str, int] = {}
     failed = 0
-    with patch("os.fsync"), patch.object(pipeline.storage, "open", halting_open, create=True):
+    with patch("os.fsync"), patch.object(pipeline.store.storage, "open", halting_open, create=True):
         for number in range(seed * 10_000, seed * 10_000 + count):
             try:
                 line = {**run_case(folder, number, chance, totals), "ok": True}

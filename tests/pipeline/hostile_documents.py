@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.seal import seal, seal_lines, unseal, unseal_lines
+from pipeline.store.seal import seal, seal_lines, unseal, unseal_lines
 
 Way = tuple[str | int, ...]
 MISSING = object()

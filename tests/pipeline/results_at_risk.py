@@ -1,7 +1,7 @@
 """A result that is made, and what there is of it after its disk has lost something."""
 
 from pipeline.stage import Context
-from pipeline.store import Store
+from pipeline.store.store import Store
 
 KEY = "k" * 64
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from pipeline.errors import BadInput, SpecError
-from pipeline.spec import load_spec
-from pipeline.text import CONTROLS
+from pipeline.base.errors import BadInput, SpecError
+from pipeline.base.text import CONTROLS
+from pipeline.spec.build import load_spec
 
 ROOT = Path(__file__).parents[2]
 REAL = [ROOT / "pipeline.yaml", *sorted(ROOT.glob("experiments/*.yaml"))]

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.activity import Pace, describe, stalled_since
-from pipeline.console import PlainConsole
-from pipeline.live import LiveView, _line
-from pipeline.runs import CellStatus, State
+from pipeline.base.console import PlainConsole
+from pipeline.running.activity import Pace, describe, stalled_since
+from pipeline.running.live import LiveView, _line
+from pipeline.running.record import CellStatus, State
 
 
 def status(done: float, total: float = 500, **fields: Any) -> CellStatus:

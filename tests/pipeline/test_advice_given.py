@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner
 from toy_runs import fls, last_run, ran, run_here, start_fls, wait_for, write_spec
 
-from pipeline.runs import RunState
-from pipeline.seal import seal, unseal
+from pipeline.running.record import RunState
+from pipeline.store.seal import seal, unseal
 
 LOCAL = ("--executor", "local", "--tracking", "jsonl")
 STAGES = """
@@ -239,7 +239,9 @@ def test_what_a_cluster_is_to_have_and_not_to_have_is_handed_over(
     toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr("pipeline.submit.submit", lambda spec, what, *_, **__: asked.append(what))
+    monkeypatch.setattr(
+        "pipeline.cluster.submit.submit", lambda spec, what, *_, **__: asked.append(what)
+    )
     write_spec("a: {uses: start, params: {value: 1}}")
     fls("submit", "--env", "HF_TOKEN", "--exclude", "notebooks/", "--resume", "last")
     fls("submit", "--set", "a.value=2", "--until", "a", "--address", "http://h:8265")

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from toy_runs import fls, last_run, run_here, write_spec
 
-from pipeline.errors import StorageUnavailable, TakenOver
-from pipeline.leases import has_died, this_machine
-from pipeline.runs import RunRecord, RunState, load_run
-from pipeline.seal import seal, unseal
-from pipeline.store import Store
+from pipeline.base.errors import StorageUnavailable, TakenOver
+from pipeline.running.record import RunRecord, RunState, load_run
+from pipeline.store.leases import has_died, this_machine
+from pipeline.store.seal import seal, unseal
+from pipeline.store.store import Store
 
 ONE = "    start: {uses: start, params: {value: 5}}\n"
 ELSEWHERE = "another-boot pid:[1]"

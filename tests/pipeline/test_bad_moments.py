@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from toy_runs import fls, numbers, ran, run_here, write_spec
 
-from pipeline import attempt, storage
-from pipeline.errors import StorageUnavailable
-from pipeline.storage import LocalStorage
-from pipeline.store import Store
+from pipeline.base.errors import StorageUnavailable
+from pipeline.store import attempt, storage
+from pipeline.store.storage import LocalStorage
+from pipeline.store.store import Store
 
 PASSING = [errno.EIO, errno.ESTALE, errno.ENOSPC]
 REQUESTS: dict[str, Callable[[LocalStorage], Any]] = {

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cache import Cache
-from pipeline.errors import BadInput, Damaged
+from pipeline.base.errors import BadInput, Damaged
 from pipeline.stage import Context
-from pipeline.store import Store
+from pipeline.store.cache import Cache
+from pipeline.store.store import Store
 
 KEY = "k" * 64
 _counter = itertools.count()
@@ -99,7 +99,7 @@ def test_what_is_in_use_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_killed_process_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLS_CACHE_BYTES", "15000")
     program = (
-        "import sys, time; from pathlib import Path; from pipeline.cache import Cache\n"
+        "import sys, time; from pathlib import Path; from pipeline.store.cache import Cache\n"
         "cache = Cache(Path(sys.argv[1]))\n"
         "def fill(folder): folder.mkdir(); (folder / 'file').write_text('x' * 10000)\n"
         "cache.get('a', fill); print('ready', flush=True); time.sleep(60)"
@@ -130,7 +130,7 @@ def test_what_a_killed_process_was_about_to_make_goes_though_there_is_room(tmp_p
 
 def test_two_processes_fill_it_at_once(tmp_path: Path) -> None:
     program = (
-        "import sys, time; from pathlib import Path; from pipeline.cache import Cache\n"
+        "import sys, time; from pathlib import Path; from pipeline.store.cache import Cache\n"
         "def fill(folder):\n"
         "    folder.mkdir(); (folder / 'file').write_text(sys.argv[2]); time.sleep(0.3)\n"
         "print((Cache(Path(sys.argv[1])).get('a', fill) / 'file').read_text())"

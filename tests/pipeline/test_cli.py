@@ -13,7 +13,7 @@ import pytest
 import typer
 from toy_runs import DIAMOND, ROOT, fls, ran, run_here, write_spec
 
-from pipeline.cli import app
+from pipeline.cli.commands import app
 
 LOCAL = ("--executor", "local", "--tracking", "jsonl")
 COMMANDS = [

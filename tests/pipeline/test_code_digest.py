@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.code_digest import CodeIndex, missing_target
-from pipeline.errors import BadInput
-from pipeline.source import Import, Source, read_source
+from pipeline.base.errors import BadInput
+from pipeline.code.digest import CodeIndex, missing_target
+from pipeline.code.syntax import Import, Source, read_source
 
 FIXTURE = Path(__file__).parent / "fixtures" / "syntax.txt"
 # Equal on Python 3.11 to 3.14; a change of it reruns everybody's pipelines.

@@ -7,9 +7,9 @@ from typing import Any
 from test_worker import start_task
 from toy_runs import fls, last_run, ran, run_here, write_spec
 
-from pipeline.keys import _hash, explain
-from pipeline.seal import seal, unseal
-from pipeline.worker import run_task
+from pipeline.planning.keys import _hash, explain
+from pipeline.store.seal import seal, unseal
+from pipeline.worker.worker import run_task
 
 STAGES = """
     start: {uses: start, params: {value: 10}}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cost import CostMeter
+from pipeline.worker.cost import CostMeter
 
 MEGABYTE = 2**20
 

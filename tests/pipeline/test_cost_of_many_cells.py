@@ -8,12 +8,12 @@ import pytest
 from toy_runs import last_run, run_here, states, write_spec
 
 from pipeline.executors import AbstractExecutor
-from pipeline.graph import Cell
-from pipeline.runs import State
+from pipeline.running.record import State
+from pipeline.spec.cells import Cell
 from pipeline.stage import Resources
-from pipeline.storage import LocalStorage
+from pipeline.store.storage import LocalStorage
 from pipeline.tracking import TrackingProgress
-from pipeline.worker import Outcome, Task, run_task
+from pipeline.worker.worker import Outcome, Task, run_task
 
 FEW, MANY = 10, 40
 REQUESTS = ("read", "write", "create", "names", "files", "remove", "remove_files", "save")
@@ -69,7 +69,7 @@ def test_a_cell_costs_its_driver_the_same_among_many(
     monkeypatch.setattr(Cell, "sources", property(counting(counts, "looks", sources)))
     copy = counting(counts, "copies", TrackingProgress.copy)
     monkeypatch.setattr(TrackingProgress, "copy", copy)
-    monkeypatch.setattr("pipeline.launch.make_executor", lambda name: AtOnce())
+    monkeypatch.setattr("pipeline.running.launch.make_executor", lambda name: AtOnce())
     for module in ("driver", "heartbeat"):
         monkeypatch.setattr(f"pipeline.{module}.HEARTBEAT_S", 600)
     found = {}

@@ -20,17 +20,17 @@ from toy_runs import (
     write_spec,
 )
 
-from pipeline import driver, launch
-from pipeline.errors import BadInput
+from pipeline.base.errors import BadInput
 from pipeline.executors.local import LocalExecutor
-from pipeline.leases import LeaseWatch
-from pipeline.planner import Selection, make_plan
-from pipeline.runs import RunState, State
-from pipeline.schedule import Schedule
+from pipeline.planning.planner import Selection, make_plan
+from pipeline.running import driver, launch
+from pipeline.running.ready import Schedule
+from pipeline.running.record import RunState, State
 from pipeline.stage import Resources
-from pipeline.storage import LocalStorage
-from pipeline.store import Store
-from pipeline.worker import Task
+from pipeline.store.leases import LeaseWatch
+from pipeline.store.storage import LocalStorage
+from pipeline.store.store import Store
+from pipeline.worker.worker import Task
 
 FAILING = """
     good: {uses: start, params: {value: 1}}

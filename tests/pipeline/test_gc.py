@@ -24,16 +24,16 @@ from toy_runs import (
     write_spec,
 )
 
-from pipeline import launch
-from pipeline.attempt import whole_checkpoints
-from pipeline.errors import StoreError
-from pipeline.gc import Garbage, Retention, collect, find_garbage
-from pipeline.planner import Plan, Selection, make_plan
-from pipeline.seal import seal, unseal
-from pipeline.secrets import presentable
-from pipeline.spec import load_spec
+from pipeline.base.errors import StoreError
+from pipeline.base.secrets import presentable
+from pipeline.planning.planner import Plan, Selection, make_plan
+from pipeline.running import launch
+from pipeline.spec.build import load_spec
 from pipeline.stage import Context, write_json
-from pipeline.store import Store
+from pipeline.store.attempt import whole_checkpoints
+from pipeline.store.seal import seal, unseal
+from pipeline.store.store import Store
+from pipeline.upkeep.gc import Garbage, Retention, collect, find_garbage
 
 _counter = itertools.count()
 

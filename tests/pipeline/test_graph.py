@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import BadInput
-from pipeline.graph import Cell, Source, resolve
-from pipeline.spec import Spec, load_spec
+from pipeline.base.errors import BadInput
+from pipeline.spec.build import Spec, load_spec
+from pipeline.spec.cells import Cell, Source, resolve
 
 SPEC = """
 name: toy

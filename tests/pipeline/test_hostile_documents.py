@@ -33,10 +33,10 @@ from hostile_documents import (
 from runner_fixtures import TOY
 from toy_runs import fls, last_run, write_spec
 
-from pipeline.errors import BadInput, PipelineError
-from pipeline.provenance import SOURCE_FILE, Source
-from pipeline.store import Store
-from pipeline.variables import STORAGE, VARIABLES, Variable
+from pipeline.base.errors import BadInput, PipelineError
+from pipeline.base.variables import STORAGE, VARIABLES, Variable
+from pipeline.code.provenance import SOURCE_FILE, Source
+from pipeline.store.store import Store
 
 LOCAL = ("--executor", "local", "--tracking", "jsonl")
 SPEC = """
@@ -131,12 +131,12 @@ def stored(made: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     def refuse(name: object) -> Any:
         raise BadInput("nothing runs here")
 
-    monkeypatch.setattr("pipeline.launch.make_executor", refuse)
-    monkeypatch.setattr("pipeline.rerun.make_executor", refuse)
+    monkeypatch.setattr("pipeline.running.launch.make_executor", refuse)
+    monkeypatch.setattr("pipeline.upkeep.rerun.make_executor", refuse)
     monkeypatch.setenv("FLS_PATIENCE_S", "0")
     # What these tell takes long to find out, and is not the store's.
-    monkeypatch.setattr("pipeline.provenance._git", lambda folder, *arguments: "")
-    monkeypatch.setattr("pipeline.provenance._installed", lambda: {"numpy": "1.0"})
+    monkeypatch.setattr("pipeline.code.provenance._git", lambda folder, *arguments: "")
+    monkeypatch.setattr("pipeline.code.provenance._installed", lambda: {"numpy": "1.0"})
     shutil.copytree(".fls", "whole", symlinks=True)
     yield made
     restore()

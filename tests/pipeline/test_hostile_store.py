@@ -16,21 +16,21 @@ from test_store import KEY, publish
 from test_worker import events_of, plugin
 from toy_runs import ROOT, fls, last_run, ran, run_here, write_spec
 
-from pipeline.errors import BadInput, Damaged, SpecError, StoreError
-from pipeline.names import require_inside
-from pipeline.remote_storage import RemoteStorage
-from pipeline.seal import seal, seal_lines, unseal
-from pipeline.search_path import look_here_last, search_variable
-from pipeline.spec import load_spec
+from pipeline.base.errors import BadInput, Damaged, SpecError, StoreError
+from pipeline.base.names import require_inside
+from pipeline.base.search_path import look_here_last, search_variable
+from pipeline.base.text import CONTROLS
+from pipeline.running.trust import read_trust
+from pipeline.spec.build import load_spec
 from pipeline.stage import Context
-from pipeline.storage import open_storage
-from pipeline.store import Store
-from pipeline.text import CONTROLS
+from pipeline.store.remote import RemoteStorage
+from pipeline.store.seal import seal, seal_lines, unseal
+from pipeline.store.storage import open_storage
+from pipeline.store.store import Store
 from pipeline.tracking import CellFacts, RunFacts
 from pipeline.tracking.jsonl import JsonLinesTracker
-from pipeline.trust import read_trust
-from pipeline.verify import find_damage
-from pipeline.worker import run_task
+from pipeline.upkeep.verify import find_damage
+from pipeline.worker.worker import run_task
 
 TWO = "start: {uses: start, params: {value: 10}}\nadd: {uses: add, inputs: {number: start}}"
 ONE = "start: {uses: start, params: {value: 10}}"
@@ -694,7 +694,7 @@ class Overhearing(JsonLinesTracker):
 def overheard(monkeypatch: pytest.MonkeyPatch) -> Overhearing:
     """What commands ask of tracking from here on."""
     tracker = Overhearing()
-    monkeypatch.setattr("pipeline.sync.make_tracker", lambda name: tracker)
+    monkeypatch.setattr("pipeline.running.sync.make_tracker", lambda name: tracker)
     monkeypatch.setattr("pipeline.tracking.thread.make_tracker", lambda name: tracker)
     return tracker
 

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.keys import Identity, explain, identify
-from pipeline.spec import load_spec
+from pipeline.planning.keys import Identity, explain, identify
+from pipeline.spec.build import load_spec
 
 SPEC = """
 name: toy

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from toy_runs import DIAMOND, ROOT, write_spec
 
-from pipeline import limits
-from pipeline.errors import SpecError
-from pipeline.graph import StageSpec
-from pipeline.spec import load_spec
+from pipeline.base import limits
+from pipeline.base.errors import SpecError
+from pipeline.spec.build import load_spec
+from pipeline.spec.cells import StageSpec
 
 HEAD = "name: toy\nplugins: [toy]\n"
 TAIL = "stages: {s: {uses: start, params: {value: 1}}}\n"
@@ -140,8 +140,8 @@ MEGABYTES = 60
 _LOADER = f"""
 import json, re, resource, sys, time
 from pathlib import Path
-from pipeline.errors import PipelineError
-from pipeline.spec import load_spec
+from pipeline.base.errors import PipelineError
+from pipeline.spec.build import load_spec
 
 def memory(which):
     status = Path("/proc/self/status").read_text()

@@ -13,14 +13,14 @@ import pytest
 from test_worker import fail_task, start_task, task_of
 from toy_runs import alive, wait_for
 
-from pipeline import system
-from pipeline.errors import BadInput, PipelineError
+from pipeline.base.errors import BadInput, PipelineError
 from pipeline.executors import local
 from pipeline.executors.base import AbstractExecutor
 from pipeline.executors.local import LocalExecutor, _list_gpus, _Machine
 from pipeline.stage import Resources
-from pipeline.store import Store
-from pipeline.worker import Outcome, Task
+from pipeline.store.store import Store
+from pipeline.worker import system
+from pipeline.worker.worker import Outcome, Task
 
 ONE_CPU = Resources()
 

@@ -24,15 +24,15 @@ from toy_runs import (
     write_spec,
 )
 
-from pipeline.events import EVENTS_AT_ONCE, EventTail, EventWriter
 from pipeline.executors.local import LocalExecutor
-from pipeline.logs import LogStream, LogWriter, last_lines, read_text, segments
-from pipeline.runs import State, load_runs
-from pipeline.seal import seal_lines
+from pipeline.running.record import State, load_runs
 from pipeline.stage import Resources
-from pipeline.storage import LocalStorage
-from pipeline.store import Store
-from pipeline.worker import run_task
+from pipeline.store.events import EVENTS_AT_ONCE, EventTail, EventWriter
+from pipeline.store.logs import LogStream, LogWriter, last_lines, read_text, segments
+from pipeline.store.seal import seal_lines
+from pipeline.store.storage import LocalStorage
+from pipeline.store.store import Store
+from pipeline.worker.worker import run_task
 
 SAVE = "\nsave_number(ctx, 1)"
 

@@ -10,10 +10,10 @@ import pytest
 from s3_server import BUCKET
 from toy_runs import last_run, run_here, write_spec
 
-from pipeline import attempt as attempts
-from pipeline.events import EVENTS_AT_ONCE, EventTail
-from pipeline.seal import seal_lines
-from pipeline.store import Store
+from pipeline.store import attempt as attempts
+from pipeline.store.events import EVENTS_AT_ONCE, EventTail
+from pipeline.store.seal import seal_lines
+from pipeline.store.store import Store
 
 KEY = "ab" * 32
 
@@ -53,7 +53,7 @@ def files(folder: str = ".fls") -> list[str]:
 @pytest.fixture(autouse=True)
 def any_events(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let events say which they are."""
-    monkeypatch.setattr("pipeline.store.require_event", lambda event: None)
+    monkeypatch.setattr("pipeline.store.store.require_event", lambda event: None)
 
 
 @pytest.fixture

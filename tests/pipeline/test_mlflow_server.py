@@ -13,8 +13,8 @@ import pytest
 from servers import Proxy, mlflow_server
 from toy_runs import fls, kill, last_run, start_fls, wait_for, write_spec
 
-from pipeline.runs import RunState
-from pipeline.store import Store
+from pipeline.running.record import RunState
+from pipeline.store.store import Store
 from pipeline.tracking.mlflow_names import fit_path
 
 SLOW = "slow: {uses: slow, params: {steps: 60, delay_s: 0.1, checkpoint_every: 10}}"
@@ -137,7 +137,7 @@ def test_a_server_that_is_away_for_the_whole_run_gets_it_later(
     client: Any, line: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_spec("{start: {uses: start, params: {value: 1}}}")
-    monkeypatch.setattr("pipeline.driver._AWAY_S", 0.5)
+    monkeypatch.setattr("pipeline.running.driver._AWAY_S", 0.5)
     line.cut()
     try:
         code, output, _ = fls(*RUN)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import PipelineError, StorageUnsupported
-from pipeline.outside import read_folder
-from pipeline.private import make_private, private_place
-from pipeline.remote_storage import RemoteStorage
-from pipeline.store import Store
+from pipeline.base.errors import PipelineError, StorageUnsupported
+from pipeline.base.private import make_private, private_place
+from pipeline.planning.outside import read_folder
+from pipeline.store.remote import RemoteStorage
+from pipeline.store.store import Store
 from pipeline.tracking import mlflow_server
 from pipeline.tracking.base import RunFacts
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from toy_runs import fls, last_run, run_here, write_spec
 
-from pipeline.seal import seal_lines
-from pipeline.store import Store
+from pipeline.store.seal import seal_lines
+from pipeline.store.store import Store
 from pipeline.tracking import TrackerName
 
 THREE = """

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import outside
-from pipeline.errors import BadInput
-from pipeline.outside import read_folder, state_of_folder
+from pipeline.base.errors import BadInput
+from pipeline.planning import outside
+from pipeline.planning.outside import read_folder, state_of_folder
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import BadInput
-from pipeline.forwarding import forwarding
-from pipeline.packing import collect
-from pipeline.provenance import SOURCE_FILE, look_at, other_versions, read_source
-from pipeline.secrets import secret_values
+from pipeline.base.errors import BadInput
+from pipeline.base.secrets import secret_values
+from pipeline.cluster.forwarding import forwarding
+from pipeline.cluster.packing import collect
+from pipeline.code.provenance import SOURCE_FILE, look_at, other_versions, read_source
 
 
 def put(*paths: str, text: str = "x") -> None:

@@ -3,7 +3,7 @@ from typing import Annotated, Any
 import pytest
 from pydantic import Field, ValidationError
 
-from pipeline.params import Marked, issues_of, marked
+from pipeline.spec.params import Marked, issues_of, marked
 from pipeline.stage import Entry, ExternalFile, Params, Registry
 
 COLOURS = Registry(kind="colour", entries={"red": Entry(target="toy:red")})

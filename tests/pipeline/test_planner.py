@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import BadInput
-from pipeline.planner import Plan, PlannedCell, Selection, make_plan
-from pipeline.spec import load_spec
+from pipeline.base.errors import BadInput
+from pipeline.planning.planner import Plan, PlannedCell, Selection, make_plan
+from pipeline.spec.build import load_spec
 from pipeline.stage import Artifact, Context, StageError
-from pipeline.store import Store
+from pipeline.store.store import Store
 
 SPEC = """
 name: toy
@@ -290,8 +290,8 @@ def test_a_plan_of_many_cells_is_quick(local: Path) -> None:
 
 def test_planning_imports_nothing_heavy(local: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from pipeline.spec import load_spec;"
-        "from pipeline.planner import make_plan; from pipeline.store import Store;"
+        "import sys; from pathlib import Path; from pipeline.spec.build import load_spec;"
+        "from pipeline.planning.planner import make_plan; from pipeline.store.store import Store;"
         "s = load_spec(Path('p.yaml')); make_plan(s, Store(s.storage));"
         "print(sorted({'torch', 'ray', 'mlflow', 'fsspec', 'numpy'} & set(sys.modules)))"
     )

@@ -13,11 +13,11 @@ from test_local_executor import collect, named, pid_of
 from test_worker import KEY, start_task, task_of
 from toy_runs import fls, last_run, numbers, ran, run_here, write_spec
 
-from pipeline.code_digest import CodeIndex
+from pipeline.code.digest import CodeIndex
 from pipeline.executors.local import LocalExecutor, _Machine
-from pipeline.runs import State
+from pipeline.running.record import State
 from pipeline.stage import Resources
-from pipeline.store import Store
+from pipeline.store.store import Store
 
 HOST = socket.gethostname()
 TIMES = Path("toy/operations/times.py")

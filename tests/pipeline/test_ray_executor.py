@@ -13,14 +13,14 @@ from test_local_executor import named, pid_of, slow_task
 from test_worker import fail_task, start_task
 from toy_runs import DIAMOND, ROOT, alive, last_run, numbers, ray_executor, run_here, write_spec
 
-from pipeline import launch
-from pipeline.errors import BadInput
+from pipeline.base.errors import BadInput
+from pipeline.code.syntax import parse_source
 from pipeline.executors import ExecutorName
 from pipeline.executors.base import AbstractExecutor
-from pipeline.source import parse_source
+from pipeline.running import launch
 from pipeline.stage import Resources
-from pipeline.store import Store
-from pipeline.worker import Outcome
+from pipeline.store.store import Store
+from pipeline.worker.worker import Outcome
 
 ONE_CPU = Resources()
 HALF_CPU = Resources(num_cpus=0.5)

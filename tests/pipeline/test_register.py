@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from toy_runs import fls, last_run, ran, resume_here, run_here, write_spec
 
-from pipeline.errors import SpecError
-from pipeline.facts import unregistered
-from pipeline.planner import Selection, make_plan
-from pipeline.spec import load_spec
-from pipeline.store import Store
+from pipeline.base.errors import SpecError
+from pipeline.planning.planner import Selection, make_plan
+from pipeline.running.facts import unregistered
+from pipeline.spec.build import load_spec
+from pipeline.store.store import Store
 from pipeline.tracking import TrackerName
 
 # Somebody else's process: it finds nothing of this project.

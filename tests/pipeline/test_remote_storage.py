@@ -14,13 +14,13 @@ from s3_server import BUCKET, SECRET, s3_environment
 from test_store import KEY
 from toy_runs import ROOT, fls
 
-from pipeline import remote_storage
-from pipeline.errors import BadInput, StorageUnavailable, StorageUnsupported, StoreError
-from pipeline.gc import Retention, collect, find_garbage
-from pipeline.remote_storage import RemoteStorage
+from pipeline.base.errors import BadInput, StorageUnavailable, StorageUnsupported, StoreError
 from pipeline.stage import Context
-from pipeline.storage import open_storage
-from pipeline.store import Store
+from pipeline.store import remote as remote_storage
+from pipeline.store.remote import RemoteStorage
+from pipeline.store.storage import open_storage
+from pipeline.store.store import Store
+from pipeline.upkeep.gc import Retention, collect, find_garbage
 
 _counter = itertools.count()
 
@@ -193,7 +193,7 @@ def test_a_name_that_leads_out_of_the_folder_is_not_downloaded(s3: str, tmp_path
 
 WORKER = """
 import sys, time
-from pipeline.storage import open_storage
+from pipeline.store.storage import open_storage
 print(open_storage("memory://left").workspace("x"), flush=True)
 time.sleep(60)
 """

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.graph import Cell
-from pipeline.render import Drawing, cell_drawing, dot, mermaid, stage_drawing
-from pipeline.spec import load_spec
+from pipeline.spec.build import load_spec
+from pipeline.spec.cells import Cell
+from pipeline.spec.render import Drawing, cell_drawing, dot, mermaid, stage_drawing
 
 SPEC = """
 name: toy

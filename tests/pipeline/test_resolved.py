@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_runs import fls, ran, run_here, write_spec
 
-from pipeline.errors import SpecError
-from pipeline.resolved import to_yaml
-from pipeline.spec import load_spec
-from pipeline.yaml_loader import load
+from pipeline.base.errors import SpecError
+from pipeline.spec.build import load_spec
+from pipeline.spec.resolved import to_yaml
+from pipeline.spec.yaml_loader import load
 
 CHARACTERS = st.characters(exclude_categories=["Cc", "Cs", "Cf", "Zl", "Zp"])
 SCALARS = (

@@ -28,11 +28,11 @@ from toy_runs import (
     write_spec,
 )
 
-from pipeline.cli import read_duration
-from pipeline.errors import BadInput
-from pipeline.runs import RunState, State, find_run, new_run_id
+from pipeline.base.errors import BadInput
+from pipeline.cli.commands import read_duration
+from pipeline.running.record import RunState, State, find_run, new_run_id
 from pipeline.stage import Context
-from pipeline.store import Store
+from pipeline.store.store import Store
 
 STAGES = """
     start: {uses: start, params: {value: 10}}

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from toy_runs import fls, last_run, numbers, ran, resume_here, run_here, states, write_spec
 
-from pipeline import acceptance
-from pipeline.acceptance import Acceptances
-from pipeline.errors import BadInput, StoreError
-from pipeline.planner import make_plan
-from pipeline.runs import RunState, State
-from pipeline.seal import seal, unseal
-from pipeline.spec import load_spec
-from pipeline.store import Store
+from pipeline.base.errors import BadInput, StoreError
+from pipeline.planning import acceptance
+from pipeline.planning.acceptance import Acceptances
+from pipeline.planning.planner import make_plan
+from pipeline.running.record import RunState, State
+from pipeline.spec.build import load_spec
+from pipeline.store.seal import seal, unseal
+from pipeline.store.store import Store
 
 STAGES = """
     start: {uses: start, params: {value: 10}}

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from toy_runs import fls, last_run, numbers, ran, run_here, write_spec
 
-from pipeline.planner import Selection, make_plan
-from pipeline.spec import load_spec
-from pipeline.store import Store
+from pipeline.planning.planner import Selection, make_plan
+from pipeline.spec.build import load_spec
+from pipeline.store.store import Store
 
 STAGES = """
     start: {uses: start, matrix: {seed: [0, 1]}, params: {value: 10}, keep: results}

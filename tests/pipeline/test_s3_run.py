@@ -19,8 +19,8 @@ from toy_runs import (
     write_spec,
 )
 
-from pipeline.runs import RunState, State, load_runs
-from pipeline.store import Store
+from pipeline.running.record import RunState, State, load_runs
+from pipeline.store.store import Store
 
 STORAGE = f"s3://{BUCKET}/runs"
 SLOW = """

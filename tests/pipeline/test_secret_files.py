@@ -8,11 +8,11 @@ import pytest
 import yaml
 from test_packing import git, put
 
-from pipeline.errors import BadInput
-from pipeline.packing import LEFT_BEHIND, collect
-from pipeline.provenance import SOURCE_FILE, look_at, read_source
-from pipeline.secret_files import PATTERNS, is_secret_file
-from pipeline.store import Store
+from pipeline.base.errors import BadInput
+from pipeline.base.secret_files import PATTERNS, is_secret_file
+from pipeline.cluster.packing import LEFT_BEHIND, collect
+from pipeline.code.provenance import SOURCE_FILE, look_at, read_source
+from pipeline.store.store import Store
 
 ROOT = Path(__file__).parents[2]
 PROVEN = [

@@ -8,8 +8,14 @@ from pathlib import Path
 import pytest
 from toy_runs import ROOT, fls, last_run
 
-from pipeline.forwarding import forwarding
-from pipeline.secrets import find_secret, has_credentials, is_secret, is_secret_variable, redact
+from pipeline.base.secrets import (
+    find_secret,
+    has_credentials,
+    is_secret,
+    is_secret_variable,
+    redact,
+)
+from pipeline.cluster.forwarding import forwarding
 from pipeline.tracking import RunFacts, TrackerName, make_tracker, tracking_uri
 
 SECRETS = {

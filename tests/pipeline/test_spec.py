@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import BadInput, SpecError
-from pipeline.spec import Spec, load_spec
+from pipeline.base.errors import BadInput, SpecError
+from pipeline.spec.build import Spec, load_spec
 
 
 def load(folder: Path, stages: str, *overrides: str, head: str = "") -> Spec:

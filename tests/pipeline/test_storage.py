@@ -14,10 +14,10 @@ from lossy_disk import LossyDisk
 from results_at_risk import KEY, check_left, publish
 from toy_runs import ROOT, fls, run_here, write_spec
 
-from pipeline.errors import Damaged, StorageUnavailable, StoreError
+from pipeline.base.errors import Damaged, StorageUnavailable, StoreError
 from pipeline.stage import Context
-from pipeline.storage import LocalStorage
-from pipeline.store import Store
+from pipeline.store.storage import LocalStorage
+from pipeline.store.store import Store
 
 # ------------------------------------------------------------------- nothing leaves the store
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from s3_server import BUCKET
 
-from pipeline.attempt import Attempt
-from pipeline.errors import Damaged, StorageUnsupported, StoreError
-from pipeline.remote_storage import RemoteStorage
-from pipeline.seal import seal
+from pipeline.base.errors import Damaged, StorageUnsupported, StoreError
 from pipeline.stage import Context, StageError
-from pipeline.storage import LocalStorage
-from pipeline.store import Store
+from pipeline.store.attempt import Attempt
+from pipeline.store.remote import RemoteStorage
+from pipeline.store.seal import seal
+from pipeline.store.storage import LocalStorage
+from pipeline.store.store import Store
 
 KEY = "k" * 64
 INGREDIENTS = {"stage": "toy"}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from toy_runs import fls, last_run, run_here, write_spec
 
-from pipeline.seal import seal
+from pipeline.store.seal import seal
 
 COMMANDS = [
     ("run", "--executor", "local"),

@@ -15,12 +15,12 @@ from s3_server import BUCKET
 from test_packing import git
 from toy_runs import DIAMOND, TOY, fls, last_run, numbers, ran, wait_for, write_spec
 
-from pipeline.errors import BadInput
-from pipeline.forwarding import forwarding, refuse_secrets
-from pipeline.provenance import SOURCE_FILE, Source
-from pipeline.runs import RunState
-from pipeline.store import Store
-from pipeline.submit import Submission, _resume_command, is_this_machine
+from pipeline.base.errors import BadInput
+from pipeline.cluster.forwarding import forwarding, refuse_secrets
+from pipeline.cluster.submit import Submission, _resume_command, is_this_machine
+from pipeline.code.provenance import SOURCE_FILE, Source
+from pipeline.running.record import RunState
+from pipeline.store.store import Store
 
 SECRET = "correct-horse-battery"  # noqa: S105 - to be looked for where it must not be
 SLOW = "slow: {uses: slow, params: {steps: 200, delay_s: 0.02}}"

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pipeline import system
-from pipeline.system import SystemSampler
+from pipeline.worker import system
+from pipeline.worker.system import SystemSampler
 
 EATING = "data = bytearray(200_000_000); print(1, flush=True)\nwhile True: sum(range(1000))"
 

@@ -19,13 +19,13 @@ from typing import Any
 import pytest
 from toy_runs import DIAMOND, fls, last_run, resume_here, run_here, write_spec
 
-from pipeline import driver, sync
-from pipeline.errors import BadInput, PipelineError, StorageUnavailable
-from pipeline.events import Cursor
-from pipeline.planner import Selection
-from pipeline.runs import RunState, State
-from pipeline.storage import LocalStorage
-from pipeline.store import Store
+from pipeline.base.errors import BadInput, PipelineError, StorageUnavailable
+from pipeline.planning.planner import Selection
+from pipeline.running import driver, sync
+from pipeline.running.record import RunState, State
+from pipeline.store.events import Cursor
+from pipeline.store.storage import LocalStorage
+from pipeline.store.store import Store
 from pipeline.tracking import (
     AbstractTracker,
     CellEnd,
@@ -614,7 +614,9 @@ def test_a_cluster_is_told_not_to_wait_for_tracking(
     toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr("pipeline.submit.submit", lambda spec, what, *_, **__: asked.append(what))
+    monkeypatch.setattr(
+        "pipeline.cluster.submit.submit", lambda spec, what, *_, **__: asked.append(what)
+    )
     write_spec(SLOW)
     assert fls("submit", "--tracking-later")[0] == 0
     assert asked[0].arguments == ["--tracking-later"]
@@ -899,7 +901,7 @@ def test_one_process_at_a_time_records_a_run(toy: Path, monkeypatch: pytest.Monk
     assert fls("sync", "last")[:2] == (0, f"{run_id} is complete: 0 cells sent.\n")
     assert said == [f"{run_id} is being recorded by {me}; see again later.\n"]
     assert not rival.take_over(store)
-    monkeypatch.setattr("pipeline.runs.lease_s", lambda: 0.0)
+    monkeypatch.setattr("pipeline.running.record.lease_s", lambda: 0.0)
     assert late.take_over(store), "as if who took it over had died before saying so"
     assert late.superseded(store) is False
     assert rival.superseded(store)

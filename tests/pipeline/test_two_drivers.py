@@ -20,9 +20,9 @@ from toy_runs import (
     write_spec,
 )
 
-from pipeline.errors import BadInput
-from pipeline.runs import RunState, State, load_run
-from pipeline.store import Store
+from pipeline.base.errors import BadInput
+from pipeline.running.record import RunState, State, load_run
+from pipeline.store.store import Store
 
 SLOW = """
     slow: {uses: slow, params: {steps: 60, delay_s: 0.05}}

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from toy_runs import ROOT, fls, write_spec
 
-from pipeline.errors import BadInput
-from pipeline.variables import LEASE_S, VARIABLES, check_variables
-from pipeline.worker import run_task
+from pipeline.base.errors import BadInput
+from pipeline.base.variables import LEASE_S, VARIABLES, check_variables
+from pipeline.worker.worker import run_task
 
 REFUSED = [
     *(("FLS_LEASE_S", text) for text in ("0", "-1", "1e-9", "nan", "inf", "1e9", "soon", "30s")),
@@ -46,12 +46,12 @@ def test_every_variable_that_is_read_is_declared() -> None:
         ("pipeline/executors/local.py", "CUDA_DEVICES.name"),  # where an empty one means no GPU
         ("pipeline/executors/ray_jobs.py", "name"),  # what it hides from Ray, and puts back
         ("pipeline/executors/ray.py", "PYTHONPATH"),  # which is Python's, and put back
-        ("pipeline/search_path.py", "PYTHONPATH"),  # the same
+        ("pipeline/base/search_path.py", "PYTHONPATH"),  # the same
         ("pipeline/executors/ray_token.py", "RAY_AUTH_MODE"),  # which are Ray's, and completed
         ("pipeline/executors/ray_token.py", "RAY_AUTH_TOKEN_PATH"),
         ("stages/data/place.py", "FISHLEG_DATA"),  # a stage knows nothing of the runner
     }
-    assert read - {("pipeline/variables.py", "self.name")} <= elsewhere
+    assert read - {("pipeline/base/variables.py", "self.name")} <= elsewhere
 
 
 def test_help_lists_every_variable(toy: Path) -> None:

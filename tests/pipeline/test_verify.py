@@ -6,9 +6,9 @@ from pathlib import Path
 
 from toy_runs import DIAMOND, fls, last_run, numbers, ran, run_here, write_spec
 
-from pipeline.seal import seal, unseal
-from pipeline.store import Store
-from pipeline.verify import Damage, find_damage
+from pipeline.store.seal import seal, unseal
+from pipeline.store.store import Store
+from pipeline.upkeep.verify import Damage, find_damage
 
 
 def damage(storage: str = ".fls") -> list[Damage]:

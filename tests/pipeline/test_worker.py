@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from toy_runs import ROOT, log_lines
 
-from pipeline.events import EventTail
-from pipeline.store import Store
-from pipeline.worker import Task, run_task, threads_of
+from pipeline.store.events import EventTail
+from pipeline.store.store import Store
+from pipeline.worker.worker import Task, run_task, threads_of
 
 KEY = "a" * 64
 
@@ -182,7 +182,7 @@ def test_a_failed_input_has_no_path(toy: Path) -> None:
 
 def test_the_loser_of_a_race_discards_its_work(toy: Path) -> None:
     winner = (
-        "from pipeline.store import Store\n"
+        "from pipeline.store.store import Store\n"
         "with Store('.fls').begin_attempt(ctx.key) as other:\n"
         "    folder = other.folder / 'outputs/number'\n"
         "    folder.mkdir(parents=True)\n"
@@ -238,7 +238,7 @@ def test_a_share_of_a_cpu_is_one_thread() -> None:
 
 def test_a_worker_does_not_import_torch_for_a_stage_without_it(toy: Path) -> None:
     code = (
-        "import json, sys\nfrom pipeline.worker import run_task\n"
+        "import json, sys\nfrom pipeline.worker.worker import run_task\n"
         "run_task(json.loads(sys.argv[1]))\n"
         "assert not {'torch', 'ray', 'mlflow'} & set(sys.modules)"
     )

@@ -13,13 +13,13 @@ from test_local_executor import collect, named, slow_task
 from test_worker import events_of, task_of
 from toy_runs import TOY, alive, last_run, numbers, run_here, wait_for, write_spec
 
-from pipeline.errors import BadInput, SpecError
+from pipeline.base.errors import BadInput, SpecError
 from pipeline.executors.base import AbstractExecutor
 from pipeline.executors.local import LocalExecutor, _Machine
-from pipeline.spec import load_spec
+from pipeline.spec.build import load_spec
 from pipeline.stage import Resources
-from pipeline.store import Store
-from pipeline.worker import Task
+from pipeline.store.store import Store
+from pipeline.worker.worker import Task
 
 NUMBER = 241  # of six steps, whatever the number of workers
 TWO = Resources(workers=2)

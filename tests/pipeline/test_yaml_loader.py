@@ -1,7 +1,7 @@
 import pytest
 
-from pipeline.errors import SpecError
-from pipeline.yaml_loader import load, read_scalar
+from pipeline.base.errors import SpecError
+from pipeline.spec.yaml_loader import load, read_scalar
 
 
 @pytest.mark.parametrize(

@@ -19,17 +19,17 @@ import pytest
 from rich.console import Console
 
 from pipeline.__main__ import main
-from pipeline.console import PlainConsole
+from pipeline.base.console import PlainConsole
 from pipeline.executors import ExecutorName, make_executor
 from pipeline.executors.base import AbstractExecutor
-from pipeline.launch import resume_run, start_run
-from pipeline.logs import read_text
-from pipeline.planner import Selection
-from pipeline.runs import RunOptions, RunRecord, State, load_run
-from pipeline.spec import load_spec
-from pipeline.store import Store
+from pipeline.planning.planner import Selection
+from pipeline.running.launch import resume_run, start_run
+from pipeline.running.record import RunOptions, RunRecord, State, load_run
+from pipeline.running.trust import read_trust
+from pipeline.spec.build import load_spec
+from pipeline.store.logs import read_text
+from pipeline.store.store import Store
 from pipeline.tracking import TrackerName
-from pipeline.trust import read_trust
 
 ROOT = Path(__file__).parents[2]
 TOY = Path(__file__).parent / "toy"

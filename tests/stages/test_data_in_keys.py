@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.planner import Plan, make_plan
-from pipeline.spec import load_spec
-from pipeline.store import Store
+from pipeline.planning.planner import Plan, make_plan
+from pipeline.spec.build import load_spec
+from pipeline.store.store import Store
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ import pytest
 from running_stages import run_cells
 from test_data import write_binary, write_tree
 
-from pipeline.planner import make_plan
-from pipeline.spec import load_spec
-from pipeline.store import Store
+from pipeline.planning.planner import make_plan
+from pipeline.spec.build import load_spec
+from pipeline.store.store import Store
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "experiments"

@@ -11,8 +11,8 @@ from running_stages import TINY, Ran, artifact, run_stage
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import prune as torch_prune
 
-from pipeline.errors import BadInput
-from pipeline.spec import load_spec
+from pipeline.base.errors import BadInput
+from pipeline.spec.build import load_spec
 from pipeline.stage import StageError
 from stages.catalogue import EvaluateParams, ImportParams
 from stages.exporter import export

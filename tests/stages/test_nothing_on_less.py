@@ -13,9 +13,9 @@ from running_stages import TINY, Ran, artifact, run_stage
 from torch import nn
 from typer.testing import CliRunner
 
-from pipeline.cli import app
-from pipeline.inspection import inspect
-from pipeline.spec import load_spec
+from pipeline.cli.commands import app
+from pipeline.planning.inspection import inspect
+from pipeline.spec.build import load_spec
 from pipeline.stage import StageError
 from stages.lineage import settings
 from stages.model_folder import load_model, save_model

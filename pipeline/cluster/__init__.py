@@ -1,0 +1,1 @@
+"""What brings a folder to a cluster: packing, variables and submission."""

@@ -1,0 +1,1 @@
+"""What code a stage runs, as digests, and what a run records of it."""

@@ -1,0 +1,357 @@
+"""What a run would do, and why: which cells are in the store, which are run, which cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.base.errors import BadInput, Damaged
+from pipeline.planning.acceptance import Acceptances, describe
+from pipeline.planning.keys import CODE_CHANGED, Identity, explain, identify
+from pipeline.spec.build import Spec
+from pipeline.spec.cells import Cell, resolve, shorten
+from pipeline.stage import Estimate, Params
+from pipeline.store.store import Manifest, Store
+
+_DOCUMENT = "plan"
+_MEMORY = 10  # how many earlier runs `why` looks through
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which part of a spec is wanted; each a list of addresses, see `pipeline.spec.cells.resolve`.
+
+    Attributes:
+        from_: these and what depends on them may run; all else comes from the store.
+        only: these alone may run.
+        until: these and what they depend on may run.
+        force: these run again, though the store has them; what depends on them follows.
+    """
+
+    from_: Sequence[str] = ()
+    only: Sequence[str] = ()
+    until: Sequence[str] = ()
+    force: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        options = {"--from": self.from_, "--only": self.only, "--until": self.until}
+        return " ".join(f"{option} {one}" for option, given in options.items() for one in given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedCell:
+    """One cell of a plan.
+
+    Attributes:
+        cell: the cell.
+        key: its key.
+        ingredients: see `pipeline.planning.keys.Identity`.
+        data: parameter -> digests of the data that the result comes from: the cell's own, or else
+            those of what is upstream.
+        state: "cached" (in the store), "run", or "blocked" (absent, and not to be made: it is not
+            selected, or needs a cell that is blocked).
+        why: the reason of the state, for people.
+        selected: whether the selection lets it run.
+        manifest: of a cached cell.
+        collected: whether it is cached without its files, because nothing is to be made of them.
+        estimate: the stage's forecast, or None if it makes none.
+    """
+
+    cell: Cell
+    key: str
+    ingredients: Mapping[str, Any]
+    data: Mapping[str, Sequence[str]]
+    state: str
+    why: str
+    selected: bool
+    manifest: Manifest | None
+    collected: bool
+    estimate: Estimate | None
+
+    def row(self) -> dict[str, str]:
+        """Return what `fls plan --json` says of it."""
+        return {
+            "cell": self.cell.name,
+            "stage": self.cell.stage,
+            "key": self.key,
+            "state": self.state,
+            "why": self.why,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run would do.
+
+    Two cells may have the same key, because they have the same ingredients; one run serves both.
+
+    Attributes:
+        spec: the spec.
+        cells: all cells, in topological order.
+        generations: base identity -> generation, of forced cells.
+    """
+
+    spec: Spec
+    cells: Sequence[PlannedCell]
+    generations: Mapping[str, int] = field(default_factory=dict)
+
+    def require_runnable(self) -> None:
+        """Check that nothing selected is blocked.
+
+        Raises:
+            BadInput: something is; the message says what is absent.
+        """
+        stuck = [one for one in self.cells if one.selected and one.state == "blocked"]
+        if stuck:
+            lines = [f"{one.cell.name} {one.why}" for one in stuck]
+            raise BadInput("\n".join(["cannot run what is selected:", *lines]))
+
+    @property
+    def notes(self) -> list[str]:
+        """Return what is to be known of the plan besides its cells, a sentence or two each."""
+        unchecked = dict.fromkeys(
+            one.cell.stage for one in self.cells if one.ingredients["names"]["unchecked"]
+        )
+        ruled = sum(CODE_CHANGED[1] in one.why for one in self.cells)
+        notes = []
+        if unchecked:
+            notes.append(
+                f"Data not checked: {shorten(list(unchecked))}. No digest of them enters the key, "
+                "so what is cached stays so when they change."
+            )
+        if ruled:
+            notes.append(
+                f"{ruled} cells run because the digests of their code are made by a newer rule. "
+                "`fls accept` keeps the results that there are, if their code is the same."
+            )
+        return notes
+
+    def commit(self, store: Store, run_id: str) -> None:
+        """Record that this plan is being run: once, before the first cell runs.
+
+        What `--force` asked for stays in force from now on, and `why` compares with this run.
+        """
+        for base, generation in self.generations.items():
+            store.raise_generation(base, generation)
+        cells = {
+            planned.cell.name: {
+                "key": planned.key,
+                "ingredients": planned.ingredients,
+                "keep": planned.cell.keep,
+            }
+            for planned in self.cells
+        }
+        store.write_run(run_id, _DOCUMENT, {"pipeline": self.spec.name, "cells": cells})
+
+
+def make_plan(spec: Spec, store: Store, selection: Selection | None = None) -> Plan:
+    """Plan a run; nothing is written.
+
+    Args:
+        spec: the spec.
+        store: where results are.
+        selection: what is wanted; None for all.
+
+    Raises:
+        BadInput: an address that no cell has, or a forced cell that is not selected.
+
+    A store that has the layout of another version is a `StoreError`.
+
+    Cost: one read of each source, each external file and each manifest; and of the plans of
+    earlier runs, if cells are to run.
+    """
+    selection = selection or Selection()
+    selected = _selected(spec.cells, selection)
+    forced = _addressed(selection.force, spec.cells)
+    if not forced <= selected:
+        stray = [cell.name for cell in spec.cells if cell.name in forced - selected]
+        raise BadInput(f"--force names what {selection} leaves out: {shorten(stray)}")
+    store.exists()  # what another version wrote is refused, not taken for damage
+    stored = store.generations()
+    raised: dict[str, int] = {}
+
+    def generation(cell: Cell, base: str) -> int:
+        if cell.name in forced:
+            raised[base] = stored.get(base, 0) + 1
+        return raised.get(base, stored.get(base, 0))
+
+    identities = identify(spec.cells, spec.plugins, generation, Acceptances(store).find)
+    judge = _Judge(store, selection, selected, identities, _History(store, spec.name))
+    judge.look(spec.cells, asked=_addressed([*selection.only, *selection.until], spec.cells))
+    return Plan(spec=spec, cells=[judge.plan(cell) for cell in spec.cells], generations=raised)
+
+
+def _addressed(addresses: Iterable[str], cells: Sequence[Cell]) -> set[str]:
+    return {cell.name for address in addresses for cell in resolve(address, cells)}
+
+
+def _selected(cells: Sequence[Cell], selection: Selection) -> set[str]:
+    """Return the names of the cells that may run."""
+    chosen = {cell.name for cell in cells}
+    if selection.from_:
+        after = _addressed(selection.from_, cells)
+        for cell in cells:
+            if not after.isdisjoint(cell.sources):
+                after.add(cell.name)
+        chosen &= after
+    if selection.until:
+        before = _addressed(selection.until, cells)
+        for cell in reversed(cells):
+            if cell.name in before:
+                before.update(cell.sources)
+        chosen &= before
+    if selection.only:
+        chosen &= _addressed(selection.only, cells)
+    return chosen
+
+
+class _Judge:
+    """Decides the state of each cell, in topological order."""
+
+    def __init__(
+        self,
+        store: Store,
+        selection: Selection,
+        selected: set[str],
+        identities: Mapping[str, Identity],
+        history: _History,
+    ):
+        self.store = store
+        self.selection = selection
+        self.selected = selected
+        self.identities = identities
+        self.history = history
+        self.blocked: set[str] = set()
+        self.found: dict[str, Manifest] = {}
+        self.damaged: set[str] = set()
+        self.collected: dict[str, Manifest] = {}
+        self.needed: set[str] = set()  # cells whose files something is to be made of
+        self.upstream: dict[str, dict[str, Params]] = {}
+        self.data: dict[str, dict[str, list[str]]] = {}
+
+    def look(self, cells: Sequence[Cell], asked: set[str]) -> None:
+        """Look up what is in the store, and find out which files are needed.
+
+        Args:
+            cells: in topological order.
+            asked: cells whose own files are wanted.
+        """
+        for cell in cells:
+            key = self.identities[cell.name].key
+            try:
+                manifest = self.store.manifest(key)
+            except Damaged:
+                self.damaged.add(cell.name)
+                continue
+            if manifest:
+                self.found[cell.name] = manifest
+            elif cell.keep == "results" and (collected := self.store.collected(key)):
+                self.collected[cell.name] = collected
+        self.needed = set(asked)
+        for cell in reversed(cells):
+            spared = cell.name in self.collected and cell.name not in self.needed
+            if cell.name in self.selected and cell.name not in self.found and not spared:
+                self.needed.update(cell.sources)
+
+    def plan(self, cell: Cell) -> PlannedCell:
+        """Return a cell with its state."""
+        identity = self.identities[cell.name]
+        state, why, manifest = self.state(cell, identity)
+        if accepted := identity.ingredients.get("accepted"):
+            why += f"; its code is {describe(accepted)}"
+        if unchecked := identity.ingredients["names"]["unchecked"]:
+            why += f"; data not checked: {shorten([f'params.{name}' for name in unchecked])}"
+        if state == "blocked":
+            self.blocked.add(cell.name)
+        return PlannedCell(
+            cell=cell,
+            key=identity.key,
+            ingredients=identity.ingredients,
+            data=self.data_behind(cell, identity),
+            state=state,
+            why=why,
+            selected=cell.name in self.selected,
+            manifest=manifest,
+            collected=state == "cached" and cell.name not in self.found,
+            estimate=self.estimate(cell),
+        )
+
+    def data_behind(self, cell: Cell, identity: Identity) -> dict[str, list[str]]:
+        """Return the digests of the data that a cell, or what is upstream of it, reads."""
+        found: dict[str, set[str]] = {}
+        for source in cell.sources:
+            for name, digests in self.data[source].items():
+                found.setdefault(name, set()).update(digests)
+        found |= {name: {digest} for name, digest in identity.ingredients["data"].items()}
+        self.data[cell.name] = {name: sorted(digests) for name, digests in found.items()}
+        return self.data[cell.name]
+
+    def estimate(self, cell: Cell) -> Estimate | None:
+        """Return the stage's forecast, which may look at the parameters of all cells upstream."""
+        upstream: dict[str, Params] = {}
+        for source in cell.sources:
+            upstream |= self.upstream[source]
+        forecast = cell.declaration.estimate
+        self.upstream[cell.name] = {cell.name: cell.params, **upstream}
+        return forecast(cell.params, list(upstream.values())) if forecast else None
+
+    def state(self, cell: Cell, identity: Identity) -> tuple[str, str, Manifest | None]:
+        """Return state, reason and, if there is one, the manifest."""
+        name = cell.name
+        if name in self.found:
+            maker = self.found[name].facts.get("run")
+            made = f", made by run {maker}" if maker else ""
+            return "cached", f"in the store{made}", self.found[name]
+        if name in self.collected and name not in self.needed:
+            return "cached", "complete; its files were collected", self.collected[name]
+        if name not in self.selected:
+            return "blocked", f"is not in the store, and {self.selection} leaves it out", None
+        absent = [name for name in cell.sources if name in self.blocked]
+        if absent:
+            return "blocked", f"needs {shorten(absent)}, which cannot be had", None
+        if name in self.damaged:
+            return "run", "stored result damaged", None
+        if name in self.collected:
+            return "run", "its files were collected, and are needed again", None
+        return "run", self.history.why(cell.name, identity, {*self.found, *self.collected}), None
+
+
+class _History:
+    """What cells were made of in earlier runs of the pipeline; read only as far as asked."""
+
+    def __init__(self, store: Store, pipeline: str):
+        self.store = store
+        self.pipeline = pipeline
+        self.unread: list[str] | None = None  # run ids, the newest last
+        self.forgotten = False  # whether there are earlier runs that are not looked at
+        self.known: dict[str, tuple[str, Mapping[str, Any]]] = {}  # cell -> run, ingredients
+
+    def why(self, name: str, identity: Identity, cached: Container[str]) -> str:
+        """Return why the absent result of a cell is to be made, and compared with which run."""
+        found = self.find(name)
+        if found is None:
+            return f"in none of the last {_MEMORY} runs" if self.forgotten else "never ran"
+        run, before = found
+        changes = explain(before, identity.ingredients, cached)
+        if changes:
+            return f"{'; '.join(changes)} (since run {run})"
+        if self.store.damaged(identity.key):
+            return "stored result damaged"
+        attempts = self.store.attempts(identity.key)
+        if attempts and self.store.failure(identity.key, attempts[-1]):
+            return f"failed in run {run}"
+        return f"not finished in run {run}"
+
+    def find(self, name: str) -> tuple[str, Mapping[str, Any]] | None:
+        """Return the newest run that had a cell, and the cell's ingredients in it."""
+        if self.unread is None:
+            runs = self.store.list_runs()
+            self.unread, self.forgotten = runs[-_MEMORY:], len(runs) > _MEMORY
+        while name not in self.known and self.unread:
+            run = self.unread.pop()
+            document = self.store.peek_run(run, _DOCUMENT)
+            if document and document["pipeline"] == self.pipeline:
+                for cell, entry in document["cells"].items():
+                    self.known.setdefault(cell, (run, entry["ingredients"]))
+        return self.known.get(name)

@@ -1,0 +1,94 @@
+"""What a running cell is at: how far, what it last said, and whether it gets on.
+
+Progress is shown while there is some to come. Once it is complete something else runs, of which
+nothing is known but since when, and what the stage has said.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.base.text import clock, cut
+
+if TYPE_CHECKING:
+    from pipeline.running.record import CellStatus
+
+# A stage makes no progress after so many of its usual gaps between two signs of it, but a short
+# silence says nothing.
+_GAPS = 10
+_LEAST_S = 120.0
+_SAID_CHARACTERS = 100
+
+
+@dataclass
+class Pace:
+    """How long a stage usually takes from one sign of progress to the next; in Unix seconds."""
+
+    began: float = 0.0
+    first: float = 0.0
+    last: float = 0.0
+    count: int = 0
+    total: tuple[float, str] = (0.0, "")
+    done: float = 0.0
+
+    def begin(self, event: Mapping[str, Any]) -> None:
+        """Take note of an attempt's beginning."""
+        self.began, self.count = event["time"], 0
+
+    def move(self, event: Mapping[str, Any]) -> float:
+        """Take note of progress; return the usual gap in seconds.
+
+        Where another series begins (of another unit, say) the gaps are others as well. The first
+        sign of a series comes after its preparations, so it counts only as long as it is alone.
+        """
+        total, done = (event["total"], event["unit"]), event["done"]
+        if total != self.total or done < self.done:
+            self.began, self.count = self.last or self.began, 0
+        self.total, self.done, self.last = total, done, event["time"]
+        self.first = self.first if self.count else self.last
+        self.count += 1
+        if self.count == 1:
+            return max(0.0, self.last - self.began)
+        return max(0.0, (self.last - self.first) / (self.count - 1))
+
+
+def unfinished(status: CellStatus) -> tuple[float, float, str] | None:
+    """Return a cell's progress (done, total, unit) while it is not complete."""
+    progress = status.progress
+    return progress if progress is not None and progress[0] < progress[1] else None
+
+
+def stalled_since(status: CellStatus, now: float | None = None) -> float | None:
+    """Return since when (Unix time) a running cell makes no progress, if that is too long."""
+    if unfinished(status) is None or status.moved is None or status.gap_s is None:
+        return None
+    silent_s = (time.time() if now is None else now) - status.moved
+    return status.moved if silent_s > max(_LEAST_S, _GAPS * status.gap_s) else None
+
+
+def describe(status: CellStatus, now: float | None = None) -> str:
+    """Return what a running cell is at, in words; "" where nothing is known.
+
+    Args:
+        status: how the cell stands.
+        now: Unix time, or None for the present.
+    """
+    now = time.time() if now is None else now
+    progress, said = status.progress, status.said or ""
+    if progress is None or status.moved is None:
+        return said
+    done, total, unit = progress
+    if unfinished(status):
+        since = stalled_since(status, now)
+        stalled = f", no progress for {clock(now - since)}" if since is not None else ""
+        return f"{done:g}/{total:g} {unit}{stalled}"
+    ago = clock(max(0.0, now - status.moved))
+    return f"{total:g} {unit} done {ago} ago" + (f"; {said}" if said else "")
+
+
+def first_line(text: str) -> str:
+    """Return as much of what a stage said as there is room for."""
+    return cut(text.strip().partition("\n")[0], _SAID_CHARACTERS)

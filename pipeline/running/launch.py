@@ -1,0 +1,345 @@
+"""From a plan to an exit code: a new run, or an interrupted one that goes on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from pipeline.base.errors import BadInput, Damaged, DamagedDocument
+from pipeline.base.places import LINES
+from pipeline.base.secrets import HIDDEN
+from pipeline.base.variables import RAY_JOB, STORAGE
+from pipeline.cli.printing import print_failures, print_reports, print_tracking
+from pipeline.code.provenance import (
+    Source,
+    changed_versions,
+    other_versions,
+    read_source,
+    this_machine,
+)
+from pipeline.executors import ExecutorName, make_executor
+from pipeline.planning.planner import Plan, Selection, make_plan
+from pipeline.running.drift import Drift, find_drift, is_complete, plan_of
+from pipeline.running.driver import GRACE_S, Driver
+from pipeline.running.facts import load_facts, save_facts, unregistered
+from pipeline.running.live import LiveView
+from pipeline.running.record import RunOptions, RunRecord, RunState, State, load_run, new_run_id
+from pipeline.running.sync import HIDDEN_ADDRESS, close_orphans
+from pipeline.running.trust import Places, Trust, places_of
+from pipeline.spec.build import Spec
+from pipeline.spec.cells import shorten
+from pipeline.store.storage import LocalStorage
+from pipeline.store.store import Store
+from pipeline.tracking import RunFacts, TrackerName, TrackingThread, destination
+
+_STOP_WAIT_S = 60.0
+_EXIT_CODES = {RunState.DONE: 0, RunState.FAILED: 1}
+
+
+def start_run(
+    spec: Spec,
+    options: RunOptions,
+    selection: Selection,
+    console: Console,
+    stop_after_s: float | None = None,
+    grace_s: float = GRACE_S,
+    run_id: str | None = None,
+) -> int:
+    """Run what is selected of a spec, if anything is to be run; return the exit code.
+
+    A model that is in the store, and is to be registered for the first time, is reason enough.
+
+    After `stop_after_s` the run is stopped as by SIGTERM: what is finished is kept, what runs has
+    `grace_s` for a checkpoint, from which a later run goes on.
+
+    Raises:
+        BadInput: there is a run of that id.
+    """
+    store = Store(spec.storage)
+    if run_id is not None and run_id in store.list_runs():
+        before = RunRecord(run_id=run_id, options=options, spec_text="")
+        raise BadInput(f"{store.url} has a run {run_id} already; `{before.resume_command}`.")
+    places = places_of(spec, store)
+    plan = make_plan(spec, store, selection)
+    plan.require_runnable()
+    while not (_to_run(plan) or unregistered(store, plan, options.tracking)):
+        keys = {one.cell.name: one.key for one in plan.cells if one.state == "cached"}
+        try:
+            selected = sum(one.selected for one in plan.cells)
+            console.print(f"Nothing to do: all {selected} cells are in the store.")
+            print_reports(spec, store, keys, console)
+            close_orphans(store, options.tracking, places)
+            return 0
+        except Damaged as error:
+            console.print(f"{error}", soft_wrap=True)
+            store.set_aside(error.key)
+            plan = make_plan(spec, store, selection)
+    source = read_source(Path.cwd())
+    record = RunRecord(
+        run_id=run_id or new_run_id(),
+        options=options,
+        spec_text=spec.text,
+        environment=source.environment(),
+    )
+    facts = _facts(spec, record, source, _lines_folder(spec, store, options, console))
+    return _execute(plan, store, record, source, facts, places, console, stop_after_s, grace_s)
+
+
+def resume_run(
+    store: Store,
+    record: RunRecord,
+    trust: Trust,
+    console: Console,
+    stop_after_s: float | None = None,
+    grace_s: float = GRACE_S,
+    *,
+    replan: bool = False,
+) -> int:
+    """Go on with a run that was interrupted or stopped, or that failed; return the exit code.
+
+    The spec is the one that the run began with, whatever the file says by now. The file, of which
+    `trust` is, only has to name the code that is imported, and where the run is recorded. With
+    `replan`, what has changed besides (code, above all) is made anew, under new keys.
+
+    Raises:
+        BadInput: the run is still running; or something has changed, and `replan` is not given; or
+            it is recorded where nobody here says, or names code that nobody here does.
+    """
+    if record.observed_state() is RunState.RUNNING:
+        raise BadInput(
+            f"Run {record.run_id} is running: process {record.pid} on {record.host}. Stop it first."
+        )
+    if is_complete(record, store):
+        console.print(f"Nothing to do: run {record.run_id} is complete.")
+        close_orphans(store, record.options.tracking, trust.places)
+        return 0
+    plan = plan_of(record, store, trust)
+    drift = find_drift(plan, record, store)
+    if drift.causes and not replan:
+        raise BadInput(drift.refusal(record, store.url))
+    _print_drift(drift, record, console)
+    plan.require_runnable()
+    source = read_source(Path.cwd())
+    if drift.touched:
+        record.environment = source.environment()
+    facts = _facts_again(plan.spec, record, source, store, trust, console)
+    return _execute(
+        plan, store, record, source, facts, trust.places, console, stop_after_s, grace_s
+    )
+
+
+def stop_run(store: Store, record: RunRecord, console: Console) -> int:
+    """Ask a run's driver to stop, and wait until it has; return 0, or 1 if it does not.
+
+    Raises:
+        BadInput: the run is not running.
+    """
+    if record.observed_state() is not RunState.RUNNING:
+        raise BadInput(f"Run {record.run_id} is not running: {record.observed_state()}.")
+    record.ask_to_stop(store)
+    resume_command = record.resume_command
+    console.print(f"Run {record.run_id}: asked {record.host} to stop ...", soft_wrap=True)
+    end_s = time.monotonic() + _STOP_WAIT_S
+    while time.monotonic() < end_s:
+        record = load_run(store, record.run_id)
+        state = record.observed_state()
+        if state is not RunState.RUNNING:
+            more = "" if state is RunState.DONE else f" `{resume_command}` goes on from here."
+            console.print(f"Run {record.run_id}: {state}.{more}", soft_wrap=True)
+            return 0
+        time.sleep(0.5)
+    console.print(f"Run {record.run_id} has not stopped within {_STOP_WAIT_S:g} s.")
+    return 1
+
+
+def _print_drift(drift: Drift, record: RunRecord, console: Console) -> None:
+    """Say what a run that goes on will do otherwise than it began."""
+    if drift.touched:
+        console.print("Changed since the run began:")
+        for line in drift.lines():
+            console.print(f"  {line}", soft_wrap=True)
+    versions = changed_versions(record.environment, Source().environment())
+    if versions:
+        text = f"Library versions, which are no part of the keys: {shorten(versions)}."
+        console.print(text, soft_wrap=True)
+
+
+def _to_run(plan: Plan) -> int:
+    return sum(one.state == "run" for one in plan.cells)
+
+
+def _execute(
+    plan: Plan,
+    store: Store,
+    record: RunRecord,
+    source: Source,
+    facts: RunFacts,
+    places: Places,
+    console: Console,
+    stop_after_s: float | None,
+    grace_s: float,
+) -> int:
+    options = record.options
+    _mind_the_job(plan.spec, source, console)
+    _take_up_tracking(record, facts, console)
+    tracking = TrackingThread(
+        options.tracking, store, record.tracking, patient=options.tracking_later
+    )
+    executor = make_executor(options.executor if _to_run(plan) else ExecutorName.LOCAL)
+    try:
+        demands = [(one.cell.name, one.cell.resources) for one in plan.cells if one.state == "run"]
+        for wait in executor.check(demands, may_grow=plan.spec.autoscaling):
+            console.print(wait, soft_wrap=True)
+        console.print(
+            f"Run {record.run_id}: {_to_run(plan)} of {len(plan.cells)} cells to run, "
+            f"on {options.executor}, into {options.tracking}",
+            soft_wrap=True,
+        )
+        for note in plan.notes:
+            console.print(note, soft_wrap=True)
+        plan.commit(store, record.run_id)
+        record.save_request(store)
+        store.write_run(record.run_id, "source", asdict(source))
+        save_facts(store, facts, plan)
+        tracking.open(
+            facts, partial(close_orphans, store, options.tracking, places, mine=record.run_id)
+        )
+        view = LiveView(console)
+        driver = Driver(plan, store, record, executor, tracking, view, stop_after_s, grace_s)
+        state = driver.run()
+    finally:
+        executor.stop()
+        tracking.finish(0)
+    if driver.signal is not None:
+        console.print(f"Stopped. `{record.resume_command}` goes on from here.", soft_wrap=True)
+        return 128 + driver.signal
+    usable = {State.DONE, State.CACHED}
+    keys = {name: status.key for name, status in record.cells.items() if status.state in usable}
+    code = _EXIT_CODES[state]
+    try:
+        print_reports(plan.spec, store, keys, console)
+    except Damaged as error:
+        store.set_aside(error.key)
+        console.print(f"{error}. The next `fls run` makes it again.", soft_wrap=True)
+        code = 1
+    print_failures(record, console)
+    print_tracking(record, facts.folder, console)
+    return code
+
+
+def _mind_the_job(spec: Spec, source: Source, console: Console) -> None:
+    """Check what is different when this process is the job of a cluster.
+
+    Raises:
+        BadInput: the job uses folders of the machine that it was submitted from, and is elsewhere.
+    """
+    if source.submitted_from not in {None, this_machine()}:
+        raise BadInput(
+            f"Submitted from {source.submitted_from} as if to itself, but this is "
+            f"{this_machine()}, perhaps at the end of a tunnel: {spec.storage} is another folder "
+            "here. Give `storage:` and MLflow as URLs that both machines reach, and submit to the "
+            "head's own address."
+        )
+    note = other_versions(source)
+    if note:
+        console.print(note, soft_wrap=True)
+    if RAY_JOB.read() and spec.storage_given != spec.storage:
+        console.print(
+            f"The storage is {spec.storage}: a folder of this job, which Ray deletes some time "
+            f"after it. To keep the results, set {STORAGE.name} to a URL or an absolute path.",
+            soft_wrap=True,
+        )
+
+
+def _lines_folder(spec: Spec, store: Store, options: RunOptions, console: Console) -> str:
+    """Return where JSON lines go: those of a cluster's job into the storage, if it is a folder."""
+    if RAY_JOB.read() and isinstance(store.storage, LocalStorage):
+        return str(store.storage.root / LINES)
+    if RAY_JOB.read() and options.tracking is TrackerName.JSONL:
+        console.print(
+            "The JSON lines go into a folder of this job, which Ray deletes some time after it; "
+            f"what they say is also in {store.url}, see `fls logs` and `fls results`.",
+            soft_wrap=True,
+        )
+    return str(spec.tracking_folder / LINES)
+
+
+def _facts(
+    spec: Spec, record: RunRecord, source: Source, folder: str, recorded: str | None = None
+) -> RunFacts:
+    """Return what tracking is to know; a run that goes on stays where it is `recorded`."""
+    return RunFacts(
+        run_id=record.run_id,
+        name=spec.name,
+        experiment=spec.mlflow.experiment,
+        uri=spec.tracking_uri(recorded),
+        spec_file=record.options.file,
+        spec_text=record.spec_text,
+        resolved=spec.resolved,
+        overrides=record.options.overrides,
+        selection=record.options.selection,
+        environment=spec.environment,
+        tags={**source.tags(), "mlflow.user": source.user},
+        driver={
+            "platform": platform.platform(),
+            "python": source.python,
+            "packages": dict(source.packages),
+        },
+        folder=folder,
+        resumed=bool(record.cells),
+    )
+
+
+def _facts_again(
+    spec: Spec, record: RunRecord, source: Source, store: Store, trust: Trust, console: Console
+) -> RunFacts:
+    """Return what tracking is to know of a run that goes on: it stays where it was tracked.
+
+    Raises:
+        BadInput: nobody here says that it is tracked there.
+    """
+    tracker = record.options.tracking
+    folder = trust.places.allowed(_lines_folder(spec, store, record.options, console))
+    try:
+        before = load_facts(store, record.run_id)
+    except DamagedDocument:  # it goes on without
+        before = None
+    if before is None:
+        facts = _facts(spec, record, source, folder)
+    else:
+        kept = trust.places.find(before.run, TrackerName.JSONL)
+        folder = kept.folder if kept and os.path.isdir(kept.folder) else folder
+        facts = _facts(spec, record, source, folder, before.run.uri)
+        if before.run.environment == spec.environment:
+            facts = replace(facts, resolved=before.run.resolved or facts.resolved)
+    if tracker is TrackerName.JSONL or HIDDEN in facts.uri:
+        return facts
+    found = trust.places.find(facts, tracker)
+    if found is None:
+        raise BadInput(f"Run {record.run_id} {trust.stranger(facts, tracker)}")
+    return found
+
+
+def _take_up_tracking(record: RunRecord, facts: RunFacts, console: Console) -> None:
+    """Go on with what is recorded where the run is tracked from now on, and say if that is new.
+
+    Raises:
+        BadInput: it was tracked with credentials, which are not at hand.
+    """
+    tracker = record.options.tracking
+    if tracker is TrackerName.MLFLOW and HIDDEN in facts.uri:
+        raise BadInput(f"Run {record.run_id} {HIDDEN_ADDRESS.format(facts.uri)}")
+    before = record.track_at(destination(facts, tracker))
+    if before is not None:
+        console.print(
+            f"Tracked at {before} until now, and at {record.destination} from now on, where all "
+            f"that it recorded goes as well; `{record.sync_command}`, with that address as "
+            "MLFLOW_TRACKING_URI, still completes the former.",
+            soft_wrap=True,
+        )

@@ -1,0 +1,322 @@
+"""Tracking without a driver: sends what is missing of a run, and ends what a dead driver left open.
+
+A driver that is killed can record nothing more, so the next one to start on the same store says in
+its place that the run is over. What the run had still to say stays in the store, for `fls resume`
+or `fls sync` to send.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import islice
+
+from rich.console import Console
+
+from pipeline.base.errors import (
+    BadInput,
+    Damaged,
+    DamagedDocument,
+    PipelineError,
+    StorageUnavailable,
+    StoreError,
+)
+from pipeline.base.parallel import Requests
+from pipeline.base.secrets import HIDDEN, redact
+from pipeline.running.facts import StoredFacts, load_facts
+from pipeline.running.record import HEARTBEAT_S, RunRecord, RunState, State, load_run, recorded_ids
+from pipeline.running.trust import Places, Trust
+from pipeline.spec.cells import Registration
+from pipeline.store.store import Store
+from pipeline.tracking import (
+    AbstractTracker,
+    CellState,
+    News,
+    Recorder,
+    TrackerName,
+    destination,
+    make_tracker,
+)
+
+HIDDEN_ADDRESS = (
+    "was tracked at {}, and what is hidden there is not stored; set MLFLOW_TRACKING_URI."
+)
+_ENDS = {State.DONE: "done", State.CACHED: "done", State.FAILED: "failed"}
+
+
+def close_orphans(
+    store: Store,
+    kind: TrackerName,
+    places: Places,
+    tracker: AbstractTracker | None = None,
+    *,
+    mine: str = "",
+) -> list[str]:
+    """End, in tracking, the runs of a store whose driver is dead; return their ids.
+
+    Args:
+        store: the store.
+        kind: the tracker that recorded them.
+        places: where; what was recorded elsewhere is left alone.
+        tracker: one of that kind; None to make one if there is such a run.
+        mine: the run that is starting, if one is, which is none of them.
+
+    Cost: one small document for each run that is over, three for one that may not be.
+    """
+    closed: list[str] = []
+    away: set[str] = set()
+    for run_id in store.list_runs():
+        tracking = store.peek_run(run_id, "tracking")
+        if run_id == mine or tracking is None or tracking["ended"]:
+            continue
+        try:
+            facts, record = load_facts(store, run_id), load_run(store, run_id)
+        except (BadInput, DamagedDocument):  # `fls status` tells of it; this run is none of its
+            continue
+        state = record.observed_state()
+        run = places.find(facts.run, kind) if facts else None
+        if (
+            run is None
+            or record.options.tracking is not kind
+            or record.destination not in {"", destination(run, kind)}
+            or state is RunState.RUNNING
+            or record.is_attended()
+        ):
+            continue
+        cells = {cell: _ENDS.get(status.state, "stopped") for cell, status in record.cells.items()}
+        place = destination(run, kind)
+        if place in away:
+            continue
+        if tracker is None:
+            try:
+                tracker = make_tracker(kind)
+            except Exception:  # its library is not installed, or broken
+                return closed
+        try:
+            found = tracker.close_orphan(run, _end(state), cells)
+        except Exception as error:  # this run stays for the next start
+            if tracker.is_outage(error):
+                away.add(place)
+            continue
+        if found:
+            record.tracking.ended = True
+            record.save_tracking(store)
+            closed.append(run_id)
+    return closed
+
+
+def sync_runs(
+    store: Store,
+    records: Sequence[RunRecord],
+    trust: Trust,
+    console: Console,
+    *,
+    named: bool = True,
+) -> bool:
+    """Send what is missing of some runs; return whether all of them are complete now.
+
+    Args:
+        store: where they are.
+        records: the runs.
+        trust: whom the present folder trusts.
+        console: takes a line for each of them.
+        named: whether a person named them. Otherwise a run whose driver is only silent is left to
+            that: a laptop may sleep.
+    """
+    complete = True
+    for record in records:
+        state = record.observed_state()
+        tracker = record.options.tracking
+        try:
+            facts, run = load_facts(store, record.run_id), None
+        except DamagedDocument as error:
+            complete = False
+            console.print(f"{error}", soft_wrap=True)
+            continue
+        if state is not RunState.RUNNING and facts is not None:
+            run = trust.places.find(facts.run, tracker)
+        if run is not None:
+            here = destination(run, tracker)
+            if before := record.track_at(here):
+                text = f"{record.run_id} was recorded at {before} until now; this is about {here}."
+                console.print(text, soft_wrap=True)
+        if state is RunState.RUNNING:
+            said = f"is running; its driver records it (process {record.pid} on {record.host})."
+        elif record.tracked:
+            said = "is complete."
+        elif facts is None:
+            said = "was never begun."
+        elif run is None and HIDDEN in facts.run.uri:
+            said, complete = HIDDEN_ADDRESS.format(facts.run.uri), False
+        elif not named and _may_go_on(record):
+            said = (
+                f"is not over: process {record.pid} on {record.host} has been silent for "
+                f"{record.silence_s():.0f} s, and may go on. Where it is gone for good, "
+                f"`{record.sync_command}` sends the rest."
+            )
+            complete = False
+        elif run is None:
+            said, complete = trust.stranger(facts.run, tracker), False
+        elif record.is_attended() or not record.take_over(store):
+            said = f"is being recorded by process {record.pid} on {record.host}; see again later."
+            complete = False
+        else:
+            facts, unsure = _with_loaders(replace(facts, run=run), record, trust)
+            said, whole = _sync(store, record, facts, unsure, console)
+            complete = complete and whole
+        console.print(f"{record.run_id} {said}", soft_wrap=True)
+    return complete
+
+
+def _may_go_on(record: RunRecord) -> bool:
+    """Tell whether the driver of a run has not ended it, and is not certainly gone."""
+    return record.state is RunState.RUNNING and record.heartbeat > 0 and not record.has_died()
+
+
+def _sync(
+    store: Store, record: RunRecord, facts: StoredFacts, unsure: Sequence[str], console: Console
+) -> tuple[str, bool]:
+    """Send what is missing of one run; return what to say, and whether it is complete.
+
+    `unsure` is what will be missing still, and is said as well.
+
+    Raises:
+        PipelineError: the server is away.
+        StorageUnavailable: the storage is.
+    """
+    tracker = make_tracker(record.options.tracking)
+    step, say = partial(_step, store, record), partial(console.print, soft_wrap=True)
+    recorder = Recorder(tracker, store, facts.run, record.tracking, step, say)
+    for one in unsure:
+        say(one)
+    count, lost = 0, bool(unsure)
+    try:
+        recorder.open()
+        for news in _read_ahead(recorder, store, _missing(store, record, facts)):
+            recorder.record(*news)
+            count += news[0].cell not in recorder.set_aside
+        for key, output in _promoted(record, facts):
+            try:
+                folder = store.fetch(key, output)
+            except StorageUnavailable:
+                raise
+            except StoreError as error:
+                lost = True
+                say(f"the output {output} cannot be kept with the run: {error}")
+            else:
+                recorder.promote(output, folder)
+        recorder.close(_end(record.observed_state()))
+    except PipelineError:
+        raise
+    except Exception as error:  # a server or a database may fail in any way
+        raise PipelineError(
+            f"Run {record.run_id} could not be sent to {redact(facts.run.uri)} "
+            f"({type(error).__name__}: {redact(str(error))}). "
+            f"Nothing is lost: `{record.sync_command}` goes on from there."
+        ) from error
+    finally:
+        complete = record.tracking.ended and not recorder.set_aside and not lost
+        record.tracked = complete
+        if not record.superseded(store):
+            record.save_progress(store, leaving=True)
+    stands = "is complete" if complete else "is recorded but for what is named above"
+    return f"{stands}: {count} cells sent.", complete
+
+
+def _with_loaders(
+    facts: StoredFacts, record: RunRecord, trust: Trust
+) -> tuple[StoredFacts, list[str]]:
+    """Register models as the pipeline file here says; return also what to say of the others.
+
+    What loads a model is run, and so is what the model's own file names.
+    """
+    wanted = [
+        name
+        for name, cell in facts.cells.items()
+        if cell.registration is not None and name not in record.tracking.registered
+    ]
+    if not wanted:
+        return facts, []
+    known: Mapping[str, tuple[Registration, Sequence[str]]] = {}
+    why = f"no stage of {trust.file} registers it"
+    try:
+        known = trust.registrations()
+    except PipelineError as error:
+        why = str(error)
+    cells, said = dict(facts.cells), []
+    for name in wanted:
+        own = facts.cells[name].registration
+        registration, calls = known.get(name, (None, ()))
+        given = asdict(registration) if registration else None
+        cells[name] = replace(facts.cells[name], registration=given, calls=calls)
+        if registration is None and own is not None:
+            said.append(
+                f"{name} is not registered: the store names {own['loader']!r} to load its model, "
+                f"but {why}. `{record.resume_command}` does, or give its own pipeline as --file."
+            )
+    return replace(facts, cells=cells), said
+
+
+def _read_ahead(recorder: Recorder, store: Store, news: Iterator[News]) -> Iterator[News]:
+    """Yield the news, of which the recorder reads as much at a time as the storage likes."""
+    with Requests(store.storage.at_once) as requests:
+        while some := list(islice(news, requests.at_once)):
+            recorder.read_ahead(some, requests)
+            yield from some
+
+
+def _step(store: Store, record: RunRecord, cell: str | None) -> None:
+    """Show every few seconds that the run is being recorded here, if it still is.
+
+    See `RunRecord.require_own`.
+    """
+    if time.time() - record.heartbeat >= HEARTBEAT_S:
+        record.require_own(store)
+        record.save_progress(store)
+
+
+def _missing(store: Store, record: RunRecord, facts: StoredFacts) -> Iterator[News]:
+    """Yield what is not recorded yet, as the driver would have noted it."""
+    cached = [one.key for one in record.cells.values() if one.state is State.CACHED]
+    sources = recorded_ids(store, cached, record.destination)
+    progress = record.tracking
+    begun = set(progress.cursors).union(*(one["cursors"] for one in record.elsewhere.values()))
+    for name, status in record.cells.items():
+        cell = replace(facts.cells[name], key=status.key)
+        recorded = name in progress.closed and progress.keys.get(name) == status.key
+        if status.state is State.CACHED:
+            source = sources[status.key].cell if status.key in sources else None
+            yield cell, CellState.CACHED, source
+        elif status.state is State.DONE or _made(store, record.run_id, status.key):
+            if not recorded:
+                yield cell, CellState.DONE, None
+            elif cell.registration is not None and name not in progress.registered:
+                yield cell, CellState.CACHED, None  # no more than that is missing
+        elif status.state is State.FAILED:
+            yield cell, CellState.FAILED, None
+        elif status.state is State.RUNNING or name in begun:
+            yield cell, CellState.STOPPED, None
+
+
+def _made(store: Store, run_id: str, key: str) -> bool:
+    """Tell whether the run made the result of `key`, whether or not its driver came to know."""
+    try:
+        manifest = store.manifest(key)
+    except Damaged:
+        return False
+    return manifest is not None and manifest.facts.get("run") == run_id
+
+
+def _promoted(record: RunRecord, facts: StoredFacts) -> Iterator[tuple[str, str]]:
+    """Yield (key, output) of the outputs that are shown with the run."""
+    for name, status in record.cells.items():
+        if status.state in {State.DONE, State.CACHED}:
+            for output in facts.cells[name].promoted:
+                yield status.key, output
+
+
+def _end(state: RunState) -> str:
+    """Return a run's end as trackers know it."""
+    return "stopped" if state is RunState.INTERRUPTED else str(state)

@@ -1,0 +1,339 @@
+"""One attempt at a cell: its local folder, its events, and its publication or failure.
+
+The layout of the store is described in `pipeline.store.store`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from pipeline.base.errors import StorageUnavailable, StoreError
+from pipeline.base.names import numbers, require_inside
+from pipeline.stage import StageError
+from pipeline.store import logs
+from pipeline.store.events import EVENTS_AT_ONCE, merge
+from pipeline.store.seal import seal, seal_lines, unseal, unseal_lines
+from pipeline.store.storage import AbstractStorage, list_files
+
+# Beside a checkpoint's files, and written after them: their digests.
+DIGESTS = ".digests.json"
+_CHECKPOINTS_KEPT = 2
+_SAID_BYTES = 16_000_000  # of events, of which an attempt that says more merges none
+
+
+def stage_folder(key: str) -> str:
+    """Return where all about a key is stored."""
+    return f"stages/{key}"
+
+
+def manifest_path(key: str) -> str:
+    """Return where the manifest of a key is stored."""
+    return f"{stage_folder(key)}/manifest.json"
+
+
+def attempt_folder(key: str, number: int) -> str:
+    """Return where an attempt is stored."""
+    return f"{stage_folder(key)}/attempts/{number:04d}"
+
+
+def checkpoint_folder(key: str, number: int, checkpoint: int) -> str:
+    """Return where an in-stage checkpoint of an attempt is stored."""
+    return f"{attempt_folder(key, number)}/checkpoints/{checkpoint:06d}"
+
+
+def event_segment(key: str, number: int, segment: int) -> str:
+    """Return where a segment of an attempt's events is stored."""
+    return f"{attempt_folder(key, number)}/events/{segment:06d}.jsonl"
+
+
+class Attempt:
+    """An attempt that this process makes; `Store.begin_attempt` begins one.
+
+    It is a context manager: on leaving, a scratch folder is deleted.
+
+    Attributes:
+        key: the cell's key.
+        number: the attempt's fencing number, unique under the key.
+        folder: local folder for the stage's context; holds `checkpoints/`, `outputs/` and `log/`.
+        passed_over: checkpoints of earlier attempts that this one cannot use, each with the reason.
+    """
+
+    def __init__(self, storage: AbstractStorage, key: str, number: int):
+        self.key = key
+        self.number = number
+        self._storage = storage
+        self._path = attempt_folder(key, number)
+        self._segments = 0
+        # Their content: a storage that is far away would take minutes to give back a day's.
+        self._said: list[bytes] = []
+        self._said_bytes = 0
+        self._log: dict[str, tuple[int, int]] = {}  # what is stored of it: size and time of writing
+        self.passed_over: list[str] = []
+        self.folder = storage.workspace(self._path)
+        try:
+            self._take_over_checkpoint()
+        except BaseException:  # then nobody will leave this attempt as a context
+            storage.release(self.folder)
+            raise
+
+    def __enter__(self) -> Attempt:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._storage.release(self.folder)
+
+    def append_events(self, events: Sequence[Mapping[str, Any]]) -> None:
+        """Store events as the next segment; a `checkpoint` event stores the checkpoint first.
+
+        With the `end`, which is the last one, the segments are merged. Not those of an attempt that
+        said a very great deal: they are large, and not so many.
+        """
+        if any(event["type"] == "checkpoint" for event in events):
+            self._save_checkpoint()
+        if not events:
+            return
+        data = seal_lines(events)
+        self._segments += 1
+        self._storage.write(event_segment(self.key, self.number, self._segments), data)
+        self._said.append(data)
+        self._said_bytes += len(data)
+        if self._said_bytes > _SAID_BYTES:
+            self._said.clear()
+        elif events[-1]["type"] == "end" and len(self._said) == self._segments:
+            self._merge_segments()
+
+    def _merge_segments(self) -> None:
+        """Leave as few segments as hold the events without being too large to be read at once.
+
+        Each replaces the first of those that it holds, which are deleted only then: at any moment,
+        and wherever this is interrupted, a reader finds each event once. See
+        `pipeline.store.events`.
+        """
+        number, segments = 1, [unseal_lines(data) for data in self._said]
+        while segments:
+            sizes = accumulate(map(len, segments))
+            count = max(1, sum(size <= EVENTS_AT_ONCE for size in sizes))
+            parts, segments = segments[:count], segments[count:]
+            if count > 1:
+                path = event_segment(self.key, self.number, number)
+                self._storage.write(path, seal_lines(merge(parts)))
+                merged = range(number + 1, number + count)
+                self._storage.remove_files(
+                    [event_segment(self.key, self.number, one) for one in merged]
+                )
+            number += count
+
+    def save_log(self) -> None:
+        """Store what is new in `log/`, and delete what was left out there."""
+        folder, found = self.folder / logs.FOLDER, {}
+        for path in folder.iterdir() if folder.is_dir() else ():
+            with suppress(FileNotFoundError):  # left out meanwhile
+                about = path.stat()
+                found[path.name] = about.st_size, about.st_mtime_ns
+                if self._log.get(path.name) != found[path.name]:
+                    self._storage.save_file(path, f"{self._path}/{logs.FOLDER}/{path.name}")
+        for name in self._log.keys() - found.keys():
+            self._storage.remove(f"{self._path}/{logs.FOLDER}/{name}")
+        self._log = found
+
+    def publish(
+        self, ingredients: Mapping[str, Any], outputs: Iterable[str], facts: Mapping[str, Any]
+    ) -> bool:
+        """Publish what `outputs/` holds as the key's result.
+
+        Args:
+            ingredients: see `pipeline.planning.keys.Identity`.
+            outputs: names of the declared outputs.
+            facts: about the making; JSON.
+
+        Returns:
+            True, or False if another attempt was first; then this one's work is discarded.
+
+        All outputs are on the disk, or in the object store, before the manifest is.
+
+        Raises:
+            StageError: the stage left out a declared output, or wrote one that is not declared.
+            StoreError: an output holds a symbolic link or the like, or a file with a wild name.
+            FileNotFoundError: a file vanished while it was read; or the whole attempt was set
+                aside with a damaged result, and what is left of its outputs is not all.
+
+        Cost: one read of all output files; on remote storage an upload.
+        """
+        try:
+            found = self._outputs(list(outputs))
+            for name in found:
+                folder = self.folder / "outputs" / name
+                self._storage.save(folder, f"{self._path}/outputs/{name}")
+            self._check_not_set_aside()
+        except (StageError, StoreError, FileNotFoundError):
+            if not self._beaten():
+                raise
+            first = False  # the winner has deleted what this attempt wrote
+        else:
+            first = self._create_manifest(ingredients=ingredients, outputs=found, facts=facts)
+        if first:
+            self._clear_up()
+        else:
+            self._storage.remove(f"{self._path}/outputs")
+            self._storage.remove(f"{self._path}/checkpoints")
+            self.fail({"message": "another attempt published first; this one's work is discarded"})
+        return first
+
+    def fail(self, error: Mapping[str, Any]) -> None:
+        """Record that the attempt ends without a result; checkpoints stay for the next one.
+
+        Args:
+            error: what went wrong; JSON.
+        """
+        self._storage.write(f"{self._path}/failure.json", seal(error))
+
+    def _check_not_set_aside(self) -> None:
+        """Refuse to publish what is left of an attempt whose folder was moved away meanwhile.
+
+        Raises:
+            FileNotFoundError: it was.
+        """
+        try:
+            self._storage.read(f"{self._path}/attempt.json")
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"attempt {self.number} was set aside together with a damaged result; what it "
+                "has written since may not be all, so it begins again"
+            ) from error
+
+    def _create_manifest(self, **content: Mapping[str, Any]) -> bool:
+        """Create the key's manifest, unless there is one; tell whether this call did."""
+        about = {"key": self.key, "attempt": self.number, "time": time.time()}
+        return self._storage.create(manifest_path(self.key), seal({**about, **content}))
+
+    def _beaten(self) -> bool:
+        """Tell whether another attempt has published."""
+        try:
+            self._storage.read(manifest_path(self.key))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _outputs(self, declared: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
+        """Return output -> file -> digest and size.
+
+        Raises:
+            StageError: see `publish`.
+        """
+        root = self.folder / "outputs"
+        written = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+        extra = [name for name in written if name not in declared]
+        if extra:
+            raise StageError(f"the stage wrote an output that it does not declare: {extra[0]!r}.")
+        found = {name: digest_files(root / name) for name in written}
+        for name in declared:
+            if not found.get(name):
+                raise StageError(f"the stage wrote nothing into its output {name!r}.")
+        return found
+
+    def _clear_up(self) -> None:
+        """Delete what this attempt and the earlier ones need no more: all but their records."""
+        self._storage.remove(f"{self._path}/checkpoints")
+        for number in earlier_attempts(self._storage, self.key, self.number):
+            for part in ("checkpoints", "outputs"):
+                self._storage.remove(f"{attempt_folder(self.key, number)}/{part}")
+
+    # -- in-stage checkpoints
+
+    def _save_checkpoint(self) -> None:
+        """Store the newest checkpoint, its digests last; delete all but the one before it."""
+        root = self.folder / "checkpoints"
+        found = root.iterdir() if root.is_dir() else ()  # a winner deletes it with all else
+        newest = max(numbers(path.name for path in found), default=0)
+        if not newest:
+            return
+        folder = root / f"{newest:06d}"
+        path = checkpoint_folder(self.key, self.number, newest)
+        digests = _digest_checkpoint(folder)
+        self._storage.save(folder, path)
+        self._storage.write(f"{path}/{DIGESTS}", seal(digests))
+        for old in _checkpoints(self._storage, self.key, self.number):
+            if old <= newest - _CHECKPOINTS_KEPT:
+                self._storage.remove(checkpoint_folder(self.key, self.number, old))
+
+    def _take_over_checkpoint(self) -> None:
+        """Put the newest whole checkpoint of earlier attempts into this one's folder.
+
+        Raises:
+            StorageUnavailable: perhaps there is one, but it cannot be had now.
+        """
+        found = [
+            (checkpoint, number)
+            for number in earlier_attempts(self._storage, self.key, self.number)
+            for checkpoint in _checkpoints(self._storage, self.key, number)
+        ]
+        for checkpoint, number in sorted(found, reverse=True):
+            path = checkpoint_folder(self.key, number, checkpoint)
+            part = self.folder / "checkpoints" / f"{checkpoint:06d}.part"
+            try:
+                wanted = unseal(self._storage.read(f"{path}/{DIGESTS}"))
+                self._storage.load(path, part)
+                whole = _digest_checkpoint(part) == wanted
+                why = "its files differ from their digests"
+            except StorageUnavailable:  # the next attempt may find it
+                raise
+            except FileNotFoundError:  # it is in the making, or its attempt lives, further on
+                whole, why = False, ""
+            except shutil.Error as error:  # of links: another owner's files, or another device
+                whole, why = False, str(error.args[0][0][2])
+            except (ValueError, StoreError) as error:  # a link in it, for example
+                whole, why = False, str(error)
+            if whole:
+                part.replace(part.with_suffix(""))
+                return
+            if why:
+                self.passed_over.append(f"checkpoint {checkpoint} of attempt {number} ({why})")
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def attempt_numbers(storage: AbstractStorage, folder: str) -> list[int]:
+    """Return the numbers of the attempts in a stage's folder, ascending."""
+    return sorted(numbers(storage.names(f"{folder}/attempts")))
+
+
+def earlier_attempts(storage: AbstractStorage, key: str, before: int) -> list[int]:
+    """Return the numbers of the attempts at `key` below `before`."""
+    return [number for number in attempt_numbers(storage, stage_folder(key)) if number < before]
+
+
+def whole_checkpoints(storage: AbstractStorage, key: str, number: int) -> list[str]:
+    """Return where the checkpoints of an attempt are that were stored whole, oldest first."""
+    found = [checkpoint_folder(key, number, one) for one in _checkpoints(storage, key, number)]
+    return [folder for folder in found if storage.files(f"{folder}/{DIGESTS}")]
+
+
+def _checkpoints(storage: AbstractStorage, key: str, number: int) -> list[int]:
+    return sorted(numbers(storage.names(f"{attempt_folder(key, number)}/checkpoints")))
+
+
+def _digest_checkpoint(folder: Path) -> dict[str, dict[str, Any]]:
+    found = digest_files(folder)
+    found.pop(DIGESTS, None)
+    return found
+
+
+def digest_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return file -> {"sha256": hex, "bytes": int} of all files in a folder.
+
+    Symbolic links and the like are refused, see `list_files`, and so are names that no storage
+    takes, see `require_inside`.
+    """
+    found = {}
+    for path in list_files(folder):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        name = require_inside(path.relative_to(folder).as_posix())
+        found[name] = {"sha256": digest, "bytes": path.stat().st_size}
+    return found

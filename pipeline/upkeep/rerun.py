@@ -1,0 +1,203 @@
+"""Computes a cell again from its stored inputs, to compare the bytes; nothing is published."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.base.errors import BadInput, PipelineError
+from pipeline.executors import ExecutorName, make_executor
+from pipeline.planning.keys import explain
+from pipeline.planning.planner import Plan, PlannedCell
+from pipeline.running.ready import Schedule
+from pipeline.running.record import load_run
+from pipeline.spec.build import Spec
+from pipeline.spec.cells import resolve, shorten
+from pipeline.store.attempt import attempt_folder, manifest_path
+from pipeline.store.seal import seal
+from pipeline.store.store import Manifest, Store
+from pipeline.worker.worker import Outcome, Task
+
+_FACTS = ("device", "threads", "workers", "platform", "python")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """How a result computed again compares with the stored one.
+
+    Attributes:
+        cell: the cell's name.
+        files: how many files there are in the stored result.
+        differences: one phrase a file that is not the same.
+        circumstances: one phrase for each thing that was different in the making.
+        earlier: of a result that earlier code made, how to accept the code; else "".
+    """
+
+    cell: str
+    files: int
+    differences: Sequence[str]
+    circumstances: Sequence[str]
+    earlier: str = ""
+
+
+def rerun(plan: Plan, store: Store, address: str, where: str = "") -> Comparison:
+    """Compute a stored cell again in a temporary folder, with as many threads as the first time.
+
+    Where nothing but its code has changed since, the result of the earlier code is compared: to see
+    whether the code may be accepted as equivalent.
+
+    Args:
+        plan: a plan with the cell.
+        store: holds its result and its inputs, which are only read.
+        address: the cell's.
+        where: the options of a hint by which the store is found and its code trusted, with a space
+            before them; "" for those of the run's own file.
+
+    Raises:
+        PipelineError: the computation failed.
+
+    `BadInput` if the address is not one cell's, or the cell or an input is not in the store.
+    """
+    planned = _find(plan, address)
+    stored, earlier = planned.manifest or _complete(store, planned.key), ""
+    if stored is None:
+        stored, run = _find_earlier(plan, store, planned)
+        found_by = where or load_run(store, run).where
+        earlier = f"fls accept {planned.cell.stage} --run {run}{found_by} --why '...'"
+    schedule, name = Schedule(plan), planned.cell.name
+    with tempfile.TemporaryDirectory(prefix="fls-rerun-") as folder:
+        copy = Store(folder)
+        task = schedule.task(name, run="rerun", storage=copy.url, token=copy.prepare())
+        for source in [one for found in task["inputs"].values() for one in found]:
+            _require_files(plan.spec, store, name, source["cell"], source["key"])
+            _copy_result(store, copy, source["key"], source["output"])
+        facts = stored.facts
+        outcome = _run(task, planned, threads=facts["threads"], workers=facts["workers"])
+        if outcome["status"] != "ok":
+            raise PipelineError(f"{name}, computed again, failed: {outcome['error']['message']}")
+        made = copy.manifest(planned.key)
+        assert made is not None  # noqa: S101 - the outcome says that it was published there
+    return Comparison(
+        cell=name,
+        files=sum(map(len, stored.outputs.values())),
+        differences=_differences(stored, made),
+        circumstances=_circumstances(stored.facts, made.facts),
+        earlier=earlier,
+    )
+
+
+def _find(plan: Plan, address: str) -> PlannedCell:
+    """Return the cell at an address.
+
+    Raises:
+        BadInput: it is not exactly one.
+    """
+    names = [cell.name for cell in resolve(address, plan.spec.cells)]
+    if len(names) != 1:
+        raise BadInput(f"{address!r} stands for {len(names)} cells; choose one: {shorten(names)}")
+    return next(one for one in plan.cells if one.cell.name == names[0])
+
+
+def _complete(store: Store, key: str) -> Manifest | None:
+    """Return what a result's manifest says, or said before its files were collected; or None."""
+    return store.manifest(key) or store.collected(key)
+
+
+def _find_earlier(plan: Plan, store: Store, planned: PlannedCell) -> tuple[Manifest, str]:
+    """Return the newest result of a cell that differs in its code alone, and a run that has it.
+
+    Raises:
+        BadInput: there is none.
+    """
+    name, now = planned.cell.name, planned.ingredients
+    changes: list[str] = []
+    for run in reversed(store.list_runs()):
+        document = store.peek_run(run, "plan") or {"pipeline": "", "cells": {}}
+        before = document["cells"].get(name)
+        if document["pipeline"] != plan.spec.name or before is None:
+            continue
+        stored = _complete(store, before["key"])
+        if stored is not None:
+            same = {part: now[part] for part in ("code", "generation")}
+            others = explain({**before["ingredients"], **same}, now)
+            if not others:
+                return stored, run
+            changes = changes or others
+    why = f" as it is now ({'; '.join(changes)})" if changes else ""
+    raise BadInput(f"{name} is not in the store{why}, so there is nothing to compare.")
+
+
+def _require_files(spec: Spec, store: Store, name: str, source: str, key: str) -> None:
+    """Check that the files of an input are there.
+
+    Raises:
+        BadInput: they are not; says why, and what brings them back.
+    """
+    if store.manifest(key) is None:
+        collected = store.collected(key) is not None
+        why = "whose files fls gc collected (keep: results)" if collected else "which is not there"
+        command = spec.command("--until", source)
+        raise BadInput(f"{name} needs {source}, {why}; `{command}` makes it.")
+
+
+def _copy_result(store: Store, copy: Store, key: str, output: str) -> None:
+    """Copy one output of a result to another store.
+
+    Raises:
+        BadInput: it is gone.
+    """
+    folder = store.fetch(key, output)
+    manifest = store.manifest(key)
+    if manifest is None:
+        raise BadInput(f"the store has lost {key[:12]} meanwhile; try again.")
+    copy.storage.create(manifest_path(key), seal(dataclasses.asdict(manifest)))
+    target = copy.storage.local(f"{attempt_folder(key, manifest.attempt)}/outputs/{output}")
+    if not target.exists():
+        shutil.copytree(folder, target)
+
+
+def _run(task: Task, planned: PlannedCell, *, threads: int, workers: int) -> Outcome:
+    """Run a task in processes of its own on this machine."""
+    resources = dataclasses.replace(
+        planned.cell.resources, num_cpus=float(threads), workers=workers
+    )
+    task["num_cpus"] = resources.num_cpus
+    executor = make_executor(ExecutorName.LOCAL)
+    try:
+        executor.check([(planned.cell.name, resources)])
+        executor.submit(task, resources)
+        while True:
+            for _, outcome in executor.wait(1.0):
+                return outcome
+    finally:
+        executor.stop()
+
+
+def _differences(stored: Manifest, made: Manifest) -> list[str]:
+    found = []
+    for output in sorted({*stored.outputs, *made.outputs}):
+        before, after = stored.outputs.get(output, {}), made.outputs.get(output, {})
+        for name in sorted({*before, *after}):
+            if name not in after:
+                found.append(f"{output}/{name} was not made again")
+            elif name not in before:
+                found.append(f"{output}/{name} is new")
+            elif before[name] != after[name]:
+                sizes = before[name]["bytes"], after[name]["bytes"]
+                how = "" if sizes[0] == sizes[1] else f" ({sizes[0]} -> {sizes[1]} bytes)"
+                found.append(f"{output}/{name} differs{how}")
+    return found
+
+
+def _circumstances(stored: Mapping[str, Any], made: Mapping[str, Any]) -> list[str]:
+    """Return what was different in the making: the same bits are promised for the same only."""
+    before = {**{name: stored.get(name) for name in _FACTS}, **stored.get("packages", {})}
+    after = {**{name: made.get(name) for name in _FACTS}, **made.get("packages", {})}
+    return [
+        f"{name} {before[name]} -> {after[name]}"
+        for name in before
+        if name in after and before[name] != after[name]
+    ]

@@ -1,0 +1,168 @@
+"""Whether a store holds what it says: every file of every result is read and hashed again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.base.errors import Damaged, StoreError
+from pipeline.store.attempt import attempt_folder, manifest_path
+from pipeline.store.seal import unseal, unseal_lines
+from pipeline.store.storage import FOREIGN, StoredFile
+from pipeline.store.store import Manifest, Store
+
+_PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """One file that is not what it should be.
+
+    Attributes:
+        path: the file's, in the storage.
+        reason: what is wrong with it.
+        key: of the result that it belongs to; None for a document of the runner's.
+        cell: the name of the result's cell, or "".
+    """
+
+    path: str
+    reason: str
+    key: str | None = None
+    cell: str = ""
+
+
+def find_damage(store: Store, advance: Callable[[int, int], None]) -> Iterator[Damage]:
+    """Yield the damaged files of a store; results set aside are left out.
+
+    Args:
+        store: the store.
+        advance: told how many bytes have been read, and how many are to be.
+
+    Cost: one read of all files but checkpoints, for which no digest is known.
+    """
+    files = {file.path: file for file in store.storage.files("")}
+    keys = [
+        path.split("/")[1]
+        for path in files
+        if path.startswith("stages/") and path.endswith("/manifest.json") and path.count("/") == 2
+    ]
+    outputs = _outputs(files)
+    documents = [file for path, file in files.items() if _is_document(path)]
+    for file in files.values():
+        if file.leads_on:
+            reason = "is a link to a folder; put what it leads to into its place"
+            yield Damage(path=file.path, reason=reason)
+    manifests: list[Manifest] = []
+    for key in keys:
+        if ".damaged-" in key:
+            continue
+        try:
+            manifest = store.manifest(key)
+        except Damaged as error:
+            yield Damage(path=manifest_path(key), reason=error.reason, key=key)
+        else:
+            manifests += [manifest] if manifest else []
+    total = sum(file.bytes for file in documents) + sum(map(_size, manifests))
+    done = 0
+    for file in documents:
+        damage = _check_document(store, file)
+        done += file.bytes
+        advance(done, total)
+        if damage:
+            yield damage
+    for manifest in manifests:
+        found = [*_check_result(store, manifest), *_find_unlisted(store, manifest, outputs)]
+        done += _size(manifest)
+        advance(done, total)
+        if found and _unchanged(store, manifest):
+            yield from found
+
+
+def _size(manifest: Manifest) -> int:
+    return sum(file["bytes"] for files in manifest.outputs.values() for file in files.values())
+
+
+def _check_result(store: Store, manifest: Manifest) -> Iterator[Damage]:
+    """Yield the files of a result that differ from its manifest."""
+    root = f"{attempt_folder(manifest.key, manifest.attempt)}/outputs"
+    for output, files in manifest.outputs.items():
+        for name, wanted in files.items():
+            path = f"{root}/{output}/{name}"
+            reason = _compare(store, path, wanted["sha256"], wanted["bytes"])
+            if reason:
+                cell = str(manifest.facts.get("cell", ""))
+                yield Damage(path=path, reason=reason, key=manifest.key, cell=cell)
+
+
+def _outputs(paths: Iterable[str]) -> Mapping[str, Sequence[str]]:
+    """Return folder of an attempt's outputs -> paths of the files in it."""
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        parts = path.split("/")
+        if parts[0] == "stages" and parts[2:3] == ["attempts"] and parts[4:5] == ["outputs"]:
+            found.setdefault("/".join(parts[:5]), []).append(path)
+    return found
+
+
+def _find_unlisted(
+    store: Store, manifest: Manifest, outputs: Mapping[str, Sequence[str]]
+) -> Iterator[Damage]:
+    """Yield the files among a result's outputs that its manifest does not list."""
+    root = f"{attempt_folder(manifest.key, manifest.attempt)}/outputs"
+    listed = {
+        f"{root}/{output}/{name}" for output, files in manifest.outputs.items() for name in files
+    }
+    for path in outputs.get(root, ()):
+        strange = path not in listed and path.rpartition("/")[2] not in FOREIGN
+        if strange and store.storage.files(path):  # it was there before the manifest, and is still
+            cell = str(manifest.facts.get("cell", ""))
+            yield Damage(path=path, reason="is not in its manifest", key=manifest.key, cell=cell)
+
+
+def _compare(store: Store, path: str, sha256: str, size: int) -> str | None:
+    """Return how a file differs from what is known of it; None if it does not."""
+    digest, found = hashlib.sha256(), 0
+    try:
+        with store.storage.open(path) as file:
+            while piece := file.read(_PIECE_BYTES):
+                digest.update(piece)
+                found += len(piece)
+    except FileNotFoundError:
+        return "is missing"
+    except (OSError, StoreError) as error:
+        return f"cannot be read ({error})"
+    if found != size:
+        return f"has {found} bytes instead of {size}"
+    return None if digest.hexdigest() == sha256 else "differs from its manifest"
+
+
+def _unchanged(store: Store, manifest: Manifest) -> bool:
+    """Tell whether a result is still there: it may have been set aside or collected meanwhile."""
+    try:
+        return store.manifest(manifest.key) == manifest
+    except Damaged:
+        return True
+
+
+def _is_document(path: str) -> bool:
+    """Tell whether a file is one of the runner's own JSON documents, manifests apart."""
+    parts = path.split("/")
+    if parts[0] == "tracking":  # JSON lines, which a job has put there
+        return False
+    if parts[0] == "stages" and (".damaged-" in parts[1] or parts[-1] == "manifest.json"):
+        return False
+    private = {"outputs", "checkpoints"}.isdisjoint(parts) and parts[-1][0] != "."
+    return private and path.endswith((".json", ".jsonl"))
+
+
+def _check_document(store: Store, file: StoredFile) -> Damage | None:
+    """Return a document's damage, unless it is whole or was deleted meanwhile."""
+    try:
+        data = store.storage.read(file.path)
+        unseal_lines(data) if file.path.endswith(".jsonl") else unseal(data)
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError, StoreError) as error:
+        return Damage(path=file.path, reason=f"cannot be read ({error})")
+    return None
