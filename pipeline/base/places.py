@@ -11,7 +11,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pipeline.base.variables import TRACKING_URI
+
 DATABASE = "mlflow.db"
+_SQLITE = "sqlite:///"
 LINES = "tracking"  # the folder of JSON lines
 
 
@@ -36,6 +39,45 @@ def defaults_folder(storage: str, folder: Path) -> Path:
     if "://" in storage or os.path.isabs(os.path.expanduser(storage)):
         return folder
     return Path(lead(storage, folder)).parent
+
+
+def tracking_uri(
+    declared: str | None,
+    recorded: str | None = None,
+    *,
+    folder: Path | str = "",
+    default_folder: Path | str = "",
+) -> str:
+    """Return where MLflow data goes: `MLFLOW_TRACKING_URI`, else what the spec says, else here.
+
+    A run that goes on stays where it is `recorded`, rather than go to a default; and a declared
+    path that is relative was so to the folder in which it began.
+
+    Args:
+        declared: what the spec says, or None.
+        recorded: where the run is recorded that goes on, or None.
+        folder: where a declared path starts.
+        default_folder: where the database lies that nobody declares.
+    """
+    if recorded and declared and absolute_uri(declared) != declared:
+        declared = None
+    given = TRACKING_URI.read()
+    if given:
+        return _rooted(given, "")
+    if declared:
+        return _rooted(declared, folder)
+    return recorded or _rooted(f"{_SQLITE}{DATABASE}", default_folder)
+
+
+def _rooted(uri: str, folder: Path | str) -> str:
+    path = uri.removeprefix(_SQLITE)
+    return uri if path == uri else _SQLITE + lead(path, folder)
+
+
+def absolute_uri(uri: str) -> str:
+    """Return a URI that means the same in any folder."""
+    path = uri.removeprefix(_SQLITE)
+    return uri if path == uri else _SQLITE + os.path.abspath(lead(path))
 
 
 def moved(given: str, folder: Path, tracking: Path) -> list[str]:

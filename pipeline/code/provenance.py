@@ -21,7 +21,7 @@ from typing import Any
 from pipeline.base.errors import BadInput
 from pipeline.base.secret_files import KEY_LINE, is_secret_file
 from pipeline.base.secrets import redact
-from pipeline.store.documents import require_shape
+from pipeline.base.shapes import read_json
 
 SOURCE_FILE = ".fls-source.json"
 _DIFF_CHARACTERS = 500_000
@@ -91,9 +91,8 @@ def read_source(folder: Path) -> Source:
     except FileNotFoundError:
         return look_at(folder)
     try:
-        require_shape("source", data)
-        return Source(**json.loads(data))
-    except (ValueError, TypeError, RecursionError) as error:
+        return read_json(Source, data)
+    except ValueError as error:
         raise BadInput(
             f"{path.name} is not as `fls submit` writes it ({error}). Delete it, or submit again."
         ) from error

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 
 from pipeline.base.errors import DamagedDocument
+from pipeline.base.places import absolute_uri
 from pipeline.planning.acceptance import describe
 from pipeline.planning.planner import Plan, PlannedCell
 from pipeline.store.store import Store
-from pipeline.tracking import CellFacts, RunFacts, TrackerName, absolute_uri, place
+from pipeline.tracking import CellFacts, RunFacts, TrackerName, place
 
 _DOCUMENT = "facts"
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.base.errors import BadInput, SpecError
-from pipeline.base.places import DATABASE, LINES
+from pipeline.base.places import DATABASE, LINES, absolute_uri, tracking_uri
 from pipeline.base.variables import TRACKING_URI
 from pipeline.planning.keys import known_calls, own_calls
 from pipeline.running.record import DEFAULT_FILE
@@ -21,7 +21,7 @@ from pipeline.spec.build import Spec, load_spec, read_values, tracking_folder_of
 from pipeline.spec.cells import Cell, Registration, shorten
 from pipeline.store.storage import LocalStorage
 from pipeline.store.store import Store
-from pipeline.tracking import RunFacts, TrackerName, absolute_uri, place, tracking_uri
+from pipeline.tracking import RunFacts, TrackerName, place
 
 BUILT_IN = "stages"  # the plugin that comes along
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pipeline.base import limits
 from pipeline.base.errors import BadInput, Position, Problem, SpecError, nearest
 from pipeline.base.names import store_around
-from pipeline.base.places import defaults_folder, lead, moved
+from pipeline.base.places import defaults_folder, lead, moved, tracking_uri
 from pipeline.base.secrets import find_secret, has_credentials, redact
 from pipeline.base.variables import STORAGE
 from pipeline.code.digest import find_module, missing_target
@@ -38,7 +38,6 @@ from pipeline.spec.resolved import resolved_text
 from pipeline.spec.shape import ClusterShape, FileShape, MlflowShape, ResourcesShape, StageShape
 from pipeline.spec.yaml_loader import Document, Path
 from pipeline.stage import Catalogue, Params, Registry, Resources, Stage
-from pipeline.tracking import tracking_uri
 
 _PLACES: Mapping[str, type[BaseModel]] = {
     "a stage": StageShape,
@@ -114,7 +113,7 @@ class Spec:
         return shlex.join(["fls", "run", str(self.path), *settings, *arguments])
 
     def tracking_uri(self, recorded: str | None = None) -> str:
-        """Return where MLflow data goes, see `pipeline.tracking.tracking_uri`."""
+        """Return where MLflow data goes, see `pipeline.base.places.tracking_uri`."""
         return tracking_uri(
             self.mlflow.tracking_uri,
             recorded,

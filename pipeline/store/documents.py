@@ -8,30 +8,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from pipeline.base.text import cut
-
-_REASON_CHARACTERS = 300
-
-Time = Annotated[float, Field(ge=0, le=1e11)]  # Unix seconds, up to the year 5138
-Step = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Count = Annotated[int, Field(ge=0, lt=2**31)]
-Lists = dict[str, list[str]]
-Texts = dict[str, str]
-
-
-class _Document(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True)
-
-
-class _Known(_Document):
-    """A document without any fields but these."""
-
-    model_config = ConfigDict(extra="forbid")
+from pipeline.base.shapes import (
+    Count,
+    Document,
+    Known,
+    Lists,
+    Step,
+    Texts,
+    Time,
+    first_wrong,
+    read_json,
+)
+from pipeline.code.provenance import Source
 
 
-class _Options(_Document):
+class _Options(Document):
     file: str = ""
     overrides: list[str] = []
     from_: list[str] = []
@@ -43,35 +36,24 @@ class _Options(_Document):
     max_parallel: Count | None = None
 
 
-class _Source(_Document):
-    commit: str | None = None
-    changes: list[str] = []
-    diff: str = ""
-    left_out: list[str] = []
-    python: str = ""
-    packages: Texts = {}
-    user: str = ""
-    submitted_from: str | None = None
-
-
-class _Environment(_Document):
+class _Environment(Document):
     python: str = ""
     packages: Texts = {}
 
 
-class _Run(_Document):
+class _Run(Document):
     options: _Options = _Options()
     spec_text: str = ""
     environment: _Environment = _Environment()
     began: Time = 0.0
 
 
-class _Failure(_Document):
+class _Failure(Document):
     message: str
     traceback: str = ""
 
 
-class _Cell(_Document):
+class _Cell(Document):
     cell: str
     stage: str
     key: str
@@ -85,7 +67,7 @@ class _Cell(_Document):
     error: _Failure | None
 
 
-class _State(_Document):
+class _State(Document):
     state: str
     host: str
     machine: str = ""
@@ -95,19 +77,19 @@ class _State(_Document):
     cells: list[_Cell]
 
 
-class _Cursor(_Document):
+class _Cursor(Document):
     attempt: Count
     segment: Count
 
 
-class _Ids(_Document):
+class _Ids(Document):
     run: str = ""
     cells: Texts = {}
     records: dict[str, Texts] = {}
     series: dict[str, dict[str, Any]] = {}
 
 
-class _Recorded(_Document):
+class _Recorded(Document):
     cursors: dict[str, _Cursor]
     keys: Texts
     closed: list[str]
@@ -122,13 +104,13 @@ class _Tracking(_Recorded):
     elsewhere: dict[str, _Recorded] = {}
 
 
-class _Names(_Document):
+class _Names(Document):
     inputs: Lists
     files: Texts
     unchecked: list[str] = []
 
 
-class _Ingredients(_Document):
+class _Ingredients(Document):
     stage: str
     code: Texts
     rule: Count = 1
@@ -140,18 +122,18 @@ class _Ingredients(_Document):
     generation: Count
 
 
-class _PlannedCell(_Document):
+class _PlannedCell(Document):
     key: str
     ingredients: _Ingredients
     keep: str
 
 
-class _Plan(_Document):
+class _Plan(Document):
     pipeline: str
     cells: dict[str, _PlannedCell]
 
 
-class _RunFacts(_Known):
+class _RunFacts(Known):
     run_id: str
     name: str
     experiment: str
@@ -168,13 +150,13 @@ class _RunFacts(_Known):
     resumed: bool = False
 
 
-class _Registration(_Known):
+class _Registration(Known):
     name: str
     output: str
     loader: str
 
 
-class _CellFacts(_Known):
+class _CellFacts(Known):
     cell: str
     stage: str
     key: str
@@ -186,24 +168,24 @@ class _CellFacts(_Known):
     registration: _Registration | None = None
 
 
-class _Facts(_Document):
+class _Facts(Document):
     run: _RunFacts
     cells: list[_CellFacts]
 
 
-class _File(_Document):
+class _File(Document):
     sha256: str
     bytes: Annotated[int, Field(ge=0)]
 
 
-class _Making(_Document):
+class _Making(Document):
     run: str = ""
     cell: str = ""
     seconds: float = 0.0
     packages: Texts = {}
 
 
-class _Manifest(_Document):
+class _Manifest(Document):
     key: str
     attempt: Count
     ingredients: dict[str, Any]
@@ -212,12 +194,12 @@ class _Manifest(_Document):
     time: Time
 
 
-class _Storage(_Document):
+class _Storage(Document):
     format: Count
     token: str
 
 
-class _Accepted(_Document):
+class _Accepted(Document):
     code: Texts
     as_: Texts = Field(alias="as")
     who: str
@@ -225,7 +207,7 @@ class _Accepted(_Document):
     time: Time
 
 
-class _Event(_Document):
+class _Event(Document):
     type: str
 
 
@@ -279,8 +261,8 @@ _EVENTS: dict[str, type[_Event]] = {
     "checkpoint": _Cost,
     "end": _Cost,
 }
-_SHAPES: dict[str, type[_Document]] = {
-    "source": _Source,
+_SHAPES: dict[str, type] = {
+    "source": Source,
     "run": _Run,
     "state": _State,
     "tracking": _Tracking,
@@ -295,17 +277,10 @@ _SHAPES: dict[str, type[_Document]] = {
 
 
 def require_shape(name: str, data: bytes) -> None:
-    """Check that a document, as it is stored, has what `name`s have, of the right types.
-
-    Raises:
-        ValueError: it does not; names the first field that is wrong, and what it should be.
-    """
+    """Check that a document, as it is stored, has what `name`s have, see `read_json`."""
     if name not in _SHAPES:
         return
-    try:
-        _SHAPES[name].model_validate_json(data)
-    except ValidationError as error:
-        raise ValueError(_first_wrong(error)) from None
+    read_json(_SHAPES[name], data)
 
 
 def require_event(event: Any) -> None:
@@ -319,12 +294,4 @@ def require_event(event: Any) -> None:
     try:
         shape.model_validate(event)
     except ValidationError as error:
-        raise ValueError(f"{kind or 'event'}: {_first_wrong(error)}") from None
-
-
-def _first_wrong(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_context=False)[0]
-    place = cut(".".join(map(str, first["loc"])), _REASON_CHARACTERS)
-    wanted = first["msg"][:1].lower() + first["msg"][1:]
-    got = "" if first["type"] == "missing" else f", got {cut(repr(first['input']), 80)}"
-    return f"{place}: {wanted}{got}"
+        raise ValueError(f"{kind or 'event'}: {first_wrong(error)}") from None

@@ -8,11 +8,9 @@ from pipeline.tracking.base import (
     RunFacts,
     TrackerName,
     TrackingProgress,
-    absolute_uri,
     destination,
     make_tracker,
     place,
-    tracking_uri,
 )
 from pipeline.tracking.recorder import News, Recorder
 from pipeline.tracking.thread import TrackingThread
@@ -28,9 +26,7 @@ __all__ = [
     "TrackerName",
     "TrackingProgress",
     "TrackingThread",
-    "absolute_uri",
     "destination",
     "make_tracker",
     "place",
-    "tracking_uri",
 ]

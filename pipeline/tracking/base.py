@@ -17,9 +17,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from pipeline.base.places import DATABASE, lead
+from pipeline.base.places import absolute_uri
 from pipeline.base.secrets import redact
-from pipeline.base.variables import TRACKING_URI
 from pipeline.store.events import Cursor, Event
 
 
@@ -36,8 +35,6 @@ _CLASSES = {
     TrackerName.JSONL: "pipeline.tracking.jsonl:JsonLinesTracker",
 }
 
-_SQLITE = "sqlite:///"
-DEFAULT_URI = f"{_SQLITE}{DATABASE}"
 _OTHERS = r"(?!(__main__|pipeline|stages|fishleg)\b)"  # modules that are none of this project
 
 
@@ -229,45 +226,6 @@ def make_tracker(name: TrackerName) -> AbstractTracker:
     module, _, attribute = _CLASSES[name].partition(":")
     tracker: AbstractTracker = getattr(importlib.import_module(module), attribute)()
     return tracker
-
-
-def tracking_uri(
-    declared: str | None,
-    recorded: str | None = None,
-    *,
-    folder: Path | str = "",
-    default_folder: Path | str = "",
-) -> str:
-    """Return where MLflow data goes: `MLFLOW_TRACKING_URI`, else what the spec says, else here.
-
-    A run that goes on stays where it is `recorded`, rather than go to a default; and a declared
-    path that is relative was so to the folder in which it began.
-
-    Args:
-        declared: what the spec says, or None.
-        recorded: where the run is recorded that goes on, or None.
-        folder: where a declared path starts.
-        default_folder: where the database lies that nobody declares.
-    """
-    if recorded and declared and absolute_uri(declared) != declared:
-        declared = None
-    given = TRACKING_URI.read()
-    if given:
-        return _rooted(given, "")
-    return (
-        _rooted(declared, folder) if declared else recorded or _rooted(DEFAULT_URI, default_folder)
-    )
-
-
-def _rooted(uri: str, folder: Path | str) -> str:
-    path = uri.removeprefix(_SQLITE)
-    return uri if path == uri else _SQLITE + lead(path, folder)
-
-
-def absolute_uri(uri: str) -> str:
-    """Return a URI that means the same in any folder."""
-    path = uri.removeprefix(_SQLITE)
-    return uri if path == uri else _SQLITE + os.path.abspath(lead(path))
 
 
 def destination(run: RunFacts, tracker: TrackerName) -> str:

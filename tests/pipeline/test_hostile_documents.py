@@ -114,7 +114,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         code = "def plus(value: int, operand: int) -> int:\n    return operand + value\n"
         Path("toy/operations/plus.py").write_text(code)
         assert fls("accept", "apply", "--why", "the same")[0] == 0
-        fls("run", *LOCAL, "--stop-after", "1.2s")
+        for seconds in (1.2, 4, 16):  # long enough, on a busy machine too, for a cell to fail
+            fls("run", *LOCAL, "--stop-after", f"{seconds}s")
+            if any(Path(".fls").rglob("failure.json")):
+                break
         store = Store(".fls")
         manifest = store.manifest(last_run().cells["start"].key)
         assert manifest is not None

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from toy_runs import fls, ran, write_spec
 
+from pipeline.base.places import tracking_uri
 from pipeline.base.variables import STORAGE
 from pipeline.spec.build import load_spec
 from pipeline.store.store import Store
-from pipeline.tracking import tracking_uri
 
 ONE = "start: {uses: start, params: {value: 1}}"
 RUN = ("--executor", "local", "--tracking", "jsonl")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from toy_runs import ROOT, fls, last_run
 
+from pipeline.base.places import tracking_uri
 from pipeline.base.secrets import (
     find_secret,
     has_credentials,
@@ -16,7 +17,7 @@ from pipeline.base.secrets import (
     redact,
 )
 from pipeline.cluster.forwarding import forwarding
-from pipeline.tracking import RunFacts, TrackerName, make_tracker, tracking_uri
+from pipeline.tracking import RunFacts, TrackerName, make_tracker
 
 SECRETS = {
     "HF_TOKEN": "hf-5entinel-token",

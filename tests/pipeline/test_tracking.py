@@ -20,6 +20,7 @@ import pytest
 from toy_runs import DIAMOND, fls, last_run, resume_here, run_here, write_spec
 
 from pipeline.base.errors import BadInput, PipelineError, StorageUnavailable
+from pipeline.base.places import tracking_uri
 from pipeline.planning.planner import Selection
 from pipeline.running import driver, sync
 from pipeline.running.record import RunState, State
@@ -34,7 +35,6 @@ from pipeline.tracking import (
     TrackerName,
     TrackingProgress,
     thread,
-    tracking_uri,
 )
 
 SLOW = """
