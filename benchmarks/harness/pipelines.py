@@ -19,9 +19,9 @@ from benchmarks.harness.lineage import Step, cost_of, findings_of, path_to
 from benchmarks.harness.suite import STORE_VARIABLE, Benchmark, matches, store_folder
 from pipeline.base.errors import BadInput
 from pipeline.cli.results import result_rows
+from pipeline.cli.running import run_spec
 from pipeline.executors import ExecutorName
 from pipeline.planning.planner import Selection
-from pipeline.running.launch import start_run
 from pipeline.running.record import RunOptions
 from pipeline.spec.build import Spec, load_spec
 from pipeline.store.store import Store
@@ -55,7 +55,7 @@ def run_pipeline(
         tracking=TrackerName.JSONL,
     )
     try:
-        return start_run(spec, options, Selection(until=until), console, stop_after_s)
+        return run_spec(spec, options, Selection(until=until), console, stop_after_s)
     finally:
         keep_results(spec, benchmark.name, results)
 

@@ -32,12 +32,13 @@ from pipeline.cli.printing import (
 )
 from pipeline.cli.results import export as export_cell
 from pipeline.cli.results import result_rows
+from pipeline.cli.running import print_end, run_spec
 from pipeline.executors import ExecutorName
 from pipeline.planning.inspection import inspect as inspect_cells
 from pipeline.planning.notes import plan_notes
 from pipeline.planning.planner import Selection, make_plan
 from pipeline.running.driver import GRACE_S
-from pipeline.running.launch import resume_run, start_run, stop_run
+from pipeline.running.launch import resume_run, stop_run
 from pipeline.running.record import DEFAULT_FILE, RunOptions, RunRecord, find_run, load_runs
 from pipeline.running.sync import sync_runs
 from pipeline.running.trust import BUILT_IN, read_trust
@@ -237,7 +238,7 @@ def run(
         max_parallel=max_parallel,
     )
     limits = (stop_after, grace or GRACE_S)
-    sys.exit(start_run(spec, options, selection, console_here(), *limits, run_id))
+    sys.exit(run_spec(spec, options, selection, console_here(), *limits, run_id))
 
 
 @command(
@@ -463,7 +464,8 @@ def resume(
     if storage is not None or trust_store:
         record.trust = trust.option
     limits = (stop_after, grace or GRACE_S)
-    sys.exit(resume_run(store, record, trust, console_here(), *limits, replan=replan))
+    ended = resume_run(store, record, trust, console_here(), *limits, replan=replan)
+    sys.exit(print_end(ended, console_here()))
 
 
 @command(

@@ -1,21 +1,21 @@
-"""From a plan to an exit code: a new run, or an interrupted one that goes on."""
+"""From a plan to its end: a new run, or an interrupted one that is resumed."""
 
 from __future__ import annotations
 
 import os
 import platform
 import time
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.base.errors import BadInput, Damaged, DamagedDocument
+from pipeline.base.errors import BadInput, DamagedDocument
 from pipeline.base.places import LINES
 from pipeline.base.secrets import HIDDEN
 from pipeline.base.variables import RAY_JOB, STORAGE
-from pipeline.cli.printing import print_failures, print_reports, print_tracking
 from pipeline.code.provenance import (
     Source,
     changed_versions,
@@ -39,7 +39,27 @@ from pipeline.store.store import Store
 from pipeline.tracking import RunFacts, TrackerName, TrackingThread, destination
 
 _STOP_WAIT_S = 60.0
-_EXIT_CODES = {RunState.DONE: 0, RunState.FAILED: 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a run has ended, or that there was nothing to run.
+
+    Attributes:
+        spec: the pipeline; None of a run that was complete before it was resumed.
+        store: holds the results.
+        keys: cell -> key, of the cells whose results there are.
+        record: of the run; None where there was nothing to run.
+        signal: the signal that stopped it, or None.
+        folder: of its JSON lines.
+    """
+
+    spec: Spec | None
+    store: Store
+    keys: Mapping[str, str] = field(default_factory=dict)
+    record: RunRecord | None = None
+    signal: int | None = None
+    folder: str = ""
 
 
 def start_run(
@@ -50,8 +70,8 @@ def start_run(
     stop_after_s: float | None = None,
     grace_s: float = GRACE_S,
     run_id: str | None = None,
-) -> int:
-    """Run what is selected of a spec, if anything is to be run; return the exit code.
+) -> Ended:
+    """Run what is selected of a spec, if anything is to be run.
 
     A model that is in the store, and is to be registered for the first time, is reason enough.
 
@@ -68,18 +88,12 @@ def start_run(
     places = places_of(spec, store)
     plan = make_plan(spec, store, selection)
     plan.require_runnable()
-    while not (_to_run(plan) or unregistered(store, plan, options.tracking)):
+    if not (_to_run(plan) or unregistered(store, plan, options.tracking)):
+        selected = sum(one.selected for one in plan.cells)
+        console.print(f"Nothing to do: all {selected} cells are in the store.")
+        close_orphans(store, options.tracking, places)
         keys = {one.cell.name: one.key for one in plan.cells if one.state == "cached"}
-        try:
-            selected = sum(one.selected for one in plan.cells)
-            console.print(f"Nothing to do: all {selected} cells are in the store.")
-            print_reports(spec, store, keys, console)
-            close_orphans(store, options.tracking, places)
-            return 0
-        except Damaged as error:
-            console.print(f"{error}", soft_wrap=True)
-            store.set_aside(error.key)
-            plan = make_plan(spec, store, selection)
+        return Ended(spec=spec, store=store, keys=keys)
     source = read_source(Path.cwd())
     record = RunRecord(
         run_id=run_id or new_run_id(),
@@ -100,8 +114,8 @@ def resume_run(
     grace_s: float = GRACE_S,
     *,
     replan: bool = False,
-) -> int:
-    """Go on with a run that was interrupted or stopped, or that failed; return the exit code.
+) -> Ended:
+    """Resume a run that was interrupted or stopped, or that failed.
 
     The spec is the one that the run began with, whatever the file says by now. The file, of which
     `trust` is, only has to name the code that is imported, and where the run is recorded. With
@@ -118,7 +132,7 @@ def resume_run(
     if is_complete(record, store):
         console.print(f"Nothing to do: run {record.run_id} is complete.")
         close_orphans(store, record.options.tracking, trust.places)
-        return 0
+        return Ended(spec=None, store=store)
     plan = plan_of(record, store, trust)
     drift = find_drift(plan, record, store)
     if drift.causes and not replan:
@@ -184,7 +198,7 @@ def _execute(
     console: Console,
     stop_after_s: float | None,
     grace_s: float,
-) -> int:
+) -> Ended:
     options = record.options
     _mind_the_job(plan.spec, source, console)
     _take_up_tracking(record, facts, console)
@@ -212,25 +226,20 @@ def _execute(
         )
         view = LiveView(console)
         driver = Driver(plan, store, record, executor, tracking, view, stop_after_s, grace_s)
-        state = driver.run()
+        driver.run()
     finally:
         executor.stop()
         tracking.finish(0)
-    if driver.signal is not None:
-        console.print(f"Stopped. `{record.resume_command}` goes on from here.", soft_wrap=True)
-        return 128 + driver.signal
     usable = {State.DONE, State.CACHED}
     keys = {name: status.key for name, status in record.cells.items() if status.state in usable}
-    code = _EXIT_CODES[state]
-    try:
-        print_reports(plan.spec, store, keys, console)
-    except Damaged as error:
-        store.set_aside(error.key)
-        console.print(f"{error}. The next `fls run` makes it again.", soft_wrap=True)
-        code = 1
-    print_failures(record, console)
-    print_tracking(record, facts.folder, console)
-    return code
+    return Ended(
+        spec=plan.spec,
+        store=store,
+        keys=keys,
+        record=record,
+        signal=driver.signal,
+        folder=facts.folder,
+    )
 
 
 def _mind_the_job(spec: Spec, source: Source, console: Console) -> None:

@@ -20,10 +20,11 @@ from rich.console import Console
 
 from pipeline.__main__ import main
 from pipeline.base.console import PlainConsole
+from pipeline.cli.running import print_end, run_spec
 from pipeline.executors import ExecutorName, make_executor
 from pipeline.executors.base import AbstractExecutor
 from pipeline.planning.planner import Selection
-from pipeline.running.launch import resume_run, start_run
+from pipeline.running.launch import resume_run
 from pipeline.running.record import RunOptions, RunRecord, State, load_run
 from pipeline.running.trust import read_trust
 from pipeline.spec.build import load_spec
@@ -75,7 +76,7 @@ def run_here(
         **fields,
     )
     output = io.StringIO()
-    return start_run(spec, run_options, selection, _console(output)), output.getvalue()
+    return run_spec(spec, run_options, selection, _console(output)), output.getvalue()
 
 
 def resume_here(
@@ -89,8 +90,9 @@ def resume_here(
     output = io.StringIO()
     store = Store(storage)
     trust = read_trust(file, store)
-    code = resume_run(store, record, trust, _console(output), replan=replan)
-    return code, output.getvalue()
+    console = _console(output)
+    ended = resume_run(store, record, trust, console, replan=replan)
+    return print_end(ended, console), output.getvalue()
 
 
 def last_run(storage: str = ".fls") -> RunRecord:
