@@ -19,7 +19,7 @@ from benchmarks.harness.scripts import run_script
 from benchmarks.harness.suite import Benchmark, find_benchmark, list_benchmarks
 from pipeline.base.console import PlainConsole
 from pipeline.base.errors import PipelineError
-from pipeline.cli.commands import StopOption
+from pipeline.cli.options import StopOption
 
 ALL: list[str] = []
 

@@ -12,7 +12,6 @@ def main() -> None:
     # Not above: with `python -m`, what lies in the working directory would come first there.
     import traceback
 
-    import pipeline.cli.store_commands  # noqa: F401 - joins its commands to the others
     from pipeline.base.errors import PipelineError
     from pipeline.base.secrets import presentable
     from pipeline.base.text import cut

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("fishleg", "stages", "pipeline")
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "experiments/*.yaml", "pipeline.yaml")
-HELP = {"pipeline/cli/commands.py", "pipeline/cli/store_commands.py"}
+HELP = {str(path.relative_to(ROOT)) for path in (ROOT / "pipeline/cli").glob("*_commands.py")}
 # Placeholders that stand for options, by the end of their expression; the others are one word.
 OPTIONS = {"where": " --storage s ", "trust": " --trust "}
 

@@ -14,7 +14,6 @@ import typer
 import yaml
 from advice import PACKAGES, commands, names_of, pages, quoted, texts, words_run_by_tests
 
-import pipeline.cli.store_commands  # noqa: F401 - adds its commands
 from pipeline.cli.commands import app
 from pipeline.spec.shape import ClusterShape, FileShape, MlflowShape, ResourcesShape, StageShape
 from stages.catalogue import CATALOGUE

@@ -18,11 +18,11 @@ from benchmarks.harness.environment import environment_of
 from benchmarks.harness.lineage import Step, cost_of, findings_of, path_to
 from benchmarks.harness.suite import STORE_VARIABLE, Benchmark, matches, store_folder
 from pipeline.base.errors import BadInput
-from pipeline.cli.results import result_rows
-from pipeline.cli.running import run_spec
+from pipeline.cli.run_commands import run_spec
 from pipeline.executors import ExecutorName
 from pipeline.planning.planner import Selection
 from pipeline.running.record import RunOptions
+from pipeline.running.results import result_rows
 from pipeline.spec.build import Spec, load_spec
 from pipeline.store.store import Store
 from pipeline.tracking import TrackerName

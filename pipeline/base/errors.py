@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from pipeline.base import limits
 from pipeline.base.text import cut, printable
@@ -62,6 +63,10 @@ class Problem:
     def __str__(self) -> str:
         text = f"{self.position}: {cut(self.message, limits.MESSAGE_CHARACTERS)}"
         return " ".join(printable(text).splitlines())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the place and the message, as JSON has them."""
+        return {**asdict(self.position), "message": self.message}
 
 
 class SpecError(BadInput):

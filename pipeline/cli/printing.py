@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +20,8 @@ from pipeline.running.activity import describe
 from pipeline.running.record import CellStatus, RunRecord, RunState, State, load_run
 from pipeline.spec.build import Spec
 from pipeline.spec.cells import shorten
+from pipeline.spec.describe import example_of, names_of, parameters_of
+from pipeline.stage import Catalogue, Stage
 from pipeline.store.events import EVENTS_AT_ONCE, words
 from pipeline.store.logs import last_lines, read_text
 from pipeline.store.store import Store
@@ -60,6 +63,34 @@ def print_inspections(found: Sequence[Mapping[str, Any]], console: Console) -> N
             table.add_row(*(_number(row[column]) for column in one["columns"]))
         console.print(table)
         _say(console, "  ".join(f"{name} {_number(n)}" for name, n in one["totals"].items()) + "\n")
+
+
+def print_names(module: str, catalogue: Catalogue, console: Console) -> None:
+    """Print the names that a plugin declares, a paragraph for each kind."""
+    for kind, names in names_of(catalogue).items():
+        first = kind == "stage type"
+        _say(console, f"{kind}s of {module}:" if first else f"\n{kind} names:")
+        for name, summary in names.items():
+            _say(console, f"  {name:<24}{summary}")
+
+
+def print_stage(stage: Stage, console: Console) -> None:
+    """Print what a stage type takes and gives, with an example."""
+    _say(console, f"{stage.name}: {stage.summary}\n")
+    for name, one in stage.inputs.items():
+        more = ", several" * one.many + ", may be left out" * one.optional
+        _say(console, f"input {name}: {one.kind}{more}{one.summary and f'; {one.summary}'}")
+    for name, output in stage.outputs.items():
+        _say(console, f"output {name}: {output.kind}")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for column in ("parameter", "default", "type", "meaning"):
+        table.add_column(column, no_wrap=column == "parameter", overflow="fold")
+    for parameter in parameters_of(stage):
+        given = "(required)" if parameter.default is None else parameter.default
+        kind = ", ".join(filter(None, [parameter.type, parameter.range]))
+        table.add_row(parameter.name, given, kind, parameter.meaning)
+    console.print("", table)
+    _say(console, f"\nexample: {example_of(stage)}")
 
 
 def print_reports(spec: Spec, store: Store, keys: Mapping[str, str], console: Console) -> None:
@@ -118,6 +149,18 @@ def print_runs(records: Iterable[RunRecord], console: Console) -> None:
             str(len(states)),
         )
     console.print(table)
+
+
+def run_summary(record: RunRecord) -> dict[str, Any]:
+    """Return how a run stands, as JSON has it."""
+    counts = Counter(status.state for status in record.cells.values())
+    return {
+        "run": record.run_id,
+        "file": record.options.file,
+        "began": record.began,
+        "state": record.observed_state(),
+        "counts": {str(state): counts[state] for state in State if counts[state]},
+    }
 
 
 def print_run(record: RunRecord, console: Console) -> None:

@@ -13,15 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
 from pipeline.base.errors import BadInput, StorageUnavailable
-from pipeline.cli.commands import (
+from pipeline.cli.app import command, console_here, open_store, print_json, read_spec
+from pipeline.cli.options import (
     FileOption,
+    JsonOption,
     StorageOption,
     TrustOption,
-    command,
-    console_here,
-    open_store,
     read_duration,
-    read_spec,
     show_duration,
 )
 from pipeline.cli.printing import size
@@ -80,6 +78,7 @@ def gc(
             show_default="1h",
         ),
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Show what the store holds that nothing needs, and with --apply delete it.
 
@@ -95,10 +94,14 @@ def gc(
     console = console_here()
 
     def pass_over(what: str) -> None:
-        console.print(f"passed over: {what}", soft_wrap=True)
+        (Console(stderr=True) if as_json else console).print(f"passed over: {what}", soft_wrap=True)
 
     found = find_garbage(store, plans, retention, pass_over)
     spared = find_spared(store, plans, retention, found)
+    if as_json:
+        deleted = list(collect(store, plans, retention, found, pass_over)) if apply else found
+        print_json([one.to_dict(deleted=apply) for one in deleted])
+        return
     if apply:
         total = _print_garbage(collect(store, plans, retention, found, pass_over), console)
         console.print(f"{store.url}: deleted what was not needed, {size(total)}.")

@@ -77,6 +77,11 @@ class Garbage:
     manifest: Manifest | None = None
     discard: Callable[[], object] | None = None
 
+    def to_dict(self, *, deleted: bool) -> dict[str, Any]:
+        """Return what it is, as JSON has it."""
+        what = {"path": self.paths[-1], "cell": self.cell, "bytes": self.bytes}
+        return {**what, "written": self.written, "reason": self.reason, "deleted": deleted}
+
 
 def find_garbage(
     store: Store,

@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -140,13 +141,15 @@ def test_a_plan_as_json_and_for_people(toy: Path) -> None:
     assert output.splitlines()[1].split() == ["start", "2", "·", "2", "·", "2", "kB", "128", "B"]
 
 
-def test_a_plan_takes_the_options_of_a_run() -> None:
+def test_a_plan_takes_the_options_of_a_run_that_change_it_and_no_others() -> None:
     commands = typer.main.get_command(app).commands
     options = {
         name: {one for parameter in commands[name].params for one in parameter.opts}
-        for name in ("run", "plan", "submit")
+        for name in ("run", "plan")
     }
-    assert options["run"] - {"--run-id"} <= options["plan"]
+    changing = {"--set", "--from", "--only", "--until", "--force"}
+    assert changing <= options["run"]
+    assert options["plan"] & options["run"] - {"file"} == changing
 
 
 def test_a_dry_run_runs_nothing(toy: Path) -> None:
@@ -313,4 +316,51 @@ def test_without_a_pipeline_the_built_in_stages_are_listed(toy: Path) -> None:
     code, output, errors = fls("list")
     assert (code, errors) == (0, "")
     assert "prune_oneshot" in output and "digits_resnet" in output
-    assert fls("list", "nowhere.yaml")[0] == 2
+    assert fls("list", "--file", "nowhere.yaml")[0] == 2
+
+
+def test_a_stage_type_is_told_whole(toy: Path) -> None:
+    code, output, _ = fls("list", "prune_oneshot")
+    assert code == 0
+    assert "input curvature: curvature" in output
+    assert re.search(r"min_kept +0.0 +number, at least 0, at most 1 +fraction of each", output)
+    assert re.search(r"selection +single +single, greedy +by what", output)
+    assert "example: my_prune_oneshot: {uses: prune_oneshot, inputs: {" in output
+    told = json.loads(fls("list", "pretrain", "--json")[1])
+    assert told["outputs"] == {"model": "model"}
+    (dataset,) = [one for one in told["parameters"] if one["name"] == "dataset"]
+    assert (dataset["type"], dataset["default"]) == ("name of a data set", None)
+    code, _, errors = fls("list", "pretain")
+    assert (code, errors.split(";")[0]) == (
+        2,
+        "'pretain' is no stage type (did you mean 'pretrain'?)",
+    )
+
+
+def test_mistakes_are_json(toy: Path) -> None:
+    write_spec("start: {uses: start, params: {valeu: 1}}")
+    code, output, errors = fls("validate", "--json")
+    assert (code, errors) == (2, "")
+    first = json.loads(output)["mistakes"][0]
+    assert (first["file"], first["line"]) == ("pipeline.yaml", 5)
+    write_spec("start: {uses: start, params: {value: 1}}")
+    code, output, _ = fls("validate", "--json")
+    assert (code, json.loads(output)) == (0, {"mistakes": [], "stages": 1, "cells": 1})
+
+
+def test_runs_and_garbage_are_json(toy: Path) -> None:
+    write_spec("start: {uses: start, params: {value: 1}}")
+    assert json.loads(fls("status", "--json")[1]) == []
+    fls("run", *LOCAL)
+    write_spec("start: {uses: start, params: {value: 2}}")
+    (run,) = json.loads(fls("status", "--json")[1])
+    assert (run["state"], run["counts"]) == ("done", {"done": 1})
+    (cell,) = json.loads(fls("status", "last", "--json")[1])["cells"]
+    assert (cell["cell"], cell["state"]) == ("start", "done")
+    drop = ("--keep-runs", "0", "--grace", "0.001s", "--json")
+    found = json.loads(fls("gc", *drop)[1])
+    assert found and not any(one["deleted"] for one in found)
+    deleted = json.loads(fls("gc", *drop, "--apply")[1])
+    assert [one["path"] for one in deleted] == [one["path"] for one in found]
+    assert all(one["deleted"] for one in deleted)
+    assert json.loads(fls("gc", *drop)[1]) == []

@@ -29,7 +29,7 @@ from toy_runs import (
 )
 
 from pipeline.base.errors import BadInput
-from pipeline.cli.commands import read_duration
+from pipeline.cli.options import read_duration
 from pipeline.running.record import RunState, State, find_run, new_run_id
 from pipeline.stage import Context
 from pipeline.store.store import Store

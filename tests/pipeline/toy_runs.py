@@ -20,7 +20,7 @@ from rich.console import Console
 
 from pipeline.__main__ import main
 from pipeline.base.console import PlainConsole
-from pipeline.cli.running import print_end, run_spec
+from pipeline.cli.run_commands import print_end, run_spec
 from pipeline.executors import ExecutorName, make_executor
 from pipeline.executors.base import AbstractExecutor
 from pipeline.planning.planner import Selection

@@ -1,0 +1,284 @@
+"""The commands that run cells: `run`, `submit`, `resume`, `stop` and `sync`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pipeline.base.errors import Damaged
+from pipeline.cli.app import command, console_here, find, open_store, read_spec
+from pipeline.cli.options import (
+    NONE_GIVEN,
+    ExecutorOption,
+    File,
+    FileOption,
+    ForceOption,
+    FromOption,
+    GraceOption,
+    LaterOption,
+    OnlyOption,
+    ParallelOption,
+    SetOption,
+    StopOption,
+    StorageOption,
+    TrackingOption,
+    TrustOption,
+    UntilOption,
+)
+from pipeline.cli.printing import print_failures, print_plan, print_reports, print_tracking
+from pipeline.executors import ExecutorName
+from pipeline.planning.planner import Selection, make_plan
+from pipeline.running.driver import GRACE_S
+from pipeline.running.launch import Ended, resume_run, start_run, stop_run
+from pipeline.running.record import DEFAULT_FILE, RunOptions, RunState, find_run, load_runs
+from pipeline.running.sync import sync_runs
+from pipeline.running.trust import read_trust
+from pipeline.spec.build import Spec
+from pipeline.store.store import Store
+from pipeline.tracking import TrackerName
+
+
+@command(
+    "fls run",
+    "fls run pipeline.yaml --executor local --tracking jsonl",
+    "fls run pipeline.yaml --only 'oneshot[method=fishleg]' --set oneshot.distribution=uniform",
+    "fls run pipeline.yaml --force 'pretrain[seed=0]' --max-parallel 4",
+    "fls run experiments/cifar10_resnet18.yaml --stop-after 9m",
+)
+def run(
+    file: File = DEFAULT_FILE,
+    executor: ExecutorOption = ExecutorName.RAY,
+    tracking: TrackingOption = TrackerName.MLFLOW,
+    from_: FromOption = NONE_GIVEN,
+    only: OnlyOption = NONE_GIVEN,
+    until: UntilOption = NONE_GIVEN,
+    force: ForceOption = NONE_GIVEN,
+    set_: SetOption = NONE_GIVEN,
+    max_parallel: ParallelOption = None,
+    stop_after: StopOption = None,
+    grace: GraceOption = None,
+    tracking_later: LaterOption = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
+    run_id: Annotated[
+        str | None, typer.Option("--run-id", metavar="ID", help="The new run's id.", hidden=True)
+    ] = None,
+) -> None:
+    """Run a pipeline: what is in the store already is not run again."""
+    spec = read_spec(file, set_)
+    selection = Selection(from_=from_, only=only, until=until, force=force)
+    if dry_run:
+        print_plan(make_plan(spec, Store(spec.storage), selection), console_here(), why=False)
+        return
+    options = RunOptions(
+        file=str(file),
+        overrides=set_,
+        from_=from_,
+        only=only,
+        until=until,
+        force=force,
+        executor=executor,
+        tracking=tracking,
+        tracking_later=tracking_later,
+        max_parallel=max_parallel,
+    )
+    limits = (stop_after, grace or GRACE_S)
+    sys.exit(run_spec(spec, options, selection, console_here(), *limits, run_id))
+
+
+@command(
+    "fls submit pipeline.yaml --address http://10.0.0.1:8265 --follow",
+    "fls submit pipeline.yaml --env AWS_SECRET_ACCESS_KEY --exclude 'notebooks/'",
+    "fls submit pipeline.yaml --set 'vars.seeds=[0,1,2]' --until oneshot",
+    "fls submit pipeline.yaml --resume 20260730-101500-042-1f2e",
+)
+def submit(
+    file: File = DEFAULT_FILE,
+    address: Annotated[
+        str,
+        typer.Option(
+            "--address",
+            metavar="URL",
+            envvar="RAY_API_SERVER_ADDRESS",
+            help="The dashboard of the cluster's head.",
+        ),
+    ] = "http://127.0.0.1:8265",
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Print the job's log, and end as it ends.")
+    ] = False,
+    resume: Annotated[
+        str | None, typer.Option("--resume", metavar="RUN", help="Go on with this run.")
+    ] = None,
+    env: Annotated[
+        list[str],
+        typer.Option(
+            "--env",
+            metavar="NAME[=VALUE]",
+            help="A variable for the job; without a value, the one it has here.",
+        ),
+    ] = NONE_GIVEN,
+    exclude: Annotated[
+        list[str],
+        typer.Option("--exclude", metavar="GLOB", help="Leave these files behind, as .gitignore."),
+    ] = NONE_GIVEN,
+    tracking: TrackingOption = TrackerName.MLFLOW,
+    from_: FromOption = NONE_GIVEN,
+    only: OnlyOption = NONE_GIVEN,
+    until: UntilOption = NONE_GIVEN,
+    force: ForceOption = NONE_GIVEN,
+    set_: SetOption = NONE_GIVEN,
+    max_parallel: ParallelOption = None,
+    stop_after: StopOption = None,
+    tracking_later: LaterOption = False,
+) -> None:
+    """Run a pipeline on a Ray cluster, as a job: packs this folder and hands it over.
+
+    Packed is the working directory without version control, environments, stores, data, weights,
+    without what .gitignore and .flsignore name, and without files that are known to hold keys or
+    passwords, by their names (*.env, credentials.json, kubeconfig, *.pem, ...) or because they
+    begin like a private key; these are listed, and !/PATH in .flsignore takes one along. A store is
+    never packed, whatever its name.
+
+    The job is given the variables AWS_*, FISHLEG_*, FSSPEC_* and MLFLOW_*, by these names, except
+    secrets (names with KEY, SECRET, TOKEN, PASSWORD and the like, URLs, JSON and connection strings
+    with a password in them) and paths of this machine: Ray keeps a job's variables as plain text.
+    Set secrets on the nodes, or hand one over by --env NAME.
+    """
+    from pipeline.cluster.submit import Submission
+    from pipeline.cluster.submit import submit as submit_pipeline
+
+    spec = read_spec(file, set_)
+    chosen = {"--from": from_, "--only": only, "--until": until, "--force": force, "--set": set_}
+    arguments = [word for name, values in chosen.items() for one in values for word in (name, one)]
+    if tracking is not TrackerName.MLFLOW:
+        arguments += ["--tracking", tracking]
+    if max_parallel is not None:
+        arguments += ["--max-parallel", str(max_parallel)]
+    if tracking_later:
+        arguments.append("--tracking-later")
+    asked = Submission(
+        file=file,
+        address=address,
+        arguments=arguments,
+        stop_after_s=stop_after,
+        resume=resume,
+        excludes=exclude,
+        env=env,
+    )
+    sys.exit(submit_pipeline(spec, asked, console_here(), follow=follow))
+
+
+@command(
+    "fls resume last",
+    "fls resume 20260730-101500-042-1f2e --storage s3://bucket/results",
+)
+def resume(
+    run: Annotated[str, typer.Argument(help="A run, or 'last'.")],
+    file: FileOption = DEFAULT_FILE,
+    storage: StorageOption = None,
+    replan: Annotated[
+        bool, typer.Option("--replan", help="Make anew what has changed since, such as code.")
+    ] = False,
+    trust_store: TrustOption = False,
+    stop_after: StopOption = None,
+    grace: GraceOption = None,
+) -> None:
+    """Go on with a run that was killed, stopped, or failed, as the same run in tracking.
+
+    The spec is the one that the run began with. Its plugins, and functions that its parameters
+    name, are imported if --file names them too, or with --trust. If code has changed since, this
+    says what and which cells that touches, and stops: then choose --replan, or see `fls accept`.
+    """
+    store = open_store(file, storage)
+    record = find(store, run, storage)
+    trust = read_trust(file, store, everything=trust_store)
+    if storage is not None or trust_store:
+        record.trust = trust.option
+    limits = (stop_after, grace or GRACE_S)
+    ended = resume_run(store, record, trust, console_here(), *limits, replan=replan)
+    sys.exit(print_end(ended, console_here()))
+
+
+@command(
+    "fls stop last",
+    "fls stop 20260730-101500-042-1f2e --file experiments/mnist_mlp.yaml",
+)
+def stop(
+    run: Annotated[str, typer.Argument(help="A run, or 'last'.")],
+    file: FileOption = DEFAULT_FILE,
+    storage: StorageOption = None,
+) -> None:
+    """Stop a run, wherever its driver is: its cells end behind a checkpoint; `resume` goes on."""
+    store = open_store(file, storage)
+    sys.exit(stop_run(store, find(store, run, storage), console_here()))
+
+
+@command(
+    "fls sync",
+    "fls sync last",
+    "fls sync 20260730-101500-042-1f2e --storage s3://bucket/results",
+)
+def sync(
+    run: Annotated[str | None, typer.Argument(help="A run, or 'last'; all without.")] = None,
+    file: FileOption = DEFAULT_FILE,
+    storage: StorageOption = None,
+) -> None:
+    """Send to the tracking server what it missed of a run, and how the run ended."""
+    store = open_store(file, storage)
+    records = load_runs(store)[0] if run is None else [find_run(store, run)]
+    for record in records:
+        record.storage = storage
+    complete = sync_runs(
+        store, records, read_trust(file, store), console_here(), named=run is not None
+    )
+    sys.exit(0 if complete else 1)
+
+
+def run_spec(
+    spec: Spec,
+    options: RunOptions,
+    selection: Selection,
+    console: Console,
+    stop_after_s: float | None = None,
+    grace_s: float = GRACE_S,
+    run_id: str | None = None,
+) -> int:
+    """Run what is selected of a spec, see `start_run`; print its end, and return the exit code.
+
+    Where nothing is to be run and a result proves to be damaged, it is made again.
+    """
+    while True:
+        ended = start_run(spec, options, selection, console, stop_after_s, grace_s, run_id)
+        try:
+            return print_end(ended, console)
+        except Damaged as error:
+            ended.store.set_aside(error.key)
+            console.print(f"{error}", soft_wrap=True)
+
+
+def print_end(ended: Ended, console: Console) -> int:
+    """Print the reports, the failures and where the run is tracked; return the exit code.
+
+    Of a run that ran nothing, a damaged report is an error, see `Store.fetch`.
+    """
+    record = ended.record
+    if ended.signal is not None and record is not None:
+        console.print(f"Stopped. `{record.resume_command}` goes on from here.", soft_wrap=True)
+        return 128 + ended.signal
+    if ended.spec is None:
+        return 0
+    if record is None:
+        print_reports(ended.spec, ended.store, ended.keys, console)
+        return 0
+    code = 0 if record.state is RunState.DONE else 1
+    try:
+        print_reports(ended.spec, ended.store, ended.keys, console)
+    except Damaged as error:
+        ended.store.set_aside(error.key)
+        console.print(f"{error}. The next `fls run` makes it again.", soft_wrap=True)
+        code = 1
+    print_failures(record, console)
+    print_tracking(record, ended.folder, console)
+    return code

@@ -1,0 +1,137 @@
+"""What a stage type takes, as its declaration says: for `fls list STAGE` and the documentation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from pipeline.stage import Catalogue, Params, Registry, Stage
+
+_WORDS = {
+    bool: "true or false",
+    int: "whole number",
+    float: "number",
+    str: "text",
+    dict: "mapping",
+    list: "list",
+    NoneType: "null",
+    Any: "anything",
+}
+_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One parameter of a stage type.
+
+    Attributes:
+        name: as a pipeline file writes it; dots lead into a group.
+        type: in words, such as "number or null", or the choices.
+        default: as YAML, or None where a value has to be given.
+        range: in words, or "".
+        meaning: one line.
+    """
+
+    name: str
+    type: str
+    default: str | None
+    range: str
+    meaning: str
+
+
+def parameters_of(stage: Stage) -> list[Parameter]:
+    """Return the parameters of a stage type, in the order of their declaration."""
+    return list(_walk(stage.params, ""))
+
+
+def example_of(stage: Stage) -> str:
+    """Return an entry of a pipeline file that gives what has to be given, as one line of YAML."""
+    parts = [f"uses: {stage.name}"]
+    inputs = [f"{name}: ..." for name, one in stage.inputs.items() if not one.optional]
+    if inputs:
+        parts.append(f"inputs: {{{', '.join(inputs)}}}")
+    required = [f"{one.name}: ..." for one in parameters_of(stage) if one.default is None]
+    if required:
+        parts.append(f"params: {{{', '.join(required)}}}")
+    return f"my_{stage.name}: {{{', '.join(parts)}}}"
+
+
+def description_of(stage: Stage) -> dict[str, Any]:
+    """Return all that a stage type takes and gives, as JSON has it."""
+    return {
+        "name": stage.name,
+        "summary": stage.summary,
+        "inputs": {name: asdict(one) for name, one in stage.inputs.items()},
+        "outputs": {name: one.kind for name, one in stage.outputs.items()},
+        "parameters": [asdict(one) for one in parameters_of(stage)],
+        "example": example_of(stage),
+    }
+
+
+def names_of(catalogue: Catalogue) -> dict[str, dict[str, str]]:
+    """Return the names that a plugin declares: kind -> name -> summary."""
+    found = {"stage type": {stage.name: stage.summary for stage in catalogue.stages}}
+    for registry in catalogue.registries:
+        families = {f"{prefix}...": entry for prefix, entry in registry.prefixes.items()}
+        entries = {**registry.entries, **families}
+        found[registry.kind] = {name: entry.summary for name, entry in entries.items()}
+    return found
+
+
+def _walk(params: type[Params], prefix: str) -> Iterator[Parameter]:
+    for name, field in params.model_fields.items():
+        group = field.annotation
+        if isinstance(group, type) and issubclass(group, Params):
+            yield from _walk(group, f"{prefix}{name}.")
+        else:
+            yield Parameter(
+                name=prefix + name,
+                type=_type(group, field.metadata),
+                default=None if field.is_required() else _default(field),
+                range=_range(field),
+                meaning=field.description or "",
+            )
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.get_default(call_default_factory=True)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _type(annotation: Any, metadata: list[Any]) -> str:
+    """Return a type in words; a registry's names are told by the list of its kind."""
+    for one in metadata:
+        if isinstance(one, Registry):
+            return f"name of a {one.kind}"
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return ", ".join(map(str, inner))
+    if origin in {Union, UnionType}:
+        return " or ".join(dict.fromkeys(_type(one, []) for one in inner))
+    if hasattr(annotation, "__metadata__"):  # Annotated
+        return _type(annotation.__origin__, list(annotation.__metadata__))
+    if origin is list and inner:
+        return f"list of: {_type(inner[0], [])}"
+    return _WORDS.get(origin or annotation, str(annotation))
+
+
+def _range(field: FieldInfo) -> str:
+    """Return the bounds of a number in words, such as "at least 0, below 1"."""
+    found = [
+        f"{word} {getattr(one, name):g}"
+        for one in _constraints(field)
+        for name, word in _BOUNDS.items()
+        if getattr(one, name, None) is not None
+    ]
+    return ", ".join(dict.fromkeys(found))
+
+
+def _constraints(field: FieldInfo) -> Iterator[Any]:
+    yield from field.metadata
+    for one in get_args(field.annotation):
+        yield from getattr(one, "__metadata__", ())
