@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -292,8 +293,12 @@ class Driver:
     def _heeding_signals(self) -> Iterator[None]:
         """Take note of SIGINT and SIGTERM; the second one of its kind acts as usual.
 
-        A terminal that is closed (SIGHUP, once or more often) is as SIGTERM; not under nohup.
+        A terminal that is closed (SIGHUP, once or more often) is as SIGTERM; not under nohup. Only
+        the main thread hears signals: a driver in another one does not.
         """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         before = {number: signal.getsignal(number) or signal.SIG_DFL for number in STOPPING}
         terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -1,0 +1,212 @@
+"""The runner from Python: `pipeline.run`, `pipeline.plan` and `pipeline.results`.
+
+They do what the commands of the same names do, and return objects; also in a notebook.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from pipeline.base.console import PlainConsole
+from pipeline.base.errors import BadInput, StoreError
+from pipeline.base.variables import check_variables
+from pipeline.executors import ExecutorName
+from pipeline.planning.planner import Plan, Selection, make_plan
+from pipeline.running.driver import GRACE_S
+from pipeline.running.launch import Ended, start_run
+from pipeline.running.record import RunOptions, RunState, State
+from pipeline.running.results import result_rows
+from pipeline.spec.build import Spec, load_spec
+from pipeline.store.store import Store
+from pipeline.tracking import TrackerName
+
+if TYPE_CHECKING:
+    import pandas
+
+_WIDTH = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results(Sequence[Mapping[str, Any]]):
+    """Rows of evaluated models, a mapping each.
+
+    Attributes:
+        columns: their order in tables.
+        rows: column -> value; further fields may follow.
+        absent: cells that have no results yet.
+    """
+
+    columns: Sequence[str] = ()
+    rows: Sequence[Mapping[str, Any]] = ()
+    absent: Sequence[str] = ()
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return iter(self.rows)
+
+    def __repr__(self) -> str:
+        return f"Results({len(self.rows)} rows, {len(self.absent)} cells absent)"
+
+    def frame(self) -> pandas.DataFrame:
+        """Return the rows as a frame of pandas, which has to be installed.
+
+        Raises:
+            BadInput: it is not.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise BadInput("A frame needs pandas: `pip install pandas`.") from error
+        return pandas.DataFrame([dict(row) for row in self.rows], columns=list(self.columns))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run that has ended.
+
+    Attributes:
+        run_id: its id; "" where all results were in the store.
+        state: "done", "failed" or "stopped".
+        cells: cell -> state.
+        errors: cell -> message, of the cells that failed.
+        results: rows of the evaluated models.
+    """
+
+    run_id: str
+    state: str
+    cells: Mapping[str, str] = field(default_factory=dict)
+    errors: Mapping[str, str] = field(default_factory=dict)
+    results: Results = field(default_factory=Results)
+
+    def __repr__(self) -> str:
+        return f"Run({self.run_id or 'nothing to run'}: {self.state}, {len(self.cells)} cells)"
+
+
+def run(
+    file: str | Path = "pipeline.yaml",
+    *,
+    set: Mapping[str, Any] | None = None,
+    executor: str = "ray",
+    tracking: str = "mlflow",
+    from_: Sequence[str] = (),
+    only: Sequence[str] = (),
+    until: Sequence[str] = (),
+    force: Sequence[str] = (),
+    max_parallel: int | None = None,
+    stop_after_s: float | None = None,
+    quiet: bool = False,
+) -> Run:
+    """Run what is selected of a pipeline, as `fls run` does; Ctrl-C stops it behind checkpoints.
+
+    Args:
+        file: the pipeline.
+        set: parameter -> value, such as {"oneshot.sparsity": [0.5, 0.9]}.
+        executor: "ray" or "local".
+        tracking: "mlflow" or "jsonl".
+        from_: cells or stages; they run with all downstream of them.
+        only: the only cells or stages that run.
+        until: cells or stages; they run with all upstream of them.
+        force: cells or stages that run again.
+        max_parallel: cells at the same time, >= 1; None for no limit.
+        stop_after_s: seconds after which the run is stopped, to be resumed later; None for never.
+        quiet: print nothing.
+
+    Bad input is an error of `pipeline.base.errors`, whose text says what would be right.
+    """
+    spec, selection = _load(file, set), _selection(from_, only, until, force)
+    options = RunOptions(
+        file=str(file),
+        overrides=_overrides(set),
+        from_=selection.from_,
+        only=selection.only,
+        until=selection.until,
+        force=selection.force,
+        executor=_name(ExecutorName, "executor", executor),
+        tracking=_name(TrackerName, "tracking", tracking),
+        max_parallel=max_parallel,
+    )
+    console = Console(quiet=True) if quiet else PlainConsole(width=_WIDTH)
+    return _run_of(start_run(spec, options, selection, console, stop_after_s, GRACE_S))
+
+
+def plan(
+    file: str | Path = "pipeline.yaml",
+    *,
+    set: Mapping[str, Any] | None = None,
+    from_: Sequence[str] = (),
+    only: Sequence[str] = (),
+    until: Sequence[str] = (),
+    force: Sequence[str] = (),
+) -> Plan:
+    """Return what `run` with the same arguments would do: `plan.cells`, each with state and why."""
+    spec = _load(file, set)
+    return make_plan(spec, Store(spec.storage), _selection(from_, only, until, force))
+
+
+def results(file: str | Path = "pipeline.yaml", *, set: Mapping[str, Any] | None = None) -> Results:
+    """Return the results that the store has of a pipeline: one row an evaluated model."""
+    return _results_of(_load(file, set))
+
+
+def _results_of(spec: Spec) -> Results:
+    columns, rows, absent = result_rows(spec, Store(spec.storage))
+    return Results(columns=columns, rows=rows, absent=absent)
+
+
+def _run_of(ended: Ended) -> Run:
+    record, found = ended.record, Results()
+    if ended.spec is not None:
+        try:
+            found = _results_of(ended.spec)
+        except (BadInput, StoreError):  # a pipeline without results, or damage that its use names
+            found = Results()
+    if record is None:
+        return Run(run_id="", state=str(RunState.DONE), results=found)
+    failed = {name: one for name, one in record.cells.items() if one.state is State.FAILED}
+    return Run(
+        run_id=record.run_id,
+        state=str(record.state),
+        cells={name: str(status.state) for name, status in record.cells.items()},
+        errors={name: one.error["message"] for name, one in failed.items() if one.error},
+        results=found,
+    )
+
+
+def _load(file: str | Path, given: Mapping[str, Any] | None) -> Spec:
+    check_variables()
+    return load_spec(Path(file), _overrides(given))
+
+
+def _overrides(given: Mapping[str, Any] | None) -> list[str]:
+    return [f"{name}={json.dumps(value)}" for name, value in (given or {}).items()]
+
+
+def _selection(
+    from_: Sequence[str], only: Sequence[str], until: Sequence[str], force: Sequence[str]
+) -> Selection:
+    """Return a selection; one name may be given in place of a list."""
+    lists = [[one] if isinstance(one, str) else list(one) for one in (from_, only, until, force)]
+    return Selection(from_=lists[0], only=lists[1], until=lists[2], force=lists[3])
+
+
+def _name(kind: Any, what: str, given: str) -> Any:
+    """Return the member of an enumeration that has a value.
+
+    Raises:
+        BadInput: none has it.
+    """
+    try:
+        return kind(given)
+    except ValueError:
+        raise BadInput(f"{what}: expected {' or '.join(kind)}, got {given!r}.") from None
