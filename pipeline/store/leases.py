@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 from pipeline.base.variables import LEASE_S
 
 if TYPE_CHECKING:
@@ -51,16 +53,12 @@ def has_died(machine: str, pid: int) -> bool:
     if machine != this_machine():
         return False
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        state = psutil.Process(pid).status()
+    except psutil.NoSuchProcess:
         return True
-    except PermissionError:  # it lives, and is another user's
+    except psutil.AccessDenied:  # another user's, and alive
         return False
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
-    except OSError:  # no Linux
-        return False
-    return state in {"Z", "X"}  # nobody has buried it, as in a container without an init
+    return state in {psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD}  # as in a container without an init
 
 
 @dataclass(frozen=True)

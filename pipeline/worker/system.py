@@ -6,8 +6,8 @@
     system/gpu_percent        the busiest of the GPUs that this process may use
     system/gpu_memory_bytes   in use on all of them, by anyone
 
-Linux tells of all this in `/proc`; elsewhere only what the standard library knows is sampled. GPUs
-are asked for by `nvidia-smi`, and only where the stage was given one.
+GPUs are asked for by `nvidia-smi`, and only where the stage was given one. It is a process, which a
+bound can end; a call of NVML that hangs would keep the thread.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from pipeline.base.variables import CUDA_DEVICES
 
 LEFT_BEHIND: list[subprocess.Popen[Any]] = []  # children that do not end, though they were killed
 _DEATH_S = 1.0  # how long a process that was killed is waited for
 INTERVAL_S = 5.0
 _PROC = Path("/proc")
-_TICKS = os.sysconf("SC_CLK_TCK")
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _QUERY = "--query-gpu=utilization.gpu,memory.used"
 
 
@@ -67,12 +67,9 @@ class SystemSampler:
         seconds = max(self._last[0] - before[0], 1e-3)
         ours_s = max(0.0, self._last[1] - before[1])  # a child may end between two looks
         values = {"system/cpu_percent": 100 * ours_s / seconds}
-        if self._last[2] is not None and before[2] is not None:
-            spent_s = self._last[2] - before[2]
-            values["system/load_percent"] = 100 * spent_s / seconds / (os.cpu_count() or 1)
-        memory = sum(bytes_ for _, bytes_ in _family())
-        if memory:
-            values["system/memory_bytes"] = memory
+        spent_s = self._last[2] - before[2]
+        values["system/load_percent"] = 100 * spent_s / seconds / (os.cpu_count() or 1)
+        values["system/memory_bytes"] = sum(bytes_ for _, bytes_ in _family())
         if self._gpus:
             try:
                 values |= _gpu_values()
@@ -81,7 +78,7 @@ class SystemSampler:
         rounded = {name: round(value, 1) for name, value in values.items()}
         self._emit({"type": "system", "time": time.time(), "values": rounded})
 
-    def _spent(self) -> tuple[float, float, float | None]:
+    def _spent(self) -> tuple[float, float, float]:
         """Return the clock, and the processor time of this family of processes and of all."""
         ours = sum(os.times()[:4]) + sum(seconds for seconds, _ in _family(children_only=True))
         return time.monotonic(), ours, _machine_s()
@@ -140,35 +137,21 @@ def oom_kills() -> int | None:
 
 def _family(*, children_only: bool = False) -> Iterator[tuple[float, int]]:
     """Yield (processor seconds, bytes of resident memory) of this process and its descendants."""
-    pids = _descendants(os.getpid())
-    for pid in pids[1:] if children_only else pids:
+    me = psutil.Process()
+    for process in [*([] if children_only else [me]), *me.children(recursive=True)]:
         try:
-            fields = (_PROC / f"{pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended meanwhile, or there is no /proc
+            with process.oneshot():
+                times, memory = process.cpu_times(), process.memory_info()
+        except psutil.Error:  # it has ended meanwhile
             continue
-        yield (int(fields[11]) + int(fields[12])) / _TICKS, int(fields[21]) * _PAGE_BYTES
+        yield times.user + times.system, memory.rss
 
 
-def _descendants(pid: int) -> list[int]:
-    """Return the process and all that it, directly or not, has started; itself first."""
-    found = [pid]
-    for one in found:
-        for path in (_PROC / f"{one}/task").glob("*/children"):
-            try:
-                found += map(int, path.read_text().split())
-            except OSError:  # a thread that has ended meanwhile
-                continue
-    return found
-
-
-def _machine_s() -> float | None:
-    """Return the processor time that was spent on this machine since it started, or None."""
-    try:
-        fields = (_PROC / "stat").read_text().partition("\n")[0].split()[1:9]
-    except OSError:
-        return None
-    user, nice, system, _idle, _iowait, *others = map(int, fields)
-    return (user + nice + system + sum(others)) / _TICKS
+def _machine_s() -> float:
+    """Return the processor time that was spent on this machine since it started."""
+    times = psutil.cpu_times()._asdict()
+    idle = {"idle", "iowait", "guest", "guest_nice"}  # a guest's time is in the user's as well
+    return sum(seconds for name, seconds in times.items() if name not in idle)
 
 
 def _gpu_values() -> dict[str, float]:

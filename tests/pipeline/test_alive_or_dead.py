@@ -38,7 +38,7 @@ def change(run_id: str, **fields: Any) -> None:
 
 def beat_every(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("driver", "heartbeat"):
-        monkeypatch.setattr(f"pipeline.{module}.HEARTBEAT_S", seconds)
+        monkeypatch.setattr(f"pipeline.running.{module}.HEARTBEAT_S", seconds)
 
 
 def be_silent(run_id: str, seconds: float = 7200) -> None:

@@ -71,7 +71,7 @@ def test_a_cell_costs_its_driver_the_same_among_many(
     monkeypatch.setattr(TrackingProgress, "copy", copy)
     monkeypatch.setattr("pipeline.running.launch.make_executor", lambda name: AtOnce())
     for module in ("driver", "heartbeat"):
-        monkeypatch.setattr(f"pipeline.{module}.HEARTBEAT_S", 600)
+        monkeypatch.setattr(f"pipeline.running.{module}.HEARTBEAT_S", 600)
     found = {}
     for cells in (FEW, MANY):
         half = list(range(cells // 2))
