@@ -1,4 +1,4 @@
-"""What the README says is true: its commands exist, its example runs, its tree is the tree."""
+"""The README and the docs are true: commands, links, examples, and the tree of files."""
 
 import importlib
 import re
@@ -16,7 +16,9 @@ from tests import module_tree
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMAND = re.compile(r"^    (?:\w+=\S+ )*(fls .*?)(?:\s{2,}#.*)?$", re.MULTILINE)
-COMMANDS = sorted(set(COMMAND.findall(README)))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = sorted({found for page in PAGES for found in COMMAND.findall(page.read_text("utf-8"))})
+USAGE = (ROOT / "docs/usage.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -34,9 +36,15 @@ def test_there_are_commands():
     assert len(COMMANDS) >= 6
 
 
-@pytest.mark.parametrize("target", re.findall(r"\]\(((?!https?:)[^)]+)\)", README))
-def test_a_link_leads_somewhere(target):
-    assert (ROOT / target).exists()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(((?!https?:)[^)#]+)[^)]*\)", page.read_text("utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_readme_is_two_screens():
+    assert len(README.encode()) <= 10_000
+    assert max(map(len, README.splitlines())) <= 120
 
 
 def test_the_library_example_runs():
@@ -50,7 +58,7 @@ def test_the_library_example_runs():
 
 
 def test_the_stage_of_ones_own_is_declared_and_runs(tmp_path, monkeypatch):
-    modules = re.findall(r"```python\n# (mypackage/\w+\.py)\n(.*?)```", README, re.DOTALL)
+    modules = re.findall(r"```python\n# (mypackage/\w+\.py)\n(.*?)```", USAGE, re.DOTALL)
     assert len(modules) == 2
     for file, code in modules:
         path = tmp_path / file
