@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import cos, pi
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,10 +28,10 @@ from fishleg.objective import (
     masked_product,
     probe_objective,
 )
+from fishleg.options import Objective
 from fishleg.rng import SampleGenerator
 from fishleg.solvers.base import AbstractSolver, SolverState
 
-Objective = Literal["expected", "probe"]
 Tensors = dict[str, Tensor]
 
 _POSITIVE = frozenset({"scale", "bias", "values"})  # tensors of positive numbers, not factors

@@ -11,7 +11,7 @@ from running_stages import STAGES, Ran, artifact, run_stage
 from test_training import Stopped, assert_same_model, stop_after, stop_in
 
 from fishleg.estimators import MFAC, BlockWoodbury, LayerHessian
-from fishleg.estimators.fishleg_options import FishLegOptions
+from fishleg.options import FishLegOptions
 from fishleg.pruning import removal_count
 from pipeline.stage import Context, StageError
 from stages.catalogue import (

@@ -1,0 +1,78 @@
+"""All options of the library, declared and checked once; needs no torch."""
+
+from fishleg.options.calibration import CalibrationOptions, check_labels
+from fishleg.options.choices import (
+    Compensation,
+    Directions,
+    Distribution,
+    DrawnLabels,
+    Labels,
+    MaskFit,
+    Objective,
+    RefinementMethod,
+    Selection,
+    SolverName,
+    Start,
+    Statistics,
+    Structure,
+    TrackedStructure,
+    WarmStart,
+    Zeros,
+)
+from fishleg.options.estimators import (
+    CLOSED_FORM,
+    ESTIMATOR_OPTIONS,
+    EstimatorOptions,
+    FishLegChanges,
+    FishLegOptions,
+    KfacOptions,
+    LayerOptions,
+    MfacOptions,
+    NoOptions,
+    ObsOptions,
+)
+from fishleg.options.fields import Field, Options, Range, check, declared
+from fishleg.options.optimizer import StepOptions, TrackingOptions
+from fishleg.options.refinement import RefinementOptions
+
+__all__ = [
+    # choices
+    "Compensation",
+    "Directions",
+    "Distribution",
+    "DrawnLabels",
+    "Labels",
+    "MaskFit",
+    "Objective",
+    "RefinementMethod",
+    "Selection",
+    "SolverName",
+    "Start",
+    "Statistics",
+    "Structure",
+    "TrackedStructure",
+    "WarmStart",
+    "Zeros",
+    # options
+    "CalibrationOptions",
+    "EstimatorOptions",
+    "FishLegChanges",
+    "FishLegOptions",
+    "KfacOptions",
+    "LayerOptions",
+    "MfacOptions",
+    "NoOptions",
+    "ObsOptions",
+    "RefinementOptions",
+    "StepOptions",
+    "TrackingOptions",
+    "CLOSED_FORM",
+    "ESTIMATOR_OPTIONS",
+    # declarations and checks
+    "Field",
+    "Options",
+    "Range",
+    "check",
+    "check_labels",
+    "declared",
+]
