@@ -24,13 +24,20 @@ class ShapeMismatch(FishLegError, ValueError):
 
 
 class UnknownName(FishLegError, ValueError):
-    """A name is not among the choices; the message lists them, the nearest one first."""
+    """A name is not among the choices; the message lists them, the nearest one first.
+
+    Attributes:
+        option: the kind of the name; of an option's value, the option.
+        reason: the message.
+    """
 
     def __init__(self, kind: str, name: str, choices: Iterable[str]):
         known = sorted(choices)
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         super().__init__(f"Unknown {kind} {name!r}{hint}. Known: {', '.join(known)}.")
+        self.option = kind
+        self.reason = f"unknown {kind} {name!r}{hint}; known: {', '.join(known)}"
 
 
 class InvalidOption(FishLegError, ValueError):

@@ -1,5 +1,6 @@
 """All options of the library, declared and checked once; needs no torch."""
 
+from fishleg.errors import InvalidOption, UnknownName
 from fishleg.options.calibration import CalibrationOptions, check_labels
 from fishleg.options.choices import (
     Compensation,
@@ -30,6 +31,7 @@ from fishleg.options.estimators import (
     MfacOptions,
     NoOptions,
     ObsOptions,
+    mistakes_in,
 )
 from fishleg.options.fields import Field, Options, Range, check, declared
 from fishleg.options.optimizer import StepOptions, TrackingOptions
@@ -70,9 +72,12 @@ __all__ = [
     "ESTIMATOR_OPTIONS",
     # declarations and checks
     "Field",
+    "InvalidOption",
     "Options",
     "Range",
+    "UnknownName",
     "check",
     "check_labels",
     "declared",
+    "mistakes_in",
 ]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, TypedDict
+from typing import Annotated, Any, TypedDict
 
-from fishleg.errors import InvalidOption
+from fishleg.errors import InvalidOption, UnknownName
 from fishleg.options.choices import MaskFit, Objective, SolverName, Structure, WarmStart
-from fishleg.options.fields import Options, Range
+from fishleg.options.fields import Options, Range, check, declared
 
 CLOSED_FORM = frozenset({"block", "diagonal", "full"})
 """Structures whose best block has a closed form without a basis."""
@@ -209,3 +209,36 @@ ESTIMATOR_OPTIONS: Mapping[str, type[Options]] = {
     "magnitude": NoOptions,
 }
 """Name of an estimator -> the class of its own options."""
+
+
+def mistakes_in(method: str, options: Mapping[str, Any]) -> Iterator[InvalidOption | UnknownName]:
+    """Yield what an estimator would refuse of the keyword arguments of its construction.
+
+    Args:
+        method: a name of `ESTIMATOR_OPTIONS`.
+        options: all but the partition and the damping.
+
+    >>> [str(one) for one in mistakes_in("kfac", {"dense_siz": 12})]
+    ["dense_siz: unknown kfac option 'dense_siz' (did you mean 'dense_size'?); known: dense_size, \
+memory_limit."]
+    """
+    kind: Any = ESTIMATOR_OPTIONS[method]
+    common: Any = EstimatorOptions
+    known = {field.name: field for field in (*declared(kind), *declared(common))}
+    del known["damping"]
+    found: list[InvalidOption | UnknownName] = []
+    for name, value in options.items():
+        if name not in known:
+            unknown = UnknownName(f"{method} option", name, known)
+            found.append(InvalidOption(name, unknown.reason))
+            continue
+        try:
+            check(known[name], value)
+        except (InvalidOption, UnknownName) as error:
+            found.append(error)
+    yield from found
+    if not found:
+        try:
+            kind(**{name: value for name, value in options.items() if name != "memory_limit"})
+        except InvalidOption as error:  # it does not fit the others
+            yield error

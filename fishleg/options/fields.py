@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from numbers import Integral, Real
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from fishleg.errors import InvalidOption, UnknownName
 
@@ -93,6 +93,12 @@ class Options:
         kind: Any = type(self)
         for field in declared(kind):
             check(field, getattr(self, field.name))
+
+    @classmethod
+    def taken_from(cls, source: object) -> Self:
+        """Return options with the values that `source` has as attributes of the same names."""
+        names = (field.name for field in fields(cls) if hasattr(source, field.name))
+        return cls(**{name: getattr(source, name) for name in names})
 
 
 @cache

@@ -1,15 +1,14 @@
 """The catalogue of the science: every stage with its parameters, inputs, outputs and entry point.
 
-Light on purpose: pydantic and the standard library only, so that `validate` and `plan` need no
-torch. Stages import this package for type checking only; what a parameter's name stands for reaches
-them through the parameter class (see `stages.reference`).
+Light on purpose: pydantic, `fishleg.options` and the standard library only, so that `validate` and
+`plan` need no torch. Stages import this package for type checking only; the target of a parameter's
+name reaches them through the parameter class (see `stages.reference`).
 """
 
 from stages.catalogue.declarations import CATALOGUE
 from stages.catalogue.estimates import estimate_curvature, estimate_import, estimate_training
 from stages.catalogue.parameters.axes import MethodAxes
 from stages.catalogue.parameters.curvature import (
-    CalibrationParams,
     CurvatureParams,
     EstimatorParams,
     FishLegParams,
@@ -66,7 +65,6 @@ __all__ = [
     "TrainingParams",
     "PretrainParams",
     "FinetuneParams",
-    "CalibrationParams",
     "FishLegParams",
     "ObsParams",
     "MfacParams",

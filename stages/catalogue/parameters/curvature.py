@@ -2,109 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from pipeline.stage import Params
+from fishleg.options import (
+    ESTIMATOR_OPTIONS,
+    CalibrationOptions,
+    EstimatorOptions,
+    FishLegOptions,
+    LayerOptions,
+    MfacOptions,
+    ObsOptions,
+    mistakes_in,
+)
+from stages.catalogue.declared import OptionParams, refuse
 from stages.catalogue.parameters.axes import Seed
 from stages.catalogue.registries import METHODS
 from stages.lineage import Role
 
 
-class CalibrationParams(Params):
-    """Per-sample gradients that curvature is estimated from."""
-
-    samples: int = Field(
-        default=1000, ge=1, description="calibration samples, drawn from the training split"
-    )
-    labels: Literal["sampled", "matched", "enumerated", "empirical"] = Field(
-        default="matched",
-        description="drawn from the model; drawn with the same moments and less noise; all "
-        "classes by their probability; or the data's own",
-    )
-    draws: int = Field(
-        default=1, ge=1, description="labels drawn for each sample (sampled, matched)"
-    )
-    batch_size: int = Field(default=125, ge=1, description="samples in a gradient batch")
-    seed: Seed = Field(default=0, ge=0, description="of the samples and the labels drawn")
-
-
-class FishLegParams(Params):
+class FishLegParams(OptionParams, FishLegOptions):
     """Options of the method fishleg."""
 
-    structure: Literal[
-        "eigen",
-        "kronecker",
-        "kronecker_scaled",
-        "tensor",
-        "tensor_scaled",
-        "block",
-        "diagonal",
-        "full",
-    ] = Field(default="kronecker", description="form of the inverse's blocks")
-    solver: Literal["auto", "alternating", "adam"] = Field(
-        default="auto", description="exact half-steps where there are any, else Adam"
-    )
-    objective: Literal["expected", "probe"] = Field(
-        default="expected", description="closed form over samples, or random probes (adam)"
-    )
-    warm_start: Literal["kfac", "moments", "diagonal", "identity"] = Field(
-        default="moments", description="where the fit begins"
-    )
-    shrinkage: float = Field(
-        default=0.5, ge=0, le=1, description="of measured curvature towards its factors' (eigen)"
-    )
-    sweeps: int = Field(default=5, ge=1, description="pairs of half-steps in a fit (alternating)")
-    refine_sweeps: int = Field(
-        default=2, ge=1, description="pairs of half-steps that take new masks in (alternating)"
-    )
-    mask_fit: Literal["damped", "exact"] = Field(
-        default="damped", description="what masked half-steps minimise"
-    )
-    cg_iterations: int = Field(default=4, ge=1, description="in an exact masked half-step")
-    block_size: int = Field(default=64, ge=1, description="weights in a block (structure block)")
-    steps: int = Field(default=200, ge=1, description="of Adam in a fit (adam)")
-    refine_steps: int = Field(default=80, ge=1, description="of Adam that take new masks in (adam)")
-    preconditioned_steps: int = Field(
-        default=0, ge=0, description="of Adam's first steps, how many are preconditioned (adam)"
-    )
-    learning_rate: float = Field(default=0.02, gt=0, description="relative (adam)")
-    probes: int = Field(default=16, ge=1, description="a step (objective probe)")
-    memory_bytes: Annotated[int, Role.NEUTRAL] = Field(
-        default=2 << 30, ge=1 << 20, description="for gradients held at once; more passes if less"
-    )
+    memory_bytes: Annotated[int, Field(ge=1 << 20), Role.NEUTRAL] = FishLegOptions.memory_bytes
+    seed: ClassVar[int] = FishLegOptions.seed
 
 
-class ObsParams(Params):
+class ObsParams(OptionParams, ObsOptions):
     """Options of the method obs."""
 
-    block_size: int = Field(default=64, ge=1, description="weights in a diagonal block")
 
-
-class MfacParams(Params):
+class MfacParams(OptionParams, MfacOptions):
     """Options of the method mfac."""
 
-    gradients: int = Field(
-        default=256, ge=1, description="vectors kept, each of samples / gradients gradients"
-    )
+    seed: ClassVar[int] = MfacOptions.seed
 
 
-class LayerParams(Params):
+class LayerParams(OptionParams, LayerOptions):
     """Options of the method layer."""
 
-    relative_damping: float = Field(
-        default=0.01,
-        ge=0,
-        description="added to the Hessian's diagonal beside damping, in units of its mean",
-    )
 
-
-class EstimatorParams(CalibrationParams):
+class EstimatorParams(OptionParams, CalibrationOptions, EstimatorOptions):
     """How curvature is estimated. Each method reads its own options and no other's."""
 
+    seed: Seed = CalibrationOptions.seed
+    memory_limit: ClassVar[int | None] = EstimatorOptions.memory_limit
     method: Annotated[str, METHODS] = Field(description="name of the curvature method")
-    damping: float = Field(default=1e-4, gt=0, description="gamma, added to the Fisher's diagonal")
     fishleg: FishLegParams = Field(
         default=FishLegParams(), description="options of the method fishleg"
     )
@@ -116,6 +60,11 @@ class EstimatorParams(CalibrationParams):
         description="further keyword arguments of the method: memory_limit (bytes), or those of "
         "a method of your own",
     )
+
+    def method_options(self) -> dict[str, Any]:
+        """Return the keyword arguments of the method, but the partition and the damping."""
+        own = getattr(self, self.method, None)  # the method's own options, if it has any
+        return {**(own.model_dump() if own else {}), **self.options}
 
     @model_validator(mode="after")
     def _forget_other_methods(self) -> EstimatorParams:
@@ -129,6 +78,18 @@ class EstimatorParams(CalibrationParams):
         for name, default in own.items():
             if self.method != name:
                 object.__setattr__(self, name, default)
+        return self
+
+    @model_validator(mode="after")
+    def _options_of_the_method(self) -> EstimatorParams:
+        """Check the options as the method will; a method of your own checks its own."""
+        if self.method in ESTIMATOR_OPTIONS:
+            mistakes = [
+                (error, ("options" if error.option in self.options else self.method, error.option))
+                for error in mistakes_in(self.method, self.method_options())
+            ]
+            if mistakes:
+                refuse(mistakes)
         return self
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, FiniteFloat, model_validator
 
+from fishleg.options import Zeros
 from pipeline.stage import ExternalFile, Params
 from stages.catalogue.parameters.axes import Seed
 from stages.catalogue.registries import DATASETS, MODELS
@@ -96,7 +97,7 @@ class ImportParams(DataParams, ModelParams, ExpectationParams):
     path: Annotated[str, ExternalFile()] = Field(
         description="a safetensors file under the network's own state-dict names"
     )
-    zeros: Literal["keep", "free"] = Field(
+    zeros: Zeros = Field(
         default="keep",
         description="weights that the file has at exactly 0: of a layer with at least 1 % of them "
         "they are a mask, which all later stages keep; or they may be trained again",

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import Field, NonNegativeInt, model_validator
 
+from fishleg.options import (
+    Compensation,
+    Distribution,
+    RefinementMethod,
+    RefinementOptions,
+    Selection,
+)
 from pipeline.stage import Params
+from stages.catalogue.declared import OptionParams
 from stages.catalogue.parameters.axes import MethodAxes, Seed
 from stages.catalogue.parameters.curvature import EstimatorParams
 from stages.catalogue.parameters.training import TrainingParams
@@ -17,15 +25,15 @@ from stages.lineage import Role
 class PruningParams(Params):
     """How weights are chosen and survivors moved."""
 
-    selection: Literal["single", "greedy"] = Field(
+    selection: Selection = Field(
         default="single",
         description="by what a weight costs alone, or after the others of its row that cost less; "
         "with any method",
     )
-    distribution: Literal["global", "uniform"] = Field(
+    distribution: Distribution = Field(
         default="global", description="least salient of the whole network, or of each layer"
     )
-    compensation: Literal["none", "independent", "joint", "fisher"] = Field(
+    compensation: Compensation = Field(
         default="joint",
         description="of survivors: none; sum of single-weight updates; exact within each block; "
         "across the network by Fisher products",
@@ -116,9 +124,12 @@ class GradualParams(StepwiseParams, TrainingParams):
     seed: Seed = Field(default=0, ge=0, description="of samples, labels, batches and crops")
 
 
-class RefinementParams(Params):
+class RefinementParams(OptionParams, RefinementOptions):
     """Of the short runs that move survivors towards the dense model's outputs."""
 
+    method: ClassVar[RefinementMethod] = RefinementOptions.method  # `refine` of the stage
+    learning_rate: ClassVar[float | None] = RefinementOptions.learning_rate  # `lr` here
+    bfloat16: ClassVar[bool] = RefinementOptions.bfloat16  # `precision` here
     samples: int = Field(
         default=5000, ge=1, description="calibration samples, the curvature's among them; no labels"
     )
@@ -136,15 +147,6 @@ class RefinementParams(Params):
     batch_size: int = Field(default=128, ge=1, description="samples in a step")
     lr: float | None = Field(
         default=None, gt=0, description="peak learning rate; null for the method's own"
-    )
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="of sgd, adam and natural")
-    trust: float = Field(default=1e-2, gt=0, description="longest step, in nats (natural)")
-    cg_iterations: int = Field(default=10, ge=1, description="a step (gauss_newton)")
-    temperature: float = Field(default=1.0, gt=0, description="of both outputs")
-    statistics: Literal["running", "batch", "frozen"] = Field(
-        default="running",
-        description="batch norms divide by their running statistics, which follow the batches; by "
-        "the batch's; or by the ones they had",
     )
     augment: bool = Field(default=True, description="the data set's own random crops and flips")
     cutmix: float = Field(
@@ -172,7 +174,7 @@ class MultistepParams(StepwiseParams):
         description="between steps: start the estimate anew, on the full Fisher with all zeros as "
         "constraints, or take the new weights and masks into it",
     )
-    refine: Literal["none", "sgd", "adam", "natural", "gauss_newton"] = Field(
+    refine: Literal["none", RefinementMethod] = Field(
         default="adam",
         description="after each step, by KL(dense || pruned) on the calibration samples: not at "
         "all, or by one of these",

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from fishleg.options import Directions, DrawnLabels, Start, StepOptions, TrackingOptions
 from pipeline.stage import Params
+from stages.catalogue.declared import OptionParams
 from stages.catalogue.parameters.axes import MethodAxes, Seed
 from stages.catalogue.parameters.data import DataParams, ModelParams
 from stages.lineage import Role
 
 
-class FishLegOptimizerParams(Params):
+class FishLegOptimizerParams(OptionParams, TrackingOptions, StepOptions):
     """Options of the optimiser fishleg."""
 
-    damping: float = Field(default=0.03, gt=0, description="gamma, added to the Fisher's diagonal")
-    trust: float | None = Field(
-        default=0.1, gt=0, description="longest step, in nats a sample; null for no limit"
-    )
-    update_every: int = Field(default=10, ge=1, description="steps between updates of the inverse")
-    samples: int | None = Field(
-        default=None, ge=2, description="of a batch that an update takes; null for all"
-    )
-    structure: Literal["kronecker", "kronecker_scaled", "diagonal"] = Field(
-        default="kronecker", description="form of the inverse's blocks"
-    )
-    learning_rate: float = Field(
-        default=0.005, ge=0, description="of the inverse's correction, relative; 0 learns none"
-    )
+    samples: Annotated[int | None, Field(ge=2)] = StepOptions.samples
+    labels: ClassVar[DrawnLabels] = StepOptions.labels
+    start: ClassVar[Start] = TrackingOptions.start
+    decay: ClassVar[float] = TrackingOptions.decay
+    directions: ClassVar[Directions] = TrackingOptions.directions
+    probes: ClassVar[int] = TrackingOptions.probes
+    seed: ClassVar[int] = TrackingOptions.seed
 
 
 class TrainingParams(Params):
