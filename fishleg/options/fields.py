@@ -1,7 +1,8 @@
 """Fields of options: their ranges, and the check of a whole object at its construction.
 
-The docstring of a class says what each of its fields means, under `Attributes:`; annotations say
-the rest, so that whoever shows or checks options has it all from the class.
+The docstring of a class gives the meaning of each field, under `Attributes:`; its annotations give
+type, choices, range and unit. So lists, documents and checks are made from the class alone. (The
+meaning is no annotation, because annotations enter the digest of the code, and docstrings do not.)
 """
 
 from __future__ import annotations

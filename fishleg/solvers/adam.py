@@ -28,7 +28,7 @@ from fishleg.objective import (
     masked_product,
     probe_objective,
 )
-from fishleg.options import Objective
+from fishleg.options import FishLegOptions, Objective
 from fishleg.rng import SampleGenerator
 from fishleg.solvers.base import AbstractSolver, SolverState
 
@@ -52,12 +52,12 @@ class AdamOptions:
         seed: of the probes, which are keyed by (seed, probe, step).
     """
 
-    steps: int = 200
-    preconditioned: int = 0
-    learning_rate: float = 0.02
-    objective: Objective = "expected"
-    probes: int = 16
-    seed: int = 0
+    steps: int = FishLegOptions.steps
+    preconditioned: int = FishLegOptions.preconditioned_steps
+    learning_rate: float = FishLegOptions.learning_rate
+    objective: Objective = FishLegOptions.objective
+    probes: int = FishLegOptions.probes
+    seed: int = FishLegOptions.seed
 
 
 class AdamSolver(AbstractSolver):

@@ -19,7 +19,7 @@ from torch import Tensor
 from fishleg.blocks.kronecker import KroneckerBlock
 from fishleg.errors import ShapeMismatch
 from fishleg.objective import curvature_and_trace
-from fishleg.options import MaskFit
+from fishleg.options import FishLegOptions, MaskFit
 from fishleg.solvers.base import AbstractSolver, SolverState
 from fishleg.solvers.half_steps import Columns, HalfStep, Rows, Side, closed_step, exact_step
 
@@ -57,8 +57,8 @@ class AlternatingSolver(AbstractSolver):
         sweeps: int,
         mask: Tensor | None = None,
         *,
-        mask_fit: MaskFit = "damped",
-        iterations: int = 4,
+        mask_fit: MaskFit = FishLegOptions.mask_fit,
+        iterations: int = FishLegOptions.cg_iterations,
     ):
         super().__init__(damping, mask)
         self.units = 2 * sweeps

@@ -34,7 +34,7 @@ class EvaluateParams(MethodAxes, ExpectationParams):
         default=None, description="axis: the inputs' seed"
     )
     split: Literal["test", "validation", "train"] = Field(
-        default="test", description="what is measured on"
+        default="test", description="split of the data that is measured"
     )
     batch_size: Annotated[int, Role.NEUTRAL] = Field(
         default=500, ge=1, description="samples at a time; no result changes"

@@ -12,6 +12,7 @@ from fishleg.options import (
     Distribution,
     RefinementMethod,
     RefinementOptions,
+    Schedule,
     Selection,
 )
 from pipeline.stage import Params
@@ -50,7 +51,7 @@ class PruningParams(Params):
     )
     norms: Literal["kept", "reestimated"] = Field(
         default="kept",
-        description="batch norms after a step: as they were, or measured anew on the calibration "
+        description="batch norms after a step: as they were, or measured again on the calibration "
         "samples, without labels",
     )
 
@@ -90,10 +91,10 @@ class StepwiseParams(PruningParams, EstimatorParams):
         default=0.0, ge=0, lt=1, description="where the schedule begins"
     )
     steps: int = Field(default=8, ge=1, description="pruning steps")
-    schedule: Literal["cubic", "linear", "geometric"] = Field(
+    schedule: Schedule = Field(
         default="cubic",
-        description="fast at first and slow at the end; equal steps; or equal fractions of what is "
-        "left",
+        description="fast at first and slow at the end; equal steps; or equal fractions of the "
+        "remaining weights",
     )
     stops: list[float] = Field(
         default=[],
@@ -102,7 +103,7 @@ class StepwiseParams(PruningParams, EstimatorParams):
     carry: Literal["refine", "reestimate"] = Field(
         default="refine",
         description="between steps: take the new weights and masks into the estimate, or start "
-        "it anew (methods without a state always do)",
+        "again (methods without a state always do)",
     )
     seed: Seed = Field(default=0, ge=0, description="of samples, labels, batches and crops")
 
@@ -164,14 +165,14 @@ class RefinementParams(OptionParams, RefinementOptions):
 class MultistepParams(StepwiseParams):
     """Of `prune_multistep`."""
 
-    schedule: Literal["cubic", "linear", "geometric"] = Field(
+    schedule: Schedule = Field(
         default="geometric",
-        description="fast at first and slow at the end; equal steps; or equal fractions of what is "
-        "left",
+        description="fast at first and slow at the end; equal steps; or equal fractions of the "
+        "remaining weights",
     )
     carry: Literal["refine", "reestimate"] = Field(
         default="reestimate",
-        description="between steps: start the estimate anew, on the full Fisher with all zeros as "
+        description="between steps: start the estimate again, on the full Fisher with all zeros as "
         "constraints, or take the new weights and masks into it",
     )
     refine: Literal["none", RefinementMethod] = Field(
