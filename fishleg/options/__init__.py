@@ -36,6 +36,7 @@ from fishleg.options.estimators import (
 )
 from fishleg.options.fields import Field, Options, Range, check, declared
 from fishleg.options.optimizer import StepOptions, TrackingOptions
+from fishleg.options.pruning import PruningOptions
 from fishleg.options.refinement import RefinementOptions
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "MfacOptions",
     "NoOptions",
     "ObsOptions",
+    "PruningOptions",
     "RefinementOptions",
     "StepOptions",
     "TrackingOptions",

@@ -56,7 +56,8 @@ class _FromOptions(ModelMetaclass):
         namespace["__annotations__"] = {**annotations, **own}
         real = tuple(base for base in bases if base not in kinds)
         made: Any = super().__new__(mcs, name, real, namespace, **keywords)
-        made.options_kinds = (*kinds, *made.options_kinds)
+        inherited = [one for base in real for one in getattr(base, "options_kinds", ())]
+        made.options_kinds = tuple(dict.fromkeys([*kinds, *inherited]))
         return made
 
 

@@ -254,6 +254,13 @@ def test_options_that_do_not_fit_each_other_are_refused(
     assert problems(tmp_path, stage, params)[where(tmp_path, place)] == message
 
 
+@pytest.mark.parametrize("stage", WITH_METHOD, ids=lambda stage: stage.name)
+def test_rules_between_options_hold_in_every_stage(stage: Stage, tmp_path: Path) -> None:
+    params = required(stage) | {"labels": "enumerated", "draws": 2}
+    message = problems(tmp_path, stage, params)[where(tmp_path, ("draws",))]
+    assert message == "draws: expected 1, or more with sampled or matched labels, got 2"
+
+
 def test_options_of_your_own_method_are_its_own_matter(tmp_path: Path) -> None:
     stage = next(one for one in CATALOGUE.stages if one.name == "curvature")
     params = {"method": "fishleg.estimators:KFAC", "options": {"any": {"thing": 1}}}

@@ -8,14 +8,11 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 from pydantic import Field, NonNegativeInt, model_validator
 
 from fishleg.options import (
-    Compensation,
-    Distribution,
+    PruningOptions,
     RefinementMethod,
     RefinementOptions,
     Schedule,
-    Selection,
 )
-from pipeline.stage import Params
 from stages.catalogue.declared import OptionParams
 from stages.catalogue.parameters.axes import MethodAxes, Seed
 from stages.catalogue.parameters.curvature import EstimatorParams
@@ -23,32 +20,9 @@ from stages.catalogue.parameters.training import TrainingParams
 from stages.lineage import Role
 
 
-class PruningParams(Params):
+class PruningParams(OptionParams, PruningOptions):
     """How weights are chosen and survivors moved."""
 
-    selection: Selection = Field(
-        default="single",
-        description="by what a weight costs alone, or after the others of its row that cost less; "
-        "with any method",
-    )
-    distribution: Distribution = Field(
-        default="global", description="least salient of the whole network, or of each layer"
-    )
-    compensation: Compensation = Field(
-        default="joint",
-        description="of survivors: none; sum of single-weight updates; exact within each block; "
-        "across the network by Fisher products",
-    )
-    min_kept: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="fraction of each layer's weights that survives at the least, so that none is "
-        "emptied; others go instead",
-    )
-    cg_iterations: int = Field(
-        default=500, ge=1, description="of conjugate gradients, at most, in one compensation"
-    )
     norms: Literal["kept", "reestimated"] = Field(
         default="kept",
         description="batch norms after a step: as they were, or measured again on the calibration "
