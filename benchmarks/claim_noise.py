@@ -30,6 +30,7 @@ from fishleg import (
     prune_once,
 )
 from fishleg.blocks import AbstractBlock
+from fishleg.options import Structure
 from fishleg.warmstart import factored_start
 from stages.model_folder import Model
 
@@ -42,7 +43,7 @@ _DIGITS = {"error": 3, "residual": 3, "test": 1}
 _Build = Callable[[Partition, float], AbstractEstimator]
 
 
-def _fishleg(structure: str, **options: Any) -> _Build:
+def _fishleg(structure: Structure, **options: Any) -> _Build:
     return lambda partition, damping: FishLeg(
         partition, damping=damping, structure=structure, **options
     )

@@ -1,99 +1,137 @@
 """The FishLeg surgeon: inverse Fisher estimation and second-order pruning for PyTorch.
 
 In the order of use: cut the parameters into groups, say where per-sample gradients come from, fit
-an estimator, certify it, prune. Needs nothing but torch.
+an estimator, certify it, prune. Needs nothing but torch, which is imported at the first use of a
+name, so that `fishleg.options` works without it.
 """
 
-from fishleg.calibration import Calibration
-from fishleg.calling import Calling
-from fishleg.certificate import certify, pruning_certificate
-from fishleg.errors import (
-    CapacityExceeded,
-    FishLegError,
-    NotFitted,
-    NotPositiveDefinite,
-    ShapeMismatch,
-    UnknownName,
-)
-from fishleg.estimators import (
-    EKFAC,
-    ESTIMATORS,
-    KFAC,
-    MFAC,
-    AbstractEstimator,
-    BlockWoodbury,
-    DiagonalFisher,
-    FishLeg,
-    FitProgress,
-    Identity,
-    LayerHessian,
-)
-from fishleg.fisher import fisher_vector_product
-from fishleg.gradients import GradientSource
-from fishleg.likelihoods import AbstractLikelihood, Bernoulli, Categorical, Gaussian, Likelihood
-from fishleg.parameters import ParameterGroup, Partition, partition_parameters, used_weight
-from fishleg.pruning import (
-    PruneReport,
-    apply_masks,
-    count_masks,
-    cubic,
-    group_masks,
-    linear,
-    prune_once,
-    weight_masks,
-    zero_masks,
-)
-from fishleg.streaming import StreamedCalibration
-from fishleg.team import Team
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
+if TYPE_CHECKING:
+    __version__: str
+    from fishleg.calibration import Calibration as Calibration
+    from fishleg.calling import Calling as Calling
+    from fishleg.certificate import certify as certify
+    from fishleg.certificate import pruning_certificate as pruning_certificate
+    from fishleg.errors import CapacityExceeded as CapacityExceeded
+    from fishleg.errors import FishLegError as FishLegError
+    from fishleg.errors import InvalidOption as InvalidOption
+    from fishleg.errors import NotFitted as NotFitted
+    from fishleg.errors import NotPositiveDefinite as NotPositiveDefinite
+    from fishleg.errors import ShapeMismatch as ShapeMismatch
+    from fishleg.errors import UnknownName as UnknownName
+    from fishleg.estimators import EKFAC as EKFAC
+    from fishleg.estimators import ESTIMATORS as ESTIMATORS
+    from fishleg.estimators import KFAC as KFAC
+    from fishleg.estimators import MFAC as MFAC
+    from fishleg.estimators import AbstractEstimator as AbstractEstimator
+    from fishleg.estimators import BlockWoodbury as BlockWoodbury
+    from fishleg.estimators import DiagonalFisher as DiagonalFisher
+    from fishleg.estimators import FishLeg as FishLeg
+    from fishleg.estimators import FitProgress as FitProgress
+    from fishleg.estimators import Identity as Identity
+    from fishleg.estimators import LayerHessian as LayerHessian
+    from fishleg.fisher import fisher_vector_product as fisher_vector_product
+    from fishleg.gradients import GradientSource as GradientSource
+    from fishleg.likelihoods import AbstractLikelihood as AbstractLikelihood
+    from fishleg.likelihoods import Bernoulli as Bernoulli
+    from fishleg.likelihoods import Categorical as Categorical
+    from fishleg.likelihoods import Gaussian as Gaussian
+    from fishleg.likelihoods import Likelihood as Likelihood
+    from fishleg.options import FishLegOptions as FishLegOptions
+    from fishleg.parameters import ParameterGroup as ParameterGroup
+    from fishleg.parameters import Partition as Partition
+    from fishleg.parameters import partition_parameters as partition_parameters
+    from fishleg.parameters import used_weight as used_weight
+    from fishleg.pruning import PruneReport as PruneReport
+    from fishleg.pruning import apply_masks as apply_masks
+    from fishleg.pruning import count_masks as count_masks
+    from fishleg.pruning import cubic as cubic
+    from fishleg.pruning import group_masks as group_masks
+    from fishleg.pruning import linear as linear
+    from fishleg.pruning import prune_once as prune_once
+    from fishleg.pruning import weight_masks as weight_masks
+    from fishleg.pruning import zero_masks as zero_masks
+    from fishleg.streaming import StreamedCalibration as StreamedCalibration
+    from fishleg.team import Team as Team
+
+_HOMES = {
     # parameters
-    "ParameterGroup",
-    "Partition",
-    "partition_parameters",
-    "used_weight",
+    "ParameterGroup": "fishleg.parameters",
+    "Partition": "fishleg.parameters",
+    "partition_parameters": "fishleg.parameters",
+    "used_weight": "fishleg.parameters",
     # likelihoods and gradients
-    "AbstractLikelihood",
-    "Bernoulli",
-    "Calibration",
-    "Calling",
-    "Categorical",
-    "Gaussian",
-    "GradientSource",
-    "Likelihood",
-    "StreamedCalibration",
-    "Team",
-    "fisher_vector_product",
+    "AbstractLikelihood": "fishleg.likelihoods",
+    "Bernoulli": "fishleg.likelihoods",
+    "Calibration": "fishleg.calibration",
+    "Calling": "fishleg.calling",
+    "Categorical": "fishleg.likelihoods",
+    "Gaussian": "fishleg.likelihoods",
+    "GradientSource": "fishleg.gradients",
+    "Likelihood": "fishleg.likelihoods",
+    "StreamedCalibration": "fishleg.streaming",
+    "Team": "fishleg.team",
+    "fisher_vector_product": "fishleg.fisher",
     # estimators
-    "ESTIMATORS",
-    "AbstractEstimator",
-    "BlockWoodbury",
-    "DiagonalFisher",
-    "EKFAC",
-    "FishLeg",
-    "FitProgress",
-    "Identity",
-    "KFAC",
-    "LayerHessian",
-    "MFAC",
+    "ESTIMATORS": "fishleg.estimators",
+    "AbstractEstimator": "fishleg.estimators",
+    "BlockWoodbury": "fishleg.estimators",
+    "DiagonalFisher": "fishleg.estimators",
+    "EKFAC": "fishleg.estimators",
+    "FishLeg": "fishleg.estimators",
+    "FishLegOptions": "fishleg.options",
+    "FitProgress": "fishleg.estimators",
+    "Identity": "fishleg.estimators",
+    "KFAC": "fishleg.estimators",
+    "LayerHessian": "fishleg.estimators",
+    "MFAC": "fishleg.estimators",
     # certificates
-    "certify",
-    "pruning_certificate",
+    "certify": "fishleg.certificate",
+    "pruning_certificate": "fishleg.certificate",
     # pruning
-    "PruneReport",
-    "apply_masks",
-    "count_masks",
-    "cubic",
-    "group_masks",
-    "linear",
-    "prune_once",
-    "weight_masks",
-    "zero_masks",
+    "PruneReport": "fishleg.pruning",
+    "apply_masks": "fishleg.pruning",
+    "count_masks": "fishleg.pruning",
+    "cubic": "fishleg.pruning",
+    "group_masks": "fishleg.pruning",
+    "linear": "fishleg.pruning",
+    "prune_once": "fishleg.pruning",
+    "weight_masks": "fishleg.pruning",
+    "zero_masks": "fishleg.pruning",
     # errors
-    "CapacityExceeded",
-    "FishLegError",
-    "NotFitted",
-    "NotPositiveDefinite",
-    "ShapeMismatch",
-    "UnknownName",
-]
+    "CapacityExceeded": "fishleg.errors",
+    "FishLegError": "fishleg.errors",
+    "InvalidOption": "fishleg.errors",
+    "NotFitted": "fishleg.errors",
+    "NotPositiveDefinite": "fishleg.errors",
+    "ShapeMismatch": "fishleg.errors",
+    "UnknownName": "fishleg.errors",
+}
+__all__ = [*_HOMES]
+
+if not TYPE_CHECKING:  # a checker is to refuse names that are not there
+
+    def __getattr__(name: str) -> Any:
+        """Return a public name or a submodule, imported at its first use.
+
+        Raises:
+            AttributeError: there is no such name.
+        """
+        if name == "__version__":
+            found: Any = version("fishleg-surgeon")
+        elif name in _HOMES:
+            found = getattr(import_module(_HOMES[name]), name)
+        elif not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+            return import_module(f"{__name__}.{name}")
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = found
+        return found
+
+    def __dir__() -> list[str]:
+        """Return all names, those not imported yet too."""
+        return sorted({*globals(), *__all__, "__version__"})

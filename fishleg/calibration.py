@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,12 +23,8 @@ from fishleg.nests import (
     tensors_of,
     usable,
 )
+from fishleg.options import Labels
 from fishleg.rng import SampleGenerator
-
-Labels = Literal["sampled", "matched", "enumerated", "empirical"]
-DRAWN: tuple[Labels, ...] = ("sampled", "matched")
-"""Kinds of labels of which any number may be drawn a sample."""
-
 
 Transform = Callable[[Nest], Nest]
 _TRIED = 64  # samples that tell whether a transform is random

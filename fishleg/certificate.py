@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from fishleg.blocks.base import AbstractBlock
-from fishleg.calibration import Labels
 from fishleg.errors import CapacityExceeded
 from fishleg.estimators.base import AbstractEstimator
 from fishleg.fisher import fisher_vector_product
 from fishleg.gradients import GradientSource
 from fishleg.likelihoods import check_targets, given_targets
 from fishleg.objective import curvature_and_trace, gradient_product, image_square, masked_product
+from fishleg.options import Labels
 from fishleg.parameters import parameters_like
 from fishleg.precision import in_full, widen
 from fishleg.rng import SampleGenerator

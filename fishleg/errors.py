@@ -3,6 +3,7 @@
 FishLegError
 |-- ShapeMismatch        a tensor's shape, dtype or device is not what the callee needs
 |-- UnknownName          a name that is not among the choices
+|-- InvalidOption        an option's value has the wrong type, is out of range, or fits no other
 |-- NotPositiveDefinite  a factor lost positive definiteness and could not be mended
 |-- CapacityExceeded     the job does not fit the memory it was given
 |-- NotFitted            an estimator was used before `fit`
@@ -23,13 +24,34 @@ class ShapeMismatch(FishLegError, ValueError):
 
 
 class UnknownName(FishLegError, ValueError):
-    """A name is not among the choices; the message lists them, the nearest one first."""
+    """A name is not among the choices; the message lists them, the nearest one first.
+
+    Attributes:
+        option: the kind of the name; of an option's value, the option.
+        reason: the message.
+    """
 
     def __init__(self, kind: str, name: str, choices: Iterable[str]):
         known = sorted(choices)
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         super().__init__(f"Unknown {kind} {name!r}{hint}. Known: {', '.join(known)}.")
+        self.option = kind
+        self.reason = f"unknown {kind} {name!r}{hint}; known: {', '.join(known)}"
+
+
+class InvalidOption(FishLegError, ValueError):
+    """An option's value has the wrong type, is out of range, or does not fit another option.
+
+    Attributes:
+        option: the option's name.
+        reason: what was expected, and what was given.
+    """
+
+    def __init__(self, option: str, reason: str):
+        super().__init__(f"{option}: {reason.removesuffix('.')}.")
+        self.option = option
+        self.reason = reason
 
 
 class NotPositiveDefinite(FishLegError, ArithmeticError):

@@ -10,12 +10,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import copy
 from functools import cached_property, partial
-from typing import TypeVar, get_args
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fishleg.calibration import DRAWN, Batch, Calibration, Labels, Samples, label
+from fishleg.calibration import Batch, Calibration, Samples, label
 from fishleg.calling import PLAIN, Calling, model_device
 from fishleg.capture import LayerSignals, has_signals, layer_signals, recording
 from fishleg.errors import FishLegError, ShapeMismatch, UnknownName
@@ -23,6 +23,7 @@ from fishleg.jacobian import Jacobian
 from fishleg.likelihoods import Likelihood
 from fishleg.nests import Nest
 from fishleg.network import Network, find_network
+from fishleg.options import Labels, check_labels
 from fishleg.parameters import Partition
 from fishleg.paths import Paths, check_samples, find_paths
 from fishleg.persample import GeneralPath, Pass, fast_gradients, run_passes
@@ -103,12 +104,7 @@ class GradientSource:
         calling: Calling = PLAIN,
         team: Team = ALONE,
     ):
-        if labels not in get_args(Labels):
-            raise UnknownName("labels", labels, get_args(Labels))
-        if draws < 1 or (draws > 1 and labels not in DRAWN):
-            raise ValueError(
-                f"draws: expected 1, or more with {' or '.join(DRAWN)} labels, got {draws}."
-            )
+        check_labels(labels, draws)
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}.")
         _check_partition(model, partition)

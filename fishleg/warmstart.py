@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -12,11 +10,8 @@ from fishleg.blocks.dense import DenseBlock, chunk_count, invert_damped
 from fishleg.blocks.diagonal import DiagonalBlock
 from fishleg.blocks.kronecker import KroneckerBlock
 from fishleg.blocks.tensor import TensorBlock
+from fishleg.options import Structure
 from fishleg.parameters import ParameterGroup
-
-Structure = Literal[
-    "eigen", "kronecker", "kronecker_scaled", "tensor", "tensor_scaled", "block", "diagonal", "full"
-]
 
 _POWER_ITERATIONS = 100
 

@@ -1,1 +1,1 @@
-"""The science as pipeline steps; catalogue.py declares them all."""
+"""The science as pipeline steps; the package `catalogue` declares them all."""

@@ -3,50 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from fishleg.gradients import Calibration, GradientSource
 from fishleg.likelihoods import Categorical
+from fishleg.options import CalibrationOptions
 from fishleg.parameters import Partition
 from stages.data.dataset import DataSet
 from stages.determinism import generator
 from stages.model_folder import Model
 
-if TYPE_CHECKING:
-    from stages.catalogue import CalibrationParams
-
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationPlan:
+class CalibrationPlan(CalibrationOptions):
     """Which samples, and which labels for them; kept beside an estimate, so that it can be remade.
 
-    Attributes:
-        samples: number of samples, drawn without replacement from the training split.
-        labels: "sampled" from the model, "matched", "enumerated", or "empirical" (the data's).
-        draws: labels drawn for each sample, if sampled.
-        batch_size: gradient rows computed at once.
-        seed: of the choice of samples, and of their labels.
+    See `CalibrationOptions`.
     """
-
-    samples: int
-    labels: Literal["sampled", "matched", "enumerated", "empirical"]
-    draws: int
-    batch_size: int
-    seed: int
-
-    @classmethod
-    def from_params(cls, params: CalibrationParams) -> CalibrationPlan:
-        """Return the plan that a stage's parameters describe."""
-        return cls(
-            samples=params.samples,
-            labels=params.labels,
-            draws=params.draws,
-            batch_size=params.batch_size,
-            seed=params.seed,
-        )
 
     def indices(self, dataset: DataSet) -> Tensor:
         """Return the calibration samples' numbers in the training split, (n,) int64."""

@@ -46,12 +46,11 @@ class Recipe:
     @classmethod
     def from_params(cls, params: EstimatorParams) -> Recipe:
         """Return the recipe that a stage's parameters describe."""
-        own = getattr(params, params.method, None)  # the method's own options, if it has any
         return cls(
             method=refer(params, "method"),
             damping=params.damping,
-            options={**(own.model_dump() if own else {}), **params.options},
-            calibration=CalibrationPlan.from_params(params),
+            options=params.method_options(),
+            calibration=CalibrationPlan.taken_from(params),
         )
 
     @classmethod

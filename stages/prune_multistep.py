@@ -223,14 +223,10 @@ class MultistepPruning(StepwisePruning):
 
     def _options(self) -> RefinementOptions:
         own, params = self.params.refinement, self.params
-        return RefinementOptions(
+        return replace(
+            RefinementOptions.taken_from(own),
             method="adam" if params.refine == "none" else params.refine,
             learning_rate=own.lr,
-            momentum=own.momentum,
-            trust=own.trust,
-            cg_iterations=own.cg_iterations,
-            temperature=own.temperature,
-            statistics=own.statistics,
             bfloat16=own.precision == "bfloat16",
         )
 

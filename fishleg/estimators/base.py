@@ -19,6 +19,7 @@ from fishleg.calling import model_device
 from fishleg.errors import CapacityExceeded, FishLegError, NotFitted, UnknownName
 from fishleg.gradients import GradientSource
 from fishleg.memory import Footprint, available_bytes, peak, show_bytes
+from fishleg.options import EstimatorOptions
 from fishleg.parameters import Partition
 
 
@@ -60,8 +61,7 @@ class AbstractEstimator(ABC):
     remedy: ClassVar[str] = "the method diagonal"
 
     def __init__(self, partition: Partition, *, damping: float, memory_limit: int | None = None):
-        if not damping > 0:
-            raise ValueError(f"damping: expected a positive number, got {damping}.")
+        EstimatorOptions(damping=damping, memory_limit=memory_limit)
         self.partition = partition
         self.damping = damping
         self.memory_limit = memory_limit

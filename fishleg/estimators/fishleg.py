@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -14,10 +14,10 @@ from fishleg.blocks import BLOCKS, AbstractBlock, EigenBlock, KroneckerBlock
 from fishleg.blocks.eigen import invert_factors
 from fishleg.estimators.base import AbstractEstimator, Callback, FitProgress, tensors_below
 from fishleg.estimators.exchange import block_cost, exchange_blocks
-from fishleg.estimators.fishleg_options import CLOSED_FORM, FishLegOptions
 from fishleg.gradients import GradientSource
 from fishleg.memory import Footprint
 from fishleg.moments import as_factors, kronecker_products, layer_moments, squares
+from fishleg.options import CLOSED_FORM, FishLegChanges, FishLegOptions, Structure
 from fishleg.parameters import ParameterGroup, Partition
 from fishleg.precision import in_full
 from fishleg.solvers.adam import AdamOptions, AdamSolver
@@ -26,7 +26,6 @@ from fishleg.solvers.base import AbstractSolver, SolverState, total
 from fishleg.solvers.closed import ClosedFormSolver
 from fishleg.tally import Progress, Sums
 from fishleg.warmstart import (
-    Structure,
     count_numbers,
     diagonal_start,
     factored_start,
@@ -59,7 +58,8 @@ class FishLeg(AbstractEstimator):
         partition: the groups.
         damping: gamma > 0.
         memory_limit: see `AbstractEstimator`.
-        options: fields of `FishLegOptions`.
+        options: how to fit; None for the defaults.
+        changes: fields of `FishLegOptions` that differ from `options`.
 
     Attributes:
         options: see `FishLegOptions`.
@@ -76,10 +76,11 @@ class FishLeg(AbstractEstimator):
         *,
         damping: float,
         memory_limit: int | None = None,
-        **options: Any,
+        options: FishLegOptions | None = None,
+        **changes: Unpack[FishLegChanges],
     ):
         super().__init__(partition, damping=damping, memory_limit=memory_limit)
-        self.options = FishLegOptions(**options)
+        self.options = replace(options or FishLegOptions(), **changes)
         self.report: dict[str, dict[str, Any]] = {}
         self._pending: list[str] = []
         self._partial: tuple[str, SolverState] | None = None

@@ -20,6 +20,7 @@ from fishleg.moments import (
     kronecker_products,
     layer_moments,
 )
+from fishleg.options import KfacOptions
 from fishleg.parameters import Partition
 
 
@@ -51,18 +52,18 @@ class KFAC(AbstractOnePassEstimator):
     name = "kfac"
     remedy = "the method diagonal or obs, or a smaller dense_size"
     restricts = False
-    options = ("dense_size",)
+    options: KfacOptions
 
     def __init__(
         self,
         partition: Partition,
         *,
         damping: float,
-        dense_size: int = 1024,
+        dense_size: int = KfacOptions.dense_size,
         memory_limit: int | None = None,
     ):
         super().__init__(partition, damping=damping, memory_limit=memory_limit)
-        self.dense_size = dense_size
+        self.options = KfacOptions(dense_size=dense_size)
 
     def _passes(
         self, source: GradientSource, masks: Mapping[str, Tensor] | None
@@ -81,8 +82,8 @@ class KFAC(AbstractOnePassEstimator):
 
     def _products(self, gradients: Tensor) -> tuple[Tensor, ...]:
         """Return what is summed for a group without a layer."""
-        if gradients[0].numel() <= self.dense_size:
-            return chunk_products(gradients, self.dense_size)
+        if gradients[0].numel() <= self.options.dense_size:
+            return chunk_products(gradients, self.options.dense_size)
         return kronecker_products(gradients)
 
     def _substitute(self, name: str, sums: list[Tensor]) -> AbstractBlock:
@@ -96,7 +97,7 @@ class KFAC(AbstractOnePassEstimator):
         group, bytes_each = self.partition[name], source.element_size(name)
         heads, size = source.heads(name), group.size
         gradients = 0 if heads else 3 * bytes_each * source.rows_at_once * size
-        if not heads and size <= self.dense_size:
+        if not heads and size <= self.options.dense_size:
             summing = gradients + bytes_each * size**2
             return Footprint(
                 held=bytes_each * size**2, sums=8 * size**2, work=max(summing, 32 * size**2)

@@ -17,6 +17,7 @@ from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
 from fishleg.gradients import GradientSource
 from fishleg.memory import Footprint
 from fishleg.moments import input_moments
+from fishleg.options import LayerOptions
 from fishleg.parameters import Partition
 
 
@@ -53,20 +54,18 @@ class LayerHessian(AbstractOnePassEstimator):
     name = "layer"
     remedy = "the method diagonal or obs"
     restricts = False
-    options = ("relative_damping",)
+    options: LayerOptions
 
     def __init__(
         self,
         partition: Partition,
         *,
         damping: float,
-        relative_damping: float = 0.01,
+        relative_damping: float = LayerOptions.relative_damping,
         memory_limit: int | None = None,
     ):
         super().__init__(partition, damping=damping, memory_limit=memory_limit)
-        if not relative_damping >= 0:
-            raise ValueError(f"relative_damping: expected at least 0, got {relative_damping}.")
-        self.relative_damping = relative_damping
+        self.options = LayerOptions(relative_damping=relative_damping)
 
     def _passes(
         self, source: GradientSource, masks: Mapping[str, Tensor] | None
@@ -82,7 +81,7 @@ class LayerHessian(AbstractOnePassEstimator):
         def invert(name: str, sums: list[Tensor]) -> SharedBlock:
             (hessian,) = sums
             mean = float(hessian.diagonal(dim1=1, dim2=2).mean())
-            mu = self.damping + self.relative_damping * mean
+            mu = self.damping + self.options.relative_damping * mean
             return SharedBlock(invert_damped(hessian, mu), self.partition[name].shape)
 
         return [DataPass(partial(input_moments, source, self.partition.names), invert)]

@@ -13,6 +13,7 @@ from fishleg.blocks.woodbury import invert_low_rank
 from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
 from fishleg.gradients import GradientSource
 from fishleg.memory import Footprint
+from fishleg.options import MfacOptions
 from fishleg.parameters import Partition
 from fishleg.rng import SampleGenerator
 from fishleg.tally import Progress, Sums, Tally
@@ -48,22 +49,19 @@ class MFAC(AbstractOnePassEstimator):
 
     name = "mfac"
     remedy = "fewer gradients (m)"
-    options = ("gradients", "seed")
+    options: MfacOptions
 
     def __init__(
         self,
         partition: Partition,
         *,
         damping: float,
-        gradients: int = 256,
-        seed: int = 0,
+        gradients: int = MfacOptions.gradients,
+        seed: int = MfacOptions.seed,
         memory_limit: int | None = None,
     ):
         super().__init__(partition, damping=damping, memory_limit=memory_limit)
-        if gradients < 1:
-            raise ValueError(f"gradients: expected at least 1, got {gradients}.")
-        self.gradients = gradients
-        self.seed = seed
+        self.options = MfacOptions(gradients=gradients, seed=seed)
 
     def _passes(
         self, source: GradientSource, masks: Mapping[str, Tensor] | None
@@ -92,7 +90,7 @@ class MFAC(AbstractOnePassEstimator):
             tally: of an interrupted pass, to go on with; it holds the vectors.
             progress: told the gradient rows done so far.
         """
-        count = min(self.gradients, source.rows)
+        count = min(self.options.gradients, source.rows)
 
         def add(sums: Sums, batch: Mapping[str, Tensor], first_row: int) -> int:
             rows = 0
@@ -116,13 +114,13 @@ class MFAC(AbstractOnePassEstimator):
         """Return the sign of each gradient row; without company it needs none."""
         if count == rows:
             return torch.ones_like(numbers)
-        coins = SampleGenerator(self.seed, numbers).uniform(1).squeeze(1)
+        coins = SampleGenerator(self.options.seed, numbers).uniform(1).squeeze(1)
         return torch.where(coins < 0.5, -1, 1)
 
     def footprint(self, source: GradientSource, name: str) -> Footprint:
         """Return what fitting group `name` needs; see the class."""
         size, bytes_each = self.partition[name].size, source.element_size(name)
-        count = min(self.gradients, source.rows)
+        count = min(self.options.gradients, source.rows)
         summing = 3 * bytes_each * source.rows_at_once * size
         return Footprint(
             held=bytes_each * (count * size + 1),

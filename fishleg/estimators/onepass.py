@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from fishleg.blocks.base import AbstractBlock
 from fishleg.estimators.base import AbstractEstimator, Callback, FitProgress, tensors_below
 from fishleg.estimators.exchange import block_cost, exchange_blocks
 from fishleg.gradients import GradientSource
+from fishleg.options import NoOptions, Options
 from fishleg.parameters import Partition
 from fishleg.precision import in_full
 from fishleg.tally import Progress, Tally
@@ -44,11 +45,11 @@ class AbstractOnePassEstimator(AbstractEstimator):
         restricts: `refine` estimates on the Fisher restricted to the survivors, and sets `masks`.
             Removed weights then have zero gradients: they are decoupled from the survivors, and
             each has the entry 1 / damping. Otherwise `refine` estimates on the full Fisher.
-        options: names of the attributes that hold the estimator's own options.
+        options: the estimator's own.
     """
 
     restricts: ClassVar[bool] = True
-    options: ClassVar[tuple[str, ...]] = ()
+    options: Options = NoOptions()
 
     def __init__(self, partition: Partition, *, damping: float, memory_limit: int | None = None):
         super().__init__(partition, damping=damping, memory_limit=memory_limit)
@@ -150,7 +151,7 @@ class AbstractOnePassEstimator(AbstractEstimator):
     def state_dict(self) -> dict[str, Any]:
         """Return the blocks and the masks, what is summed of a fit under way, and the options."""
         state = self._common_state()
-        state["meta"]["options"] = {option: getattr(self, option) for option in self.options}
+        state["meta"]["options"] = asdict(self.options)
         if self._passes_done is not None:
             sums = self._tally.sums
             state["meta"]["under_way"] = {
@@ -170,8 +171,7 @@ class AbstractOnePassEstimator(AbstractEstimator):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned, damping and options included."""
         self._load_common_state(state)
-        for option in self.options:
-            setattr(self, option, state["meta"]["options"][option])
+        self.options = type(self.options)(**state["meta"]["options"])
         self._passes_done, self._tally = None, Tally()
         if under_way := state["meta"].get("under_way"):
             tensors = tensors_below("sums/", state["tensors"])

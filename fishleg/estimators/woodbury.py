@@ -12,6 +12,7 @@ from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
 from fishleg.gradients import GradientSource
 from fishleg.memory import Footprint
 from fishleg.moments import accumulate, chunk_products
+from fishleg.options import ObsOptions
 from fishleg.parameters import Partition
 
 
@@ -41,7 +42,7 @@ class BlockWoodbury(AbstractOnePassEstimator):
     """
 
     name = "obs"
-    options = ("block_size",)
+    options: ObsOptions
     remedy = "a smaller block_size"
 
     def __init__(
@@ -49,18 +50,16 @@ class BlockWoodbury(AbstractOnePassEstimator):
         partition: Partition,
         *,
         damping: float,
-        block_size: int = 64,
+        block_size: int = ObsOptions.block_size,
         memory_limit: int | None = None,
     ):
         super().__init__(partition, damping=damping, memory_limit=memory_limit)
-        if block_size < 1:
-            raise ValueError(f"block_size: expected at least 1, got {block_size}.")
-        self.block_size = block_size
+        self.options = ObsOptions(block_size=block_size)
 
     def _passes(
         self, source: GradientSource, masks: Mapping[str, Tensor] | None
     ) -> Sequence[DataPass]:
-        products = partial(chunk_products, block_size=self.block_size)
+        products = partial(chunk_products, block_size=self.options.block_size)
 
         def invert(name: str, sums: list[Tensor]) -> DenseBlock:
             return DenseBlock(invert_damped(sums[0], self.damping), self.partition[name].shape)
@@ -70,7 +69,7 @@ class BlockWoodbury(AbstractOnePassEstimator):
     def footprint(self, source: GradientSource, name: str) -> Footprint:
         """Return what fitting group `name` needs; see the class."""
         size, bytes_each = self.partition[name].size, source.element_size(name)
-        block_size = min(self.block_size, size)
+        block_size = min(self.options.block_size, size)
         numbers = chunk_count(size, block_size) * block_size**2
         summing = bytes_each * (3 * source.rows_at_once * size + numbers)
         return Footprint(

@@ -17,22 +17,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fishleg.calibration import Calibration, Labels
+from fishleg.calibration import Calibration
 from fishleg.calling import PLAIN, Calling
 from fishleg.capture import evaluating
-from fishleg.errors import FishLegError, UnknownName
+from fishleg.errors import FishLegError
 from fishleg.gradients import GradientSource
 from fishleg.likelihoods import Likelihood
 from fishleg.nests import Nest, as_nest, count_samples, take
 from fishleg.objective import masked_product
-from fishleg.optim.tracking import (
+from fishleg.optim.tracking import Evidence, TrackedInverse, update
+from fishleg.options import (
     Directions,
-    Evidence,
+    DrawnLabels,
     Start,
-    Structure,
-    TrackedInverse,
+    StepOptions,
+    TrackedStructure,
     TrackingOptions,
-    update,
 )
 from fishleg.parameters import ParameterGroup, Partition, partition_parameters
 from fishleg.precision import in_full, is_narrow, widen
@@ -105,32 +105,25 @@ class FishLeg(torch.optim.Optimizer):
         *,
         lr: float = 0.3,
         momentum: float = 0.9,
-        damping: float = 0.03,
-        trust: float | None = 0.1,
+        damping: float = TrackingOptions.damping,
+        trust: float | None = StepOptions.trust,
         weight_decay: float = 0.0,
-        update_every: int = 10,
-        samples: int | None = None,
-        labels: Labels = "matched",
-        seed: int = 0,
+        update_every: int = StepOptions.update_every,
+        samples: int | None = StepOptions.samples,
+        labels: DrawnLabels = StepOptions.labels,
+        seed: int = TrackingOptions.seed,
         masks: Mapping[str, Tensor] | None = None,
         partition: Partition | None = None,
         fallback_lr: float | None = None,
         calling: Calling = PLAIN,
-        structure: Structure = "kronecker",
-        start: Start = "moments",
-        decay: float = 0.7,
-        learning_rate: float = 0.005,
-        directions: Directions = "gradients",
-        probes: int = 16,
+        structure: TrackedStructure = TrackingOptions.structure,
+        start: Start = TrackingOptions.start,
+        decay: float = TrackingOptions.decay,
+        learning_rate: float = TrackingOptions.learning_rate,
+        directions: Directions = TrackingOptions.directions,
+        probes: int = TrackingOptions.probes,
     ):
-        if update_every < 1 or (samples is not None and samples < 1):
-            raise ValueError(
-                f"update_every and samples: expected at least 1, got {update_every}, {samples}."
-            )
-        if trust is not None and not trust > 0:
-            raise ValueError(f"trust: expected a positive number or None, got {trust}.")
-        if labels not in ("sampled", "matched"):
-            raise UnknownName("labels", labels, ("sampled", "matched"))
+        StepOptions(trust=trust, update_every=update_every, samples=samples, labels=labels)
         self.model = model
         self.likelihood = likelihood
         if partition is None:

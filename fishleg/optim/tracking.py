@@ -21,14 +21,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fishleg.blocks import AbstractBlock, DiagonalBlock, KroneckerBlock
 from fishleg.capture import LayerSignals
-from fishleg.errors import UnknownName
 from fishleg.moments import as_factors, kronecker_products, squares
 from fishleg.objective import (
     gradient_product,
@@ -37,62 +35,14 @@ from fishleg.objective import (
     outer_square,
     probe_terms,
 )
+from fishleg.options import TrackedStructure, TrackingOptions
 from fishleg.parameters import ParameterGroup
 from fishleg.rng import SampleGenerator
 from fishleg.solvers.adam import adam_change, assemble, compose, relative_slope
 from fishleg.warmstart import diagonal_start, factored_start, fit_structure, identity_start
 
 Evidence = Tensor | LayerSignals
-Structure = Literal["kronecker", "kronecker_scaled", "diagonal"]
-Start = Literal["moments", "diagonal", "identity"]
-Directions = Literal["gradients", "normal"]
 Tensors = dict[str, Tensor]
-_CHOICES = {"structure": Structure, "start": Start, "directions": Directions}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrackingOptions:
-    """How the Q of a group is tracked.
-
-    Attributes:
-        damping: gamma > 0, in units of the Fisher.
-        structure: of the blocks of matrices and kernels; vectors (biases and normalisation) get a
-            diagonal one.
-        start: inverse second moments of the gradients' rows and columns; inverse diagonal of F; or
-            a multiple of the identity, from which all is learned, as in the paper.
-        decay: of the running moments, an update, in [0, 1).
-        learning_rate: of Adam, the relative size of a step; 0 learns nothing beyond the start.
-        directions: that J is averaged over: drawn like the gradients, or standard normal.
-        probes: directions an update, where J has no cheap closed form.
-        seed: of the probes.
-
-    Raises:
-        UnknownName: an option is none of its choices.
-        ValueError: a number is out of range.
-    """
-
-    damping: float
-    structure: Structure = "kronecker"
-    start: Start = "moments"
-    decay: float = 0.7
-    learning_rate: float = 0.005
-    directions: Directions = "gradients"
-    probes: int = 16
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, kind in _CHOICES.items():
-            if getattr(self, name) not in get_args(kind):
-                raise UnknownName(name, getattr(self, name), get_args(kind))
-        if not self.damping > 0 or self.probes < 1:
-            raise ValueError(
-                f"damping and probes: expected positive numbers, got {self.damping}, {self.probes}."
-            )
-        if not 0 <= self.decay < 1 or self.learning_rate < 0:
-            raise ValueError(
-                "Expected 0 <= decay < 1 and learning_rate >= 0, got "
-                f"{self.decay} and {self.learning_rate}."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +190,7 @@ def _start(
     return type(block)(**{name: x.to(like.dtype) for name, x in block.tensors().items()})
 
 
-def _structure(group: ParameterGroup, options: TrackingOptions) -> Structure:
+def _structure(group: ParameterGroup, options: TrackingOptions) -> TrackedStructure:
     """Return the structure of a group's block."""
     return options.structure if len(group.weight_shape) > 1 else "diagonal"
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -23,10 +24,11 @@ from fishleg.estimators.base import AbstractEstimator
 from fishleg.fisher import fisher_vector_product
 from fishleg.gradients import GradientSource
 from fishleg.linalg import CGReport, conjugate_gradient
+from fishleg.options import Compensation
 from fishleg.parameters import Partition
 from fishleg.pruning.masks import Masks, check_masks
 
-COMPENSATIONS = ("none", "independent", "joint", "fisher")
+COMPENSATIONS: tuple[str, ...] = get_args(Compensation)
 NETWORK = "network"
 """The name under which `fisher` reports its one solve."""
 

@@ -12,80 +12,31 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fishleg.calibration import Calibration, each_batch, inputs_and_targets
 from fishleg.calling import PLAIN, Calling
-from fishleg.errors import FishLegError, UnknownName
+from fishleg.errors import FishLegError
 from fishleg.estimators.base import AbstractEstimator
 from fishleg.gradients import GradientSource
 from fishleg.likelihoods import AbstractLikelihood, given_targets
 from fishleg.loading import check_iterable
 from fishleg.nests import tensors_of
 from fishleg.network import WideModels
+from fishleg.options import RefinementOptions
 from fishleg.parameters import Partition
 from fishleg.precision import is_narrow, widen
 from fishleg.pruning.compensation import solve_on_survivors
 from fishleg.pruning.masks import HeldMasks, weight_masks
 from fishleg.pruning.norms import following_norms, normalising_by_batch, running_norms
 
-RefinementMethod = Literal["sgd", "adam", "natural", "gauss_newton"]
-Statistics = Literal["running", "batch", "frozen"]
 _RATES = {"sgd": 0.01, "adam": 5e-3, "natural": 0.1, "gauss_newton": 1.0}
 _PRECONDITIONED = {"natural", "gauss_newton"}
 _WIDE = "wide/"  # before the names of weights in float32, in the state
 _CHECK_EVERY = 20  # steps between looks at the divergence; each look waits for a GPU
-
-
-@dataclass(frozen=True, kw_only=True)
-class RefinementOptions:
-    """How survivors are moved back.
-
-    Attributes:
-        method: "sgd", with momentum; "adam" (Kingma and Ba, arXiv 1412.6980); "natural":
-            u = m o Q (m o g), the FishLeg update (Garcia et al., ICLR 2023), with momentum;
-            "gauss_newton": the solution of (F_rr + gamma I) d = -g on the batch, by conjugate
-            gradients preconditioned by Q.
-        learning_rate: at its peak; None for the method's own, 0.01, 5e-3, 0.1 and 1. Linear warm-up
-            over the first twentieth of the steps, then a half cosine down to 0 (no schedule for
-            "gauss_newton"). Adam's moves do not shrink with the gradient, so its rate is that of
-            a run which begins at D = 1 nat, and is multiplied by min(1, sqrt(D)) for the run's own
-            D: in a quadratic the way to the optimum is as long as the root of the divergence.
-        momentum: of "sgd" and "natural", and the first decay of "adam", in [0, 1).
-        trust: "natural": longest step, as the divergence 1/2 d^T F_g d that Q predicts for it, in
-            nats; > 0.
-        cg_iterations: "gauss_newton": at most, a step.
-        temperature: T > 0: both outputs are divided by it, and the divergence multiplied by T^2
-            (Hinton et al., arXiv 1503.02531).
-        statistics: removing weights shifts the means and variances that batch norms divide by.
-            "running": they normalise by their running ones, which follow the batches; see
-            `following_norms`. "batch": by the batch, as in training, which makes noise but lets
-            gradients through the moments. "frozen": by what they have, which stays.
-        bfloat16: of forward and backward passes; weights and moments stay as they are.
-    """
-
-    method: RefinementMethod = "adam"
-    learning_rate: float | None = None
-    momentum: float = 0.9
-    trust: float = 1e-2
-    cg_iterations: int = 10
-    temperature: float = 1.0
-    statistics: Statistics = "running"
-    bfloat16: bool = False
-
-    def __post_init__(self) -> None:
-        for name, kinds in (("method", RefinementMethod), ("statistics", Statistics)):
-            if getattr(self, name) not in get_args(kinds):
-                raise UnknownName(name, getattr(self, name), get_args(kinds))
-        for name in ("trust", "temperature", "cg_iterations"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}.")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum: expected a number in [0, 1), got {self.momentum}.")
 
 
 class Refinement:

@@ -10,18 +10,20 @@ from collections.abc import Mapping
 from fractions import Fraction
 from itertools import combinations
 from math import ceil
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from fishleg.blocks.base import AbstractBlock
 from fishleg.errors import FishLegError, UnknownName
+from fishleg.options import Distribution
 from fishleg.parameters import ParameterGroup, Partition
 from fishleg.parametrised import WHOLE
 from fishleg.pruning.masks import Masks, check_masks, count_masks
 from fishleg.pruning.saliency import group_saliency
 
-DISTRIBUTIONS = ("global", "uniform")
+DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
 
 
 def removal_count(prunable: int, sparsity: float) -> int:

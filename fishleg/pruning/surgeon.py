@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from fishleg.errors import FishLegError, UnknownName
 from fishleg.estimators.base import AbstractEstimator
 from fishleg.gradients import GradientSource
 from fishleg.linalg import CGReport
+from fishleg.options import Compensation, Distribution, PruningOptions, Selection, Zeros
 from fishleg.parameters import ParameterGroup, Partition, used_weight
 from fishleg.precision import in_full, widen
 from fishleg.pruning.compensation import compensate
@@ -29,8 +31,8 @@ from fishleg.pruning.masks import (
 from fishleg.pruning.saliency import saliency
 from fishleg.pruning.selection import check_prunable, listed, removal_count, select
 
-SELECTIONS = ("single", "greedy")
-ZEROS = ("keep", "free")
+SELECTIONS: tuple[str, ...] = get_args(Selection)
+ZEROS: tuple[str, ...] = get_args(Zeros)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +80,14 @@ def prune_once(
     *,
     sparsity: float,
     masks: Mapping[str, Tensor] | None = None,
-    selection: str = "single",
-    distribution: str = "global",
-    min_kept: float = 0.0,
-    zeros: str = "keep",
-    compensation: str = "joint",
+    selection: Selection = PruningOptions.selection,
+    distribution: Distribution = PruningOptions.distribution,
+    min_kept: float = PruningOptions.min_kept,
+    zeros: Zeros = "keep",
+    compensation: Compensation = PruningOptions.compensation,
     source: GradientSource | None = None,
     tolerance: float = 1e-4,
-    max_iterations: int = 500,
+    max_iterations: int = PruningOptions.cg_iterations,
 ) -> PruneReport:
     """Remove the least salient weights of `model` up to `sparsity`, and move the others in place.
 

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import cos, pi
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,10 +28,10 @@ from fishleg.objective import (
     masked_product,
     probe_objective,
 )
+from fishleg.options import FishLegOptions, Objective
 from fishleg.rng import SampleGenerator
 from fishleg.solvers.base import AbstractSolver, SolverState
 
-Objective = Literal["expected", "probe"]
 Tensors = dict[str, Tensor]
 
 _POSITIVE = frozenset({"scale", "bias", "values"})  # tensors of positive numbers, not factors
@@ -53,12 +52,12 @@ class AdamOptions:
         seed: of the probes, which are keyed by (seed, probe, step).
     """
 
-    steps: int = 200
-    preconditioned: int = 0
-    learning_rate: float = 0.02
-    objective: Objective = "expected"
-    probes: int = 16
-    seed: int = 0
+    steps: int = FishLegOptions.steps
+    preconditioned: int = FishLegOptions.preconditioned_steps
+    learning_rate: float = FishLegOptions.learning_rate
+    objective: Objective = FishLegOptions.objective
+    probes: int = FishLegOptions.probes
+    seed: int = FishLegOptions.seed
 
 
 class AdamSolver(AbstractSolver):

@@ -12,7 +12,6 @@ stronger damping; `exact` minimises J_M itself, by conjugate gradients over symm
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,10 +19,9 @@ from torch import Tensor
 from fishleg.blocks.kronecker import KroneckerBlock
 from fishleg.errors import ShapeMismatch
 from fishleg.objective import curvature_and_trace
+from fishleg.options import FishLegOptions, MaskFit
 from fishleg.solvers.base import AbstractSolver, SolverState
 from fishleg.solvers.half_steps import Columns, HalfStep, Rows, Side, closed_step, exact_step
-
-MaskFit = Literal["damped", "exact"]
 
 
 class AlternatingSolver(AbstractSolver):
@@ -59,8 +57,8 @@ class AlternatingSolver(AbstractSolver):
         sweeps: int,
         mask: Tensor | None = None,
         *,
-        mask_fit: MaskFit = "damped",
-        iterations: int = 4,
+        mask_fit: MaskFit = FishLegOptions.mask_fit,
+        iterations: int = FishLegOptions.cg_iterations,
     ):
         super().__init__(damping, mask)
         self.units = 2 * sweeps

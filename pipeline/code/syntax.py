@@ -9,6 +9,9 @@ does: layout, comments, `pass`, `if TYPE_CHECKING` blocks, and
 - imports for typing, type aliases and `from __future__ import annotations`, unless something that
   is left in needs them.
 It is the same on every supported Python.
+
+A module with a `__getattr__` imports its names at their first use; the imports in its
+`if TYPE_CHECKING` blocks say from where, and count as its imports.
 """
 
 from __future__ import annotations
@@ -152,6 +155,8 @@ class _Normaliser:
         text = "".join(self.out).encode("utf-8", "surrogatepass")
         source = Source(hashlib.sha256(text).hexdigest(), self.imports)
         self.bind(tree.body, source)
+        if "__getattr__" in source.bindings:
+            self.bind_lazy(tree.body, source)
         return source
 
     @property
@@ -306,6 +311,18 @@ class _Normaliser:
                 if not isinstance(statement, _DEFINITIONS):
                     for child in inner:
                         self.bind(child.body if part == "handlers" else [child], source)
+
+    def bind_lazy(self, body: list[ast.stmt], source: Source) -> None:
+        """Note the names that a module with a `__getattr__` declares for type checkers."""
+        declared = [
+            inner
+            for statement in body
+            if isinstance(statement, ast.If) and _is_type_checking(statement.test)
+            for inner in statement.body
+            if isinstance(inner, ast.ImportFrom) and self.absolute(inner) not in _TYPING
+        ]
+        self.bind(list[ast.stmt](declared), source)
+        source.imports += [edge for inner in declared for edge in self.edges(inner)]
 
     def bound(self, statement: ast.stmt, source: Source) -> Iterator[tuple[str, Import | None]]:
         """Yield the names that a statement binds itself, with the import that does."""

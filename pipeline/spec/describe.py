@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -22,7 +22,12 @@ _WORDS = {
     NoneType: "null",
     Any: "anything",
 }
-_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+_BOUNDS: Mapping[str, tuple[str, Callable[[list[Any]], Any]]] = {
+    "ge": ("at least", max),
+    "gt": ("above", max),
+    "le": ("at most", min),
+    "lt": ("below", min),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,14 +126,13 @@ def _type(annotation: Any, metadata: list[Any]) -> str:
 
 
 def _range(field: FieldInfo) -> str:
-    """Return the bounds of a number in words, such as "at least 0, below 1"."""
-    found = [
-        f"{word} {getattr(one, name):g}"
-        for one in _constraints(field)
-        for name, word in _BOUNDS.items()
-        if getattr(one, name, None) is not None
-    ]
-    return ", ".join(dict.fromkeys(found))
+    """Return the bounds of a number in words, such as "at least 0, below 1"; the strictest ones."""
+    found = []
+    for name, (word, strictest) in _BOUNDS.items():
+        bounds = [getattr(one, name, None) for one in _constraints(field)]
+        if known := [bound for bound in bounds if bound is not None]:
+            found.append(f"{word} {strictest(known):,}")
+    return ", ".join(found)
 
 
 def _constraints(field: FieldInfo) -> Iterator[Any]:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fishleg.errors import NotFitted, UnknownName
 from fishleg.estimators import FishLeg
-from fishleg.estimators.fishleg_options import WarmStart
 from fishleg.gradients import Calibration, GradientSource
 from fishleg.likelihoods import Categorical, Gaussian
+from fishleg.options import WarmStart
 from fishleg.parameters import Partition, partition_parameters
 from fishleg.warmstart import Structure
 from tests import reference

@@ -310,6 +310,40 @@ def test_a_target_in_a_package_leads_to_the_defining_module(toy: Path) -> None:
     assert list(index.digests(["toy.stages:add"])) == ["toy.common", "toy.stages"]
 
 
+LAZY = """
+    from typing import TYPE_CHECKING
+    if TYPE_CHECKING:
+        from lazy.one import One as One
+        from lazy.two import two
+    def __getattr__(name): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("statement", "found"),
+    [
+        ("from lazy import One", ["entry", "lazy.one"]),
+        ("import lazy", ["entry", "lazy", "lazy.one", "lazy.two"]),
+        ("import lazy.three", ["entry", "lazy.three"]),
+    ],
+)
+def test_names_that_a_package_imports_at_first_use_bring_their_modules(
+    package: Path, statement: str, found: list[str]
+) -> None:
+    (package / "lazy").mkdir()
+    (package / "lazy/__init__.py").write_text(textwrap.dedent(LAZY))
+    for name in ("one", "two", "three"):
+        (package / f"lazy/{name}.py").write_text("class One: pass\ntwo = 2")
+    (package / "entry.py").write_text(statement)
+    assert list(CodeIndex(["lazy"]).digests(["entry:main"])) == found
+
+
+def test_imports_for_type_checking_alone_bring_nothing(package: Path) -> None:
+    text = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from pkg import One"
+    (package / "entry.py").write_text(text)
+    assert list(CodeIndex(["pkg"]).digests(["entry:main"])) == ["entry"]
+
+
 def test_an_edit_changes_only_the_module_edited(package: Path) -> None:
     before = CodeIndex(["pkg"]).digests(["pkg:One"])
     (package / "pkg/base.py").write_text("x = 2")

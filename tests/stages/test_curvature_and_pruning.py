@@ -1,28 +1,28 @@
 """From curvature to pruned models: exact counts, facts, interrupted runs, mistakes."""
 
-import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from running_stages import STAGES, Ran, artifact, run_stage
 from test_training import Stopped, assert_same_model, stop_after, stop_in
+from torch import nn
 
-from fishleg.estimators import MFAC, BlockWoodbury, LayerHessian
-from fishleg.estimators.fishleg_options import FishLegOptions
+from fishleg.options import ObsOptions
+from fishleg.parameters import partition_parameters
 from fishleg.pruning import removal_count
 from pipeline.stage import Context, StageError
 from stages.catalogue import (
     METHODS,
     CurvatureParams,
     FishLegParams,
-    LayerParams,
-    MfacParams,
     ObsParams,
 )
 from stages.curvature import curvature
+from stages.estimate import Recipe
 from stages.model_folder import Model, load_model
 from stages.prune_gradual import prune_gradual
 
@@ -287,8 +287,11 @@ def test_a_schedule_does_not_bring_weights_back(
 
 def test_a_wrong_option_is_the_users_error(dense: Ran, tmp_path: Path) -> None:
     params = {**QUICK, "method": "kfac", "options": {"rank": 3}}
-    with pytest.raises(StageError, match="curvature method 'kfac': .*rank"):
+    with pytest.raises(ValidationError, match="unknown kfac option 'rank'; known: dense_size"):
         run_stage("curvature", tmp_path, params, {"model": dense.output()})
+    own = {**params, "method": "fishleg.estimators:KFAC"}  # by its import path it checks itself
+    with pytest.raises(StageError, match="curvature method 'fishleg.estimators:KFAC': .*rank"):
+        run_stage("curvature", tmp_path, own, {"model": dense.output()})
 
 
 def test_options_of_other_methods_do_not_enter_the_parameters() -> None:
@@ -297,16 +300,29 @@ def test_options_of_other_methods_do_not_enter_the_parameters() -> None:
     assert CurvatureParams(method="fishleg", fishleg=FishLegParams(sweeps=9)).fishleg.sweeps == 9
 
 
-def test_the_catalogue_has_the_librarys_defaults() -> None:
-    declared = FishLegParams().model_dump()
-    actual = vars(FishLegOptions())
-    assert declared == {name: actual[name] for name in declared}
-    assert set(actual) - set(declared) == {"seed"}
-    for params, method in (
-        (ObsParams, BlockWoodbury),
-        (MfacParams, MFAC),
-        (LayerParams, LayerHessian),
-    ):
-        signature = inspect.signature(method).parameters
-        for name, value in params().model_dump().items():
-            assert signature[name].default == value
+def test_the_recipe_of_an_estimate_that_an_earlier_version_stored_is_read() -> None:
+    stored = {
+        "method": {
+            "name": "obs",
+            "target": "fishleg.estimators:BlockWoodbury",
+            "argument": None,
+            "digest": None,
+        },
+        "damping": 0.001,
+        "options": {"block_size": 16},
+        "calibration": {
+            "samples": 60,
+            "labels": "matched",
+            "draws": 1,
+            "batch_size": 20,
+            "seed": 0,
+        },
+    }
+    recipe = Recipe.from_json(stored)
+    assert recipe.to_json() == stored
+    params = CurvatureParams(
+        method="obs", damping=0.001, obs=ObsParams(block_size=16), samples=60, batch_size=20
+    )
+    assert Recipe.from_params(params) == recipe
+    partition = partition_parameters(nn.Linear(4, 4))
+    assert recipe.build(partition).options == ObsOptions(block_size=16)

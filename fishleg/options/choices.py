@@ -1,0 +1,25 @@
+"""The names that an option may take, each set declared once."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Structure = Literal[
+    "eigen", "kronecker", "kronecker_scaled", "tensor", "tensor_scaled", "block", "diagonal", "full"
+]
+SolverName = Literal["auto", "alternating", "adam"]
+Objective = Literal["expected", "probe"]
+WarmStart = Literal["kfac", "moments", "diagonal", "identity"]
+MaskFit = Literal["damped", "exact"]
+Labels = Literal["sampled", "matched", "enumerated", "empirical"]
+DrawnLabels = Literal["sampled", "matched"]
+Selection = Literal["single", "greedy"]
+Distribution = Literal["global", "uniform"]
+Compensation = Literal["none", "independent", "joint", "fisher"]
+Schedule = Literal["cubic", "linear", "geometric"]
+Zeros = Literal["keep", "free"]
+RefinementMethod = Literal["sgd", "adam", "natural", "gauss_newton"]
+Statistics = Literal["running", "batch", "frozen"]
+TrackedStructure = Literal["kronecker", "kronecker_scaled", "diagonal"]
+Start = Literal["moments", "diagonal", "identity"]
+Directions = Literal["gradients", "normal"]

@@ -1,0 +1,244 @@
+"""Options of the curvature estimators, by the estimator's name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, TypedDict
+
+from fishleg.errors import InvalidOption, UnknownName
+from fishleg.options.choices import MaskFit, Objective, SolverName, Structure, WarmStart
+from fishleg.options.fields import Options, Range, check, declared
+
+CLOSED_FORM = frozenset({"block", "diagonal", "full"})
+"""Structures whose best block has a closed form without a basis."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimatorOptions(Options):
+    """What every estimator takes beside its own options.
+
+    Attributes:
+        damping: gamma, added to the Fisher's diagonal, in the Fisher's units.
+        memory_limit: bytes that a fit may need at its peak; None for what is free when it begins.
+    """
+
+    damping: Annotated[float, Range(gt=0)] = 1e-4
+    memory_limit: Annotated[int | None, Range(ge=0, unit="bytes")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FishLegOptions(Options):
+    """How FishLeg is to fit.
+
+    Attributes:
+        structure: form of the inverse's blocks. Vectors (biases and normalisation) of up to 1,024
+            parameters get a dense block in place of factors; the tensor structure is for kernels
+            larger than one position, other groups are Kronecker. `eigen` is a Kronecker eigenbasis
+            with free eigenvalues: it holds the inverse of a damped Kronecker product, which is no
+            Kronecker product itself.
+        solver: exact half-steps where there are any, else Adam. `alternating` half-steps for
+            Kronecker blocks without scale, and the closed form of the minimiser for eigen, block,
+            diagonal and full; `adam` for any but eigen; `auto` is the former where there is one.
+        objective: closed form over samples, or random probes (adam).
+        warm_start: where the fit begins. Inverse K-FAC factors (where no layer is known, as in
+            `moments`); inverse second moments of the gradients' rows and columns; inverse diagonal
+            Fisher; identity / gamma. Where a scale is to be fitted beside two factors, two
+            alternating sweeps follow, except on the diagonal, which is in the scale already. To
+            eigen it gives the basis (`kfac` or `moments`; a refinement takes the `moments` of
+            masked gradients).
+        shrinkage: of measured curvature towards the product of its factors (eigen); see
+            `ClosedFormSolver`.
+        sweeps: pairs of half-steps in a fit (alternating).
+        refine_sweeps: pairs of half-steps that assimilate new masks (alternating).
+        mask_fit: the objective of masked half-steps. `exact`: J_M; `damped`: J of the masked
+            gradients.
+        cg_iterations: of conjugate gradients, at most, in an exact masked half-step.
+        block_size: weights in a block (structure block).
+        steps: of Adam in a fit (adam).
+        refine_steps: of Adam that assimilate new masks (adam).
+        preconditioned_steps: of Adam's first steps, how many are preconditioned (adam). None by
+            default: from these warm starts plain steps were the better ones.
+        learning_rate: relative size of a step (adam).
+        probes: random directions a step (objective probe).
+        memory_bytes: for gradients held at once; more passes if less. A group that exceeds it alone
+            streams a pass of the data each half-step or round of steps.
+        seed: of the probes.
+
+    Raises:
+        UnknownName: an option is none of its choices.
+        InvalidOption: a value has another type, is out of range, or does not fit the others.
+    """
+
+    structure: Structure = "kronecker"
+    solver: SolverName = "auto"
+    objective: Objective = "expected"
+    warm_start: WarmStart = "moments"
+    shrinkage: Annotated[float, Range(ge=0, le=1)] = 0.5
+    sweeps: Annotated[int, Range(ge=1)] = 5
+    refine_sweeps: Annotated[int, Range(ge=1)] = 2
+    mask_fit: MaskFit = "damped"
+    cg_iterations: Annotated[int, Range(ge=1)] = 4
+    block_size: Annotated[int, Range(ge=1, unit="weights")] = 64
+    steps: Annotated[int, Range(ge=1)] = 200
+    refine_steps: Annotated[int, Range(ge=1)] = 80
+    preconditioned_steps: Annotated[int, Range(ge=0)] = 0
+    learning_rate: Annotated[float, Range(gt=0)] = 0.02
+    probes: Annotated[int, Range(ge=1)] = 16
+    memory_bytes: Annotated[int, Range(ge=1, unit="bytes")] = 2 << 30
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preconditioned_steps >= min(self.steps, self.refine_steps):
+            raise InvalidOption(
+                "preconditioned_steps",
+                "expected fewer than steps and refine_steps, so that plain steps come last, got "
+                f"{self.preconditioned_steps}",
+            )
+        self._check_structure()
+
+    def _check_structure(self) -> None:
+        """Check that the solver can make blocks of the structure.
+
+        Raises:
+            InvalidOption: it cannot.
+        """
+        chosen = {self.solver, self.objective, self.mask_fit, self.warm_start}
+        unfit = chosen & {"adam", "probe", "exact", "identity", "diagonal"}
+        if self.structure == "eigen" and unfit:
+            raise InvalidOption(
+                "structure",
+                "'eigen' takes its basis from the warm start 'kfac' or 'moments', has a closed "
+                f"form, and masks gradients; expected none of {sorted(unfit)}",
+            )
+        has_alternating = {"kronecker", "eigen", *CLOSED_FORM}
+        if self.solver == "alternating" and self.structure not in has_alternating:
+            raise InvalidOption(
+                "solver",
+                f"no alternating half-steps for the structure {self.structure!r}; use 'adam', or "
+                "the structure 'kronecker'",
+            )
+        if self.solver == "alternating" and self.objective == "probe":
+            raise InvalidOption(
+                "objective", "'probe' needs the solver 'adam'; half-steps are exact"
+            )
+
+
+class FishLegChanges(TypedDict, total=False):
+    """Fields of `FishLegOptions` as keywords of a call."""
+
+    structure: Structure
+    solver: SolverName
+    objective: Objective
+    warm_start: WarmStart
+    shrinkage: float
+    sweeps: int
+    refine_sweeps: int
+    mask_fit: MaskFit
+    cg_iterations: int
+    block_size: int
+    steps: int
+    refine_steps: int
+    preconditioned_steps: int
+    learning_rate: float
+    probes: int
+    memory_bytes: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObsOptions(Options):
+    """Options of the dense diagonal blocks.
+
+    Attributes:
+        block_size: weights in a diagonal block; a smaller group is one full block.
+    """
+
+    block_size: Annotated[int, Range(ge=1, unit="weights")] = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class MfacOptions(Options):
+    """Options of the low-rank inverse.
+
+    Attributes:
+        gradients: vectors kept, each of samples / gradients gradients.
+        seed: of the signs that gradients are summed with.
+    """
+
+    gradients: Annotated[int, Range(ge=1)] = 256
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class KfacOptions(Options):
+    """Options of the Kronecker factors, with and without measured eigenvalues.
+
+    Attributes:
+        dense_size: entries up to which a group without a layer gets its full Fisher.
+    """
+
+    dense_size: Annotated[int, Range(ge=0, unit="weights")] = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerOptions(Options):
+    """Options of the layer Hessian.
+
+    Attributes:
+        relative_damping: added to the Hessian's diagonal beside damping, in units of its mean.
+    """
+
+    relative_damping: Annotated[float, Range(ge=0)] = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoOptions(Options):
+    """Options of an estimator that has none of its own."""
+
+
+ESTIMATOR_OPTIONS: Mapping[str, type[Options]] = {
+    "fishleg": FishLegOptions,
+    "obs": ObsOptions,
+    "mfac": MfacOptions,
+    "kfac": KfacOptions,
+    "ekfac": KfacOptions,
+    "layer": LayerOptions,
+    "diagonal": NoOptions,
+    "magnitude": NoOptions,
+}
+"""Name of an estimator -> the class of its own options."""
+
+
+def mistakes_in(method: str, options: Mapping[str, Any]) -> Iterator[InvalidOption | UnknownName]:
+    """Yield what an estimator would refuse of the keyword arguments of its construction.
+
+    Args:
+        method: a name of `ESTIMATOR_OPTIONS`.
+        options: all but the partition and the damping.
+
+    >>> [str(one) for one in mistakes_in("kfac", {"dense_siz": 12})]
+    ["dense_siz: unknown kfac option 'dense_siz' (did you mean 'dense_size'?); known: dense_size, \
+memory_limit."]
+    """
+    kind: Any = ESTIMATOR_OPTIONS[method]
+    common: Any = EstimatorOptions
+    known = {field.name: field for field in (*declared(kind), *declared(common))}
+    del known["damping"]
+    found: list[InvalidOption | UnknownName] = []
+    for name, value in options.items():
+        if name not in known:
+            unknown = UnknownName(f"{method} option", name, known)
+            found.append(InvalidOption(name, unknown.reason))
+            continue
+        try:
+            check(known[name], value)
+        except (InvalidOption, UnknownName) as error:
+            found.append(error)
+    yield from found
+    if not found:
+        try:
+            kind(**{name: value for name, value in options.items() if name != "memory_limit"})
+        except InvalidOption as error:  # it does not fit the others
+            yield error

@@ -1,0 +1,57 @@
+"""Options of the FishLeg optimiser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fishleg.options.choices import Directions, DrawnLabels, Start, TrackedStructure
+from fishleg.options.fields import Options, Range
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingOptions(Options):
+    """How the Q of a group is tracked.
+
+    Attributes:
+        damping: gamma > 0, in units of the Fisher.
+        structure: of the blocks of matrices and kernels; vectors (biases and normalisation) get a
+            diagonal one.
+        start: inverse second moments of the gradients' rows and columns; inverse diagonal of F; or
+            a multiple of the identity, from which all is learned, as in the paper.
+        decay: of the running moments, an update, in [0, 1).
+        learning_rate: of Adam, the relative size of a step; 0 learns nothing beyond the start.
+        directions: that J is averaged over: drawn like the gradients, or standard normal.
+        probes: directions an update, where J has no cheap closed form.
+        seed: of the probes.
+
+    Raises:
+        UnknownName: an option is none of its choices.
+        InvalidOption: a value has another type, or is out of range.
+    """
+
+    damping: Annotated[float, Range(gt=0)] = 0.03
+    structure: TrackedStructure = "kronecker"
+    start: Start = "moments"
+    decay: Annotated[float, Range(ge=0, lt=1)] = 0.7
+    learning_rate: Annotated[float, Range(ge=0)] = 0.005
+    directions: Directions = "gradients"
+    probes: Annotated[int, Range(ge=1)] = 16
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions(Options):
+    """When the optimiser updates its inverse Fisher, and how long its steps may be.
+
+    Attributes:
+        trust: longest step, in nats a sample; None for no limit.
+        update_every: steps between updates of the inverse.
+        samples: of a batch that an update takes; None for all.
+        labels: drawn from the model, or drawn with the same moments and less noise.
+    """
+
+    trust: Annotated[float | None, Range(gt=0, unit="nats a sample")] = 0.1
+    update_every: Annotated[int, Range(ge=1)] = 10
+    samples: Annotated[int | None, Range(ge=1)] = None
+    labels: DrawnLabels = "matched"

@@ -1,0 +1,85 @@
+"""The catalogue of the science: every stage with its parameters, inputs, outputs and entry point.
+
+Light on purpose: pydantic, `fishleg.options` and the standard library only, so that `validate` and
+`plan` need no torch. Stages import this package for type checking only; the target of a parameter's
+name reaches them through the parameter class (see `stages.reference`).
+"""
+
+from stages.catalogue.declarations import CATALOGUE
+from stages.catalogue.estimates import estimate_curvature, estimate_import, estimate_training
+from stages.catalogue.parameters.axes import MethodAxes
+from stages.catalogue.parameters.curvature import (
+    CurvatureParams,
+    EstimatorParams,
+    FishLegParams,
+    LayerParams,
+    MfacParams,
+    ObsParams,
+)
+from stages.catalogue.parameters.data import (
+    DataParams,
+    ExpectationParams,
+    ImportParams,
+    ModelParams,
+)
+from stages.catalogue.parameters.evaluation import (
+    CompareParams,
+    EvaluateParams,
+    Published,
+    SelectParams,
+)
+from stages.catalogue.parameters.pruning import (
+    GradualParams,
+    MultistepParams,
+    OneshotParams,
+    PickParams,
+    PruningParams,
+    RefinementParams,
+    StepwiseParams,
+)
+from stages.catalogue.parameters.training import (
+    FinetuneParams,
+    FishLegOptimizerParams,
+    PretrainParams,
+    TrainingParams,
+)
+from stages.catalogue.registries import DATASETS, METHODS, MODELS
+
+__all__ = [
+    "CATALOGUE",
+    # registries
+    "DATASETS",
+    "METHODS",
+    "MODELS",
+    # estimates
+    "estimate_curvature",
+    "estimate_import",
+    "estimate_training",
+    # parameters
+    "MethodAxes",
+    "DataParams",
+    "ModelParams",
+    "ExpectationParams",
+    "ImportParams",
+    "FishLegOptimizerParams",
+    "TrainingParams",
+    "PretrainParams",
+    "FinetuneParams",
+    "FishLegParams",
+    "ObsParams",
+    "MfacParams",
+    "LayerParams",
+    "EstimatorParams",
+    "CurvatureParams",
+    "PruningParams",
+    "OneshotParams",
+    "StepwiseParams",
+    "GradualParams",
+    "RefinementParams",
+    "MultistepParams",
+    "PickParams",
+    "SelectParams",
+    "EvaluateParams",
+    "Published",
+    "CompareParams",
+]

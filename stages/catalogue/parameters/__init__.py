@@ -1,0 +1,1 @@
+"""Parameters of all stages: types, defaults, ranges, and their meaning."""

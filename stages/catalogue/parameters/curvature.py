@@ -1,0 +1,103 @@
+"""Parameters of the curvature estimate."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from fishleg.options import (
+    ESTIMATOR_OPTIONS,
+    CalibrationOptions,
+    EstimatorOptions,
+    FishLegOptions,
+    LayerOptions,
+    MfacOptions,
+    ObsOptions,
+    mistakes_in,
+)
+from stages.catalogue.declared import OptionParams, refuse
+from stages.catalogue.parameters.axes import Seed
+from stages.catalogue.registries import METHODS
+from stages.lineage import Role
+
+
+class FishLegParams(OptionParams, FishLegOptions):
+    """Options of the method fishleg."""
+
+    memory_bytes: Annotated[int, Field(ge=1 << 20), Role.NEUTRAL] = FishLegOptions.memory_bytes
+    seed: ClassVar[int] = FishLegOptions.seed
+
+
+class ObsParams(OptionParams, ObsOptions):
+    """Options of the method obs."""
+
+
+class MfacParams(OptionParams, MfacOptions):
+    """Options of the method mfac."""
+
+    seed: ClassVar[int] = MfacOptions.seed
+
+
+class LayerParams(OptionParams, LayerOptions):
+    """Options of the method layer."""
+
+
+class EstimatorParams(OptionParams, CalibrationOptions, EstimatorOptions):
+    """How curvature is estimated. Each method reads its own options and no other's."""
+
+    seed: Seed = CalibrationOptions.seed
+    memory_limit: ClassVar[int | None] = EstimatorOptions.memory_limit
+    method: Annotated[str, METHODS] = Field(description="name of the curvature method")
+    fishleg: FishLegParams = Field(
+        default=FishLegParams(), description="options of the method fishleg"
+    )
+    obs: ObsParams = Field(default=ObsParams(), description="options of the method obs")
+    mfac: MfacParams = Field(default=MfacParams(), description="options of the method mfac")
+    layer: LayerParams = Field(default=LayerParams(), description="options of the method layer")
+    options: dict[str, Any] = Field(
+        default={},
+        description="further keyword arguments of the method: memory_limit (bytes), or those of "
+        "a method of your own",
+    )
+
+    def method_options(self) -> dict[str, Any]:
+        """Return the keyword arguments of the method, but the partition and the damping."""
+        own = getattr(self, self.method, None)  # the method's own options, if it has any
+        return {**(own.model_dump() if own else {}), **self.options}
+
+    @model_validator(mode="after")
+    def _forget_other_methods(self) -> EstimatorParams:
+        """Reset the options of other methods: what is not used must not enter the key."""
+        own = {
+            "fishleg": FishLegParams(),
+            "obs": ObsParams(),
+            "mfac": MfacParams(),
+            "layer": LayerParams(),
+        }
+        for name, default in own.items():
+            if self.method != name:
+                object.__setattr__(self, name, default)
+        return self
+
+    @model_validator(mode="after")
+    def _options_of_the_method(self) -> EstimatorParams:
+        """Check the options as the method will; a method of your own checks its own."""
+        if self.method in ESTIMATOR_OPTIONS:
+            mistakes = [
+                (error, ("options" if error.option in self.options else self.method, error.option))
+                for error in mistakes_in(self.method, self.method_options())
+            ]
+            if mistakes:
+                refuse(mistakes)
+        return self
+
+
+class CurvatureParams(EstimatorParams):
+    """Of `curvature`."""
+
+    certificate_samples: Annotated[int, Role.NEUTRAL] = Field(
+        default=250,
+        ge=0,
+        description="held-out training samples that the estimate is certified on; 0: none",
+    )

@@ -1,0 +1,118 @@
+"""Parameters of the data and of the network."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, FiniteFloat, model_validator
+
+from fishleg.options import Zeros
+from pipeline.stage import ExternalFile, Params
+from stages.catalogue.parameters.axes import Seed
+from stages.catalogue.registries import DATASETS, MODELS
+from stages.lineage import Role
+
+
+class DataParams(Params):
+    """Which data, and how they are read."""
+
+    dataset: Annotated[str, DATASETS] = Field(description="name of the data set")
+    dataset_args: dict[str, Any] = Field(
+        default={},
+        description="options of the data set's loader; of folder: image_size, background, upright",
+    )
+    download: Annotated[bool, Role.NEUTRAL] = Field(
+        default=False, description="fetch missing data into the data folder (FISHLEG_DATA)"
+    )
+    verify: bool = Field(
+        default=True,
+        description="refuse arrays whose sha256 is not the declared one; false for cut-down copies",
+    )
+    subset: int | None = Field(
+        default=None, ge=2, description="samples kept of each split, evenly spaced; null for all"
+    )
+    mean: list[FiniteFloat] | None = Field(
+        default=None,
+        min_length=1,
+        description="normalisation: a number for each channel, or one for all; null for the data "
+        "set's own",
+    )
+    std: list[Annotated[FiniteFloat, Field(gt=0)]] | None = Field(
+        default=None, min_length=1, description="likewise; each above 0"
+    )
+
+    @model_validator(mode="after")
+    def _one_number_for_each_channel(self) -> DataParams:
+        entry = DATASETS.find(self.dataset)
+        channels = entry.facts.get("channels") if entry is not None else None
+        for name, numbers in (("mean", self.mean), ("std", self.std)):
+            if numbers is not None and channels is not None and len(numbers) not in (1, channels):
+                raise ValueError(
+                    f"{name}: got {len(numbers)} numbers, and the images of {self.dataset} have "
+                    f"{channels} channel{'s' * (channels != 1)}; give one for each, or one for all"
+                )
+        return self
+
+
+class ModelParams(Params):
+    """Which network, and which of its weights may be pruned."""
+
+    model: Annotated[str, MODELS] = Field(description="name of the network")
+    model_args: dict[str, Any] = Field(
+        default={}, description="options of the network's builder, such as width"
+    )
+    keep: list[str] = Field(
+        default=[], description="patterns of weights that are never pruned: *.downsample.0.weight"
+    )
+    also_prune: list[str] = Field(
+        default=[], description="patterns of further parameters to prune, of two or more dimensions"
+    )
+
+
+class ExpectationParams(Params):
+    """How accurate a dense network is known to be."""
+
+    expect_accuracy: Annotated[float | None, Role.NEUTRAL] = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="in percent; a dense network that is more or less accurate is an error",
+    )
+    expect_margin: Annotated[float, Role.NEUTRAL] = Field(
+        default=1.0, ge=0, description="points that expect_accuracy may be missed by"
+    )
+
+    @model_validator(mode="after")
+    def _forget_margin(self) -> ExpectationParams:
+        """Reset the margin of no expectation: what is not used must not enter the key."""
+        if self.expect_accuracy is None:
+            default = ExpectationParams.model_fields["expect_margin"].default
+            object.__setattr__(self, "expect_margin", default)
+        return self
+
+
+class ImportParams(DataParams, ModelParams, ExpectationParams):
+    """Of `import_checkpoint`."""
+
+    path: Annotated[str, ExternalFile()] = Field(
+        description="a safetensors file under the network's own state-dict names"
+    )
+    zeros: Zeros = Field(
+        default="keep",
+        description="weights that the file has at exactly 0: of a layer with at least 1 % of them "
+        "they are a mask, which all later stages keep; or they may be trained again",
+    )
+    expect_split: Annotated[Literal["test", "validation"], Role.NEUTRAL] = Field(
+        default="test",
+        description="split that expect_accuracy is of; the test split is read only where it is "
+        "expected on it",
+    )
+    seed: Seed = Field(default=0, ge=0, description="axis: tells copies apart")
+
+    @model_validator(mode="after")
+    def _forget_split(self) -> ImportParams:
+        """Reset the split of no expectation: what is not used must not enter the key."""
+        if self.expect_accuracy is None:
+            default = ImportParams.model_fields["expect_split"].default
+            object.__setattr__(self, "expect_split", default)
+        return self

@@ -1,0 +1,64 @@
+"""Parameters of choosing, measuring and comparing models."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.stage import Params
+from stages.catalogue.parameters.axes import MethodAxes, Seed
+from stages.catalogue.parameters.data import ExpectationParams
+from stages.lineage import Role
+
+
+class SelectParams(MethodAxes):
+    """Of `select`."""
+
+    metric: Literal["accuracy", "nll"] = Field(
+        default="accuracy", description="highest accuracy or lowest nll on the validation split"
+    )
+    sparsity: Annotated[float | None, Role.AXIS] = Field(
+        default=None, description="axis: the inputs' sparsity"
+    )
+    seed: Seed = Field(default=0, ge=0, description="axis: the inputs' seed")
+
+
+class EvaluateParams(MethodAxes, ExpectationParams):
+    """Of `evaluate`; the expectation is of the dense networks, on `split`."""
+
+    sparsity: Annotated[float | None, Role.AXIS] = Field(
+        default=None, description="axis: the inputs' sparsity"
+    )
+    seed: Annotated[int | None, Role.SEED] = Field(
+        default=None, description="axis: the inputs' seed"
+    )
+    split: Literal["test", "validation", "train"] = Field(
+        default="test", description="split of the data that is measured"
+    )
+    batch_size: Annotated[int, Role.NEUTRAL] = Field(
+        default=500, ge=1, description="samples at a time; no result changes"
+    )
+
+
+class Published(Params):
+    """Numbers from the literature, shown beside ours."""
+
+    method: str = Field(description="as it is shown")
+    sparsity: list[float] = Field(description="fractions removed")
+    accuracy: list[float] = Field(description="in percent, one for each sparsity")
+
+    @model_validator(mode="after")
+    def _same_length(self) -> Published:
+        if len(self.sparsity) != len(self.accuracy):
+            raise ValueError(
+                f"{self.method}: {len(self.sparsity)} sparsities, {len(self.accuracy)} accuracies"
+            )
+        return self
+
+
+class CompareParams(Params):
+    """Of `compare`."""
+
+    title: str = Field(default="Accuracy against sparsity", description="of table and figure")
+    published: list[Published] = Field(default=[], description="rows from the literature")

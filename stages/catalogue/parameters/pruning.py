@@ -1,0 +1,211 @@
+"""Parameters of pruning, in one step and in several."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, ClassVar, Literal, TypeVar
+
+from pydantic import Field, NonNegativeInt, model_validator
+
+from fishleg.options import (
+    PruningOptions,
+    RefinementMethod,
+    RefinementOptions,
+    Schedule,
+)
+from stages.catalogue.declared import OptionParams
+from stages.catalogue.parameters.axes import MethodAxes, Seed
+from stages.catalogue.parameters.curvature import EstimatorParams
+from stages.catalogue.parameters.training import TrainingParams
+from stages.lineage import Role
+
+
+class PruningParams(OptionParams, PruningOptions):
+    """How weights are chosen and survivors moved."""
+
+    norms: Literal["kept", "reestimated"] = Field(
+        default="kept",
+        description="batch norms after a step: as they were, or measured again on the calibration "
+        "samples, without labels",
+    )
+
+
+class OneshotParams(PruningParams, MethodAxes):
+    """Of `prune_oneshot`: a sparsity, or a budget."""
+
+    sparsity: Annotated[float | None, Role.TARGET] = Field(
+        default=None, ge=0, lt=1, description="fraction of the prunable weights removed"
+    )
+    within: float | None = Field(
+        default=None,
+        ge=0,
+        description="instead of a sparsity: the highest one that costs at most so many points of "
+        "accuracy on the validation split, by bisection",
+    )
+    seed: Seed = Field(default=0, ge=0, description="axis: the inputs' seed")
+    certificate_samples: Annotated[int, Role.NEUTRAL] = Field(
+        default=250,
+        ge=0,
+        description="calibration samples on which predicted and measured change are compared; "
+        "0: none",
+    )
+
+    @model_validator(mode="after")
+    def _one_target(self) -> OneshotParams:
+        return _with_one_target(self)
+
+
+class StepwiseParams(PruningParams, EstimatorParams):
+    """Of pruning in steps."""
+
+    sparsity: Annotated[float, Role.TARGET] = Field(
+        gt=0, lt=1, description="fraction removed after the last step"
+    )
+    initial_sparsity: float = Field(
+        default=0.0, ge=0, lt=1, description="where the schedule begins"
+    )
+    steps: int = Field(default=8, ge=1, description="pruning steps")
+    schedule: Schedule = Field(
+        default="cubic",
+        description="fast at first and slow at the end; equal steps; or equal fractions of the "
+        "remaining weights",
+    )
+    stops: list[float] = Field(
+        default=[],
+        description="sparsities after each step but the last, in place of a schedule",
+    )
+    carry: Literal["refine", "reestimate"] = Field(
+        default="refine",
+        description="between steps: take the new weights and masks into the estimate, or start "
+        "again (methods without a state always do)",
+    )
+    seed: Seed = Field(default=0, ge=0, description="of samples, labels, batches and crops")
+
+    @model_validator(mode="after")
+    def _rising(self) -> StepwiseParams:
+        rising = [0.0, *self.stops, self.sparsity]
+        if any(not low < high for low, high in pairwise(rising)):
+            raise ValueError(
+                f"stops: expected to rise from above 0 to below sparsity, got {rising}"
+            )
+        return self
+
+
+class GradualParams(StepwiseParams, TrainingParams):
+    """Of `prune_gradual`."""
+
+    epochs: int = Field(default=1, ge=0, description="of training after each step")
+    batch_size: int = Field(default=128, ge=1, description="samples in an optimiser step")
+    seed: Seed = Field(default=0, ge=0, description="of samples, labels, batches and crops")
+
+
+class RefinementParams(OptionParams, RefinementOptions):
+    """Of the short runs that move survivors towards the dense model's outputs."""
+
+    method: ClassVar[RefinementMethod] = RefinementOptions.method  # `refine` of the stage
+    learning_rate: ClassVar[float | None] = RefinementOptions.learning_rate  # `lr` here
+    bfloat16: ClassVar[bool] = RefinementOptions.bfloat16  # `precision` here
+    samples: int = Field(
+        default=5000, ge=1, description="calibration samples, the curvature's among them; no labels"
+    )
+    held_out: float = Field(
+        default=0.1,
+        ge=0,
+        le=0.5,
+        description="fraction of these that is not seen, and tells how much of a refinement is "
+        "kept: all, three quarters, ..., or nothing; 0: all",
+    )
+    steps: NonNegativeInt | list[NonNegativeInt] = Field(
+        default=100,
+        description="optimiser steps after each pruning step: one number, or one for each",
+    )
+    batch_size: int = Field(default=128, ge=1, description="samples in a step")
+    lr: float | None = Field(
+        default=None, gt=0, description="peak learning rate; null for the method's own"
+    )
+    augment: bool = Field(default=True, description="the data set's own random crops and flips")
+    cutmix: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="fraction of images with a rectangle from another; against over-fitting to few "
+        "samples, where the steps are many (from some 400)",
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of forward and backward"
+    )
+
+
+class MultistepParams(StepwiseParams):
+    """Of `prune_multistep`."""
+
+    schedule: Schedule = Field(
+        default="geometric",
+        description="fast at first and slow at the end; equal steps; or equal fractions of the "
+        "remaining weights",
+    )
+    carry: Literal["refine", "reestimate"] = Field(
+        default="reestimate",
+        description="between steps: start the estimate again, on the full Fisher with all zeros as "
+        "constraints, or take the new weights and masks into it",
+    )
+    refine: Literal["none", RefinementMethod] = Field(
+        default="adam",
+        description="after each step, by KL(dense || pruned) on the calibration samples: not at "
+        "all, or by one of these",
+    )
+    refinement: RefinementParams = Field(
+        default=RefinementParams(), description="options of the refinement"
+    )
+
+    @model_validator(mode="after")
+    def _one_number_for_each_step(self) -> MultistepParams:
+        given, steps = self.refinement.steps, len(self.stops) + 1 if self.stops else self.steps
+        if isinstance(given, list) and len(given) != steps:
+            raise ValueError(
+                f"refinement.steps: expected a number for each of {steps} pruning steps, got "
+                f"{len(given)}"
+            )
+        return self
+
+    def refinement_steps(self, step: int) -> int:
+        """Return the optimiser steps after pruning step number `step`, from 0."""
+        given = self.refinement.steps
+        if self.refine == "none":
+            return 0
+        return given[step] if isinstance(given, list) else given
+
+    @model_validator(mode="after")
+    def _forget_refinement(self) -> MultistepParams:
+        """Reset the options when nothing is refined: what is not used must not enter the key."""
+        if self.refine == "none":
+            object.__setattr__(self, "refinement", RefinementParams())
+        return self
+
+
+class PickParams(MethodAxes):
+    """Of `pick`: a sparsity, or a budget."""
+
+    sparsity: Annotated[float | None, Role.TARGET] = Field(
+        default=None, ge=0, lt=1, description="one of those that the pruning stopped at"
+    )
+    within: float | None = Field(
+        default=None,
+        ge=0,
+        description="instead of a sparsity: the sparsest step that costs at most so many points of "
+        "accuracy on the validation split",
+    )
+    seed: Seed = Field(default=0, ge=0, description="axis: the input's seed")
+
+    @model_validator(mode="after")
+    def _one_target(self) -> PickParams:
+        return _with_one_target(self)
+
+
+_Target = TypeVar("_Target", OneshotParams, PickParams)
+
+
+def _with_one_target(params: _Target) -> _Target:
+    if (params.sparsity is None) == (params.within is None):
+        raise ValueError("give either `sparsity` or `within`")
+    return params
