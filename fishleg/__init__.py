@@ -46,6 +46,8 @@ from fishleg.pruning import (
 from fishleg.streaming import StreamedCalibration
 from fishleg.team import Team
 
+__version__ = "0.1.0"
+
 __all__ = [
     # parameters
     "ParameterGroup",
