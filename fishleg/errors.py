@@ -2,6 +2,7 @@
 
 FishLegError
 |-- ShapeMismatch        a tensor's shape, dtype or device is not what the callee needs
+|-- WrongType            an argument is of another type than the callee takes
 |-- UnknownName          a name that is not among the choices
 |-- NotPositiveDefinite  a factor lost positive definiteness and could not be mended
 |-- CapacityExceeded     the job does not fit the memory it was given
@@ -20,6 +21,10 @@ class FishLegError(Exception):
 
 class ShapeMismatch(FishLegError, ValueError):
     """A tensor's shape, dtype or device is not what the callee needs."""
+
+
+class WrongType(FishLegError, TypeError):
+    """An argument is of another type than the callee takes."""
 
 
 class UnknownName(FishLegError, ValueError):

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from fishleg.calibration import DRAWN, Batch, Calibration, Labels, Samples, label
 from fishleg.calling import PLAIN, Calling, model_device
 from fishleg.capture import LayerSignals, has_signals, layer_signals, recording
+from fishleg.checks import check_integer, check_type
 from fishleg.errors import FishLegError, ShapeMismatch, UnknownName
 from fishleg.jacobian import Jacobian
-from fishleg.likelihoods import Likelihood
+from fishleg.likelihoods import Likelihood, check_likelihood
 from fishleg.nests import Nest
 from fishleg.network import Network, find_network
 from fishleg.parameters import Partition
@@ -103,6 +104,13 @@ class GradientSource:
         calling: Calling = PLAIN,
         team: Team = ALONE,
     ):
+        check_type("model", model, nn.Module, "a torch.nn.Module")
+        check_type("partition", partition, Partition, "a Partition of partition_parameters")
+        check_type("calling", calling, Calling, "a Calling")
+        check_type("team", team, Team, "a Team")
+        check_likelihood(likelihood)
+        for name, value in (("draws", draws), ("seed", seed), ("batch_size", batch_size)):
+            check_integer(name, value)
         if labels not in get_args(Labels):
             raise UnknownName("labels", labels, get_args(Labels))
         if draws < 1 or (draws > 1 and labels not in DRAWN):
@@ -133,6 +141,12 @@ class GradientSource:
         self._skipped = 0
         self._thorough = False
         self._seen: list[tuple[int, int]] = []
+
+    def __repr__(self) -> str:
+        return (
+            f"GradientSource({type(self.model).__name__}, {type(self.likelihood).__name__}, "
+            f"{len(self.calibration)} samples, labels={self.labels!r})"
+        )
 
     def batches(self, batch_size: int | None = None) -> Iterator[Batch]:
         """Yield the samples on the model's device, in batches (default: `self.batch_size`).

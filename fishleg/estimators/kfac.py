@@ -10,6 +10,7 @@ from torch import Tensor
 from fishleg.blocks.base import AbstractBlock
 from fishleg.blocks.dense import DenseBlock, invert_damped
 from fishleg.blocks.eigen import invert_factors
+from fishleg.checks import check_integer
 from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
 from fishleg.gradients import GradientSource
 from fishleg.memory import Footprint
@@ -62,6 +63,7 @@ class KFAC(AbstractOnePassEstimator):
         memory_limit: int | None = None,
     ):
         super().__init__(partition, damping=damping, memory_limit=memory_limit)
+        check_integer("dense_size", dense_size)
         self.dense_size = dense_size
 
     def _passes(

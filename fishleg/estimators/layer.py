@@ -12,6 +12,7 @@ from fishleg.blocks.base import AbstractBlock
 from fishleg.blocks.dense import invert_damped
 from fishleg.blocks.diagonal import DiagonalBlock
 from fishleg.blocks.shared import SharedBlock
+from fishleg.checks import check_number
 from fishleg.errors import FishLegError
 from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
 from fishleg.gradients import GradientSource
@@ -52,6 +53,7 @@ class LayerHessian(AbstractOnePassEstimator):
 
     name = "layer"
     remedy = "the method diagonal or obs"
+    distribution = "uniform"
     restricts = False
     options = ("relative_damping",)
 
@@ -64,6 +66,7 @@ class LayerHessian(AbstractOnePassEstimator):
         memory_limit: int | None = None,
     ):
         super().__init__(partition, damping=damping, memory_limit=memory_limit)
+        check_number("relative_damping", relative_damping)
         if not relative_damping >= 0:
             raise ValueError(f"relative_damping: expected at least 0, got {relative_damping}.")
         self.relative_damping = relative_damping

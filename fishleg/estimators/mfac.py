@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fishleg.blocks.base import AbstractBlock
 from fishleg.blocks.woodbury import invert_low_rank
+from fishleg.checks import check_integer
 from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
 from fishleg.gradients import GradientSource
 from fishleg.memory import Footprint
@@ -60,6 +61,8 @@ class MFAC(AbstractOnePassEstimator):
         memory_limit: int | None = None,
     ):
         super().__init__(partition, damping=damping, memory_limit=memory_limit)
+        check_integer("gradients", gradients)
+        check_integer("seed", seed)
         if gradients < 1:
             raise ValueError(f"gradients: expected at least 1, got {gradients}.")
         self.gradients = gradients

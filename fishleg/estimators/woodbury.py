@@ -8,6 +8,7 @@ from functools import partial
 from torch import Tensor
 
 from fishleg.blocks.dense import DenseBlock, chunk_count, invert_damped
+from fishleg.checks import check_integer
 from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
 from fishleg.gradients import GradientSource
 from fishleg.memory import Footprint
@@ -53,6 +54,7 @@ class BlockWoodbury(AbstractOnePassEstimator):
         memory_limit: int | None = None,
     ):
         super().__init__(partition, damping=damping, memory_limit=memory_limit)
+        check_integer("block_size", block_size)
         if block_size < 1:
             raise ValueError(f"block_size: expected at least 1, got {block_size}.")
         self.block_size = block_size
