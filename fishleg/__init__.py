@@ -14,6 +14,7 @@ from fishleg.errors import (
     NotPositiveDefinite,
     ShapeMismatch,
     UnknownName,
+    WrongType,
 )
 from fishleg.estimators import (
     EKFAC,
@@ -33,13 +34,16 @@ from fishleg.gradients import GradientSource
 from fishleg.likelihoods import AbstractLikelihood, Bernoulli, Categorical, Gaussian, Likelihood
 from fishleg.parameters import ParameterGroup, Partition, partition_parameters, used_weight
 from fishleg.pruning import (
+    LayerReport,
     PruneReport,
     apply_masks,
     count_masks,
     cubic,
     group_masks,
+    keep_zeros,
     linear,
     prune_once,
+    saliency,
     weight_masks,
     zero_masks,
 )
@@ -82,13 +86,16 @@ __all__ = [
     "certify",
     "pruning_certificate",
     # pruning
+    "LayerReport",
     "PruneReport",
     "apply_masks",
     "count_masks",
     "cubic",
     "group_masks",
+    "keep_zeros",
     "linear",
     "prune_once",
+    "saliency",
     "weight_masks",
     "zero_masks",
     # errors
@@ -98,4 +105,5 @@ __all__ = [
     "NotPositiveDefinite",
     "ShapeMismatch",
     "UnknownName",
+    "WrongType",
 ]
