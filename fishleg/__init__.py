@@ -1,12 +1,14 @@
 """The FishLeg surgeon: inverse Fisher estimation and second-order pruning for PyTorch.
 
-In the order of use: cut the parameters into groups, say where per-sample gradients come from, fit
-an estimator, certify it, prune. Needs nothing but torch.
+`prune` does all at once, `fit` one step less. Beneath, in the order of use: cut the parameters into
+groups, say where per-sample gradients come from, fit an estimator, certify it, prune. Needs torch,
+and safetensors for files.
 """
 
 from fishleg.calibration import Calibration
 from fishleg.calling import Calling
 from fishleg.certificate import certify, pruning_certificate
+from fishleg.curvature import Curvature, fit
 from fishleg.errors import (
     CapacityExceeded,
     FishLegError,
@@ -32,6 +34,7 @@ from fishleg.estimators import (
 from fishleg.fisher import fisher_vector_product
 from fishleg.gradients import GradientSource
 from fishleg.likelihoods import AbstractLikelihood, Bernoulli, Categorical, Gaussian, Likelihood
+from fishleg.one_call import prune
 from fishleg.parameters import ParameterGroup, Partition, partition_parameters, used_weight
 from fishleg.pruning import (
     LayerReport,
@@ -53,6 +56,11 @@ from fishleg.team import Team
 __version__ = "0.1.0"
 
 __all__ = [
+    # in one call, and one step below
+    "Curvature",
+    "fit",
+    "keep_zeros",
+    "prune",
     # parameters
     "ParameterGroup",
     "Partition",
@@ -92,7 +100,6 @@ __all__ = [
     "count_masks",
     "cubic",
     "group_masks",
-    "keep_zeros",
     "linear",
     "prune_once",
     "saliency",
