@@ -43,7 +43,7 @@ def _require_packages() -> None:
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
         sys.stderr.write(
-            f"fls needs packages that are not installed ({', '.join(missing)}): "
+            f"The command line needs packages that are not installed ({', '.join(missing)}): "
             "pip install 'fishleg-surgeon[pipeline]'.\n"
         )
         sys.exit(2)
