@@ -14,7 +14,6 @@ from torch import nn
 
 from fishleg.calibration import Labels, Samples
 from fishleg.calling import PLAIN, Calling, model_device
-from fishleg.capture import evaluating
 from fishleg.certificate import certify
 from fishleg.checks import check_number, check_type
 from fishleg.curvature_file import read_curvature, write_curvature
@@ -30,6 +29,7 @@ from fishleg.likelihoods.choice import (
     restore_likelihood,
 )
 from fishleg.loading import checksum
+from fishleg.network import find_network
 from fishleg.parameters import Partition, partition_parameters
 from fishleg.progress import ProgressLine
 from fishleg.pruning import PruneReport, Score, prune_once
@@ -357,8 +357,9 @@ def _likelihood(
     batch = next(samples.batches(_TRIED, model_device(model)))
     if given is None and issubclass(kind, LayerHessian | Identity):
         return Gaussian()  # they look at no label
-    with evaluating(model), torch.no_grad():
-        outputs = calling.outputs(model, batch.inputs)
+    network = find_network(model, Gaussian(), calling, lambda: batch)  # any likelihood would do
+    with network.computing(), torch.no_grad():
+        outputs = network.outputs(network.prepare(batch))
     targets = getattr(samples, "targets", batch.targets)  # all of them, where they are held
     chosen = choose_likelihood(given, outputs, targets)
     if batch.targets is not None:

@@ -111,6 +111,14 @@ def test_each_method_is_its_class_used_by_hand(network, data, method):
     assert report.saliency == expected.saliency
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_network_in_half_precision_is_pruned_in_it(network, data, dtype):
+    for inputs in (data[0], data[0].to(dtype)):
+        model = copy.deepcopy(network).to(dtype)
+        assert fishleg.prune(model, (inputs, data[1]), sparsity=0.5).removed == 46
+        assert model.conv.weight.dtype == dtype
+
+
 def test_fit_then_prune_is_prune(network, loader):
     at_once = copy.deepcopy(network)
     fishleg.prune(at_once, loader, sparsity=0.9, selection="greedy", seed=3)
