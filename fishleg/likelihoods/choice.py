@@ -27,8 +27,8 @@ def choose_likelihood(given: Any, outputs: Tensor, targets: Tensor | None) -> Li
     """Return the likelihood of a model's outputs.
 
     - nn.CrossEntropyLoss: `Categorical`. The dimension of the classes is the one that the targets
-      lack. `ignore_index` is kept; `label_smoothing` plays no part, since curvature takes its
-      labels from the model.
+      lack. `ignore_index` is kept where samples have several positions, or targets hold it;
+      `label_smoothing` plays no part, since curvature takes its labels from the model.
     - nn.BCEWithLogitsLoss: `Bernoulli`. nn.MSELoss: `Gaussian` of variance 1.
 
     Args:
@@ -107,7 +107,7 @@ def _categorical(ignore_index: int, outputs: Tensor, targets: Tensor | None) -> 
     """Return the likelihood of class numbers, or of class weights, for these outputs."""
     if targets is not None and targets.is_floating_point():
         return Categorical(class_dim=None if outputs.ndim <= 2 else 1)
-    ignored = targets is not None and bool((targets == ignore_index).any())
+    ignored = targets is not None and (outputs.ndim > 2 or bool((targets == ignore_index).any()))
     return Categorical(
         class_dim=None if outputs.ndim <= 2 else _class_dim(outputs, targets),
         ignore_index=ignore_index if ignored else None,

@@ -123,9 +123,24 @@ LOGITS = torch.randn(6, 4)
         (None, LOGITS, Y[:6], "Categorical()"),
         ("cross_entropy", LOGITS, None, "Categorical()"),
         (nn.CrossEntropyLoss(label_smoothing=0.1), LOGITS, Y[:6], "Categorical()"),
-        (None, torch.randn(6, 4, 5), torch.zeros(6, 5).long(), "Categorical(class_dim=1)"),
-        (None, torch.randn(6, 5, 4), torch.zeros(6, 5).long(), "Categorical(class_dim=2)"),
-        (None, torch.randn(6, 4, 2, 3), torch.zeros(6, 2, 3).long(), "Categorical(class_dim=1)"),
+        (
+            None,
+            torch.randn(6, 4, 5),
+            torch.zeros(6, 5).long(),
+            "Categorical(class_dim=1, ignore_index=-100)",
+        ),
+        (
+            None,
+            torch.randn(6, 5, 4),
+            torch.zeros(6, 5).long(),
+            "Categorical(class_dim=2, ignore_index=-100)",
+        ),
+        (
+            None,
+            torch.randn(6, 4, 2, 3),
+            torch.zeros(6, 2, 3).long(),
+            "Categorical(class_dim=1, ignore_index=-100)",
+        ),
         (
             nn.CrossEntropyLoss(ignore_index=0),
             torch.randn(6, 5, 4),
