@@ -23,9 +23,14 @@ def write_curvature(path: Path, state: Mapping[str, Any], facts: Mapping[str, An
         path: of the file; another file there is replaced.
         state: what `state_dict` of an estimator returned.
         facts: JSON-able.
+
+    Raises:
+        FishLegError: its folder is not there.
     """
     from safetensors import TensorSpec, serialize_file  # a file is all that needs it
 
+    if not path.parent.is_dir():
+        raise FishLegError(f"{path}: expected a folder {path.parent}, got none; make it first.")
     document = json.dumps({"version": _VERSION, "state": state["meta"], "facts": facts})
     # safetensors.torch would need numpy; held here, since the file is written from their memory
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in state["tensors"].items()}

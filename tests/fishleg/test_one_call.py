@@ -249,7 +249,10 @@ def test_a_saved_curvature_prunes_like_the_one_that_was_fitted(network, loader, 
 
 def test_a_file_is_of_one_model_at_one_point(network, loader, tmp_path):
     path = tmp_path / "curvature.safetensors"
-    fishleg.fit(network, loader).save(path)
+    curvature = fishleg.fit(network, loader)
+    with pytest.raises(FishLegError, match="make it first"):
+        curvature.save(tmp_path / "none" / "curvature.safetensors")
+    curvature.save(path)
     with torch.no_grad():
         network.head.weight[0, 0] += 1e-6
     with pytest.raises(FishLegError, match="expected the model at the weights of the fit"):
