@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 # One thread a process: two torch processes with two threads each on two cores are many times slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help run test test-faults benchmarks results tree check format lint types doctest imports packages constraints clean
+.PHONY: help run test acceptance test-faults benchmarks results tree check format lint types doctest imports packages constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -23,6 +23,9 @@ run: $(READY)  ## Run the default experiment (pipeline.yaml): trains, prunes, co
 
 test: $(READY)  ## Run the tests
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
+
+acceptance: $(READY)  ## Build the wheel and use it as a newcomer would, in an environment of its own (a minute)
+	@$(BIN)/python -m tests.acceptance.wheel
 
 test-faults: $(READY)  ## Shoot at everything on a cluster of three nodes (half an hour; goes on where it was)
 	@$(BIN)/python -m tests.faults --out build/faults.jsonl

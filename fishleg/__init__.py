@@ -1,8 +1,9 @@
 """The FishLeg surgeon: inverse Fisher estimation and second-order pruning for PyTorch.
 
-In the order of use: cut the parameters into groups, say where per-sample gradients come from, fit
-an estimator, certify it, prune. Needs nothing but torch, which is imported at the first use of a
-name, so that `fishleg.options` works without it.
+`prune` does all at once, `fit` one step less. Beneath, in the order of use: cut the parameters into
+groups, say where per-sample gradients come from, fit an estimator, certify it, prune. Needs torch,
+and safetensors for files; torch is imported at the first use of a name, so that `fishleg.options`
+works without it.
 """
 
 from importlib import import_module
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from fishleg.calling import Calling as Calling
     from fishleg.certificate import certify as certify
     from fishleg.certificate import pruning_certificate as pruning_certificate
+    from fishleg.curvature import Curvature as Curvature
+    from fishleg.curvature import fit as fit
     from fishleg.errors import CapacityExceeded as CapacityExceeded
     from fishleg.errors import FishLegError as FishLegError
     from fishleg.errors import InvalidOption as InvalidOption
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from fishleg.errors import NotPositiveDefinite as NotPositiveDefinite
     from fishleg.errors import ShapeMismatch as ShapeMismatch
     from fishleg.errors import UnknownName as UnknownName
+    from fishleg.errors import WrongType as WrongType
     from fishleg.estimators import EKFAC as EKFAC
     from fishleg.estimators import ESTIMATORS as ESTIMATORS
     from fishleg.estimators import KFAC as KFAC
@@ -41,24 +45,33 @@ if TYPE_CHECKING:
     from fishleg.likelihoods import Categorical as Categorical
     from fishleg.likelihoods import Gaussian as Gaussian
     from fishleg.likelihoods import Likelihood as Likelihood
+    from fishleg.one_call import prune as prune
     from fishleg.options import FishLegOptions as FishLegOptions
     from fishleg.parameters import ParameterGroup as ParameterGroup
     from fishleg.parameters import Partition as Partition
     from fishleg.parameters import partition_parameters as partition_parameters
     from fishleg.parameters import used_weight as used_weight
+    from fishleg.pruning import LayerReport as LayerReport
     from fishleg.pruning import PruneReport as PruneReport
     from fishleg.pruning import apply_masks as apply_masks
     from fishleg.pruning import count_masks as count_masks
     from fishleg.pruning import cubic as cubic
     from fishleg.pruning import group_masks as group_masks
+    from fishleg.pruning import keep_zeros as keep_zeros
     from fishleg.pruning import linear as linear
     from fishleg.pruning import prune_once as prune_once
+    from fishleg.pruning import saliency as saliency
     from fishleg.pruning import weight_masks as weight_masks
     from fishleg.pruning import zero_masks as zero_masks
     from fishleg.streaming import StreamedCalibration as StreamedCalibration
     from fishleg.team import Team as Team
 
 _HOMES = {
+    # in one call, and one step below
+    "Curvature": "fishleg.curvature",
+    "fit": "fishleg.curvature",
+    "keep_zeros": "fishleg.pruning",
+    "prune": "fishleg.one_call",
     # parameters
     "ParameterGroup": "fishleg.parameters",
     "Partition": "fishleg.parameters",
@@ -93,6 +106,7 @@ _HOMES = {
     "certify": "fishleg.certificate",
     "pruning_certificate": "fishleg.certificate",
     # pruning
+    "LayerReport": "fishleg.pruning",
     "PruneReport": "fishleg.pruning",
     "apply_masks": "fishleg.pruning",
     "count_masks": "fishleg.pruning",
@@ -100,6 +114,7 @@ _HOMES = {
     "group_masks": "fishleg.pruning",
     "linear": "fishleg.pruning",
     "prune_once": "fishleg.pruning",
+    "saliency": "fishleg.pruning",
     "weight_masks": "fishleg.pruning",
     "zero_masks": "fishleg.pruning",
     # errors
@@ -110,6 +125,7 @@ _HOMES = {
     "NotPositiveDefinite": "fishleg.errors",
     "ShapeMismatch": "fishleg.errors",
     "UnknownName": "fishleg.errors",
+    "WrongType": "fishleg.errors",
 }
 __all__ = [*_HOMES]
 

@@ -155,6 +155,12 @@ class Calibration:
         inputs, targets = hold_batches(batches, split, samples=samples, memory_bytes=memory_bytes)
         return cls(inputs=inputs, targets=targets, transform=transform)
 
+    def __repr__(self) -> str:
+        targets = "with targets" if self.has_targets else "without targets"
+        kinds = describe(self.inputs)
+        kinds = kinds if len(kinds) <= 80 else f"{len(tensors_of(self.inputs))} tensors"
+        return f"Calibration({len(self)} samples, {kinds}, {targets})"
+
     @property
     def has_targets(self) -> bool:
         """Whether the samples come with targets."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fishleg.checks import check_function
 from fishleg.errors import CapacityExceeded, FishLegError, ShapeMismatch, UnknownName
 from fishleg.nests import Nest, count_samples, describe, map_tensors
 
@@ -36,6 +37,12 @@ class Calling:
 
     call: Callable[[nn.Module, Nest], Any] | None = None
     output: int | str | Callable[[Any], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.call is not None:
+            check_function("call", self.call, "a function call(model, inputs)")
+        if self.output is not None and not isinstance(self.output, int | str):
+            check_function("output", self.output, "an index, a name or a function")
 
     def outputs(self, model: nn.Module, inputs: Nest) -> Tensor:
         """Return the model's outputs (n, ...) for inputs of n samples.

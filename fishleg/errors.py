@@ -2,8 +2,10 @@
 
 FishLegError
 |-- ShapeMismatch        a tensor's shape, dtype or device is not what the callee needs
+|-- WrongType            an argument is of another type than the callee takes
 |-- UnknownName          a name that is not among the choices
-|-- InvalidOption        an option's value has the wrong type, is out of range, or fits no other
+|-- InvalidOption        an option's value is out of range, or does not fit another option's
+|   `-- WrongOptionType  it has the wrong type, and is a WrongType as well
 |-- NotPositiveDefinite  a factor lost positive definiteness and could not be mended
 |-- CapacityExceeded     the job does not fit the memory it was given
 |-- NotFitted            an estimator was used before `fit`
@@ -21,6 +23,10 @@ class FishLegError(Exception):
 
 class ShapeMismatch(FishLegError, ValueError):
     """A tensor's shape, dtype or device is not what the callee needs."""
+
+
+class WrongType(FishLegError, TypeError):
+    """An argument is of another type than the callee takes."""
 
 
 class UnknownName(FishLegError, ValueError):
@@ -52,6 +58,10 @@ class InvalidOption(FishLegError, ValueError):
         super().__init__(f"{option}: {reason.removesuffix('.')}.")
         self.option = option
         self.reason = reason
+
+
+class WrongOptionType(InvalidOption, WrongType):
+    """An option's value has another type than the option takes."""
 
 
 class NotPositiveDefinite(FishLegError, ArithmeticError):

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from fishleg.calibration import Batch, Calibration, Samples, label
 from fishleg.calling import PLAIN, Calling, model_device
 from fishleg.capture import LayerSignals, has_signals, layer_signals, recording
+from fishleg.checks import check_integer, check_type
 from fishleg.errors import FishLegError, ShapeMismatch, UnknownName
 from fishleg.jacobian import Jacobian
-from fishleg.likelihoods import Likelihood
+from fishleg.likelihoods import Likelihood, check_likelihood
 from fishleg.nests import Nest
 from fishleg.network import Network, find_network
 from fishleg.options import Labels, check_labels
@@ -104,6 +105,13 @@ class GradientSource:
         calling: Calling = PLAIN,
         team: Team = ALONE,
     ):
+        check_type("model", model, nn.Module, "a torch.nn.Module")
+        check_type("partition", partition, Partition, "a Partition of partition_parameters")
+        check_type("calling", calling, Calling, "a Calling")
+        check_type("team", team, Team, "a Team")
+        check_likelihood(likelihood)
+        for name, value in (("draws", draws), ("seed", seed), ("batch_size", batch_size)):
+            check_integer(name, value)
         check_labels(labels, draws)
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}.")
@@ -129,6 +137,12 @@ class GradientSource:
         self._skipped = 0
         self._thorough = False
         self._seen: list[tuple[int, int]] = []
+
+    def __repr__(self) -> str:
+        return (
+            f"GradientSource({type(self.model).__name__}, {type(self.likelihood).__name__}, "
+            f"{len(self.calibration)} samples, labels={self.labels!r})"
+        )
 
     def batches(self, batch_size: int | None = None) -> Iterator[Batch]:
         """Yield the samples on the model's device, in batches (default: `self.batch_size`).

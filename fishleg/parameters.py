@@ -16,6 +16,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from fishleg.checks import check_names, check_type
 from fishleg.errors import FishLegError, ShapeMismatch, UnknownName
 from fishleg.parametrised import evaluate
 from fishleg.weights import WeightTensor, find_tensors
@@ -55,6 +56,10 @@ class ParameterGroup:
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", self.names or (self.weight,))
         object.__setattr__(self, "used", self.used or self.weight)
+
+    def __repr__(self) -> str:
+        kind = "prunable" if self.prunable else "not prunable"
+        return f"ParameterGroup({self.name!r}, {self.rows} x {self.columns}, {kind})"
 
     @property
     def rows(self) -> int:
@@ -151,6 +156,12 @@ class Partition:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_by_name", {group.name: group for group in self.groups})
 
+    def __repr__(self) -> str:
+        return (
+            f"Partition({len(self.groups)} groups, {len(self.prunable)} of them prunable, "
+            f"{len(self.uncovered)} parameters without curvature)"
+        )
+
     def __getitem__(self, name: str) -> ParameterGroup:
         if name not in self._by_name:
             raise UnknownName("parameter group", name, self._by_name)
@@ -233,6 +244,9 @@ def partition_parameters(
     A pattern that matches no parameter is a FishLegError, as is one of `prunable` that matches none
     that can be pruned; for others see `find_tensors`.
     """
+    check_type("model", model, nn.Module, "a torch.nn.Module")
+    for name, patterns in (("prunable", prunable), ("keep", keep), ("skip", skip)):
+        check_names(name, patterns)
     tensors = find_tensors(model)
     for pattern in (*prunable, *keep, *skip):
         _check_pattern(pattern, tensors)

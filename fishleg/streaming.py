@@ -70,6 +70,10 @@ class StreamedCalibration:
         if not self._length:
             raise ShapeMismatch("batches: expected at least one sample, got none.")
 
+    def __repr__(self) -> str:
+        targets = "with targets" if self.has_targets else "without targets"
+        return f"StreamedCalibration({len(self)} samples, {targets})"
+
     def __len__(self) -> int:
         return self._length
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from fishleg.checks import check_integer
+
 
 @dataclass(frozen=True)
 class Team:
@@ -28,6 +30,10 @@ class Team:
 
     rank: int = 0
     size: int = 1
+
+    def __post_init__(self) -> None:
+        check_integer("rank", self.rank)
+        check_integer("size", self.size)
 
     def part(self, count: int, rank: int | None = None) -> slice:
         """Return a rank's part of `count` things in a row (default: this one's), in rank order."""

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from fishleg.blocks import BLOCKS, AbstractBlock
 from fishleg.calling import model_device
+from fishleg.checks import check_type
 from fishleg.errors import CapacityExceeded, FishLegError, NotFitted, UnknownName
 from fishleg.gradients import GradientSource
 from fishleg.memory import Footprint, available_bytes, peak, show_bytes
-from fishleg.options import EstimatorOptions
+from fishleg.options import Distribution, EstimatorOptions
 from fishleg.parameters import Partition
 
 
@@ -51,6 +52,8 @@ class AbstractEstimator(ABC):
             when Q was fitted on the full Fisher. Products are meaningful on the support only.
         memory_limit: bytes that a fit may need at its peak; None for what is free when it begins.
         remedy: what to choose instead when a fit does not fit.
+        distribution: how its saliencies compare, which pruning follows by default: "global", or
+            "uniform" where the units differ from layer to layer; see `select`.
 
     In the formulas of time and memory: N gradient rows in a pass, P parameters, a group of
     r rows and c columns with h convolution groups, s bytes a number (4 for float32), and n gradient
@@ -59,14 +62,21 @@ class AbstractEstimator(ABC):
 
     name: str
     remedy: ClassVar[str] = "the method diagonal"
+    distribution: ClassVar[Distribution] = "global"
 
     def __init__(self, partition: Partition, *, damping: float, memory_limit: int | None = None):
+        check_type("partition", partition, Partition, "a Partition of partition_parameters")
         EstimatorOptions(damping=damping, memory_limit=memory_limit)
         self.partition = partition
         self.damping = damping
         self.memory_limit = memory_limit
         self.masks: dict[str, Tensor] | None = None
         self._blocks: dict[str, AbstractBlock] = {}
+
+    def __repr__(self) -> str:
+        groups = len(self.partition.groups)
+        fitted = "fitted" if self._blocks else "not fitted"
+        return f"{type(self).__name__}(damping={self.damping:g}, {groups} groups, {fitted})"
 
     @abstractmethod
     def fit(

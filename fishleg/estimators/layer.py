@@ -53,6 +53,7 @@ class LayerHessian(AbstractOnePassEstimator):
 
     name = "layer"
     remedy = "the method diagonal or obs"
+    distribution = "uniform"
     restricts = False
     options: LayerOptions
 

@@ -8,6 +8,7 @@ J = df/dw. Outputs of fewer than 32 bits are taken in float32.
 from fishleg.likelihoods.base import (
     AbstractLikelihood,
     Likelihood,
+    check_likelihood,
     check_targets,
     given_targets,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "Categorical",
     "Gaussian",
     "Likelihood",
+    "check_likelihood",
     "check_targets",
     "given_targets",
 ]

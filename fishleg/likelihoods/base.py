@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from fishleg.errors import FishLegError
+from fishleg.errors import FishLegError, WrongType
 from fishleg.rng import SampleGenerator
 
 
@@ -106,6 +106,22 @@ def given_targets(likelihood: _Likelihood, targets: Tensor | None) -> _Likelihoo
     """Return `likelihood.given(targets)`, or the likelihood where it has no such method."""
     given = getattr(likelihood, "given", None)
     return likelihood if given is None else given(targets)
+
+
+def check_likelihood(likelihood: Any) -> None:
+    """Check that something offers what a likelihood must; see `Likelihood`.
+
+    Raises:
+        WrongType: it does not.
+    """
+    wanted = ("nll", "sample", "fisher_product")
+    missing = [name for name in wanted if not callable(getattr(likelihood, name, None))]
+    if missing or isinstance(likelihood, type):
+        got = repr(likelihood) if isinstance(likelihood, type) else type(likelihood).__name__
+        raise WrongType(
+            "likelihood: expected an object with the methods nll, sample and fisher_product, such "
+            f"as Categorical(), got {got}."
+        )
 
 
 def check_targets(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> None:

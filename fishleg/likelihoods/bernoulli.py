@@ -20,6 +20,9 @@ class Bernoulli(AbstractLikelihood):
     such as grey values, or are of whole or true and false numbers.
     """
 
+    def __repr__(self) -> str:
+        return "Bernoulli()"
+
     def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return sum_i log(1 + exp f_i) - y_i f_i over all outputs of each sample, (n,).
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fishleg.checks import check_integer
 from fishleg.errors import CapacityExceeded, FishLegError, ShapeMismatch
 from fishleg.likelihoods.base import AbstractLikelihood
 from fishleg.memory import available_bytes, show_bytes
@@ -40,11 +41,19 @@ class Categorical(AbstractLikelihood):
     """
 
     def __init__(self, *, class_dim: int | None = None, ignore_index: int | None = None):
+        for name, value in (("class_dim", class_dim), ("ignore_index", ignore_index)):
+            if value is not None:
+                check_integer(name, value)
         if class_dim == 0:
             raise ValueError("class_dim: expected 1, 2, ... or -1, got 0, which counts samples.")
         self.class_dim = class_dim
         self.ignore_index = ignore_index
         self._counts: Tensor | None = None
+
+    def __repr__(self) -> str:
+        given = {"class_dim": self.class_dim, "ignore_index": self.ignore_index}
+        shown = (f"{name}={value}" for name, value in given.items() if value is not None)
+        return f"Categorical({', '.join(shown)})"
 
     def given(self, targets: Tensor | None) -> Self:
         """Return the likelihood for samples with these targets, some of whose positions count.

@@ -7,6 +7,7 @@ from math import log, pi
 import torch
 from torch import Tensor
 
+from fishleg.checks import check_number
 from fishleg.likelihoods.base import AbstractLikelihood
 from fishleg.likelihoods.shapes import as_rows, paired
 from fishleg.precision import widen
@@ -26,9 +27,13 @@ class Gaussian(AbstractLikelihood):
     """
 
     def __init__(self, variance: float = 1.0):
+        check_number("variance", variance)
         if not variance > 0:
             raise ValueError(f"variance: expected a positive number, got {variance}.")
         self.variance = variance
+
+    def __repr__(self) -> str:
+        return f"Gaussian(variance={self.variance:g})"
 
     def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return ||y - f||^2 / (2 variance) + d/2 log(2 pi variance) for each sample, (n,).

@@ -13,7 +13,7 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
-from fishleg.errors import InvalidOption, UnknownName
+from fishleg.errors import InvalidOption, UnknownName, WrongOptionType
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,8 @@ def check(field: Field, value: Any) -> None:
 
     Raises:
         UnknownName: it is none of the choices.
-        InvalidOption: it has another type, or is out of range.
+        WrongOptionType: it has another type.
+        InvalidOption: it is out of range.
     """
     if field.choices and isinstance(value, str):
         if value not in field.choices:
@@ -122,7 +123,7 @@ def check(field: Field, value: Any) -> None:
         return
     if not any(_is_a(value, kind) for kind in field.kinds):
         expected = " or ".join(_NAMES[kind] for kind in field.kinds)
-        raise InvalidOption(field.name, f"expected {expected}, got {value!r}")
+        raise WrongOptionType(field.name, f"expected {expected}, got {value!r}")
     if field.range is not None and value is not None and value not in field.range:
         raise InvalidOption(field.name, f"expected {field.range}, got {value}")
 

@@ -26,14 +26,17 @@ from fishleg.pruning.refinement import (
     mean_divergence,
     refine,
 )
-from fishleg.pruning.saliency import group_saliency, saliency
+from fishleg.pruning.report import LayerReport, PruneReport
+from fishleg.pruning.saliency import Score, group_saliency, saliency
 from fishleg.pruning.schedule import cubic, geometric, linear
 from fishleg.pruning.selection import DISTRIBUTIONS, removal_count, select, select_n_of_m
 from fishleg.pruning.settling import FRACTIONS, RefinementReport, settle
-from fishleg.pruning.surgeon import SELECTIONS, ZEROS, PruneReport, prune_once, prune_to
+from fishleg.pruning.surgeon import SELECTIONS, ZEROS, check_selection, prune_once, prune_to
+from fishleg.pruning.zero_keeping import keep_zeros
 
 __all__ = [
     # saliency
+    "Score",
     "saliency",
     "group_saliency",
     "greedy_saliency",
@@ -77,7 +80,11 @@ __all__ = [
     # the surgeon
     "SELECTIONS",
     "ZEROS",
+    "LayerReport",
     "PruneReport",
+    "check_selection",
     "prune_once",
     "prune_to",
+    # training afterwards
+    "keep_zeros",
 ]

@@ -7,7 +7,7 @@ removing a set q together 1/2 w_q^T (Q_qq)^-1 w_q.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from torch import Tensor
 from fishleg.blocks.base import AbstractBlock
 from fishleg.errors import NotPositiveDefinite
 from fishleg.estimators.base import AbstractEstimator
+
+Score = Callable[[AbstractEstimator, Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""Group name -> scores (rows, columns), of an estimate and group name -> weights."""
 
 
 def saliency(estimator: AbstractEstimator, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

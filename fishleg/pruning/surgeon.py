@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from math import inf
 from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from fishleg.errors import FishLegError, UnknownName
+from fishleg.checks import check_function
+from fishleg.errors import FishLegError, ShapeMismatch, UnknownName
 from fishleg.estimators.base import AbstractEstimator
 from fishleg.gradients import GradientSource
 from fishleg.linalg import CGReport
@@ -28,49 +29,12 @@ from fishleg.pruning.masks import (
     made_zeros,
     zero_masks,
 )
-from fishleg.pruning.saliency import saliency
+from fishleg.pruning.report import PruneReport, report_layers
+from fishleg.pruning.saliency import Score, saliency
 from fishleg.pruning.selection import check_prunable, listed, removal_count, select
 
 SELECTIONS: tuple[str, ...] = get_args(Selection)
 ZEROS: tuple[str, ...] = get_args(Zeros)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruneReport:
-    """What one pruning step did.
-
-    Attributes:
-        masks: group name -> bool (rows, columns), the survivors after the step.
-        sparsity: fraction of the prunable weights removed so far, in [0, 1).
-        removed: number of weights removed so far.
-        prunable: number of prunable weights.
-        compensation: the method that moved the survivors.
-        saliency: sum of the single-weight saliencies of what this step removed, in units of the
-            loss.
-        predicted: 1/2 d^T F_g d of the whole move by the method's own curvature, damping included,
-            in units of the loss; None for `none` and `independent`.
-        solves: group name (or "network") -> how its conjugate gradients went.
-        unprunable: (state-dict name, reason) of each weight with two or more dimensions that was
-            not prunable; see `Partition`.
-        emptied: names of the groups that have no weight left.
-        zeros: group name -> how many weights were exactly 0 before the step and were taken as
-            removed, where no masks were given.
-        warnings: what a person should know, a sentence each: emptied groups, zeros that were found,
-            a solve that stopped short, and those of the estimator.
-    """
-
-    masks: Masks
-    sparsity: float
-    removed: int
-    prunable: int
-    compensation: str
-    saliency: float
-    predicted: float | None
-    solves: Mapping[str, CGReport]
-    unprunable: tuple[tuple[str, str], ...] = ()
-    emptied: tuple[str, ...] = ()
-    zeros: Mapping[str, int] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
 
 
 @in_full
@@ -80,7 +44,7 @@ def prune_once(
     *,
     sparsity: float,
     masks: Mapping[str, Tensor] | None = None,
-    selection: Selection = PruningOptions.selection,
+    selection: Selection | Score = PruningOptions.selection,
     distribution: Distribution = PruningOptions.distribution,
     min_kept: float = PruningOptions.min_kept,
     zeros: Zeros = "keep",
@@ -99,7 +63,10 @@ def prune_once(
             own support (for a Q of the full Fisher: everything), without the zeros that `zeros`
             keeps.
         selection: by what a weight costs: "single", removed alone, or "greedy", after the others
-            of its row that cost less; see `greedy_saliency`.
+            of its row that cost less; see `greedy_saliency`. Or a function `score(estimator,
+            weights)` that returns group name -> (rows, columns) of scores, the lowest removed
+            first, from the estimate and group name -> weights (rows, columns); see `saliency`,
+            which is one. `distribution` compares its scores.
         distribution: "global" or "uniform"; see `select`.
         min_kept: fraction of each group that survives at the least, in [0, 1]; see `select`.
         zeros: where `masks` is None, weights that are 0 already count as removed and stay 0
@@ -117,8 +84,7 @@ def prune_once(
         FishLegError: more weights are 0 already than are to be removed.
         UnknownName: no such selection, or `zeros` is neither.
     """
-    if selection not in SELECTIONS:
-        raise UnknownName("selection", selection, SELECTIONS)
+    check_selection(selection)
     if zeros not in ZEROS:
         raise UnknownName("zeros", zeros, ZEROS)
     partition = estimator.partition
@@ -141,13 +107,47 @@ def prune_once(
             f"{remedy}."
         )
     prunable = {group.name: weights[group.name] for group in partition.prunable}
-    if selection == "greedy":
+    if callable(selection):
+        scores = _own_scores(selection, estimator, prunable)
+    elif selection == "greedy":
         scores = greedy_saliency(estimator, prunable, before)
     else:
         scores = saliency(estimator, prunable)
     after = select(partition, scores, before, sparsity, distribution, min_kept=min_kept)
     report = _remove(model, estimator, after, compensation, source, tolerance, max_iterations)
     return replace(report, zeros=found, warnings=(*_say_zeros(found), *report.warnings))
+
+
+def check_selection(selection: str | Score) -> None:
+    """Check that a selection is one of `SELECTIONS`, or a function.
+
+    Raises:
+        UnknownName: it is another name.
+    """
+    if not isinstance(selection, str):
+        check_function("selection", selection, "a name or a function")
+    elif selection not in SELECTIONS:
+        raise UnknownName("selection", selection, SELECTIONS)
+
+
+def _own_scores(
+    score: Score, estimator: AbstractEstimator, weights: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
+    """Return the scores of a user's function.
+
+    Raises:
+        ShapeMismatch: it gives a group no tensor of the group's shape.
+    """
+    given = {name: matrix.clone() for name, matrix in weights.items()}  # it may write into them
+    scores = score(estimator, given)
+    for name, matrix in weights.items():
+        found = scores.get(name) if isinstance(scores, Mapping) else None
+        if not isinstance(found, Tensor) or found.shape != matrix.shape:
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ShapeMismatch(
+                f"score: expected scores {tuple(matrix.shape)} of group {name}, got {got}."
+            )
+    return scores
 
 
 @in_full
@@ -192,6 +192,7 @@ def _remove(
     )
     # what was removed in earlier steps is 0, and so is its saliency
     scores = saliency(estimator, {name: weights[name] for name in masks})
+    costs = {name: float(scores[name][~mask].double().sum()) for name, mask in masks.items()}
     _move(model, partition, deltas, masks)
     removed, prunable = count_masks(partition, masks)
     emptied = tuple(
@@ -205,9 +206,10 @@ def _remove(
         removed=removed,
         prunable=prunable,
         compensation=report.method,
-        saliency=sum(float(scores[name][~mask].double().sum()) for name, mask in masks.items()),
+        saliency=sum(costs.values()),
         predicted=report.predicted,
         solves=report.solves,
+        layers=report_layers(model, partition, masks, costs),
         unprunable=partition.unprunable,
         emptied=emptied,
         warnings=(

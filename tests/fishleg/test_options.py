@@ -23,18 +23,21 @@ from fishleg.options import (
     declared,
 )
 
-KINDS = {
-    *ESTIMATOR_OPTIONS.values(),
-    CalibrationOptions,
-    EstimatorOptions,
-    PruningOptions,
-    RefinementOptions,
-    StepOptions,
-    TrackingOptions,
-}
+KINDS = sorted(
+    {
+        *ESTIMATOR_OPTIONS.values(),
+        CalibrationOptions,
+        EstimatorOptions,
+        PruningOptions,
+        RefinementOptions,
+        StepOptions,
+        TrackingOptions,
+    },
+    key=lambda kind: kind.__name__,
+)
 FIELDS = [
     pytest.param(kind, field, id=f"{kind.__name__}.{field.name}")
-    for kind in sorted(KINDS, key=lambda kind: kind.__name__)
+    for kind in KINDS
     for field in declared(kind)
 ]
 
