@@ -14,13 +14,13 @@ class TrackingOptions(Options):
     """How the Q of a group is tracked.
 
     Attributes:
-        damping: gamma > 0, in units of the Fisher.
-        structure: of the blocks of matrices and kernels; vectors (biases and normalisation) get a
-            diagonal one.
+        damping: gamma, added to the Fisher's diagonal, in the Fisher's units.
+        structure: form of the inverse's blocks. Matrices and kernels have this one, vectors (biases
+            and normalisation) a diagonal one.
         start: inverse second moments of the gradients' rows and columns; inverse diagonal of F; or
             a multiple of the identity, from which all is learned, as in the paper.
         decay: of the running moments, an update, in [0, 1).
-        learning_rate: of Adam, the relative size of a step; 0 learns nothing beyond the start.
+        learning_rate: of the inverse's correction, relative; 0 learns none. It is the rate of Adam.
         directions: that J is averaged over: drawn like the gradients, or standard normal.
         probes: directions an update, where J has no cheap closed form.
         seed: of the probes.

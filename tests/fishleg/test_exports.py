@@ -50,6 +50,12 @@ def test_a_checker_sees_the_names_that_the_library_imports_at_first_use():
         _ = fishleg.FishLeg2
 
 
+def test_a_submodule_is_imported_at_its_first_use():
+    code = "import fishleg; print(fishleg.pruning.refine.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "refine"
+
+
 def test_the_library_knows_its_version_and_has_types():
     assert fishleg.__version__ == version("fishleg-surgeon")
     assert (Path(fishleg.__file__).parent / "py.typed").is_file()
