@@ -51,7 +51,8 @@ def test_the_library_example_runs():
     (example,) = re.findall(r"```python\n(import fishleg\n.*?)```", README, re.DOTALL)
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
-    names = {"model": model, "images": torch.randn(32, 1, 4, 4)}
+    data = torch.utils.data.TensorDataset(torch.randn(32, 1, 4, 4), torch.arange(32) % 3)
+    names = {"model": model, "loader": torch.utils.data.DataLoader(data, batch_size=8)}
     exec(compile(example, "README.md", "exec"), names)  # noqa: S102 - our own README
     assert names["report"].removed == 43  # floor(0.9 * 48 + 1/2)
     assert int((model[1].weight == 0).sum()) == 43

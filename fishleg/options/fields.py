@@ -90,6 +90,17 @@ class Options:
         InvalidOption: a field has another type, or is out of range.
     """
 
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        cls.__repr__ = Options.__repr__  # type: ignore[method-assign] # else dataclass makes one
+
+    def __repr__(self) -> str:
+        """Return the values that are not the defaults."""
+        kind: Any = type(self)
+        given = ((field, getattr(self, field.name)) for field in fields(kind))
+        other = [f"{field.name}={value!r}" for field, value in given if value != field.default]
+        return f"{kind.__name__}({', '.join(other)})"
+
     def __post_init__(self) -> None:
         kind: Any = type(self)
         for field in declared(kind):

@@ -101,8 +101,10 @@ def instances():
             for kind in (getattr(fishleg, name) for name in fishleg.__all__)
             if inspect.isclass(kind)
             and issubclass(kind, fishleg.FishLegError)
-            and kind is not fishleg.UnknownName
+            and kind not in {fishleg.UnknownName, fishleg.InvalidOption}
         ),
+        fishleg.InvalidOption("damping", "expected > 0, got 0"),
+        fishleg.FishLegOptions(),
     ]
     return {type(one).__name__: one for one in made}
 
