@@ -24,6 +24,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+import fishleg
 from pipeline.spec import load_spec
 
 ROOT = Path(__file__).parents[2]
@@ -204,9 +205,8 @@ def test_the_rayjob_runs_what_there_is_on_the_ray_that_is_pinned() -> None:
     assert (ROOT / Path(file).name).is_file()
     pins = (ROOT / "constraints.txt").read_text()
     assert f"\nray=={job.spec.rayClusterSpec.rayVersion}\n" in pins
-    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     image = job.spec.rayClusterSpec.headGroupSpec.template.spec.containers[0].image
-    assert image.endswith(f":{version[1]}")
+    assert image.endswith(f":{fishleg.__version__}")
 
 
 def test_the_cluster_file_has_the_shape_that_ray_ships() -> None:
