@@ -173,10 +173,14 @@ def verify(
 @command(
     "fls accept pretrain --why 'only a message was reworded'",
     "fls accept pretrain finetune --run 20260730-101500-042-1f2e --why 'same arithmetic, faster'",
+    "fls accept --why 'a newer version, whose changelog says that results are the same'",
 )
 def accept(
-    stages: Annotated[list[str], typer.Argument(metavar="STAGE...", help="Stages of the run.")],
     why: Annotated[str, typer.Option("--why", help="Why the results are the same.")],
+    stages: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[STAGE]...", help="Stages of the run; all without."),
+    ] = None,
     run: RunOption = "last",
     file: FileOption = DEFAULT_FILE,
     storage: StorageOption = None,
@@ -192,12 +196,12 @@ def accept(
     """
     store = open_store(file, storage)
     trust = read_trust(file, store, everything=trust_store)
-    cells = accept_code(store, find_run(store, run), trust, stages, why)
-    console = console_here()
+    cells = accept_code(store, find_run(store, run), trust, stages or [], why)
+    console, whose = console_here(), ", ".join(stages or ["all stages"])
     if cells:
-        console.print(f"Accepted for {len(cells)} cells of {', '.join(stages)}.", soft_wrap=True)
+        console.print(f"Accepted for {len(cells)} cells of {whose}.", soft_wrap=True)
     else:
-        console.print(f"Nothing to accept: the code of {', '.join(stages)} is the run's.")
+        console.print(f"Nothing to accept: the code of {whose} is the run's.")
 
 
 def _storage_of(specs: Sequence[Spec]) -> str:

@@ -125,6 +125,12 @@ class Plan:
                 f"{ruled} cells run because the digests of their code are made by a newer rule. "
                 "`fls accept` keeps the results that there are, if their code is the same."
             )
+        elif coded := sum(one.state == "run" and _code_alone(one.why) for one in self.cells):
+            notes.append(
+                f"{coded} cells run for changes of code alone, and others downstream of them. "
+                "Where the results stay as they are, `fls accept --why REASON` keeps those of the "
+                "run that `fls plan --why` names."
+            )
         return notes
 
     def commit(self, store: Store, run_id: str) -> None:
@@ -143,6 +149,12 @@ class Plan:
             for planned in self.cells
         }
         store.write_run(run_id, _DOCUMENT, {"pipeline": self.spec.name, "cells": cells})
+
+
+def _code_alone(why: str) -> bool:
+    """Tell whether the reason of a cell names changes of code and no others."""
+    causes = why.partition(" (since run ")[0].split("; ")
+    return all(cause.startswith(CODE_CHANGED) for cause in causes)
 
 
 def make_plan(spec: Spec, store: Store, selection: Selection | None = None) -> Plan:

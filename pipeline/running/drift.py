@@ -131,7 +131,14 @@ def find_drift(plan: Plan, record: RunRecord, store: Store) -> Drift:
 def accept(
     store: Store, record: RunRecord, trust: Trust, stages: Sequence[str], why: str
 ) -> list[str]:
-    """Let the present code of some stages count as the code that a run began with.
+    """Let the present code of some stages, or of all, count as the code that a run began with.
+
+    Args:
+        store: the store.
+        record: of the run.
+        trust: names the code that may be imported.
+        stages: the stages; none for all.
+        why: the reason.
 
     Returns:
         The names of the cells whose code was other code.
@@ -142,6 +149,7 @@ def accept(
     if not why.strip():
         raise BadInput("--why needs a reason: it is what others will judge the results by.")
     plan, before = plan_of(record, store, trust), _planned(record, store)
+    stages = stages or list(plan.spec.stages)
     for stage in stages:
         if stage not in plan.spec.stages:
             known = plan.spec.stages
