@@ -22,8 +22,8 @@ from benchmarks._digits import NETWORK, Digits, load_digits
 from benchmarks._seeds import CLEAR, Panel, draw, show, tally
 from fishleg import (
     KFAC,
+    OBS,
     AbstractEstimator,
-    BlockWoodbury,
     DiagonalFisher,
     FishLeg,
     Partition,
@@ -73,7 +73,7 @@ _WAYS: dict[str, dict[str, _Build]] = {
     },
     "block": {
         "learned": _fishleg("block", solver="adam"),
-        "inverted": lambda partition, damping: BlockWoodbury(partition, damping=damping),
+        "inverted": lambda partition, damping: OBS(partition, damping=damping),
     },
     "diagonal": {
         "learned": _fishleg("diagonal", solver="adam"),

@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from fishleg.estimators import ESTIMATORS as ESTIMATORS
     from fishleg.estimators import KFAC as KFAC
     from fishleg.estimators import MFAC as MFAC
+    from fishleg.estimators import OBS as OBS
     from fishleg.estimators import AbstractEstimator as AbstractEstimator
-    from fishleg.estimators import BlockWoodbury as BlockWoodbury
     from fishleg.estimators import DiagonalFisher as DiagonalFisher
     from fishleg.estimators import FishLeg as FishLeg
     from fishleg.estimators import FitProgress as FitProgress
-    from fishleg.estimators import Identity as Identity
     from fishleg.estimators import LayerHessian as LayerHessian
+    from fishleg.estimators import Magnitude as Magnitude
     from fishleg.fisher import fisher_vector_product as fisher_vector_product
     from fishleg.gradients import GradientSource as GradientSource
     from fishleg.likelihoods import AbstractLikelihood as AbstractLikelihood
@@ -92,13 +92,13 @@ _HOMES = {
     # estimators
     "ESTIMATORS": "fishleg.estimators",
     "AbstractEstimator": "fishleg.estimators",
-    "BlockWoodbury": "fishleg.estimators",
+    "OBS": "fishleg.estimators",
     "DiagonalFisher": "fishleg.estimators",
     "EKFAC": "fishleg.estimators",
     "FishLeg": "fishleg.estimators",
     "FishLegOptions": "fishleg.options",
     "FitProgress": "fishleg.estimators",
-    "Identity": "fishleg.estimators",
+    "Magnitude": "fishleg.estimators",
     "KFAC": "fishleg.estimators",
     "LayerHessian": "fishleg.estimators",
     "MFAC": "fishleg.estimators",

@@ -20,7 +20,7 @@ from fishleg.curvature_file import read_curvature, write_curvature
 from fishleg.damping import auto_damping
 from fishleg.drawing import draw_samples
 from fishleg.errors import FishLegError, UnknownName
-from fishleg.estimators import ESTIMATORS, AbstractEstimator, FitProgress, Identity, LayerHessian
+from fishleg.estimators import ESTIMATORS, AbstractEstimator, FitProgress, LayerHessian, Magnitude
 from fishleg.gradients import GradientSource
 from fishleg.likelihoods import Gaussian, Likelihood, check_targets
 from fishleg.likelihoods.choice import (
@@ -356,7 +356,7 @@ def _likelihood(
 ) -> Likelihood:
     """Return the likelihood, checked on the outputs and targets of a few samples."""
     batch = next(samples.batches(_TRIED, model_device(model)))
-    if given is None and issubclass(kind, LayerHessian | Identity):
+    if given is None and issubclass(kind, LayerHessian | Magnitude):
         return Gaussian()  # they look at no label
     network = find_network(model, Gaussian(), calling, lambda: batch)  # any likelihood would do
     with network.computing(), torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import isfinite
 
 from fishleg.errors import FishLegError
-from fishleg.estimators import AbstractEstimator, Identity, LayerHessian
+from fishleg.estimators import AbstractEstimator, LayerHessian, Magnitude
 from fishleg.gradients import GradientSource
 from fishleg.moments import input_moments
 
@@ -33,7 +33,7 @@ def auto_damping(kind: type[AbstractEstimator], source: GradientSource) -> float
 
     Cost: one pass of the gradients (of the layers' inputs for the layer Hessian).
     """
-    if issubclass(kind, Identity):
+    if issubclass(kind, Magnitude):
         return 1.0
     layers = issubclass(kind, LayerHessian)
     mean = _mean_input(source) if layers else mean_curvature(source)

@@ -15,6 +15,12 @@ from typing import Any
 
 from pipeline.stage import Params, Registry, StageError, require_call
 
+# Targets that stored files of earlier versions name, and the present ones.
+_RENAMED = {
+    "fishleg.estimators:BlockWoodbury": "fishleg.estimators:OBS",
+    "fishleg.estimators:Identity": "fishleg.estimators:Magnitude",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
@@ -32,6 +38,9 @@ class Reference:
     target: str
     argument: str | None = None
     digest: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target", _RENAMED.get(self.target, self.target))
 
     def load(self, options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
         """Import the target and return it, with the family's argument already given.

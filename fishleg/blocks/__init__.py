@@ -5,9 +5,9 @@ from fishleg.blocks.dense import DenseBlock
 from fishleg.blocks.diagonal import DiagonalBlock
 from fishleg.blocks.eigen import EigenBlock
 from fishleg.blocks.kronecker import KroneckerBlock
+from fishleg.blocks.low_rank import LowRankBlock
 from fishleg.blocks.shared import SharedBlock
 from fishleg.blocks.tensor import TensorBlock
-from fishleg.blocks.woodbury import WoodburyBlock
 
 BLOCKS: dict[str, type[AbstractBlock]] = {
     block.__name__: block
@@ -18,7 +18,7 @@ BLOCKS: dict[str, type[AbstractBlock]] = {
         KroneckerBlock,
         SharedBlock,
         TensorBlock,
-        WoodburyBlock,
+        LowRankBlock,
     )
 }
 
@@ -31,5 +31,5 @@ __all__ = [
     "KroneckerBlock",
     "SharedBlock",
     "TensorBlock",
-    "WoodburyBlock",
+    "LowRankBlock",
 ]

@@ -4,36 +4,36 @@ from fishleg.estimators.base import AbstractEstimator, Callback, FitProgress
 from fishleg.estimators.diagonal import DiagonalFisher
 from fishleg.estimators.ekfac import EKFAC
 from fishleg.estimators.fishleg import FishLeg
-from fishleg.estimators.identity import Identity
 from fishleg.estimators.kfac import KFAC
 from fishleg.estimators.layer import LayerHessian
+from fishleg.estimators.magnitude import Magnitude
 from fishleg.estimators.mfac import MFAC
-from fishleg.estimators.woodbury import BlockWoodbury
+from fishleg.estimators.obs import OBS
 
 ESTIMATORS: dict[str, type[AbstractEstimator]] = {
     estimator.name: estimator
     for estimator in (
         FishLeg,
-        BlockWoodbury,
+        OBS,
         MFAC,
         KFAC,
         EKFAC,
         LayerHessian,
         DiagonalFisher,
-        Identity,
+        Magnitude,
     )
 }
 
 __all__ = [
     "ESTIMATORS",
     "AbstractEstimator",
-    "BlockWoodbury",
+    "OBS",
     "Callback",
     "DiagonalFisher",
     "EKFAC",
     "FishLeg",
     "FitProgress",
-    "Identity",
+    "Magnitude",
     "KFAC",
     "LayerHessian",
     "MFAC",

@@ -40,7 +40,7 @@ class KFAC(AbstractOnePassEstimator):
     layer of T positions, and O(r^3 / h^2 + h c^3) for its eigenvectors. Memory: s (k + r c) bytes a
     group, k = r^2 / h + h c^2, or s (r c)^2 for a dense one; while fitting 8 k bytes of float64
     sums in their place, and 32 k + 24 r c for the eigenvectors of the largest group; dense groups
-    as `BlockWoodbury` with b = r c.
+    as `OBS` with b = r c.
 
     Args:
         partition: the groups.

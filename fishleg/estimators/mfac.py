@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fishleg.blocks.base import AbstractBlock
-from fishleg.blocks.woodbury import invert_low_rank
+from fishleg.blocks.low_rank import invert_low_rank
 from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
 from fishleg.gradients import GradientSource
 from fishleg.memory import Footprint

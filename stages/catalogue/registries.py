@@ -109,7 +109,7 @@ METHODS = Registry(
             summary="inverse Fisher learned directly, refined while pruning",
         ),
         "obs": Entry(
-            target="fishleg.estimators:BlockWoodbury",
+            target="fishleg.estimators:OBS",
             summary="inverse of dense diagonal blocks of the Fisher (WoodFisher, oBERT)",
         ),
         "mfac": Entry(
@@ -133,7 +133,7 @@ METHODS = Registry(
             summary="the Fisher's diagonal",
         ),
         "magnitude": Entry(
-            target="fishleg.estimators:Identity",
+            target="fishleg.estimators:Magnitude",
             summary="the identity: saliency is the weight's square",
         ),
     },

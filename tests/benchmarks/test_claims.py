@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import _digits, _seeds, claim_assimilation, claim_noise, claim_structure
-from fishleg import BlockWoodbury, FishLeg
+from fishleg import OBS, FishLeg
 
 NETWORK = {"width": 2, "hidden": 4, "epochs": 1}
 
@@ -140,7 +140,7 @@ def test_both_ways_have_one_structure(folder: Path) -> None:
 def test_the_inverse_of_the_exact_fisher_has_no_error(folder: Path) -> None:
     digits = _digits.load_digits(NETWORK, folder)
     truth = claim_noise._exact_fisher(digits, 1e-2)
-    estimator = BlockWoodbury(digits.partition, damping=1e-2, block_size=10_000)
+    estimator = OBS(digits.partition, damping=1e-2, block_size=10_000)
     count = len(digits.dataset.train)
     source = digits.gradients(digits.model, samples=count, labels="enumerated", seed=3)
     estimator.fit(source)

@@ -12,13 +12,13 @@ from fishleg.blocks import (
     DiagonalBlock,
     EigenBlock,
     KroneckerBlock,
+    LowRankBlock,
     SharedBlock,
     TensorBlock,
-    WoodburyBlock,
 )
 from fishleg.blocks.dense import invert_damped
 from fishleg.blocks.eigen import invert_factors
-from fishleg.blocks.woodbury import invert_low_rank
+from fishleg.blocks.low_rank import invert_low_rank
 from fishleg.errors import NotPositiveDefinite, ShapeMismatch
 
 TOLERANCE = {
@@ -233,7 +233,7 @@ def test_every_concrete_block_is_in_the_suite():
         ),
         (lambda: SharedBlock(torch.ones(2, 3, 3), (3, 3)), "h a divisor of 3"),
         (
-            lambda: WoodburyBlock(torch.ones(2, 3), torch.tensor(1.0)),
+            lambda: LowRankBlock(torch.ones(2, 3), torch.tensor(1.0)),
             r"root: expected \(m, rows, columns\)",
         ),
     ],

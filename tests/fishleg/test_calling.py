@@ -11,7 +11,7 @@ from fishleg import (
     Calibration,
     Calling,
     GradientSource,
-    Identity,
+    Magnitude,
     fisher_vector_product,
     pruning_certificate,
 )
@@ -342,7 +342,7 @@ def test_refinement_takes_nests_and_is_told_which_output_counts(method, statisti
     results = []
     for model, inputs, calling in zip(twins(), (NEST, ROWS), (LOGITS, Calling()), strict=True):
         dense = copy.deepcopy(model)
-        estimator = Identity(partition_parameters(model), damping=0.1)
+        estimator = Magnitude(partition_parameters(model), damping=0.1)
         estimator.fit(source_over(model, inputs, calling))
         with torch.no_grad():
             model.head.weight.mul_(0.5)

@@ -14,13 +14,13 @@ from fishleg.estimators import (
     ESTIMATORS,
     KFAC,
     MFAC,
+    OBS,
     AbstractEstimator,
-    BlockWoodbury,
     DiagonalFisher,
     FishLeg,
     FitProgress,
-    Identity,
     LayerHessian,
+    Magnitude,
 )
 from fishleg.gradients import GradientSource
 from fishleg.parameters import Partition, partition_parameters
@@ -33,10 +33,10 @@ TOLERANCE = {
 DAMPING = 0.01
 
 CASES: dict[str, Callable[[Partition], AbstractEstimator]] = {
-    "identity": lambda partition: Identity(partition, damping=DAMPING),
+    "magnitude": lambda partition: Magnitude(partition, damping=DAMPING),
     "diagonal": lambda partition: DiagonalFisher(partition, damping=DAMPING),
-    "woodbury": lambda partition: BlockWoodbury(partition, damping=DAMPING),
-    "woodbury, small": lambda partition: BlockWoodbury(partition, damping=DAMPING, block_size=5),
+    "woodbury": lambda partition: OBS(partition, damping=DAMPING),
+    "woodbury, small": lambda partition: OBS(partition, damping=DAMPING, block_size=5),
     "kfac": lambda partition: KFAC(partition, damping=DAMPING),
     "kfac, factors only": lambda partition: KFAC(partition, damping=DAMPING, dense_size=0),
     "ekfac": lambda partition: EKFAC(partition, damping=DAMPING),

@@ -10,11 +10,11 @@ from fishleg.estimators import (
     EKFAC,
     KFAC,
     MFAC,
-    BlockWoodbury,
+    OBS,
     DiagonalFisher,
     FishLeg,
-    Identity,
     LayerHessian,
+    Magnitude,
 )
 from fishleg.gradients import Calibration, GradientSource
 from fishleg.likelihoods import Gaussian
@@ -59,12 +59,12 @@ def random_mask(source: GradientSource, name: str) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("estimator", "inverse"),
     [
-        (Identity, lambda source, fisher: torch.eye(len(fisher), dtype=torch.float64)),
+        (Magnitude, lambda source, fisher: torch.eye(len(fisher), dtype=torch.float64)),
         (
             DiagonalFisher,
             lambda source, fisher: torch.diag(1 / (fisher.diagonal() + DAMPING)),
         ),
-        (BlockWoodbury, lambda source, fisher: chunked_inverse(fisher, DAMPING, 64)),
+        (OBS, lambda source, fisher: chunked_inverse(fisher, DAMPING, 64)),
         (
             KFAC,
             lambda source, fisher: damped_inverse(
@@ -96,14 +96,14 @@ def test_diagonal_is_the_inverse_diagonal(source, fishers):
 
 @pytest.mark.parametrize("block_size", [1, 5, 64, 1000])
 def test_woodbury_inverts_chunks(source, fishers, block_size):
-    estimator = BlockWoodbury(source.partition, damping=DAMPING, block_size=block_size)
+    estimator = OBS(source.partition, damping=DAMPING, block_size=block_size)
     estimator.fit(source)
     for name, block in estimator.blocks().items():
         close(block.dense(), chunked_inverse(fishers[name], DAMPING, block_size))
 
 
 def test_woodbury_is_the_recursion_of_woodfisher(source):
-    estimator = BlockWoodbury(source.partition, damping=DAMPING, block_size=1000)
+    estimator = OBS(source.partition, damping=DAMPING, block_size=1000)
     estimator.fit(source)
     (gradients,) = source.hold(["head"]).values()
     q = torch.eye(18, dtype=torch.float64) / DAMPING
@@ -113,7 +113,7 @@ def test_woodbury_is_the_recursion_of_woodfisher(source):
 
 
 def test_woodbury_refines_on_the_restricted_fisher(source, fishers):
-    estimator = BlockWoodbury(source.partition, damping=DAMPING, block_size=1000)
+    estimator = OBS(source.partition, damping=DAMPING, block_size=1000)
     mask = random_mask(source, "grouped")
     estimator.refine(source, {"grouped": mask})
     alive = mask.flatten()
@@ -133,7 +133,7 @@ def test_woodbury_in_float32_with_small_damping():
         if estimators:
             data.model.load_state_dict(estimators[0][1].model.state_dict())
             data.calibration.inputs.copy_(estimators[0][1].calibration.inputs)
-        estimator = BlockWoodbury(data.partition, damping=1e-4)
+        estimator = OBS(data.partition, damping=1e-4)
         estimator.fit(data)
         estimators.append((estimator, data))
     (exact, _), (single, _) = estimators
@@ -222,7 +222,7 @@ def test_a_fisher_of_zero_leaves_the_damping():
         partition_parameters(model),
         Calibration(inputs=torch.randn(3, 3, dtype=torch.float64)),
     )
-    for make in (KFAC, BlockWoodbury, DiagonalFisher):
+    for make in (KFAC, OBS, DiagonalFisher):
         estimator = make(data.partition, damping=DAMPING)
         estimator.fit(data)
         close(estimator.block("0").dense(), torch.eye(16, dtype=torch.float64) / DAMPING)
@@ -230,7 +230,7 @@ def test_a_fisher_of_zero_leaves_the_damping():
 
 def test_block_size_is_checked(source):
     with pytest.raises(ValueError, match="block_size"):
-        BlockWoodbury(source.partition, damping=DAMPING, block_size=0)
+        OBS(source.partition, damping=DAMPING, block_size=0)
 
 
 # ----------------------------------------------------------------------------- EK-FAC

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fishleg.errors import FishLegError
-from fishleg.estimators import KFAC, BlockWoodbury, FishLeg
+from fishleg.estimators import KFAC, OBS, FishLeg
 from fishleg.gradients import Calibration
 from fishleg.moments import accumulate, squares
 from tests.fishleg.networks import CLASSES, source_of
@@ -28,7 +28,7 @@ def calibration(inputs: torch.Tensor) -> Calibration:
     return Calibration(inputs=inputs, indices=torch.arange(len(inputs)) + 100)
 
 
-@pytest.mark.parametrize("estimator", [KFAC, BlockWoodbury])
+@pytest.mark.parametrize("estimator", [KFAC, OBS])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_sample_that_is_not_finite_is_named(estimator, value):
     torch.manual_seed(0)

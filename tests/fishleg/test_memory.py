@@ -8,7 +8,7 @@ from torch import nn
 
 from fishleg.calibration import Calibration
 from fishleg.errors import CapacityExceeded, NotFitted
-from fishleg.estimators import MFAC, BlockWoodbury, DiagonalFisher, FishLeg
+from fishleg.estimators import MFAC, OBS, DiagonalFisher, FishLeg
 from fishleg.gradients import GradientSource
 from fishleg.memory import Footprint, available_bytes, peak
 from stages.models.resnet_cifar import resnet20
@@ -90,7 +90,7 @@ def resnet() -> GradientSource:
     ("kind", "options", "needed", "remedy"),
     [
         (FishLeg, {"structure": "full"}, 30, "a structure with smaller factors"),
-        (BlockWoodbury, {"block_size": 10**6}, 30, "a smaller block_size"),
+        (OBS, {"block_size": 10**6}, 30, "a smaller block_size"),
         (MFAC, {"gradients": 100_000}, 100, "fewer gradients"),
     ],
 )
@@ -123,7 +123,7 @@ def test_the_passes_of_a_batch_by_hand():
     assert source_of(model, inputs, **labels).pass_bytes == 5 * 8 * numbers
 
 
-@pytest.mark.parametrize("kind", [DiagonalFisher, BlockWoodbury, MFAC, FishLeg])
+@pytest.mark.parametrize("kind", [DiagonalFisher, OBS, MFAC, FishLeg])
 def test_few_samples_need_no_more_than_they_are(kind):
     """A batch that the samples do not fill takes their room, not its own."""
     model = nn.Sequential(nn.Linear(3, 50), nn.Tanh(), nn.Linear(50, 2))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fishleg.estimators import KFAC, BlockWoodbury, DiagonalFisher, FishLeg
+from fishleg.estimators import KFAC, OBS, DiagonalFisher, FishLeg
 from fishleg.fisher import fisher_vector_product
 from fishleg.gradients import Calibration, GradientSource
 from fishleg.likelihoods import Categorical
@@ -90,7 +90,7 @@ def test_gradients_and_products_are_those_of_float32(kind, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("estimator", [DiagonalFisher, KFAC, BlockWoodbury, FishLeg])
+@pytest.mark.parametrize("estimator", [DiagonalFisher, KFAC, OBS, FishLeg])
 def test_a_pruned_network_is_that_of_float32_rounded_once(estimator, dtype):
     pruned = []
     for source in case("half", dtype):

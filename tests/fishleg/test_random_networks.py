@@ -17,7 +17,7 @@ from fishleg import (
     DiagonalFisher,
     FishLeg,
     GradientSource,
-    Identity,
+    Magnitude,
     Partition,
     fisher_vector_product,
     partition_parameters,
@@ -138,7 +138,7 @@ def source_of(case: Case, partition: Partition) -> GradientSource:
 def check_counts(case: Case, partition: Partition) -> None:
     """Exactly as many weights as asked for are 0, and no other has moved."""
     model = copy.deepcopy(case.model)
-    estimator = Identity(partition, damping=1.0)
+    estimator = Magnitude(partition, damping=1.0)
     estimator.fit(source_of(case, partition))
     total = sum(group.rows * group.weight_columns for group in partition.prunable)
     if not total:

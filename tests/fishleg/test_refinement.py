@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fishleg.calibration import Calibration
 from fishleg.errors import FishLegError, UnknownName
-from fishleg.estimators import FishLeg, Identity
+from fishleg.estimators import FishLeg, Magnitude
 from fishleg.gradients import GradientSource
 from fishleg.likelihoods import AbstractLikelihood, Categorical, Gaussian
 from fishleg.parameters import Partition, partition_parameters
@@ -243,7 +243,7 @@ def test_what_a_model_does_not_support_is_said_once_a_run(caplog: Any) -> None:
     dense, partition = copy.deepcopy(model), partition_parameters(model)
     with torch.no_grad():
         model[0].bias.add_(0.5)
-    estimator = Identity(partition, damping=0.1)
+    estimator = Magnitude(partition, damping=0.1)
     inputs = make_inputs(SAMPLES, 4)
     estimator.fit(GradientSource(model, Gaussian(), partition, Calibration(inputs=inputs)))
     run = Refinement(
@@ -286,7 +286,7 @@ def test_half_precision_is_refined_as_float32_is_and_rounded(
             masks,
             steps=40,
             options=options,
-            estimator=Identity(partition, damping=1.0),
+            estimator=Magnitude(partition, damping=1.0),
         )
         run.estimator.fit(
             GradientSource(model, Categorical(), partition, Calibration(inputs=inputs))

@@ -8,8 +8,8 @@ from fishleg.blocks import (
     DiagonalBlock,
     EigenBlock,
     KroneckerBlock,
+    LowRankBlock,
     SharedBlock,
-    WoodburyBlock,
 )
 from fishleg.blocks.base import AbstractBlock
 
@@ -32,7 +32,7 @@ def blocks() -> list[AbstractBlock]:
         EigenBlock(*orthogonal, values.unsqueeze(0)),
         KroneckerBlock(positive(rows, rows), positive(columns, columns), values),
         SharedBlock(positive(2, columns, columns), SHAPE),
-        WoodburyBlock(0.1 * values.expand(2, *SHAPE), torch.tensor(0.5, dtype=torch.float64)),
+        LowRankBlock(0.1 * values.expand(2, *SHAPE), torch.tensor(0.5, dtype=torch.float64)),
     ]
 
 

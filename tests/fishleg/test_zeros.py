@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from fishleg.calibration import Calibration
 from fishleg.errors import FishLegError, UnknownName
-from fishleg.estimators import EKFAC, BlockWoodbury, DiagonalFisher, FishLeg, Identity
+from fishleg.estimators import EKFAC, OBS, DiagonalFisher, FishLeg, Magnitude
 from fishleg.gradients import GradientSource
 from fishleg.likelihoods import Categorical
 from fishleg.parameters import partition_parameters
@@ -81,7 +81,7 @@ KINDS = ["weight_norm", "whole_norm", "spectral_norm", "old_weight_norm", "old_s
 
 
 @_OLD
-@pytest.mark.parametrize("estimator", [Identity, DiagonalFisher, EKFAC])
+@pytest.mark.parametrize("estimator", [Magnitude, DiagonalFisher, EKFAC])
 @pytest.mark.parametrize("kind", [*KINDS, "prune"])
 def test_exactly_the_count_is_removed_of_the_weights_as_they_are_used(kind, estimator):
     model = network(kind)
@@ -130,11 +130,11 @@ def test_a_weight_divided_by_its_norm_may_not_and_the_model_stays_as_it_was(kind
 
 def test_select_leaves_one_of_what_is_divided_by_its_norm():
     model = network("spectral_norm")
-    report = prune_once(model, fitted(model, Identity), sparsity=0.975)  # 3 of 136 stay
+    report = prune_once(model, fitted(model, Magnitude), sparsity=0.975)  # 3 of 136 stay
     assert report.emptied == ()
     assert used_zeros(model) == (133, 136)
     with pytest.raises(FishLegError, match=r"remove 134 of 136 weights, but 3 have to stay"):
-        prune_once(model, fitted(model, Identity), sparsity=0.985)
+        prune_once(model, fitted(model, Magnitude), sparsity=0.985)
 
 
 class Rescaled(nn.Module):
@@ -149,7 +149,7 @@ def test_magnitude_is_that_of_the_weights_as_they_are_used():
     plain, scaled = network(), network()
     parametrize.register_parametrization(scaled[0], "weight", Rescaled())
     for model in (plain, scaled):
-        prune_once(model, fitted(model, Identity), sparsity=0.5)
+        prune_once(model, fitted(model, Magnitude), sparsity=0.5)
     for number in (0, 2, 4):
         assert torch.equal(plain[number].weight == 0, scaled[number].weight == 0)
 
@@ -350,7 +350,7 @@ def test_an_emptied_layer_is_named_and_min_kept_leaves_none():
                 layer.weight.mul_(0.01)
     state = {name: value.clone() for name, value in build.state_dict().items()}
     partition = partition_parameters(build)
-    estimator = Identity(partition, damping=1.0)
+    estimator = Magnitude(partition, damping=1.0)
     estimator.fit(
         GradientSource(build, Categorical(), partition, Calibration(inputs=torch.ones(1, 1, 4, 4)))
     )
@@ -368,7 +368,7 @@ def test_an_emptied_layer_is_named_and_min_kept_leaves_none():
 
 def test_a_solve_that_stops_short_is_a_warning():
     model = network()
-    report = prune_once(model, fitted(model, BlockWoodbury), sparsity=0.9, max_iterations=1)
+    report = prune_once(model, fitted(model, OBS), sparsity=0.9, max_iterations=1)
     assert any("conjugate gradients stopped" in warning for warning in report.warnings)
     assert len(report.warnings) == sum(not solve.converged for solve in report.solves.values())
 
@@ -426,7 +426,7 @@ def test_an_estimate_without_curvature_is_a_warning():
     assert any("No curvature is left" in warning for warning in report.warnings)
     assert "0.001 in 0: their weights are judged by magnitude alone" in report.warnings[-1]
     assert prune_once(network(), fitted(network(), DiagonalFisher), sparsity=0.5).warnings == ()
-    assert fitted(model, Identity).warnings == ()
+    assert fitted(model, Magnitude).warnings == ()
 
 
 def test_a_fit_that_did_less_than_asked_is_a_warning():

@@ -304,7 +304,7 @@ def test_the_recipe_of_an_estimate_that_an_earlier_version_stored_is_read() -> N
     stored = {
         "method": {
             "name": "obs",
-            "target": "fishleg.estimators:BlockWoodbury",
+            "target": "fishleg.estimators:OBS",
             "argument": None,
             "digest": None,
         },

@@ -11,7 +11,7 @@ from fishleg.errors import NotPositiveDefinite, ShapeMismatch
 _CHUNK = 8192  # columns that are held in float64 at once
 
 
-class WoodburyBlock(AbstractBlock):
+class LowRankBlock(AbstractBlock):
     """Q = (I - W^T W) / damping, W (m, rows columns) with all singular values below 1.
 
     With G the m gradients as rows and L L^T = damping I + G G^T, W = L^-1 G makes it the inverse
@@ -62,7 +62,7 @@ class WoodburyBlock(AbstractBlock):
         return {"root": self.root, "damping": self.damping}
 
 
-def invert_low_rank(gradients: Tensor, damping: float) -> WoodburyBlock:
+def invert_low_rank(gradients: Tensor, damping: float) -> LowRankBlock:
     """Return (damping I + sum_k vec(G_k) vec(G_k)^T)^-1, in the memory of `gradients`.
 
     The m x m matrix damping I + G G^T is summed and factored in float64.
@@ -86,7 +86,7 @@ def invert_low_rank(gradients: Tensor, damping: float) -> WoodburyBlock:
     factor, failed = torch.linalg.cholesky_ex(gram)
     for chunk in flat.split(_CHUNK, dim=1):
         chunk.copy_(torch.linalg.solve_triangular(factor, chunk.double(), upper=False))
-    block = WoodburyBlock(gradients, torch.tensor(damping, dtype=flat.dtype, device=flat.device))
+    block = LowRankBlock(gradients, torch.tensor(damping, dtype=flat.dtype, device=flat.device))
     if bool(failed) or not bool((block.diagonal() > 0).all()):
         raise NotPositiveDefinite(
             f"A low-rank inverse with damping {damping:g} is not positive definite in "

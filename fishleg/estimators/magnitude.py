@@ -16,7 +16,7 @@ from fishleg.parameters import used_weight
 from fishleg.precision import widen
 
 
-class Identity(AbstractOnePassEstimator):
+class Magnitude(AbstractOnePassEstimator):
     """Q = I, whatever the damping: saliency w^2 / 2, and no compensation. Reads no data.
 
     A parametrised weight w(v) is judged by what the forward pass reads: Q = (v / w)^2 entry by

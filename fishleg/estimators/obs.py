@@ -16,7 +16,7 @@ from fishleg.options import ObsOptions
 from fishleg.parameters import Partition
 
 
-class BlockWoodbury(AbstractOnePassEstimator):
+class OBS(AbstractOnePassEstimator):
     """Q = blockdiag( (F_k + damping I)^-1 ), F_k the Fisher of b consecutive entries of a group.
 
     The inverse that WoodFisher (Singh and Alistarh 2020, eq. 10) and oBERT (Kurtic et al. 2022)
