@@ -1,4 +1,4 @@
-"""Claim 3, progressive assimilation: curvature carried along while pruning, or estimated anew.
+"""Claim 3, progressive assimilation: curvature refined while pruning, or estimated again.
 
 Gradual pruning as stage `prune_gradual` does it, with a Kronecker Q. Both ways spend the same on
 curvature in every step: so many sweeps over so many calibration samples. The damping is chosen for
@@ -20,7 +20,7 @@ from stages.model_folder import Model
 from stages.stepwise import StepwisePruning
 from stages.training import Training
 
-TITLE = "Claim 3, progressive assimilation: curvature refined, or estimated anew"
+TITLE = "Claim 3, progressive assimilation: curvature refined, or estimated again"
 
 _CARRIES = ("refine", "reestimate")
 _SAMPLES = (64, 250, 1000)
@@ -133,8 +133,8 @@ def report(documents: dict[str, dict[str, Any]], figures: Path) -> str:
     intro = (
         f"The digits' residual network, pruned to {params['sparsity']:g} in {params['steps']} "
         f"steps, epochs of training after each: {params['epochs']}; a Kronecker Q, fitted in "
-        "the first step and then refined or estimated anew, at the same sweeps and samples a step. "
-        "Accuracy in percent, mean ± standard deviation over seeds; damping chosen on the "
+        "the first step and then refined or estimated again, at the same sweeps and samples a "
+        "step. Accuracy in percent, mean ± standard deviation over seeds; damping chosen on the "
         "validation split."
     )
     parts = [intro, "\n".join(lines), _verdict(results)]
@@ -165,7 +165,7 @@ def _panels(results: dict[tuple[int, int], dict[str, dict[str, Any]]]) -> list[P
 
 
 def _verdict(results: dict[tuple[int, int], dict[str, dict[str, Any]]]) -> str:
-    """Return whether refining beats estimating anew at equal budgets."""
+    """Return whether refining beats estimating again at equal budgets."""
     both = {budget: ways for budget, ways in results.items() if set(ways) == set(_CARRIES)}
     if not both:
         return "Without both ways at one budget there is nothing to compare."

@@ -146,7 +146,7 @@ def _facts(record: RunRecord) -> RunFacts:
 
 
 def _lead_to(port: int) -> None:
-    """Let whoever connects from here, or from a process that begins now, do so at a port."""
+    """Let connections from here, and from processes that begin now, lead to a port."""
     import s3fs
 
     s3fs.S3FileSystem.clear_instance_cache()

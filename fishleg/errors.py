@@ -6,7 +6,7 @@ FishLegError
 |-- UnknownName          a name that is not among the choices
 |-- InvalidOption        an option's value is out of range, or does not fit another option's
 |   `-- WrongOptionType  it has the wrong type, and is a WrongType as well
-|-- NotPositiveDefinite  a factor lost positive definiteness and could not be mended
+|-- NotPositiveDefinite  a factor lost positive definiteness and could not be corrected
 |-- CapacityExceeded     the job does not fit the memory it was given
 |-- NotFitted            an estimator was used before `fit`
 """
@@ -65,7 +65,7 @@ class WrongOptionType(InvalidOption, WrongType):
 
 
 class NotPositiveDefinite(FishLegError, ArithmeticError):
-    """A factor lost positive definiteness and could not be mended."""
+    """A factor lost positive definiteness and could not be corrected."""
 
 
 class CapacityExceeded(FishLegError, MemoryError):

@@ -52,8 +52,8 @@ def _origin(batch: Batch, row: int, model: nn.Module) -> str:
     tensors = (*model.named_parameters(), *model.named_buffers())
     for name, tensor in tensors:
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            return f". {name} of the model is not finite itself: mend the model first."
+            return f". {name} of the model is not finite itself: correct the model first."
     inputs = (one[row] for one in tensors_of(batch.inputs))
     if not all(bool(one.isfinite().all()) for one in inputs):
-        return ". Its inputs are not finite: mend them, or leave the sample out."
-    return ". Its inputs are finite: leave the sample out, or mend what the model makes of it."
+        return ". Its inputs are not finite: correct them, or leave the sample out."
+    return ". Its inputs are finite: leave the sample out, or correct what the model makes of it."

@@ -38,7 +38,7 @@ _Value = TypeVar("_Value")
 
 
 class Lazy(Mapping[str, _Value]):
-    """A mapping whose values are made when asked for, each time anew, and not kept.
+    """A mapping whose values are made when asked for, each time again, and not kept.
 
     A consumer that takes the groups one by one never holds all gradients of a batch.
     """

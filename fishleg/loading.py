@@ -154,7 +154,7 @@ def hold_batches(
             raise CapacityExceeded(
                 f"Calibration samples: {count} of them take {show_bytes(size)}, all about "
                 f"{show_bytes(max(size, total))}, twice that while they are put together, and "
-                f"there are {show_bytes(room)}; take fewer, `samples=`, or read them anew in each "
+                f"there are {show_bytes(room)}; take fewer, `samples=`, or read them again in each "
                 "pass, `StreamedCalibration`."
             )
         if samples is not None and count >= samples:

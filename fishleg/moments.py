@@ -37,7 +37,7 @@ def accumulate(
             such a map.
         groups: names; default all.
         masks: group name -> bool (rows, columns); gradients of removed weights count as zero.
-        tally: of an interrupted pass, to go on with; it holds the sums.
+        tally: of an interrupted pass, which it resumes; it holds the sums.
         progress: told the gradient rows done so far.
     """
 
@@ -107,7 +107,7 @@ def layer_moments(
     Args:
         source: of layer signals.
         groups: names; those without signals are missing in the result.
-        tally: of an interrupted pass, to go on with; it holds the sums.
+        tally: of an interrupted pass, which it resumes; it holds the sums.
         progress: told the gradient rows done so far.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Calibration samples that are read anew in every pass, and checked to be the same ones."""
+"""Calibration samples that are read again in every pass, and checked to be the same ones."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class StreamedCalibration:
             yield Batch(inputs, targets, torch.arange(start, start + count, device=device))
 
     def _checked(self) -> Iterator[Pair]:
-        """Yield the loader's own batches, to whoever stops after the last sample.
+        """Yield the loader's own batches, to a reader that stops after the last sample.
 
         Raises:
             FishLegError: one is not what it was when they were read first, or missing.

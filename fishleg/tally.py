@@ -1,4 +1,4 @@
-"""The sums of one pass over the data, which can be left and gone on with, to the same bits."""
+"""Running sums of one pass over the data; resumable, bit-identical."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Tally:
     The members of a team add up their parts of the data, and meet a few times in a pass, always
     after the same batches, to put their sums together: the bits depend on the size of the team, but
     not on where a pass was interrupted. A tally is as of the last meeting, the same on all. Parts
-    belong to a number of processes: another number begins the pass anew.
+    belong to a number of processes: another number begins the pass again.
 
     Attributes:
         rounds: batches that each process has done.

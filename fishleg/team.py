@@ -1,6 +1,6 @@
 """Several processes at one job: each takes a part of the data, or makes a part of the blocks.
 
-They are the ranks of torch.distributed's default process group, which whoever starts them has set
+They are the ranks of torch.distributed's default process group, which their launcher has set
 up. Every rank must call the methods that talk to the others equally often and in the same order.
 What travels is raw bytes and JSON, never a pickle.
 """
@@ -21,7 +21,7 @@ from fishleg.checks import check_integer
 
 @dataclass(frozen=True)
 class Team:
-    """This process's place among those that share a job; by default it is alone, and nobody talks.
+    """This process's place among those that share a job; by default it is alone, and silent.
 
     Attributes:
         rank: of this process, 0 <= rank < size.
@@ -41,7 +41,7 @@ class Team:
         return slice(rank * count // self.size, (rank + 1) * count // self.size)
 
     def deal(self, costs: Mapping[str, float]) -> dict[str, int]:
-        """Return name -> the rank that takes it: the dearest first, to who has least so far."""
+        """Return name -> its rank: the most expensive first, to the least-loaded rank."""
         loads = [0.0] * self.size
         owners = {}
         for name in sorted(costs, key=lambda name: -costs[name]):  # stable: ties keep their order

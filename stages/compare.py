@@ -30,7 +30,7 @@ def compare(ctx: Context) -> None:
         rows += json.loads((artifact.path / "rows.json").read_text("utf-8"))
         failed += json.loads((artifact.path / "failed.json").read_text("utf-8"))
     if not rows:
-        raise StageError("compare: no model was evaluated; mend one of the cells upstream.")
+        raise StageError("compare: no model was evaluated; correct one of the cells upstream.")
     published = [
         (row.method, dict(zip(row.sparsity, row.accuracy, strict=True))) for row in params.published
     ]

@@ -36,7 +36,7 @@ def joined(ctx: Context) -> Iterator[Team]:
         yield ALONE
         return
     if ctx.rendezvous:
-        if ctx.rendezvous.startswith("file:"):  # all on this machine, and nobody else's business
+        if ctx.rendezvous.startswith("file:"):  # all on this machine, and private
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         dist.init_process_group(
             "gloo" if ctx.device == "cpu" else "cpu:gloo,cuda:nccl",

@@ -1,7 +1,7 @@
 """How a model came to be, step by step, and in which settings two models differ.
 
 Each stage that makes a model adds a `Step` to what it got: its type and all its parameters, those
-apart that have a `Role`. So no parameter can be forgotten, and whoever compares models learns from
+apart that have a `Role`. So no parameter can be forgotten, and a comparison of models learns from
 `settings` what tells them apart, and from `seeds` over what they may be averaged.
 
 Light: the catalogue, which declares the roles, imports no torch.
@@ -25,7 +25,7 @@ PATH = "path"
 
 
 class Role(Enum):
-    """What a parameter is to whoever compares models; mark a field as `Annotated[int, Role.SEED]`.
+    """The role of a parameter in a comparison of models: `Annotated[int, Role.SEED]`.
 
     A parameter without a role is a setting: models that differ in it are told apart.
     """

@@ -65,7 +65,7 @@ def prune(
 ) -> tuple[Model, tuple[str, ...]]:
     """Prune the network in place; return it with its new masks, and the warnings of the report.
 
-    Batch norms are measured anew on the samples of `source`, if wanted.
+    Batch norms are measured again on the samples of `source`, if wanted.
 
     Args:
         ctx: takes the report.

@@ -30,7 +30,7 @@ def select(ctx: Context) -> None:
     compute_deterministically(ctx.device)
     folders = {one.cell: one.path for one in ctx.inputs["candidates"] if one.path is not None}
     if not folders:
-        raise StageError("select: every candidate failed; mend one of the cells upstream.")
+        raise StageError("select: every candidate failed; correct one of the cells upstream.")
     scores: dict[str, dict[str, float]] = {}
     for cell, folder in folders.items():
         model = load_model(folder, ctx.device)

@@ -54,7 +54,7 @@ class StepwisePruning:
         begin(ctx, self.partition, self.params.sparsity)
 
     def warn(self, step: int, text: str) -> None:
-        """Say something about a step, and keep it for whoever gets the model."""
+        """Say something about a step, and keep it with the model."""
         self.ctx.say(f"step {step + 1}: {text}")
         self.warnings.append(f"Step {step + 1}: {text}")
 

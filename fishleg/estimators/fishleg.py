@@ -112,7 +112,7 @@ class FishLeg(AbstractEstimator):
 
         The callback is told of every half-step (or few steps of Adam); `objective` is the sum of J
         over the groups so far. It is called, without news, while gradients are gathered, too. With
-        `resume` an interrupted `refine` is gone on with, too. A pack's gradients are gathered anew:
+        `resume` an interrupted `refine` is resumed, too. A pack's gradients are gathered again:
         to store them takes longer.
         """
         self.check_memory(source)
@@ -405,7 +405,7 @@ class FishLeg(AbstractEstimator):
 
 
 class _Streamed:
-    """The pieces of one group, made anew by a pass of the data in each iteration over them."""
+    """The pieces of one group, made again by a pass of the data in each iteration over them."""
 
     def __init__(self, source: GradientSource, name: str, solver: AbstractSolver):
         self._source = source

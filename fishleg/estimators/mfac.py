@@ -87,7 +87,7 @@ class MFAC(AbstractOnePassEstimator):
             source: of scaled gradients.
             groups: names.
             masks: group name -> bool (rows, columns); gradients of removed weights count as zero.
-            tally: of an interrupted pass, to go on with; it holds the vectors.
+            tally: of an interrupted pass, which it resumes; it holds the vectors.
             progress: told the gradient rows done so far.
         """
         count = min(self.options.gradients, source.rows)

@@ -39,7 +39,7 @@ class AbstractOnePassEstimator(AbstractEstimator):
 
     An interrupted fit goes on within its pass over the data, or its inversions: the state of a fit
     that is under way has the blocks so far and the sums of the pass. (A team of another size begins
-    the pass anew.) Memory: a team has the sums twice.
+    the pass again.) Memory: a team has the sums twice.
 
     Attributes:
         restricts: `refine` estimates on the Fisher restricted to the survivors, and sets `masks`.
@@ -75,7 +75,7 @@ class AbstractOnePassEstimator(AbstractEstimator):
     ) -> None:
         """Estimate Q on the full Fisher; see `AbstractEstimator.fit`.
 
-        With `resume` an interrupted `refine` is gone on with, too.
+        With `resume` an interrupted `refine` is resumed, too.
         """
         self.check_memory(source)
         if not resume or self._passes_done is None:

@@ -216,7 +216,7 @@ class FishLeg(torch.optim.Optimizer):
         """Take one step along the gradients at hand, after bringing Q up to date where it is time.
 
         Args:
-            closure: makes the gradients anew and returns the loss, or None.
+            closure: makes the gradients again and returns the loss, or None.
 
         Returns:
             What the closure returned.

@@ -1,4 +1,4 @@
-"""Batch norms of a network whose weights have changed: their means and variances, measured anew.
+"""Batch norms of a network whose weights have changed: their means and variances, measured again.
 
 A batch norm divides by how far the dense network's activations spread, as its running statistics
 keep it. Removing weights shifts and shrinks the activations, so that what is kept is another

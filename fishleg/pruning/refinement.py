@@ -335,7 +335,7 @@ def mean_divergence(
 def refine(
     refinement: Refinement, batches: Iterable[Any], every: int = _CHECK_EVERY
 ) -> Iterator[float]:
-    """Go on with a run to its last step; yield the mean divergence of every few steps.
+    """Continue a run to its last step; yield the mean divergence of every few steps.
 
     Args:
         refinement: the run, from wherever it is.

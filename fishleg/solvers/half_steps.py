@@ -217,7 +217,7 @@ def _stop_short(old: Tensor, change: Tensor, gap: Tensor) -> Tensor:
     Seen from the old factor L L^T, the new one is 1 + e, e the eigenvalues of L^-1 change L^-T.
     Where that would leave the cone, or come near its edge, it is stopped short; the other
     directions go all their way. (Shortening the whole step freezes the factor: then one bad
-    direction holds up all others, in every sweep anew.) Should the rest of the step not lead
+    direction holds up all others, in every sweep again.) Should the rest of the step not lead
     downhill any more, the whole step is shortened after all.
     """
     factor = torch.linalg.cholesky(old)
@@ -233,7 +233,7 @@ def _stop_short(old: Tensor, change: Tensor, gap: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Images:
-    """The images of all pieces, made anew in each iteration over them."""
+    """The images of all pieces, made again in each iteration over them."""
 
     side: Side
     pieces: Iterable[Tensor]

@@ -1,6 +1,6 @@
 """A console for what anybody may have written: it shows no secrets, and obeys nothing.
 
-Names, messages and documents come from specs, stages and stores. Whoever prints them need not
+Names, messages and documents come from specs, stages and stores. Printing code need not
 think of it: every text that is printed, and every cell of a table, is made presentable here.
 """
 

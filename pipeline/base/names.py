@@ -1,6 +1,6 @@
 """Names that come from a store, and the rule that none of them leads out of it.
 
-Whoever can write to a store can put any name into it, and any text into its documents. So a stored
+A writer to the store can put any name into it, and any text into its documents. So a stored
 path is checked each time that it is used, wherever its parts come from.
 """
 

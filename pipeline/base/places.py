@@ -57,7 +57,7 @@ def tracking_uri(
         declared: what the spec says, or None.
         recorded: where the run is recorded that goes on, or None.
         folder: where a declared path starts.
-        default_folder: where the database lies that nobody declares.
+        default_folder: where the undeclared database lies.
     """
     if recorded and declared and absolute_uri(declared) != declared:
         declared = None
@@ -94,7 +94,7 @@ def moved(given: str, folder: Path, tracking: Path) -> list[str]:
     if "://" not in given and there and not os.path.exists(now):
         told.append(
             f"A relative `storage:` starts at the pipeline file, so results go to {now}; there is "
-            f"a store at {before}, where they went: give that as `storage:` to go on with it."
+            f"a store at {before}, where they went: give that as `storage:` to use it."
         )
     old, new = os.path.abspath(DATABASE), os.path.abspath(tracking / DATABASE)
     if told and os.path.isfile(old) and not os.path.exists(new):

@@ -49,7 +49,7 @@ def _check_own(folder: Path) -> None:
     if not is_private(folder):
         raise StorageUnsupported(
             f"{folder} is not a folder of user {os.getuid()}, who would keep private copies there; "
-            "expected one that nobody else has made. Remove it, or set TMPDIR to a folder of your "
+            "expected one of your own. Remove it, or set TMPDIR to a folder of your "
             "own."
         )
     if stat.S_IMODE(folder.lstat().st_mode) & 0o077:

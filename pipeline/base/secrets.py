@@ -212,7 +212,7 @@ _here: tuple[Mapping[Any, Any], _Redactor] | None = None
 
 
 def _redactor_here() -> _Redactor:
-    """Return the redactor of this process's environment, made anew whenever that has changed.
+    """Return the redactor of this process's environment, made again whenever that has changed.
 
     The variables as `os.environ` holds them are compared: decoding all of them, for each line that
     a stage prints, would take ten times as long as the redaction.

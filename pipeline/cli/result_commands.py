@@ -144,7 +144,7 @@ def ui(
 ) -> None:
     """Serve MLflow's pages on a pipeline's runs, and print the link to them; Ctrl-C ends it.
 
-    The link has a password in it, new each time: without it nobody on this machine gets in.
+    The link has a password in it, new each time: without it no user of this machine gets in.
 
     Of a tracking server, whose pages are there already, the address is printed.
     """

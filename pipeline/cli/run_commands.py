@@ -109,7 +109,7 @@ def submit(
         bool, typer.Option("--follow", help="Print the job's log, and end as it ends.")
     ] = False,
     resume: Annotated[
-        str | None, typer.Option("--resume", metavar="RUN", help="Go on with this run.")
+        str | None, typer.Option("--resume", metavar="RUN", help="Resume this run.")
     ] = None,
     env: Annotated[
         list[str],
@@ -179,13 +179,13 @@ def resume(
     file: FileOption = DEFAULT_FILE,
     storage: StorageOption = None,
     replan: Annotated[
-        bool, typer.Option("--replan", help="Make anew what has changed since, such as code.")
+        bool, typer.Option("--replan", help="Make again what has changed since, such as code.")
     ] = False,
     trust_store: TrustOption = False,
     stop_after: StopOption = None,
     grace: GraceOption = None,
 ) -> None:
-    """Go on with a run that was killed, stopped, or failed, as the same run in tracking.
+    """Resume a run that was killed, stopped, or failed, as the same run in tracking.
 
     The spec is the one that the run began with. Its plugins, and functions that its parameters
     name, are imported if --file names them too, or with --trust. If code has changed since, this

@@ -61,7 +61,7 @@ def forwarding(environment: Mapping[str, str], wishes: Sequence[str]) -> Forward
 def refuse_secrets(
     environment: Mapping[str, str], wishes: Sequence[str], origins: Mapping[str, str]
 ) -> None:
-    """Check that a job is given no secret that nobody wished for.
+    """Check that a job is given no secret without a wish for it.
 
     Args:
         environment: all that the job is to be given, as it will be.

@@ -42,7 +42,7 @@ class Submission:
         address: of the head's dashboard.
         arguments: options of `fls run`; none when a run is resumed.
         stop_after_s: how long the job may take, or None.
-        resume: the run to go on with, or None for a new one.
+        resume: the run to resume, or None for a new one.
         excludes: patterns of files to leave behind.
         env: environment variables for the job: NAME=VALUE, or NAME.
     """

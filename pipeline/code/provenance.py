@@ -1,6 +1,6 @@
 """Where the code of a run comes from: commit, uncommitted changes, versions of the environment.
 
-A folder that was packed for a cluster has no `.git`, so whoever packs it leaves a file in it that
+A folder that was packed for a cluster has no `.git`, so the packer leaves a file in it that
 says all this, and a run started there reads the file instead of asking Git.
 """
 

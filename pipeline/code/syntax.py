@@ -384,7 +384,7 @@ def _reads_docstrings(node: ast.AST) -> bool:
 
 
 def _names_in_texts(annotation: ast.expr) -> Iterator[str]:
-    """Yield the names in an annotation's strings, which are evaluated by whoever reads them."""
+    """Yield the names in an annotation's strings, which their readers evaluate."""
     for part in ast.walk(annotation):
         if isinstance(part, ast.Constant) and isinstance(part.value, str):
             try:

@@ -184,7 +184,7 @@ class _Worker:
         self._log: IO[bytes] = tempfile.TemporaryFile()
         fcntl.fcntl(
             self._log, fcntl.F_SETFL, os.O_APPEND
-        )  # the worker begins it anew, see OutputFile
+        )  # the worker begins it again, see OutputFile
         self._oom_kills = oom_kills()
         environment = {
             **os.environ,

@@ -85,7 +85,7 @@ def cause(outcomes: Mapping[int, Outcome], size: int) -> Outcome:
 
 
 def _importance(outcome: Outcome) -> int:
-    """Sort an outdated process first, then deaths, what the user can mend, damage, and bugs."""
+    """Sort an outdated process first, then deaths, what the user can correct, damage, and bugs."""
     if outcome["status"] == "failed":
         return 2 if outcome["error"]["user"] else 4
     return {"outdated": 0, "died": 1}.get(outcome["status"], 3)

@@ -199,7 +199,7 @@ def _outcome(reference: Any) -> Outcome:
     except ray.exceptions.TaskCancelledError:
         return preempted()
     except ray.exceptions.RayError as error:
-        # A crashed or preempted worker, a lost node, no memory: nobody's fault, worth a retry.
+        # A crashed or preempted worker, a lost node, no memory: no defect, worth a retry.
         return died(f"{type(error).__name__}: {error}")
 
 

@@ -56,7 +56,7 @@ def connect(address: str) -> None:
         address: what RAY_ADDRESS holds, from where Ray takes it.
 
     Raises:
-        BadInput: there is no cluster, or it lets nobody in.
+        BadInput: there is no cluster, or it refuses.
     """
     try:
         with _silence():
@@ -65,9 +65,7 @@ def connect(address: str) -> None:
             job = JobConfig() if address.startswith(_CLIENT) else searching_here_last()
             ray.init(log_to_driver=False, logging_level=logging.ERROR, job_config=job)
     except AuthenticationError as error:
-        raise BadInput(
-            f"Ray at {address} (RAY_ADDRESS) lets nobody in without its token. {TOKENS}"
-        ) from error
+        raise BadInput(f"Ray at {address} (RAY_ADDRESS) asks for its token. {TOKENS}") from error
     except (OSError, RuntimeError, ValueError, RpcError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise BadInput(

@@ -1,6 +1,6 @@
 """The Jobs API of a Ray cluster: hands a packed folder and a command over, and follows the log.
 
-What a request can run into (nobody there, a wrong token, a refusal) becomes one sentence that says
+What a request can run into (no server, a wrong token, a refusal) becomes one sentence that says
 what to do.
 """
 
@@ -106,8 +106,7 @@ class RayJobs:
             yield
         except AuthenticationError as error:
             raise PipelineError(
-                f"Ray at {self._address} lets nobody in without its token: {_first(error)}. "
-                f"{TOKENS}"
+                f"Ray at {self._address} asks for its token: {_first(error)}. {TOKENS}"
             ) from error
         except (ConnectionError, requests.RequestException, aiohttp.ClientError) as error:
             raise PipelineError(

@@ -129,8 +129,8 @@ def _run_rank(given: Any) -> Any:
     notice, cell = given["notice"], task["cell"]
     preemption = Preemption()
     if seat["rank"] == 0:
-        heed = partial(_heed, notice, cell, preemption)
-        threading.Thread(target=heed, name="notice", daemon=True).start()
+        wait = partial(_await_notice, notice, cell, preemption)
+        threading.Thread(target=wait, name="notice", daemon=True).start()
 
     def await_others() -> None:
         ray.get(notice.wait_for_others.remote(cell, seat["world_size"] - 1))
@@ -145,7 +145,7 @@ def _run_rank(given: Any) -> Any:
     raise _RankFailed(json.dumps(outcome))
 
 
-def _heed(notice: Any, cell: str, preemption: Preemption) -> None:
+def _await_notice(notice: Any, cell: str, preemption: Preemption) -> None:
     """Wait for the notice, and pass it on to the stage."""
     with suppress(ray.exceptions.RayError):  # the driver is gone, or the task has ended
         ray.get(notice.wait.remote(cell))

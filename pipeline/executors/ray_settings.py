@@ -12,7 +12,7 @@ TOKENS = (  # what to tell somebody whom a cluster does not let in
 )
 
 # Ray's switch for "no cluster beyond this machine": without it, a local instance listens on all
-# network interfaces, and whoever reaches it may run code.
+# network interfaces, and any client that reaches it may run code.
 if RAY_ADDRESS.read() is None:
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -44,7 +44,7 @@ def files_of(params: BaseModel) -> dict[str, Path]:
 def folders_of(params: BaseModel) -> dict[str, Path]:
     """Return parameter -> folder of the data that it stands for, as this process sees them.
 
-    Of data with a declared digest there is none: whoever reads them compares.
+    Of data with a declared digest there is none: the reader compares.
     """
     found = {}
     for mark in marked(params):
@@ -68,7 +68,7 @@ class Reading:
         state: of what shows that something was written, though the content be the same again:
             sizes and times of all files and folders, among them the time of the last change of
             whatever kind, which no user sets at will. Inodes are left out: file systems over object
-            stores make them up anew.
+            stores make them up again.
     """
 
     digest: str

@@ -90,7 +90,7 @@ class Drift:
             *(f"  {line}" for line in self.lines()),
             f"{len(self.touched)} of {len(record.cells)} cells are touched; the store has "
             f"{len(self.done)} of their results, as the run planned them.",
-            f"To make what has changed anew: `fls resume {record.run_id} {where} --replan`.",
+            f"To make what has changed again: `fls resume {record.run_id} {where} --replan`.",
         ]
         if self.code:
             stages = " ".join(map(shlex.quote, self.code))

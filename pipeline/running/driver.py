@@ -133,7 +133,7 @@ class Driver:
         Raises:
             StorageUnavailable: the storage is away, for longer than it was waited for.
         """
-        with self._requests, self._heartbeat, self._heeding_signals():
+        with self._requests, self._heartbeat, self._handling_signals():
             try:
                 return self._run()
             except StorageUnavailable as error:
@@ -290,7 +290,7 @@ class Driver:
                         self._view.say(f"{name}: {error}")
 
     @contextmanager
-    def _heeding_signals(self) -> Iterator[None]:
+    def _handling_signals(self) -> Iterator[None]:
         """Take note of SIGINT and SIGTERM; the second one of its kind acts as usual.
 
         A terminal that is closed (SIGHUP, once or more often) is as SIGTERM; not under nohup. Only
@@ -342,7 +342,7 @@ class Driver:
             self._looked_s = now
             self._check_room()
         self._check_tracking()
-        self._heed()
+        self._take_requests()
         self._save()
         self._view.show(self._statuses)
 
@@ -527,7 +527,7 @@ class Driver:
         self._end_flight(name, State.WAITING)
 
     def _repair(self, name: str, outcome: Outcome) -> None:
-        """Set a damaged input aside, and let the cell wait until it is made anew."""
+        """Set a damaged input aside, and let the cell wait until it is made again."""
         key = outcome["key"]
         self._repairs[name] += 1
         self._store.set_aside(key)
@@ -583,7 +583,7 @@ class Driver:
         """Pass on what tracking has to say.
 
         Raises:
-            PipelineError: it could not even begin, and waiting would not mend that.
+            PipelineError: it could not even begin, and waiting would not correct that.
         """
         error = self._tracking.error
         if error is not None:
@@ -602,10 +602,10 @@ class Driver:
     def _attend(self) -> None:
         """Show, while tracking ends, that the run is still being recorded by this process."""
         self._pass_on_messages()
-        self._heed()
+        self._take_requests()
         self._save()
 
-    def _heed(self) -> None:
+    def _take_requests(self) -> None:
         """See what was asked of this driver; raise what has ended its heartbeat, if it has."""
         self._heartbeat.check()
         if self.signal is None and self._heartbeat.asked_to_stop:

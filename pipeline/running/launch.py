@@ -119,11 +119,11 @@ def resume_run(
 
     The spec is the one that the run began with, whatever the file says by now. The file, of which
     `trust` is, only has to name the code that is imported, and where the run is recorded. With
-    `replan`, what has changed besides (code, above all) is made anew, under new keys.
+    `replan`, what has changed besides (code, above all) is made again, under new keys.
 
     Raises:
         BadInput: the run is still running; or something has changed, and `replan` is not given; or
-            it is recorded where nobody here says, or names code that nobody here does.
+            it is recorded at a place, or names code, that is not named here.
     """
     if record.observed_state() is RunState.RUNNING:
         raise BadInput(
@@ -311,7 +311,7 @@ def _facts_again(
     """Return what tracking is to know of a run that goes on: it stays where it was tracked.
 
     Raises:
-        BadInput: nobody here says that it is tracked there.
+        BadInput: its tracking address is not named here.
     """
     tracker = record.options.tracking
     folder = trust.places.allowed(_lines_folder(spec, store, record.options, console))
@@ -336,7 +336,7 @@ def _facts_again(
 
 
 def _take_up_tracking(record: RunRecord, facts: RunFacts, console: Console) -> None:
-    """Go on with what is recorded where the run is tracked from now on, and say if that is new.
+    """Continue what is recorded where the run is tracked from now on, and say if that is new.
 
     Raises:
         BadInput: it was tracked with credentials, which are not at hand.

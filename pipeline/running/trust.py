@@ -1,6 +1,6 @@
 """What this side names, so that a run in a store may use it.
 
-Whoever can write to a store can name any module, address or folder in its documents. A document is
+A writer to the store can name any module, address or folder in its documents. A document is
 followed only as far as the pipeline file that is given here says the same, or the environment does.
 """
 

@@ -62,7 +62,7 @@ def _require_plain(value: str) -> None:
     """Check an axis value, which becomes part of a cell's name.
 
     Two texts that look the same, such as a letter in Latin and in Cyrillic, would name two cells
-    that nobody can tell apart; so they are of ASCII.
+    that look alike; so they are of ASCII.
 
     Raises:
         ValueError: it is empty, too long, or has a character that a cell's name cannot have.

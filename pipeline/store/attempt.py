@@ -79,7 +79,7 @@ class Attempt:
         self.folder = storage.workspace(self._path)
         try:
             self._take_over_checkpoint()
-        except BaseException:  # then nobody will leave this attempt as a context
+        except BaseException:  # then no caller will leave this attempt as a context
             storage.release(self.folder)
             raise
 

@@ -1,6 +1,6 @@
 """A cache of stored folders on the local disk, shared by all processes of a user on a machine.
 
-    <folder>/lock                   held for a moment by whoever marks or deletes
+    <folder>/lock                   held for a moment while one marks or deletes
     <folder>/users/<user>           locked as long as this user of the cache lives
     <folder>/copies/<id>/copy/      a copy; comes into being by rename: it is whole or not there
     <folder>/copies/<id>/part-*     one in the making; `old-*` is one that a fresh one replaced

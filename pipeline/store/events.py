@@ -17,7 +17,7 @@ flat JSON object with `type` and `time` (Unix seconds); the types, with their fu
 Of `progress` and `text`, which tell how a stage stands, a segment holds the latest one alone.
 
 Once an attempt has ended, runs of its segments are merged: the first of a run is replaced by all of
-them, and the others are deleted. So whoever begins to read finds what there was, and whoever has
+them, and the others are deleted. So a new reader finds what there was, and one that has
 read some of a run goes on within it: a merged segment says in a first line which of its events had
 been in which segment.
 """

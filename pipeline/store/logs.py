@@ -1,4 +1,4 @@
-"""A cell's log: what its stage prints and says, as text that nobody has to parse.
+"""A cell's log: what its stage prints and says, as plain text.
 
 An attempt's log lies in its folder as segments, files named by the number of bytes before them:
 
@@ -35,7 +35,7 @@ _HEAD, _TAIL = 8, 8  # segments that are kept of the beginning, and of the end
 _LONGEST_LINE = 64 * 1024  # characters; a longer one is cut
 _OVERLAP = 4 * 1024  # of it that wait for what follows: a secret may stand across the cut
 _PIECE_BYTES = 2**20
-_FILE_BYTES = 16 * 2**20  # of output past Python, after which its file begins anew
+_FILE_BYTES = 16 * 2**20  # of output past Python, after which its file begins again
 
 # --------------------------------------------------------------------------------- writing
 
@@ -128,7 +128,7 @@ class LogStream(io.TextIOBase):
     A line that is overwritten by a carriage return, as progress bars do, counts only as it ends;
     empty lines do not count. What a forked child prints goes the way of its file descriptor 2.
 
-    Whoever holds a stream beyond its end, as a logging handler of an earlier cell in a warm worker
+    A holder of a stream beyond its end, as a logging handler of an earlier cell in a warm worker
     does, writes into the log of the cell that runs now, or nowhere if there is none.
     """
 
@@ -150,7 +150,7 @@ class LogStream(io.TextIOBase):
         return True
 
     def fileno(self) -> int:
-        """Return the file descriptor for whoever goes past Python, such as a child process."""
+        """Return the file descriptor for writers past Python, such as a child process."""
         return 2
 
     def write(self, text: str) -> int:

@@ -310,7 +310,7 @@ class RemoteStorage(AbstractStorage):
     def _patiently(self, verb: str, path: str, request: Callable[[], Answer]) -> Answer:
         """Return the answer to a request, made again while it fails for reasons that may pass.
 
-        What no further try could mend is raised at once, see `_judge`.
+        What no further try could correct is raised at once, see `_judge`.
 
         Raises:
             StorageUnavailable: there is no answer in time.
@@ -335,7 +335,7 @@ class RemoteStorage(AbstractStorage):
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def _judge(self, error: Exception, what: str) -> None:
-        """Raise what no further try could mend; return if one could.
+        """Raise what no further try could correct; return if one could.
 
         Raises:
             FileNotFoundError: there is no such file.

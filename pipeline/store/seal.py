@@ -62,7 +62,7 @@ def _parse(data: bytes) -> Any:
     """Return what JSON says.
 
     Raises:
-        ValueError: it is none, or lies so deep in itself as nobody writes but to break its readers.
+        ValueError: it is none, or lies deeper in itself than any honest writer makes it.
     """
     too_deep = "it is nested too deeply"
     try:

@@ -183,7 +183,7 @@ class AbstractStorage(ABC):
     def local(self, path: str, *, fresh: bool = False) -> Path:
         """Return a local folder with what the stored folder `path` holds, to be read only.
 
-        It is there as long as this object is, and may be damaged: whoever uses it checks it.
+        It is there as long as this object is, and may be damaged: its user checks it.
 
         Args:
             path: the stored folder.
@@ -231,8 +231,8 @@ def patience_s(answered: bool = True) -> float:
 def retry(request: Callable[[], _Answer], limit_s: float) -> _Answer:
     """Return the answer to a request, made again while a disk or a file server has a bad moment.
 
-    It must be one that begins anew each time: what an fsync has failed on may be lost, and the next
-    fsync does not say so.
+    It must begin again each time: what an fsync has failed on may be lost, and the next fsync does
+    not say so.
 
     Raises:
         OSError: it did not pass in time, or is of another kind.

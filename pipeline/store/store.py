@@ -191,7 +191,7 @@ class Store:
                 return {"format": 1}  # the layout before seals
             raise StoreError(
                 f"{self.url}/storage.json is damaged ({error}). It only tells storages apart: "
-                "delete it while nothing runs, and the next run makes it anew."
+                "delete it while nothing runs, and the next run makes it again."
             ) from error
 
     def _probe(self) -> None:
@@ -316,7 +316,7 @@ class Store:
     def set_aside(self, key: str) -> bool:
         """Move a damaged result to `<key>.damaged-N`, so that its cell runs again.
 
-        It is checked again first, because another worker may have set it aside and made it anew.
+        It is checked again first, because another worker may have set it aside and made it again.
 
         Returns:
             Whether it was damaged, and moved.

@@ -153,7 +153,7 @@ class AbstractTracker(ABC):
 
     @abstractmethod
     def open_run(self, run: RunFacts) -> None:
-        """Begin the run, or go on with what was recorded of it; called again after an error."""
+        """Begin the run, or continue what was recorded of it; called again after an error."""
 
     @abstractmethod
     def open_cell(self, cell: CellFacts) -> None:

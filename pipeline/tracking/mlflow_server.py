@@ -141,7 +141,7 @@ def open_experiment(client: MlflowClient, run: RunFacts) -> str:
     if found is None:
         database = database_of(run.uri)
         # A server knows where artifacts go; a bare database would put them into the folder of
-        # whoever happens to write, so they go beside it.
+        # the writers, so they go beside it.
         location = None
         if database is not None:
             location = artifacts_beside(database)

@@ -83,7 +83,7 @@ class Recorder:
         tracker.ids = progress.ids
 
     def open(self) -> None:
-        """Begin the run, or go on with it; also after an error, before anything else."""
+        """Begin the run, or continue it; also after an error, before anything else."""
         self._open.clear()
         run, self._run = self._run, replace(self._run, resumed=True)
         # An error, of this call or a later one, leaves open what has been recorded: the next time
@@ -231,7 +231,7 @@ class Recorder:
         for output in cell.kept if state is CellState.DONE else ():
             try:
                 folders[output] = self._store.fetch(cell.key, output)
-            except Damaged:  # who needs it has it made again, and then it is recorded anew
+            except Damaged:  # who needs it has it made again, and then it is recorded again
                 continue
         files = [file for output in manifest.outputs.values() for file in output.values()]
         return CellEnd(

@@ -41,7 +41,7 @@ class TrackingThread:
         name: of the tracker; imported in the thread, for MLflow takes seconds.
         store: holds what is to be recorded.
         progress: what an earlier life of the run recorded.
-        patient: whether to go on even if the first answer is an error that waiting does not mend.
+        patient: whether to continue even after a first error that waiting does not correct.
 
     Attributes:
         error: why tracking could not even begin, or None.

@@ -1,6 +1,6 @@
 """MLflow's pages on a database, for the one who has the password.
 
-Every user of the machine reaches 127.0.0.1, and whoever reaches MLflow may delete runs, and read
+Every user of the machine reaches 127.0.0.1, and any client of MLflow may delete runs, and read
 and write files of the one who serves it. So a password, new each time, is in the link that is
 printed, and nothing is answered without it.
 """
@@ -131,7 +131,7 @@ def _pages(uri: str, address: str) -> _App:
 
 
 class _Guard:
-    """Answers to whoever does not have the password are 401, to pages of others 403.
+    """Answers without the password are 401, to pages of others 403.
 
     MLflow itself takes requests from pages of any other server on this machine.
 

@@ -9,7 +9,7 @@ killed, workspaces of killed workers on this machine, and generations that no ce
 A run may start while this works. So whatever was written to within the grace period stays; and
 before each thing is deleted it is looked at again, and so are the runs. What is left is a run that
 planned before and writes its plan after that second look: it finds a result gone, and makes it
-anew, as it does with a damaged one.
+again, as it does with a damaged one.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def collect(
     for item in garbage:
         now = set(store.list_runs())
         try:
-            if item.discard is not None:  # by a dead process, or long ago: in nobody's use
+            if item.discard is not None:  # by a dead process, or long ago: unused
                 item.discard()
                 yield item
                 continue
@@ -420,7 +420,7 @@ class _Survey:
         numbers = _parts(files, folder)
         later = _parts(self.groups.get(("stages", key), ()), f"stages/{key}")
         if max(numbers, default=0) < max(later, default=0):
-            yield self.item([folder], files, "set aside as damaged, and made anew since", key)
+            yield self.item([folder], files, "set aside as damaged, and made again since", key)
             return
         for parts in numbers.values():
             for path, found in parts.items():

@@ -1,4 +1,4 @@
-"""Which errors a retry may mend, said once; `docs/architecture.md` has the table.
+"""Which errors a retry may correct, said once; `docs/architecture.md` has the table.
 
 A cell is a function of its key, so an error of its computing comes again: a mistake in the code, a
 value that does not fit, too little memory. It gets one attempt. What comes from outside may pass,

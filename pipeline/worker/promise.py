@@ -185,7 +185,7 @@ class DataPromise:
         try:
             yield
             for one in self._things:
-                reading = self._heed(one, one.read)
+                reading = self._look_at(one, one.read)
                 if reading.digest != one.promised:
                     raise BrokenPromise(f"{one.what} was changed while the stage ran. {_WHAT_NOW}")
                 self._check_state(one, reading.state)
@@ -201,7 +201,7 @@ class DataPromise:
         """
         for one in self._things:
             if one.path in self._begun:
-                self._check_state(one, self._heed(one, one.look))
+                self._check_state(one, self._look_at(one, one.look))
 
     def _check_state(self, one: _Thing, state: str) -> None:
         """Raise if something was written since the beginning.
@@ -216,7 +216,7 @@ class DataPromise:
                 "published. Start the run again."
             )
 
-    def _heed(self, one: _Thing, look: Callable[[Path], _T]) -> _T:
+    def _look_at(self, one: _Thing, look: Callable[[Path], _T]) -> _T:
         """Look at something that was there.
 
         Raises:

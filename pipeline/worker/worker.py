@@ -114,7 +114,7 @@ class Task(TypedDict):
 
 
 class Failure(TypedDict):
-    """Why an attempt failed; `user` marks what no retry mends: `pipeline.worker.failures`."""
+    """Why an attempt failed; `user` marks what no retry corrects: `pipeline.worker.failures`."""
 
     message: str
     traceback: str
@@ -208,7 +208,7 @@ def _run_task(
         return _help(task, store, code, pass_on)
     began = time.monotonic()
     with (
-        _heeding_signals(preemption.ask),
+        _handling_signals(preemption.ask),
         store.begin_attempt(task["key"]) as attempt,
         LogWriter(attempt.folder / LOG_FOLDER, task["log_bytes"]) as log,
         OutputFile(output, log) as past_python,
@@ -228,16 +228,16 @@ def _run_task(
 
 
 @contextmanager
-def _heeding_signals(heed: Callable[[], None]) -> Iterator[None]:
-    """Heed the signals that tell a worker to end, for as long as a stage runs.
+def _handling_signals(handle: Callable[[], None]) -> Iterator[None]:
+    """Handle the signals that tell a worker to end, for as long as a stage runs.
 
-    SIGTERM comes from our driver, or from whoever takes the machine away, as SIGHUP does; SIGINT is
-    what becomes of Ray's gentle cancelling. All are heeded also where the process ignores them, as
-    one does that a shell has started in the background.
+    SIGTERM comes from our driver, or, as SIGHUP does, from a scheduler that takes the machine away;
+    SIGINT is what becomes of Ray's gentle cancelling. All are handled also where the process
+    ignores them, as one does that a shell has started in the background.
     """
 
     def note(number: int, frame: FrameType | None) -> None:
-        heed()
+        handle()
 
     before = {
         number: signal.getsignal(number) or signal.SIG_DFL
@@ -297,7 +297,7 @@ def _help(task: Task, store: Store, code: CodePromise, pass_on: Callable[[], Non
     """
     with tempfile.TemporaryDirectory(prefix="fls-", ignore_cleanup_errors=True) as folder:
         try:
-            with _heeding_signals(pass_on):
+            with _handling_signals(pass_on):
                 _perform(task, store, code, Path(folder), lambda event: None, Preemption())
             return {"status": "ok"}
         except (Exception, SystemExit) as error:
@@ -549,7 +549,7 @@ def main() -> None:
         for line in sys.stdin.buffer:
             message = json.loads(line)
             if message == END:
-                preemption.ask()  # if the task has ended meanwhile, nobody looks at it
+                preemption.ask()  # if the task has ended meanwhile, it has no effect
             elif message == OTHERS_ENDED:
                 others_ended.set()
             else:

@@ -89,7 +89,7 @@ def _of_split(name: str, split: Split, classes: int) -> Iterator[str]:
             if strange is not None:
                 yield (
                     f"{name}.inputs[{start + strange}] has a number that is not finite (nan or "
-                    "inf); mend or leave out the sample."
+                    "inf); correct or leave out the sample."
                 )
 
 

@@ -57,7 +57,7 @@ def dense_title(label: str) -> str:
 
 
 def _footnotes(summary: Summary) -> list[str]:
-    """Return what nobody may miss: warnings, and weights that were never up for removal."""
+    """Return what must be seen: warnings, and weights that were never up for removal."""
     parts = []
     if summary.warnings:
         found = [f"- {text} ({_listed(cells)})" for text, cells in summary.warnings.items()]

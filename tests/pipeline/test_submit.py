@@ -129,7 +129,7 @@ def test_a_wrong_token_is_refused_in_one_sentence(head: Head, work: Path) -> Non
     for found in (wrong, missing):
         assert (found.returncode, found.stdout) == (1, "")
         assert len(found.stderr.splitlines()) == 1
-        assert "lets nobody in without its token" in found.stderr
+        assert "asks for its token" in found.stderr
         assert "put the cluster's token into RAY_AUTH_TOKEN" in found.stderr
     assert "Invalid authentication token" in wrong.stderr
     assert "Missing authentication token" in missing.stderr
