@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from fishleg.blocks.base import AbstractBlock
-from fishleg.blocks.dense import DenseBlock, chunk_count, invert_damped
+from fishleg.blocks.dense import DenseBlock, chunk_count
 from fishleg.blocks.diagonal import DiagonalBlock
 from fishleg.blocks.kronecker import KroneckerBlock
 from fishleg.blocks.tensor import TensorBlock
+from fishleg.linalg import invert_damped
 from fishleg.options import Structure
 from fishleg.parameters import ParameterGroup
 

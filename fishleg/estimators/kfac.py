@@ -8,10 +8,11 @@ from functools import partial
 from torch import Tensor
 
 from fishleg.blocks.base import AbstractBlock
-from fishleg.blocks.dense import DenseBlock, invert_damped
+from fishleg.blocks.dense import DenseBlock
 from fishleg.blocks.eigen import invert_factors
 from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
 from fishleg.gradients import GradientSource
+from fishleg.linalg import invert_damped
 from fishleg.memory import Footprint
 from fishleg.moments import (
     accumulate,

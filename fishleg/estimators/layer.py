@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from fishleg.blocks.base import AbstractBlock
-from fishleg.blocks.dense import invert_damped
 from fishleg.blocks.diagonal import DiagonalBlock
 from fishleg.blocks.shared import SharedBlock
 from fishleg.errors import FishLegError
 from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
 from fishleg.gradients import GradientSource
+from fishleg.linalg import invert_damped
 from fishleg.memory import Footprint
 from fishleg.moments import input_moments
 from fishleg.options import LayerOptions

@@ -7,9 +7,10 @@ from functools import partial
 
 from torch import Tensor
 
-from fishleg.blocks.dense import DenseBlock, chunk_count, invert_damped
+from fishleg.blocks.dense import DenseBlock, chunk_count
 from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
 from fishleg.gradients import GradientSource
+from fishleg.linalg import invert_damped
 from fishleg.memory import Footprint
 from fishleg.moments import accumulate, chunk_products
 from fishleg.options import ObsOptions

@@ -16,10 +16,11 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from fishleg.blocks.dense import DenseBlock, invert_damped
+from fishleg.blocks.dense import DenseBlock
 from fishleg.blocks.diagonal import DiagonalBlock
 from fishleg.blocks.eigen import EigenBlock
 from fishleg.errors import ShapeMismatch
+from fishleg.linalg import invert_damped
 from fishleg.moments import chunk_products, squares
 from fishleg.solvers.base import AbstractSolver, SolverState, total
 

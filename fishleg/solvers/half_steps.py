@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fishleg.blocks.dense import invert_damped
 from fishleg.errors import NotPositiveDefinite
-from fishleg.linalg import conjugate_gradient
+from fishleg.linalg import conjugate_gradient, invert_damped
 
 _CG_TOLERANCE = 1e-5
 _MARGIN = 0.3  # of the factor's former size, that a direction keeps which would have left the cone

@@ -16,10 +16,10 @@ from fishleg.blocks import (
     SharedBlock,
     TensorBlock,
 )
-from fishleg.blocks.dense import invert_damped
 from fishleg.blocks.eigen import invert_factors
 from fishleg.blocks.low_rank import invert_low_rank
 from fishleg.errors import NotPositiveDefinite, ShapeMismatch
+from fishleg.linalg import invert_damped
 
 TOLERANCE = {
     torch.float64: {"rtol": 1e-10, "atol": 1e-10},
