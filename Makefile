@@ -22,7 +22,7 @@ run: $(READY)  ## Run the default experiment (pipeline.yaml): trains, prunes, co
 	@$(BIN)/fls run pipeline.yaml
 
 test: $(READY)  ## Run the tests
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 3 --dist loadfile
 
 acceptance: $(READY)  ## Build the wheel and use it as a newcomer would, in an environment of its own (a minute)
 	@$(BIN)/python -m tests.acceptance.wheel

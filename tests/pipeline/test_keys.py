@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.planning.keys import Magnitude, explain, identify
+from pipeline.planning.keys import Identity, explain, identify
 from pipeline.spec.build import load_spec
 
 SPEC = """
@@ -23,7 +23,7 @@ stages:
 
 def identities(
     folder: Path, text: str = SPEC, *overrides: str, forced: Mapping[str, int] | None = None
-) -> dict[str, Magnitude]:
+) -> dict[str, Identity]:
     if not (folder / "number.txt").exists():
         (folder / "number.txt").write_text("3")
     (folder / "p.yaml").write_text(text)
@@ -31,7 +31,7 @@ def identities(
     return identify(spec.cells, spec.plugins, lambda cell, base: (forced or {}).get(cell.name, 0))
 
 
-def changed(before: Mapping[str, Magnitude], after: Mapping[str, Magnitude]) -> list[str]:
+def changed(before: Mapping[str, Identity], after: Mapping[str, Identity]) -> list[str]:
     return [name for name in before if before[name].key != after[name].key]
 
 
