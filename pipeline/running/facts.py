@@ -88,7 +88,7 @@ def _registered(
     """
     tracking = store.peek_run(run_id, "tracking")
     if tracking and here and tracking.get("destination") not in {None, "", here}:
-        tracking = tracking.get("elsewhere", {}).get(here)
+        return
     if not tracking or not tracking["registered"]:
         return
     request, facts = store.peek_run(run_id, "run"), store.peek_run(run_id, _DOCUMENT)

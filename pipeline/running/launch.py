@@ -201,7 +201,7 @@ def _execute(
 ) -> Ended:
     options = record.options
     _mind_the_job(plan.spec, source, console)
-    _take_up_tracking(record, facts, console)
+    _take_up_tracking(record, facts)
     tracking = TrackingThread(
         options.tracking, store, record.tracking, patient=options.tracking_later
     )
@@ -335,20 +335,16 @@ def _facts_again(
     return found
 
 
-def _take_up_tracking(record: RunRecord, facts: RunFacts, console: Console) -> None:
-    """Continue what is recorded where the run is tracked from now on, and say if that is new.
+def _take_up_tracking(record: RunRecord, facts: RunFacts) -> None:
+    """Continue what is recorded of a run where it is tracked.
 
     Raises:
-        BadInput: it was tracked with credentials, which are not at hand.
+        BadInput: it is tracked at another server, or with credentials that are not at hand.
     """
     tracker = record.options.tracking
+    here = destination(facts, tracker)
     if tracker is TrackerName.MLFLOW and HIDDEN in facts.uri:
         raise BadInput(f"Run {record.run_id} {HIDDEN_ADDRESS.format(facts.uri)}")
-    before = record.track_at(destination(facts, tracker))
-    if before is not None:
-        console.print(
-            f"Tracked at {before} until now, and at {record.destination} from now on, where all "
-            f"that it recorded goes as well; `{record.sync_command}`, with that address as "
-            "MLFLOW_TRACKING_URI, still completes the former.",
-            soft_wrap=True,
-        )
+    if (why := record.why_not_at(here)) is not None:
+        raise BadInput(f"Run {record.run_id} {why}")
+    record.track_at(here)

@@ -149,7 +149,6 @@ class RunRecord:
         tracking: how far the run is recorded.
         tracked: whether all of it is.
         destination: where that is so, see `pipeline.tracking.destination`; "" before it begins.
-        elsewhere: other destinations that it had -> how far it is recorded there.
         damaged: names of its documents that are damaged; what they said counts as unknown.
         storage: where it was looked for by --storage, and so where hints say it is; or None.
         trust: the option by which the code of its spec is trusted here; it begins with a space, or
@@ -173,7 +172,6 @@ class RunRecord:
     tracking: TrackingProgress = field(default_factory=TrackingProgress)
     tracked: bool = False
     destination: str = ""
-    elsewhere: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     damaged: Sequence[str] = ()
     storage: str | None = None
     trust: str = ""
@@ -186,8 +184,8 @@ class RunRecord:
         """
         if self.storage is not None:
             return f" --storage {shlex.quote(self.storage)}"
-        elsewhere = self.options.file != str(DEFAULT_FILE)
-        return f" --file {shlex.quote(self.options.file)}" if elsewhere else ""
+        other = self.options.file != str(DEFAULT_FILE)
+        return f" --file {shlex.quote(self.options.file)}" if other else ""
 
     @property
     def resume_command(self) -> str:
@@ -210,7 +208,6 @@ class RunRecord:
         self.state, self.tracked = RunState.RUNNING, False
         self.host, self.machine, self.pid = socket.gethostname(), this_machine(), os.getpid()
         self.cells = cells
-        self.elsewhere = {at: {**one, "tracked": False} for at, one in self.elsewhere.items()}
 
     def save_request(self, store: Store) -> None:
         """Write what was asked for."""
@@ -260,26 +257,29 @@ class RunRecord:
 
     def save_tracking(self, store: Store) -> None:
         """Write how far the run is recorded."""
-        places = {"destination": self.destination, "elsewhere": self.elsewhere}
-        store.write_run(self.run_id, "tracking", {**self._recorded(), **places})
+        about = {"tracked": self.tracked, "destination": self.destination}
+        store.write_run(self.run_id, "tracking", {**asdict(self.tracking), **about})
 
-    def track_at(self, destination: str) -> str | None:
-        """Take up how far the run is recorded at a destination.
+    def why_not_at(self, here: str) -> str | None:
+        """Return why the run cannot be recorded at a destination, as a predicate; None if it can.
 
-        Returns:
-            Where it was recorded until now, if that is another one.
+        A run is tracked by one server, from the first time that one is reached to the run's end.
         """
-        before, self.destination = self.destination, destination
-        if before in {"", destination}:
+        lines = self.options.tracking is TrackerName.JSONL
+        if lines or self.destination in {"", here} or not self.tracking.ids:
             return None
-        self.elsewhere[before] = self._recorded()
-        there = self.elsewhere.pop(destination, None)
-        self.tracking = _progress(there) if there else TrackingProgress()
-        self.tracked = there is not None and there["tracked"]
-        return before
+        return (
+            f"is tracked at {self.destination}, and would be recorded at {here} from here; a run "
+            f"has one tracking server. Set MLFLOW_TRACKING_URI to {self.destination} for this run. "
+            f"To record at {here}, start a new run with `fls run`, which uses the results in the "
+            "store."
+        )
 
-    def _recorded(self) -> dict[str, Any]:
-        return {**asdict(self.tracking), "tracked": self.tracked}
+    def track_at(self, here: str) -> None:
+        """Record the run at a destination from now on; at another than before it begins again."""
+        if self.destination not in {"", here}:
+            self.tracking, self.tracked = TrackingProgress(), False
+        self.destination = here
 
     def superseded(self, store: Store) -> bool:
         """Tell whether another driver has taken the run over, because this one was silent."""
@@ -410,7 +410,6 @@ def _read(run_id: str, documents: Mapping[str, Any], damaged: Sequence[str]) -> 
     if tracking := documents.get("tracking"):
         record.tracking, record.tracked = _progress(tracking), tracking["tracked"]
         record.destination = tracking.get("destination", "")
-        record.elsewhere = dict(tracking.get("elsewhere", {}))
     return record
 
 

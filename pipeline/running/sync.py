@@ -137,11 +137,6 @@ def sync_runs(
             continue
         if state is not RunState.RUNNING and facts is not None:
             run = trust.places.find(facts.run, tracker)
-        if run is not None:
-            here = destination(run, tracker)
-            if before := record.track_at(here):
-                text = f"{record.run_id} was recorded at {before} until now; this is about {here}."
-                console.print(text, soft_wrap=True)
         if state is RunState.RUNNING:
             said = f"is running; its driver records it (process {record.pid} on {record.host})."
         elif record.tracked:
@@ -159,10 +154,13 @@ def sync_runs(
             complete = False
         elif run is None:
             said, complete = trust.stranger(facts.run, tracker), False
+        elif (why := record.why_not_at(destination(run, tracker))) is not None:
+            said, complete = why, False
         elif record.is_attended() or not record.take_over(store):
             said = f"is being recorded by process {record.pid} on {record.host}; see again later."
             complete = False
         else:
+            record.track_at(destination(run, tracker))
             facts, unsure = _with_loaders(replace(facts, run=run), record, trust)
             said, whole = _sync(store, record, facts, unsure, console)
             complete = complete and whole
@@ -282,7 +280,6 @@ def _missing(store: Store, record: RunRecord, facts: StoredFacts) -> Iterator[Ne
     cached = [one.key for one in record.cells.values() if one.state is State.CACHED]
     sources = recorded_ids(store, cached, record.destination)
     progress = record.tracking
-    begun = set(progress.cursors).union(*(one["cursors"] for one in record.elsewhere.values()))
     for name, status in record.cells.items():
         cell = replace(facts.cells[name], key=status.key)
         recorded = name in progress.closed and progress.keys.get(name) == status.key
@@ -296,7 +293,7 @@ def _missing(store: Store, record: RunRecord, facts: StoredFacts) -> Iterator[Ne
                 yield cell, CellState.CACHED, None  # no more than that is missing
         elif status.state is State.FAILED:
             yield cell, CellState.FAILED, None
-        elif status.state is State.RUNNING or name in begun:
+        elif status.state is State.RUNNING or name in progress.cursors:
             yield cell, CellState.STOPPED, None
 
 

@@ -90,13 +90,24 @@ class Attempt:
         self._storage.release(self.folder)
 
     def append_events(self, events: Sequence[Mapping[str, Any]]) -> None:
-        """Store events as the next segment; a `checkpoint` event stores the checkpoint first.
+        """Store events as the next segment.
 
-        With the `end`, which is the last one, the segments are merged. Not those of an attempt that
-        said a very great deal: they are large, and not so many.
+        A `checkpoint` event stores the checkpoint first; but what came before it is stored earlier,
+        in a segment of its own: an attempt that resumes from the checkpoint does not say it again.
         """
-        if any(event["type"] == "checkpoint" for event in events):
+        types = [event["type"] for event in events]
+        if "checkpoint" in types:
+            first = types.index("checkpoint")
+            self._append(events[:first])
             self._save_checkpoint()
+            events = events[first:]
+        self._append(events)
+
+    def _append(self, events: Sequence[Mapping[str, Any]]) -> None:
+        """Write a segment; after the `end`, which is the last event, merge all.
+
+        The segments of an attempt that said a very great deal stay: they are large, and few.
+        """
         if not events:
             return
         data = seal_lines(events)

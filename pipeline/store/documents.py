@@ -89,7 +89,7 @@ class _Ids(Document):
     series: dict[str, dict[str, Any]] = {}
 
 
-class _Recorded(Document):
+class _Tracking(Document):
     cursors: dict[str, _Cursor]
     keys: Texts
     closed: list[str]
@@ -97,11 +97,7 @@ class _Recorded(Document):
     ids: _Ids
     ended: bool
     tracked: bool
-
-
-class _Tracking(_Recorded):
     destination: str = ""
-    elsewhere: dict[str, _Recorded] = {}
 
 
 class _Names(Document):

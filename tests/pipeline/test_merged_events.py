@@ -191,6 +191,17 @@ def test_what_has_ended_is_not_asked_for_more(
     assert asked == [attempts.event_segment(KEY, 1, 1)]
 
 
+def test_a_kill_at_a_checkpoint_loses_nothing_that_was_said_before_it(store: Store) -> None:
+    def be_killed() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), store.begin_attempt(KEY) as attempt:
+        attempt._save_checkpoint = be_killed  # type: ignore[method-assign]
+        said = {"type": "text", "time": 0.0, "text": "step 1"}
+        attempt.append_events([said, {"type": "checkpoint", "time": 0.0, "number": 1}])
+    assert store.read_events(KEY, 1) == ([said], 1)
+
+
 def test_segments_are_merged_on_s3(s3: str, tmp_path: Path) -> None:
     store = Store(f"s3://{BUCKET}/{tmp_path.name}")
     seen = {after: list(said) for after, said in enumerate(say(store, [2, 1, 3, 1]), start=1)}

@@ -144,7 +144,7 @@ def test_a_run_that_a_cluster_refuses_is_one_paragraph_and_no_run(head: Head, wo
             capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         assert (found.returncode, found.stdout) == (2, "")
-        assert found.stderr.startswith(f"Ray at {head.gcs} (RAY_ADDRESS) lets nobody in without")
+        assert found.stderr.startswith(f"Ray at {head.gcs} (RAY_ADDRESS) asks for its token")
         assert len(found.stderr.splitlines()) == 1
         assert "put the cluster's token into RAY_AUTH_TOKEN" in found.stderr
     assert Store(".fls").list_runs() == []

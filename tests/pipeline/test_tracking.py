@@ -25,6 +25,7 @@ from pipeline.planning.planner import Selection
 from pipeline.running import driver, sync
 from pipeline.running.record import RunState, State
 from pipeline.store.events import Cursor
+from pipeline.store.seal import seal, unseal
 from pipeline.store.storage import LocalStorage
 from pipeline.store.store import Store
 from pipeline.tracking import (
@@ -681,37 +682,47 @@ def test_a_run_that_goes_on_elsewhere_is_tracked_where_it_was(
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
 
 
-def test_each_place_that_a_run_is_tracked_at_gets_it_all_once(
+def one_paragraph_about(text: str, *parts: str) -> bool:
+    return "\n" not in text.strip() and all(part in text for part in parts)
+
+
+def test_a_run_is_not_resumed_or_synced_under_another_tracking_address(
     client: Any, fresh_database: Path, toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlflow.tracking import MlflowClient
-
     storage = str(begin_and_fail(toy, monkeypatch))
     first = last_run(storage)
-    uri = f"sqlite:///{toy}/elsewhere/mlflow.db"
     shutil.copy(fresh_database, "mlflow.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    code, output = resume_here(first, storage, file=toy / "pipeline.yaml")
-    assert code == 0
-    assert f"Tracked at {client.tracking_uri} until now, and at {uri} from now on" in output
-    assert f"`fls sync {first.run_id}`" in output
-    assert good_steps(MlflowClient(uri), first.run_id) == list(range(1, 21))
+    fresh = Path("mlflow.db").read_bytes()
+    other = f"sqlite:///{toy}/elsewhere/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", other)
+    remedy = f"Set MLFLOW_TRACKING_URI to {client.tracking_uri} for this run"
+    with pytest.raises(BadInput) as refused:
+        resume_here(first, storage, file=toy / "pipeline.yaml")
+    assert one_paragraph_about(str(refused.value), first.run_id, other, remedy, "`fls run`")
+    path = toy / f".fls/runs/{first.run_id}/tracking.json"
+    path.write_bytes(seal({**unseal(path.read_bytes()), "tracked": False}))
+    code, output, _ = fls("sync", "last", "--storage", storage)
+    assert code == 1
+    assert one_paragraph_about(output, first.run_id, other, remedy, "`fls run`")
+    assert Path("mlflow.db").read_bytes() == fresh
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", client.tracking_uri)
-    before = recorded(client, first.run_id)
-    assert before["pipeline", "toy"].info.status == "FAILED"
-    code, output, _ = fls("sync", "last", "--storage", storage)
-    assert code == 0
-    assert f"was recorded at {uri} until now; this is about {client.tracking_uri}" in output
-    assert output.endswith(f"{first.run_id} is complete: 1 cells sent.\n")
-    for place in (client, MlflowClient(uri)):
-        runs = recorded(place, first.run_id)
-        assert {run.info.status for run in runs.values()} == {"FINISHED"}
-        assert good_steps(place, first.run_id) == list(range(1, 21))
-    assert runs.keys() == recorded(client, first.run_id).keys()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    code, output, _ = fls("sync", "last", "--storage", storage)
-    assert output.endswith(f"{first.run_id} is complete.\n")
+    assert resume_here(first, storage, file=toy / "pipeline.yaml")[0] == 0
+    assert good_steps(client, first.run_id) == list(range(1, 21))
+
+
+def test_a_run_that_an_earlier_version_tracked_at_several_places_goes_on_at_the_present_one(
+    client: Any, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = str(begin_and_fail(toy, monkeypatch))
+    first = last_run(storage)
+    path = toy / f".fls/runs/{first.run_id}/tracking.json"
+    here = unseal(path.read_bytes())
+    there = {name: value for name, value in here.items() if name != "destination"}
+    path.write_bytes(seal({**here, "elsewhere": {"http://there": there}}))
+    assert fls("status", "last", "--storage", storage)[0] == 0
+    assert resume_here(first, storage, file=toy / "pipeline.yaml")[0] == 0
+    assert {run.info.status for run in recorded(client, first.run_id).values()} == {"FINISHED"}
 
 
 def test_a_run_that_was_tracked_with_a_password_asks_for_it(
