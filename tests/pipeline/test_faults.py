@@ -15,8 +15,6 @@ CASES = [
     "worker,kill,curvature",
     "worker,term,finetune",
     "raylet,kill,evaluate",
-    "raylet,term,prune_oneshot",
-    "head,kill,finetune",
 ]
 
 

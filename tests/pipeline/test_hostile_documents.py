@@ -49,7 +49,7 @@ SPEC = """
            checkpoint_every_s: 0}
 """
 # Of the twelve for each field, drawn by a seed; tests/faults asks for all.
-_MUTATIONS = int(os.environ.get("FISHLEG_TEST_MUTATIONS", "4"))
+_MUTATIONS = int(os.environ.get("FISHLEG_TEST_MUTATIONS", "3"))
 RUN = "runs/[^/]+"
 KEY = "stages/[0-9a-f]{64}"
 ATTEMPT = rf"{KEY}/attempts/\d+"
