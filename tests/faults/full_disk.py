@@ -2,7 +2,7 @@
 
     python full_disk.py FOLDER
 
-Bounds the folder's `.fls` by a tmpfs of 4 MiB, and fills it up; then a run is to fail with one
+Bounds the folder's `.fls` by a tmpfs of 8 MiB, and fills it up; then a run is to fail with one
 message. Then it is emptied, and the run is to go on. Prints JSON: what the command said, each time.
 """
 
@@ -28,7 +28,7 @@ def fls(*arguments: str) -> dict[str, Any]:
 def main(folder: Path) -> None:
     storage = folder / ".fls"
     storage.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(storage)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(storage)], check=True)
     run = ("run", "--executor", "local", "--tracking", "jsonl")
     ballast = storage / "ballast"
     found = {}
