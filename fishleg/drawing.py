@@ -70,7 +70,8 @@ def draw_samples(data: Any, count: int | None, seed: int) -> Samples:
     loader = _whole_loader(data)
     if loader is None:
         return _calibration(*_draw_streamed(data, count, seed))
-    numbers = draw_numbers(len(loader.dataset), count, seed)  # type: ignore[arg-type]
+    size = len(loader.dataset)  # type: ignore[arg-type] # torch declares no length; these have one
+    numbers = draw_numbers(size, count, seed)
     if not len(numbers):
         raise ShapeMismatch("data: expected at least one sample, got an empty data set.")
     drawn = DataLoader(
@@ -107,6 +108,7 @@ def _whole_loader(data: Any) -> DataLoader | None:
     sampler = data.sampler  # another kind may leave samples out, such as those held out
     whole = type(sampler) in (SequentialSampler, RandomSampler)
     whole = whole and not getattr(sampler, "replacement", False)
+    # torch declares no length of samplers and data sets; these samplers have asked for it.
     if not whole or len(sampler) != len(data.dataset):  # type: ignore[arg-type]
         return None
     return data

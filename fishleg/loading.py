@@ -227,7 +227,7 @@ def _check_alike(first: Pair, other: Pair, what: str) -> None:
 def _forecast(batches: Iterable[Any], here: int, samples: int | None) -> float:
     """Return how many times the first batch all samples are; 1 where that is not known."""
     try:
-        count = float(len(batches))  # type: ignore[arg-type]
+        count = float(len(batches))  # type: ignore[arg-type] # TypeError where there is none
     except TypeError:
         return 1.0
     if isinstance(batches, Dataset):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from pipeline.base.console import PlainConsole
-from pipeline.base.errors import BadInput, StoreError
+from pipeline.base.errors import BadInput, Damaged
 from pipeline.base.variables import check_variables
 from pipeline.executors import ExecutorName
 from pipeline.planning.planner import Plan, Selection, make_plan
@@ -122,6 +122,9 @@ def run(
         stop_after_s: seconds after which the run is stopped, to be resumed later; None for never.
         quiet: print nothing.
 
+    Raises:
+        Damaged: a result of this run is; running again makes it again.
+
     Bad input is an error of `pipeline.base.errors`, whose text says what would be right.
     """
     spec, selection = _load(file, set), _selection(from_, only, until, force)
@@ -137,7 +140,14 @@ def run(
         max_parallel=max_parallel,
     )
     console = Console(quiet=True) if quiet else PlainConsole(width=_WIDTH)
-    return _run_of(start_run(spec, options, selection, console, stop_after_s, GRACE_S))
+    while True:
+        ended = start_run(spec, options, selection, console, stop_after_s, GRACE_S)
+        try:
+            return _run_of(ended)
+        except Damaged as error:  # and made again, as by the command line
+            if ended.record is not None:
+                raise
+            ended.store.set_aside(error.key)
 
 
 def plan(
@@ -166,11 +176,8 @@ def _results_of(spec: Spec) -> Results:
 
 def _run_of(ended: Ended) -> Run:
     record, found = ended.record, Results()
-    if ended.spec is not None:
-        try:
-            found = _results_of(ended.spec)
-        except (BadInput, StoreError):  # a pipeline without results, or damage that its use names
-            found = Results()
+    if ended.spec is not None and any(one.catalogue.results for one in ended.spec.plugins):
+        found = _results_of(ended.spec)
     if record is None:
         return Run(run_id="", state=str(RunState.DONE), results=found)
     failed = {name: one for name, one in record.cells.items() if one.state is State.FAILED}
@@ -189,7 +196,15 @@ def _load(file: str | Path, given: Mapping[str, Any] | None) -> Spec:
 
 
 def _overrides(given: Mapping[str, Any] | None) -> list[str]:
-    return [f"{name}={json.dumps(value)}" for name, value in (given or {}).items()]
+    """Return `--set` options.
+
+    Raises:
+        BadInput: a value is nothing that a pipeline file can hold.
+    """
+    try:
+        return [f"{name}={json.dumps(value)}" for name, value in (given or {}).items()]
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"set: expected values as in YAML, {error}.") from error
 
 
 def _selection(

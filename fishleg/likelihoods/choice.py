@@ -63,7 +63,8 @@ def choose_likelihood(given: Any, outputs: Tensor, targets: Tensor | None) -> Li
 def describe_likelihood(likelihood: Likelihood | None) -> dict[str, Any] | None:
     """Return a JSON-able description of a likelihood of this library; None for any other."""
     kinds = {Categorical: ("class_dim", "ignore_index"), Bernoulli: (), Gaussian: ("variance",)}
-    names = kinds.get(type(likelihood))  # type: ignore[arg-type]
+    kind: Any = type(likelihood)
+    names = kinds.get(kind)
     if names is None:
         return None
     options = {name: getattr(likelihood, name) for name in names}

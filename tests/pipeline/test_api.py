@@ -72,6 +72,22 @@ def test_bad_arguments_are_refused(toy: Path) -> None:
         pipeline.plan(set={"start.valeu": 1})
 
 
+def test_a_damaged_result_is_made_again_and_not_left_out(toy: Path) -> None:
+    write_spec(DIAMOND)
+    pipeline.run(**LOCAL, quiet=True)
+    (rows,) = Path(".fls").glob("stages/*/attempts/*/outputs/results/rows.json")
+    rows.write_text("[]")
+    again = pipeline.run(**LOCAL, quiet=True)
+    assert (again.state, len(again.results)) == ("done", 6)
+    assert again.cells["total"] == "done"
+
+
+def test_a_value_that_is_none_of_yaml_is_refused(toy: Path) -> None:
+    write_spec("start: {uses: start, params: {value: 1}}")
+    with pytest.raises(BadInput, match="set: expected values as in YAML"):
+        pipeline.plan(set={"start.value": object()})
+
+
 def test_no_module_hides_a_function_of_the_package() -> None:
     for module in pkgutil.walk_packages(pipeline.__path__, "pipeline."):
         if "ray" not in module.name and "__main__" not in module.name:
