@@ -24,8 +24,16 @@ from pipeline.executors import ExecutorName
 from pipeline.planning.planner import make_plan
 from pipeline.running.driver import Driver
 from pipeline.running.live import LiveView
-from pipeline.running.record import HEARTBEAT_S, RunOptions, RunRecord, RunState, new_run_id
-from pipeline.spec.build import load_spec
+from pipeline.running.record import (
+    HEARTBEAT_S,
+    RunOptions,
+    RunProgress,
+    RunRecord,
+    RunState,
+    new_run_id,
+)
+from pipeline.spec.load import load_spec
+from pipeline.store.runs import RunDocument
 from pipeline.store.store import Store
 from pipeline.tracking import RunFacts, TrackerName, TrackingThread
 from pipeline.worker.cost import CostMeter
@@ -81,10 +89,10 @@ class _Watched(Store):
         super().beat(run_id)
         self.beats_s.append(time.monotonic())
 
-    def write_run(self, run_id: str, name: str, document: Mapping[str, Any]) -> None:
+    def write_run(self, run_id: str, document: RunDocument) -> None:
         """See `Store.write_run`."""
-        super().write_run(run_id, name, document)
-        if name == "state":
+        super().write_run(run_id, document)
+        if isinstance(document, RunProgress):
             self.beats_s.append(time.monotonic())
 
     def longest_silence_s(self) -> float:

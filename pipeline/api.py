@@ -22,7 +22,8 @@ from pipeline.running.driver import GRACE_S
 from pipeline.running.launch import Ended, start_run
 from pipeline.running.record import RunOptions, RunState, State
 from pipeline.running.results import result_rows
-from pipeline.spec.build import Spec, load_spec
+from pipeline.spec.load import load_spec
+from pipeline.spec.spec import Spec
 from pipeline.store.store import Store
 from pipeline.tracking import TrackerName
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.store.store import Manifest, Store
+from pipeline.store.manifest import Manifest
+from pipeline.store.store import Store
 
 _DENSE = {"pretrain", "import_checkpoint"}
 

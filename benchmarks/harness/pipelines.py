@@ -23,7 +23,8 @@ from pipeline.executors import ExecutorName
 from pipeline.planning.planner import Selection
 from pipeline.running.record import RunOptions
 from pipeline.running.results import result_rows
-from pipeline.spec.build import Spec, load_spec
+from pipeline.spec.load import load_spec
+from pipeline.spec.spec import Spec
 from pipeline.store.store import Store
 from pipeline.tracking import TrackerName
 

@@ -6,7 +6,6 @@ path is checked each time that it is used, wherever its parts come from.
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,7 +14,6 @@ from pipeline.base.errors import StoreError
 from pipeline.base.text import CONTROLS
 
 _PART_BYTES = 255  # the longest name that file systems take
-_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def require_inside(path: str) -> str:
@@ -59,8 +57,3 @@ def numbers(names: Iterable[str]) -> Iterator[int]:
     [12]
     """
     return (int(name) for name in names if name.isascii() and name.isdecimal() and len(name) < 10)
-
-
-def run_ids(names: Iterable[str]) -> list[str]:
-    """Return the names that may be ids of runs."""
-    return [name for name in names if _RUN_ID.fullmatch(name)]

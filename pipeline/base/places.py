@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pipeline.base.variables import TRACKING_URI
+from pipeline.base.variables import STORAGE, TRACKING_URI
 
 DATABASE = "mlflow.db"
 _SQLITE = "sqlite:///"
@@ -100,3 +100,13 @@ def moved(given: str, folder: Path, tracking: Path) -> list[str]:
     if told and os.path.isfile(old) and not os.path.exists(new):
         told.append(f"So is what was tracked, in {old}: `mlflow: {{tracking_uri: ...}}`.")
     return told
+
+
+def tracking_folder_of(storage: str, folder: Path) -> Path:
+    """Return where `mlflow.db` and `tracking/` of a spec lie by default.
+
+    Args:
+        storage: as the file gives it.
+        folder: the file's.
+    """
+    return folder if STORAGE.read() else defaults_folder(storage, folder)

@@ -1,6 +1,6 @@
-"""Shapes of documents: what may be relied on where one is read.
+"""Shapes of stored documents: a dataclass or a TypedDict is the shape, the check and the reader.
 
-A shape is a pydantic model, or a dataclass, whose annotations are checked strictly.
+Its annotations are checked strictly.
 """
 
 from __future__ import annotations
@@ -8,7 +8,14 @@ from __future__ import annotations
 from functools import cache
 from typing import Annotated, Any, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    TypeAdapter,
+    ValidationError,
+    with_config,
+)
 
 from pipeline.base.text import cut
 
@@ -20,22 +27,17 @@ Count = Annotated[int, Field(ge=0, lt=2**31)]
 Lists = dict[str, list[str]]
 Texts = dict[str, str]
 _Shape = TypeVar("_Shape")
+# Marks a shape whose documents have its fields and no others.
+exact = with_config(ConfigDict(extra="forbid"))
 
 
-class Document(BaseModel):
-    """A document with these fields, and perhaps more."""
-
-    model_config = ConfigDict(strict=True, frozen=True)
-
-
-class Known(Document):
-    """A document without any fields but these."""
-
-    model_config = ConfigDict(extra="forbid")
+def checked_as(shape: Any) -> GetPydanticSchema:
+    """Return a mark for a mapping that is checked as a TypedDict, and stays a dict."""
+    return GetPydanticSchema(lambda source, handler: handler(shape))
 
 
 def first_wrong(error: ValidationError) -> str:
-    """Return the first field that is wrong, what it should be, and what it is."""
+    """Return the first wrong field, the expected value, and the value."""
     first = error.errors(include_url=False, include_context=False)[0]
     place = cut(".".join(map(str, first["loc"])), _REASON_CHARACTERS)
     wanted = first["msg"][:1].lower() + first["msg"][1:]
@@ -47,14 +49,18 @@ def read_json(shape: type[_Shape], data: bytes) -> _Shape:
     """Return the document that JSON text holds, as its shape.
 
     Raises:
-        ValueError: it has another shape; names the first field that is wrong, and what it should
-            be.
+        ValueError: it has another shape; names the first wrong field, and the expected value.
     """
     try:
         document: _Shape = _adapter(cast(Any, shape)).validate_json(data, strict=True)
     except ValidationError as error:
         raise ValueError(first_wrong(error)) from None
     return document
+
+
+def to_json(document: object) -> Any:
+    """Return a document, a dataclass, as plain JSON data."""
+    return _adapter(cast(Any, type(document))).dump_python(document, mode="json", by_alias=True)
 
 
 @cache

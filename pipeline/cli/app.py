@@ -15,7 +15,8 @@ from pipeline.base.console import PlainConsole
 from pipeline.base.secrets import presentable
 from pipeline.base.variables import VARIABLES, check_variables
 from pipeline.running.record import RunRecord, find_run
-from pipeline.spec.build import Spec, load_spec
+from pipeline.spec.load import load_spec
+from pipeline.spec.spec import Spec
 from pipeline.store.store import Store
 
 Command = TypeVar("Command", bound=Callable[..., Any])

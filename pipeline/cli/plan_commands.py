@@ -28,8 +28,9 @@ from pipeline.planning.notes import plan_notes
 from pipeline.planning.planner import Selection, make_plan
 from pipeline.running.record import DEFAULT_FILE
 from pipeline.running.trust import BUILT_IN
-from pipeline.spec.build import import_catalogue, load_spec
 from pipeline.spec.describe import description_of, names_of
+from pipeline.spec.load import load_spec
+from pipeline.spec.plugins import import_catalogue
 from pipeline.spec.render import cell_drawing, dot, mermaid, stage_drawing
 from pipeline.stage import Stage
 from pipeline.store.store import Store

@@ -18,9 +18,9 @@ from pipeline.base.text import clock
 from pipeline.planning.planner import Plan, PlannedCell
 from pipeline.running.activity import describe
 from pipeline.running.record import CellStatus, RunRecord, RunState, State, load_run
-from pipeline.spec.build import Spec
 from pipeline.spec.cells import shorten
 from pipeline.spec.describe import example_of, names_of, parameters_of
+from pipeline.spec.spec import Spec
 from pipeline.stage import Catalogue, Stage
 from pipeline.store.events import EVENTS_AT_ONCE, words
 from pipeline.store.logs import last_lines, read_text

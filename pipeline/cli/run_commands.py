@@ -36,7 +36,7 @@ from pipeline.running.launch import Ended, resume_run, start_run, stop_run
 from pipeline.running.record import DEFAULT_FILE, RunOptions, RunState, find_run, load_runs
 from pipeline.running.sync import sync_runs
 from pipeline.running.trust import read_trust
-from pipeline.spec.build import Spec
+from pipeline.spec.spec import Spec
 from pipeline.store.store import Store
 from pipeline.tracking import TrackerName
 

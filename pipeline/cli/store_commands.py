@@ -28,10 +28,11 @@ from pipeline.running.drift import accept as accept_code
 from pipeline.running.drift import plan_of
 from pipeline.running.record import DEFAULT_FILE, find_run
 from pipeline.running.trust import read_trust
-from pipeline.spec.build import Spec
+from pipeline.spec.spec import Spec
 from pipeline.store.store import Store
-from pipeline.upkeep.gc import GRACE_S, Garbage, Retention, collect, find_garbage, find_spared
+from pipeline.upkeep.gc import Garbage, collect, find_garbage, find_spared
 from pipeline.upkeep.rerun import Comparison, rerun
+from pipeline.upkeep.survey import GRACE_S, Retention
 from pipeline.upkeep.verify import find_damage
 
 FileArgument = Annotated[

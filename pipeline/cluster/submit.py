@@ -24,10 +24,10 @@ from pipeline.base.secrets import is_secret_variable, presentable, secret_values
 from pipeline.base.variables import STORAGE, TRACKING_URI
 from pipeline.cluster.forwarding import Forwarding, forwarding, refuse_secrets
 from pipeline.cluster.packing import IGNORE_FILE, Package, collect
-from pipeline.code.provenance import SOURCE_FILE, Source, look_at, this_machine
+from pipeline.code.provenance import SOURCE_FILE, Provenance, look_at, this_machine
 from pipeline.running.record import new_run_id
-from pipeline.spec.build import Spec
 from pipeline.spec.params import marked
+from pipeline.spec.spec import Spec
 from pipeline.stage import ExternalFile
 
 _INTERRUPTED = 130
@@ -243,7 +243,7 @@ def _tell(
     submission_id: str,
     run_id: str,
     package: Package,
-    source: Source,
+    source: Provenance,
     environment: Mapping[str, str],
     moving: Forwarding,
 ) -> None:

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from pipeline.base.errors import BadInput, nearest
 from pipeline.base.names import store_around
-from pipeline.code.syntax import Import, Source, read_source
+from pipeline.code.normal_form import Import, ModuleSyntax
+from pipeline.code.syntax import read_source
 
 RUNNER = "pipeline"
 _SITE = {"site-packages", "dist-packages"}
@@ -89,7 +90,7 @@ class CodeIndex:
         whole = [edge.module] if place.file else []
         if edge.name is None or not place.folders:
             return whole
-        source = self._source(edge.module) if place.file else Source("")
+        source = self._source(edge.module) if place.file else ModuleSyntax("")
         origin = source.bindings.get(edge.name, edge)
         if origin is None:
             return whole
@@ -116,10 +117,10 @@ class CodeIndex:
             self._places[module] = find_module(module)
         return self._places[module]
 
-    def _source(self, module: str) -> Source:
+    def _source(self, module: str) -> ModuleSyntax:
         place = self._place(module)
         if place is None or place.file is None:
-            return Source("")
+            return ModuleSyntax("")
         return read_source(place.file, module, bool(place.folders))
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from types import CodeType, ModuleType
 
 from pipeline.code.digest import RUNNER, is_installed
-from pipeline.code.syntax import Source, parse_source, read_source
+from pipeline.code.normal_form import ModuleSyntax
+from pipeline.code.syntax import parse_source, read_source
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Loaded:
     data: bytes
     is_package: bool
 
-    def source(self) -> Source:
+    def source(self) -> ModuleSyntax:
         """Return what it says."""
         return parse_source(self.data, self.file, self.module, self.is_package)
 
@@ -102,7 +103,7 @@ def loaded(module: str) -> list[Loaded]:
     return list(_imports.loaded.get(module, {}).values())
 
 
-def loaded_unseen(module: str) -> tuple[Path, Source] | None:
+def loaded_unseen(module: str) -> tuple[Path, ModuleSyntax] | None:
     """Return the file, as it is now, of a module that was imported before anything was remembered.
 
     None if it was not imported, has been remembered, or has no source.

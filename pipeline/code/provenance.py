@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pipeline.base.errors import BadInput
 from pipeline.base.secret_files import KEY_LINE, is_secret_file
@@ -30,7 +30,7 @@ _SHOWN_CHANGES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class Provenance:
     """What is known of the code in a folder, and of the Python that runs it.
 
     Attributes:
@@ -47,6 +47,7 @@ class Source:
         submitted_from: the machine that packed the folder, if its local paths are used; or None.
     """
 
+    DOCUMENT: ClassVar[str] = "source"
     commit: str | None = None
     changes: Sequence[str] = ()
     diff: str = ""
@@ -79,7 +80,7 @@ class Source:
         return json.dumps(asdict(self), indent=1, sort_keys=True)
 
 
-def read_source(folder: Path) -> Source:
+def read_source(folder: Path) -> Provenance:
     """Return what the folder's file says, or what Git says where there is no such file.
 
     Raises:
@@ -91,14 +92,14 @@ def read_source(folder: Path) -> Source:
     except FileNotFoundError:
         return look_at(folder)
     try:
-        return read_json(Source, data)
+        return read_json(Provenance, data)
     except ValueError as error:
         raise BadInput(
             f"{path.name} is not as `fls submit` writes it ({error}). Delete it, or submit again."
         ) from error
 
 
-def look_at(folder: Path, files: Collection[str] | None = None) -> Source:
+def look_at(folder: Path, files: Collection[str] | None = None) -> Provenance:
     """Ask Git about a folder.
 
     Args:
@@ -107,7 +108,7 @@ def look_at(folder: Path, files: Collection[str] | None = None) -> Source:
     """
     commit = _git(folder, "rev-parse", "HEAD").strip()
     if not commit:
-        return Source()
+        return Provenance()
     pairs = _git(folder, "diff", "HEAD", "--relative", "--no-renames", "--name-status", "-z")
     words = pairs.split("\0")[:-1]
     states = dict(zip(words[1::2], words[::2], strict=True))
@@ -125,7 +126,7 @@ def look_at(folder: Path, files: Collection[str] | None = None) -> Source:
     if len(diff) > _DIFF_CHARACTERS:
         diff = f"{diff[:_DIFF_CHARACTERS]}\n... cut after {_DIFF_CHARACTERS} characters\n"
     changes = [f"{state} {path}" for path, state in sorted(states.items())]
-    return Source(commit=commit, changes=changes, diff=diff, left_out=sorted(left_out))
+    return Provenance(commit=commit, changes=changes, diff=diff, left_out=sorted(left_out))
 
 
 def _secret_files(folder: Path, paths: Collection[str]) -> set[str]:
@@ -159,9 +160,9 @@ def changed_versions(before: Mapping[str, Any], after: Mapping[str, Any]) -> lis
     ]
 
 
-def other_versions(source: Source) -> str | None:
+def other_versions(source: Provenance) -> str | None:
     """Say which versions differ here from those of `source`, or return None."""
-    found = changed_versions(source.environment(), Source().environment())
+    found = changed_versions(source.environment(), Provenance().environment())
     if not found:
         return None
     more = f", and {len(found) - _SHOWN_VERSIONS} more" if len(found) > _SHOWN_VERSIONS else ""

@@ -1,12 +1,9 @@
 """Code that counts as equivalent to earlier code, because someone said so and why.
 
-    <storage>/accepted/<id>.json    {stage, code, as, who, why, time, run}
-
-A document says that for a stage type the code `code` (module -> digest) counts `as` other code. The
-planner asks before it makes keys, so results that were made by that other code are found again, and
-new ones join them. The id stands for stage type and code, so a document is found by its name. It is
-written once: accepted code that is accepted again, under yet other code, takes along all that
-counts as the same.
+The planner asks before it makes keys, so results that were made by that other code are found again,
+and new ones join them. A document's name is made of stage type and code, so it is found without a
+search. It is written once: accepted code that is accepted again, under yet other code, takes along
+all that counts as the same.
 """
 
 from __future__ import annotations
@@ -17,17 +14,43 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from pipeline.base.errors import DamagedDocument, StoreError
+from pipeline.base.shapes import Time, to_json
 from pipeline.code.provenance import this_machine, this_user
 from pipeline.spec.cells import shorten
-from pipeline.store.documents import require_shape
-from pipeline.store.seal import seal, unseal
+from pipeline.store.layout import ACCEPTED
+from pipeline.store.seal import seal
 from pipeline.store.store import Store
 
 Code = Mapping[str, str]  # module -> digest
-_FOLDER = "accepted"
+_IN_KEYS = ("code", "who", "why", "time")  # the part of an acceptance that ingredients have
+
+
+@dataclass(frozen=True, kw_only=True)
+class Acceptance:
+    """The document of accepted code.
+
+    Attributes:
+        stage: the stage type.
+        code: module -> digest.
+        as_: the code that it counts as; `as` in the document.
+        who: the person who accepted it.
+        why: the reason.
+        time: Unix time.
+        run: the run that used `as_`.
+    """
+
+    code: Code
+    as_: Annotated[Code, Field(alias="as")]
+    who: str
+    why: str
+    time: Time
+    stage: str = ""
+    run: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,7 +72,7 @@ class Acceptances:
     def __init__(self, store: Store):
         self._store = store
         self._names: set[str] | None = None
-        self._known: dict[str, Mapping[str, Any] | None] = {}
+        self._known: dict[str, Acceptance | None] = {}
 
     def find(self, stage: str, code: Code) -> Equivalence | None:
         """Return what code of a stage type counts as, or None if it stands for itself.
@@ -61,11 +84,11 @@ class Acceptances:
         target, first = code, self._look_up(stage, names[0])
         document = first
         while document is not None:
-            target = document["as"]
+            target = document.as_
             if (name := _identify(stage, target)) in names:
                 circle = shorten(names[names.index(name) :])
                 raise StoreError(
-                    f"{self._store.url}/{_FOLDER}: what was accepted of {stage} goes round in a "
+                    f"{self._store.url}/{ACCEPTED}: what was accepted of {stage} goes round in a "
                     f"circle ({circle}), so no code stands for the others. Delete the one of "
                     "these files that is wrong."
                 )
@@ -73,7 +96,7 @@ class Acceptances:
             document = self._look_up(stage, name)
         if first is None:
             return None
-        return Equivalence(target, {one: first[one] for one in ("code", "who", "why", "time")})
+        return Equivalence(target, {name: getattr(first, name) for name in _IN_KEYS})
 
     def root(self, stage: str, code: Code) -> Code:
         """Return the code that stands in the keys for `code`."""
@@ -93,41 +116,37 @@ class Acceptances:
         code, as_ = self.root(stage, code), self.root(stage, as_)
         if code == as_:
             return False
-        document = {
-            "stage": stage,
-            "code": code,
-            "as": as_,
-            "who": f"{this_user()}@{this_machine()}",
-            "why": why,
-            "time": time.time(),
-            "run": run,
-        }
+        document = Acceptance(
+            stage=stage,
+            code=code,
+            as_=as_,
+            who=f"{this_user()}@{this_machine()}",
+            why=why,
+            time=time.time(),
+            run=run,
+        )
         self._store.prepare()
-        path = f"{_FOLDER}/{_identify(stage, code)}"
-        added = self._store.storage.create(path, seal(document))
+        path = f"{ACCEPTED}/{_identify(stage, code)}"
+        added = self._store.storage.create(path, seal(to_json(document)))
         self._names, self._known = None, {}
         return added
 
-    def _look_up(self, stage: str, name: str) -> Mapping[str, Any] | None:
+    def _look_up(self, stage: str, name: str) -> Acceptance | None:
         if name not in self._known:
             self._known[name] = self._read(stage, name)
         return self._known[name]
 
-    def _read(self, stage: str, name: str) -> Mapping[str, Any] | None:
+    def _read(self, stage: str, name: str) -> Acceptance | None:
         if self._names is None:
-            self._names = set(self._store.storage.names(_FOLDER))
+            self._names = set(self._store.storage.names(ACCEPTED))
         if name not in self._names:
             return None
         try:
-            data = self._store.storage.read(f"{_FOLDER}/{name}")
-            document = unseal(data)
-            require_shape("accepted", data)
-        except ValueError as error:
+            return self._store.read_document(Acceptance, f"{ACCEPTED}/{name}")
+        except DamagedDocument as error:
             raise DamagedDocument(
-                f"{self._store.url}/{_FOLDER}/{name} is damaged: {error}. Delete it, and accept "
-                f"the code of {stage} again."
+                f"{error} Delete it, and accept the code of {stage} again."
             ) from error
-        return document
 
 
 def describe(accepted: Mapping[str, Any]) -> str:

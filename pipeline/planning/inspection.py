@@ -17,8 +17,9 @@ from typing import Any
 
 from pipeline.base.errors import BadInput
 from pipeline.base.search_path import python_command, search_variable
-from pipeline.spec.build import Spec, import_catalogue
 from pipeline.spec.cells import Cell, resolve
+from pipeline.spec.plugins import import_catalogue
+from pipeline.spec.spec import Spec
 from pipeline.stage import StageError
 
 

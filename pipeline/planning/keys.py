@@ -14,21 +14,44 @@ import json
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, with_config
+from typing_extensions import TypedDict
 
+from pipeline.base.shapes import Count, Lists, Texts
 from pipeline.code.digest import CodeIndex
-from pipeline.code.syntax import RULE
+from pipeline.code.normal_form import RULE
 from pipeline.planning.acceptance import Code, Equivalence
 from pipeline.planning.outside import Reading, files_of, folders_of, name_of, read_file, read_folder
-from pipeline.spec.build import Plugin
 from pipeline.spec.cells import Cell, shorten
 from pipeline.spec.params import Marked, marked
+from pipeline.spec.plugins import Plugin
 from pipeline.stage import ExternalFile, Registry, call_text
 
 CODE_CHANGED = ("code of ", "the rule for code digests")  # how phrases of `explain` begin
 _NOT_HASHED = {"names", "accepted", "rule"}
+
+
+class _Names(TypedDict):
+    inputs: Lists
+    files: Texts
+    unchecked: NotRequired[list[str]]
+
+
+@with_config(ConfigDict(extra="allow"))
+class Ingredients(TypedDict):
+    """The ingredients of a key, as they are stored; see `Identity`."""
+
+    stage: str
+    code: Code
+    rule: NotRequired[Count]
+    params: dict[str, Any]
+    inputs: Lists
+    files: Texts
+    data: Texts
+    names: _Names
+    generation: Count
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 from pipeline.base.errors import BadInput, Damaged
+from pipeline.base.shapes import checked_as
 from pipeline.planning.acceptance import Acceptances, describe
-from pipeline.planning.keys import CODE_CHANGED, Identity, explain, identify
-from pipeline.spec.build import Spec
+from pipeline.planning.keys import CODE_CHANGED, Identity, Ingredients, explain, identify
 from pipeline.spec.cells import Cell, resolve, shorten
+from pipeline.spec.spec import Spec
 from pipeline.stage import Estimate, Params
-from pipeline.store.store import Manifest, Store
+from pipeline.store.manifest import Manifest
+from pipeline.store.store import Store
 
-_DOCUMENT = "plan"
 _MEMORY = 10  # how many earlier runs `why` looks through
 
 
@@ -81,6 +82,24 @@ class PlannedCell:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoredCell:
+    """A cell as a run planned it: its key, its ingredients (see `Identity`), and `keep:`."""
+
+    key: str
+    ingredients: Annotated[Mapping[str, Any], checked_as(Ingredients)]
+    keep: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """The plan of a run: the name of its pipeline, and its cells."""
+
+    DOCUMENT: ClassVar[str] = "plan"
+    pipeline: str
+    cells: Mapping[str, StoredCell]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a run would do.
 
@@ -141,14 +160,10 @@ class Plan:
         for base, generation in self.generations.items():
             store.raise_generation(base, generation)
         cells = {
-            planned.cell.name: {
-                "key": planned.key,
-                "ingredients": planned.ingredients,
-                "keep": planned.cell.keep,
-            }
-            for planned in self.cells
+            one.cell.name: StoredCell(key=one.key, ingredients=one.ingredients, keep=one.cell.keep)
+            for one in self.cells
         }
-        store.write_run(run_id, _DOCUMENT, {"pipeline": self.spec.name, "cells": cells})
+        store.write_run(run_id, RunPlan(pipeline=self.spec.name, cells=cells))
 
 
 def _code_alone(why: str) -> bool:
@@ -362,8 +377,8 @@ class _History:
             self.unread, self.forgotten = runs[-_MEMORY:], len(runs) > _MEMORY
         while name not in self.known and self.unread:
             run = self.unread.pop()
-            document = self.store.peek_run(run, _DOCUMENT)
-            if document and document["pipeline"] == self.pipeline:
-                for cell, entry in document["cells"].items():
-                    self.known.setdefault(cell, (run, entry["ingredients"]))
+            plan = self.store.peek_run(run, RunPlan)
+            if plan is not None and plan.pipeline == self.pipeline:
+                for cell, stored in plan.cells.items():
+                    self.known.setdefault(cell, (run, stored.ingredients))
         return self.known.get(name)

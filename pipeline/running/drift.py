@@ -18,10 +18,11 @@ from typing import Any
 from pipeline.base.errors import BadInput, Damaged, nearest
 from pipeline.planning.acceptance import Acceptances
 from pipeline.planning.keys import CODE_CHANGED, explain
-from pipeline.planning.planner import Plan, PlannedCell, Selection, make_plan
+from pipeline.planning.planner import Plan, PlannedCell, RunPlan, Selection, StoredCell, make_plan
 from pipeline.running.record import RunRecord, RunState
 from pipeline.running.trust import Trust
-from pipeline.spec.build import Spec, load_spec
+from pipeline.spec.load import load_spec
+from pipeline.spec.spec import Spec
 from pipeline.store.store import Store
 
 
@@ -109,15 +110,15 @@ def find_drift(plan: Plan, record: RunRecord, store: Store) -> Drift:
     touched: list[PlannedCell] = []
     for one in plan.cells:
         entry = before.get(one.cell.name)
-        if entry is not None and entry["key"] != one.key:
+        if entry is not None and entry.key != one.key:
             touched.append(one)
-            own = _own_changes(entry["ingredients"], one, accepted)
+            own = _own_changes(entry.ingredients, one, accepted)
             if own:
                 causes[one.cell.name] = own
     return Drift(
         causes=causes,
         touched=[one.cell.name for one in touched],
-        done=[one.cell.name for one in touched if _stored(store, before[one.cell.name]["key"])],
+        done=[one.cell.name for one in touched if _stored(store, before[one.cell.name].key)],
         code=list(
             dict.fromkeys(
                 one.cell.stage
@@ -163,7 +164,7 @@ def accept(
         entry = before.get(one.cell.name)
         if one.cell.stage not in stages or entry is None:
             continue
-        kind, old = one.cell.declaration.name, entry["ingredients"]["code"]
+        kind, old = one.cell.declaration.name, entry.ingredients["code"]
         if acceptances.root(kind, one.ingredients["code"]) != acceptances.root(kind, old):
             acceptances.add(kind, one.ingredients["code"], old, why=why, run=record.run_id)
             found.append(one.cell.name)
@@ -172,10 +173,10 @@ def accept(
     return found
 
 
-def _planned(record: RunRecord, store: Store) -> Mapping[str, Any]:
-    """Return cell -> key and ingredients as the run planned them."""
-    document = store.read_run(record.run_id, "plan")
-    return document["cells"] if document else {}
+def _planned(record: RunRecord, store: Store) -> Mapping[str, StoredCell]:
+    """Return the cells as the run planned them."""
+    plan = store.read_run(record.run_id, RunPlan)
+    return plan.cells if plan else {}
 
 
 def _own_changes(

@@ -6,25 +6,32 @@ With it, `fls sync` sends what is missing from anywhere, once somebody there say
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from pipeline.base.errors import DamagedDocument
 from pipeline.base.places import absolute_uri
 from pipeline.planning.acceptance import describe
 from pipeline.planning.planner import Plan, PlannedCell
+from pipeline.running.record import RunRequest, RunTracking
+from pipeline.store.layout import run_document
 from pipeline.store.store import Store
 from pipeline.tracking import CellFacts, RunFacts, TrackerName, place
-
-_DOCUMENT = "facts"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredFacts:
-    """What was stored: about the run, and cell -> facts under the key that was planned."""
+    """The stored facts of a run, and of each cell under the key that was planned."""
 
+    DOCUMENT: ClassVar[str] = "facts"
     run: RunFacts
-    cells: Mapping[str, CellFacts]
+    cells: Sequence[CellFacts]
+
+    @property
+    def by_name(self) -> dict[str, CellFacts]:
+        """The facts of cells, by their names."""
+        return {cell.cell: cell for cell in self.cells}
 
 
 def cell_facts(planned: PlannedCell) -> CellFacts:
@@ -41,18 +48,15 @@ def cell_facts(planned: PlannedCell) -> CellFacts:
         kept=[name for name, declared in outputs.items() if declared.track],
         promoted=[name for name, declared in outputs.items() if declared.promote],
         tags={"fls.accepted": describe(accepted)} if accepted else {},
-        registration=asdict(registration) if registration else None,
+        registration=registration,
     )
 
 
 def save_facts(store: Store, run: RunFacts, plan: Plan) -> None:
     """Store the facts of a run; where it is tracked without credentials, like all documents."""
-    cells = [asdict(cell_facts(planned)) for planned in plan.cells]
-    for cell in cells:
-        del cell["calls"]
     stored = replace(run, uri=absolute_uri(run.uri), folder=os.path.abspath(run.folder))
-    document = {"run": asdict(stored), "cells": cells}
-    store.write_run(run.run_id, _DOCUMENT, document)
+    facts = StoredFacts(run=stored, cells=[cell_facts(planned) for planned in plan.cells])
+    store.write_run(run.run_id, facts)
 
 
 def unregistered(store: Store, plan: Plan, tracker: TrackerName) -> list[str]:
@@ -86,17 +90,18 @@ def _registered(
 
     `here` is the server in question; "" for any.
     """
-    tracking = store.peek_run(run_id, "tracking")
-    if tracking and here and tracking.get("destination") not in {None, "", here}:
+    tracking = store.peek_run(run_id, RunTracking)
+    if tracking is None or not tracking.registered:
         return
-    if not tracking or not tracking["registered"]:
+    if here and tracking.destination not in {"", here}:
         return
-    request, facts = store.peek_run(run_id, "run"), store.peek_run(run_id, _DOCUMENT)
-    if request and facts and request["options"]["tracking"] == tracker:
-        names = {one["cell"]: one["registration"] for one in facts["cells"]}
-        for cell in tracking["registered"]:
-            if names.get(cell):
-                yield tracking["keys"][cell], names[cell]["name"]
+    request, facts = store.peek_run(run_id, RunRequest), store.peek_run(run_id, StoredFacts)
+    if request and facts and request.options.tracking is tracker:
+        registrations = {one.cell: one.registration for one in facts.cells}
+        for cell in tracking.registered:
+            key, registration = tracking.keys.get(cell), registrations.get(cell)
+            if key and registration:
+                yield key, registration.name
 
 
 def load_facts(store: Store, run_id: str) -> StoredFacts | None:
@@ -108,16 +113,13 @@ def load_facts(store: Store, run_id: str) -> StoredFacts | None:
     Raises:
         DamagedDocument: they are damaged, or another run's.
     """
-    document = store.read_run(run_id, _DOCUMENT)
-    if document is None:
+    facts = store.read_run(run_id, StoredFacts)
+    if facts is None:
         return None
-    run = RunFacts(**{**document["run"], "resumed": True})
-    if run.run_id != run_id:
+    if facts.run.run_id != run_id:
+        path = run_document(run_id, StoredFacts.DOCUMENT)
         raise DamagedDocument(
-            f"{store.url}/runs/{run_id}/{_DOCUMENT}.json is damaged: run.run_id: expected the "
-            f"folder's name, got {run.run_id[:100]!r}."
+            f"{store.url}/{path} is damaged: run.run_id: expected the folder's name, got "
+            f"{facts.run.run_id[:100]!r}."
         )
-    return StoredFacts(
-        run=run,
-        cells={fields["cell"]: CellFacts(**fields) for fields in document["cells"]},
-    )
+    return replace(facts, run=replace(facts.run, resumed=True))

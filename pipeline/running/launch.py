@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from pipeline.base.places import LINES
 from pipeline.base.secrets import HIDDEN
 from pipeline.base.variables import RAY_JOB, STORAGE
 from pipeline.code.provenance import (
-    Source,
+    Provenance,
     changed_versions,
     other_versions,
     read_source,
@@ -32,9 +32,9 @@ from pipeline.running.live import LiveView
 from pipeline.running.record import RunOptions, RunRecord, RunState, State, load_run, new_run_id
 from pipeline.running.sync import HIDDEN_ADDRESS, close_orphans
 from pipeline.running.trust import Places, Trust, places_of
-from pipeline.spec.build import Spec
 from pipeline.spec.cells import shorten
-from pipeline.store.storage import LocalStorage
+from pipeline.spec.spec import Spec
+from pipeline.store.storage.local import LocalStorage
 from pipeline.store.store import Store
 from pipeline.tracking import RunFacts, TrackerName, TrackingThread, destination
 
@@ -178,7 +178,7 @@ def _print_drift(drift: Drift, record: RunRecord, console: Console) -> None:
         console.print("Changed since the run began:")
         for line in drift.lines():
             console.print(f"  {line}", soft_wrap=True)
-    versions = changed_versions(record.environment, Source().environment())
+    versions = changed_versions(record.environment, Provenance().environment())
     if versions:
         text = f"Library versions, which are no part of the keys: {shorten(versions)}."
         console.print(text, soft_wrap=True)
@@ -192,7 +192,7 @@ def _execute(
     plan: Plan,
     store: Store,
     record: RunRecord,
-    source: Source,
+    source: Provenance,
     facts: RunFacts,
     places: Places,
     console: Console,
@@ -219,7 +219,7 @@ def _execute(
             console.print(note, soft_wrap=True)
         plan.commit(store, record.run_id)
         record.save_request(store)
-        store.write_run(record.run_id, "source", asdict(source))
+        store.write_run(record.run_id, source)
         save_facts(store, facts, plan)
         tracking.open(
             facts, partial(close_orphans, store, options.tracking, places, mine=record.run_id)
@@ -242,7 +242,7 @@ def _execute(
     )
 
 
-def _mind_the_job(spec: Spec, source: Source, console: Console) -> None:
+def _mind_the_job(spec: Spec, source: Provenance, console: Console) -> None:
     """Check what is different when this process is the job of a cluster.
 
     Raises:
@@ -280,7 +280,7 @@ def _lines_folder(spec: Spec, store: Store, options: RunOptions, console: Consol
 
 
 def _facts(
-    spec: Spec, record: RunRecord, source: Source, folder: str, recorded: str | None = None
+    spec: Spec, record: RunRecord, source: Provenance, folder: str, recorded: str | None = None
 ) -> RunFacts:
     """Return what tracking is to know; a run that goes on stays where it is `recorded`."""
     return RunFacts(
@@ -306,7 +306,7 @@ def _facts(
 
 
 def _facts_again(
-    spec: Spec, record: RunRecord, source: Source, store: Store, trust: Trust, console: Console
+    spec: Spec, record: RunRecord, source: Provenance, store: Store, trust: Trust, console: Console
 ) -> RunFacts:
     """Return what tracking is to know of a run that goes on: it stays where it was tracked.
 

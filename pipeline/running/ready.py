@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.planning.keys import known_calls
 from pipeline.planning.planner import Plan, PlannedCell
 from pipeline.running.record import CellStatus, State
-from pipeline.spec.cells import Cell, Source, shorten
+from pipeline.spec.cells import Cell, Upstream, shorten
 from pipeline.worker.worker import Task, TaskInput
 
 _USABLE = {State.DONE, State.CACHED}
@@ -165,7 +165,7 @@ class Schedule:
         status.key = self._key(name)
         self._ready.insert(at, place)
 
-    def available(self, source: Source) -> bool:
+    def available(self, source: Upstream) -> bool:
         """Tell whether a connected output can be fetched."""
         return self._state(source.cell) in _USABLE
 

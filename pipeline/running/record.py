@@ -1,8 +1,7 @@
 """Runs: what the driver writes down about one, so that it can be shown, resumed and found again.
 
-A run has documents in the store: `run` (what was asked for; written once), `state` (how far it is;
-rewritten every few seconds, which is also the driver's heartbeat) and `tracking` (how far it is
-recorded, and under which ids). The planner adds a fourth, `plan`.
+A run has three documents in the store: `RunRequest`, `RunProgress` and `RunTracking`. The planner
+adds a fourth, `pipeline.planning.planner.RunPlan`; tracking a fifth, `pipeline.running.facts`.
 """
 
 from __future__ import annotations
@@ -14,24 +13,26 @@ import shlex
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, ConfigDict, with_config
+from typing_extensions import TypedDict
 
 from pipeline.base.errors import BadInput, DamagedDocument, TakenOver, nearest
-from pipeline.base.text import cut
+from pipeline.base.shapes import Count, Texts, Time, checked_as, exact
 from pipeline.executors import ExecutorName
-from pipeline.store.events import Cursor
+from pipeline.store.attempt import Failure
+from pipeline.store.layout import life_mark, parse_life, stop_mark
 from pipeline.store.leases import has_died, lease_s, this_machine
 from pipeline.store.store import Store
 from pipeline.tracking import TrackerName, TrackingProgress
 
 DEFAULT_FILE = Path("pipeline.yaml")
-DOCUMENTS = ("run", "state", "tracking")
 HEARTBEAT_S = 2.0
-_REASON_CHARACTERS = 300
 
 
 class State(StrEnum):
@@ -55,6 +56,13 @@ class RunState(StrEnum):
     INTERRUPTED = "interrupted"
 
 
+@with_config(ConfigDict(extra="allow"))
+class _Environment(TypedDict, total=False):
+    python: str
+    packages: Texts
+
+
+@exact
 @dataclass(kw_only=True)
 class CellStatus:
     """How one cell stands.
@@ -77,15 +85,22 @@ class CellStatus:
     stage: str
     key: str
     state: State = State.WAITING
-    began: float | None = None
+    began: Time | None = None
     seconds: float | None = None
     progress: tuple[float, float, str] | None = None
-    moved: float | None = None
+    moved: Time | None = None
     gap_s: float | None = None
     said: str | None = None
-    error: Mapping[str, Any] | None = None
+    error: Failure | None = None
 
 
+def _require_file(name: str) -> str:
+    if not Path(name).name.strip(".") or "\0" in name:
+        raise ValueError(f"{name!r} names no file")
+    return name
+
+
+@exact
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """What was asked for: with the spec's text, all that `fls resume` needs to go on.
@@ -103,7 +118,7 @@ class RunOptions:
         max_parallel: most cells at once, or None.
     """
 
-    file: str
+    file: Annotated[str, AfterValidator(_require_file)]
     overrides: Sequence[str] = ()
     from_: Sequence[str] = ()
     only: Sequence[str] = ()
@@ -112,7 +127,7 @@ class RunOptions:
     executor: ExecutorName = ExecutorName.RAY
     tracking: TrackerName = TrackerName.MLFLOW
     tracking_later: bool = False
-    max_parallel: int | None = None
+    max_parallel: Count | None = None
 
     @property
     def selection(self) -> dict[str, Sequence[str]]:
@@ -127,45 +142,93 @@ class RunOptions:
 
 
 @dataclass(kw_only=True)
-class RunRecord:
-    """One run, as it stands in the store.
+class RunRequest:
+    """The request for a run; written once.
 
     Attributes:
-        run_id: `YYYYMMDD-HHMMSS-xxxx`, in UTC.
-        options: what was asked for.
-        spec_text: the spec as it was read.
-        environment: what it was planned with, see `pipeline.code.provenance`.
+        options: the options of the command line.
+        spec_text: the text of the spec.
+        environment: versions of Python and of packages, see `pipeline.code.provenance`.
         began: Unix time.
-        state: see `RunState`; as the driver last wrote it.
+    """
+
+    DOCUMENT: ClassVar[str] = "run"
+    options: RunOptions
+    spec_text: str = ""
+    environment: Annotated[Mapping[str, Any], checked_as(_Environment)] = field(
+        default_factory=dict
+    )
+    began: Time = field(default_factory=time.time)
+
+
+@dataclass(kw_only=True)
+class DriverStatus:
+    """The state of a run and its driver, as the driver last wrote it.
+
+    Attributes:
+        state: see `RunState`.
         host: the name of the driver's machine.
         machine: the driver's machine; see `this_machine`.
         pid: the driver's process.
         life: which of the run's drivers that is, from 1.
         heartbeat: Unix time, by the driver's clock, of its last sign of life; 0 once it has left
             the run.
-        silent_s: seconds since that sign of life when the record was read, by the storage's clock.
+    """
+
+    state: RunState = RunState.RUNNING
+    host: str = ""
+    machine: str = ""
+    pid: Count = 0
+    life: Count = 0
+    heartbeat: Time = 0.0
+
+
+@dataclass(kw_only=True)
+class RunProgress(DriverStatus):
+    """The progress of a run; rewritten every few seconds, which is also the driver's heartbeat.
+
+    Attributes:
+        cells: the status of each.
+    """
+
+    DOCUMENT: ClassVar[str] = "state"
+    cells: Sequence[CellStatus]
+
+
+@dataclass(kw_only=True)
+class RunTracking(TrackingProgress):
+    """How far a run is recorded.
+
+    Attributes:
+        tracked: whether all of it is.
+        destination: where, see `pipeline.tracking.destination`; "" before it begins.
+    """
+
+    DOCUMENT: ClassVar[str] = "tracking"
+    tracked: bool
+    destination: str = ""
+
+
+@dataclass(kw_only=True)
+class RunRecord(RunRequest, DriverStatus):
+    """One run, as it stands in the store.
+
+    Attributes:
+        run_id: `YYYYMMDD-HHMMSS-xxxx`, in UTC.
+        silent_s: seconds since the driver's last sign of life when the record was read, by the
+            storage's clock.
         seen_s: when that was, by this process's monotonic clock.
         cells: cell -> status.
         tracking: how far the run is recorded.
         tracked: whether all of it is.
-        destination: where that is so, see `pipeline.tracking.destination`; "" before it begins.
-        damaged: names of its documents that are damaged; what they said counts as unknown.
+        destination: where that is so, see `RunTracking`.
+        damaged: names of its damaged documents; what they said counts as unknown.
         storage: where it was looked for by --storage, and so where hints say it is; or None.
         trust: the option by which the code of its spec is trusted here; it begins with a space, or
             is "" where none is needed or known.
     """
 
     run_id: str
-    options: RunOptions
-    spec_text: str
-    environment: Mapping[str, Any] = field(default_factory=dict)
-    began: float = field(default_factory=time.time)
-    state: RunState = RunState.RUNNING
-    host: str = ""
-    machine: str = ""
-    pid: int = 0
-    life: int = 0
-    heartbeat: float = 0.0
     silent_s: float = field(default=0.0, compare=False)
     seen_s: float = field(default_factory=time.monotonic, compare=False)
     cells: Mapping[str, CellStatus] = field(default_factory=dict)
@@ -211,20 +274,15 @@ class RunRecord:
 
     def save_request(self, store: Store) -> None:
         """Write what was asked for."""
-        document = {
-            "options": asdict(self.options),
-            "spec_text": self.spec_text,
-            "environment": self.environment,
-            "began": self.began,
-        }
-        store.write_run(self.run_id, "run", document)
+        names = RunRequest.__dataclass_fields__.keys() - {"DOCUMENT"}
+        store.write_run(self.run_id, RunRequest(**{name: getattr(self, name) for name in names}))
 
     def take_over(self, store: Store) -> bool:
         """Make this process the one that records a run that is over, unless another is quicker."""
         life, time_s = store.newest_life(self.run_id)
         if life > self.life and store.now() - time_s < 2 * lease_s():  # its owner has yet to say so
             return False
-        if not store.mark_run(self.run_id, f"life-{life + 1}"):
+        if not store.mark_run(self.run_id, life_mark(life + 1)):
             return False
         self.state, self.life = self.observed_state(), life + 1
         self.host, self.machine, self.pid = socket.gethostname(), this_machine(), os.getpid()
@@ -235,16 +293,8 @@ class RunRecord:
         """Write how far the run is, and that its driver is alive, or that it is `leaving`."""
         self.heartbeat = 0.0 if leaving else time.time()
         self.silent_s, self.seen_s = 0.0, time.monotonic()
-        state = {
-            "state": self.state,
-            "host": self.host,
-            "machine": self.machine,
-            "pid": self.pid,
-            "life": self.life,
-            "heartbeat": self.heartbeat,
-            "cells": [asdict(status) for status in self.cells.values()],
-        }
-        store.write_run(self.run_id, "state", state)
+        status = {name: getattr(self, name) for name in DriverStatus.__dataclass_fields__}
+        store.write_run(self.run_id, RunProgress(**status, cells=list(self.cells.values())))
         self.save_tracking(store)
 
     def beat(self, store: Store) -> None:
@@ -257,8 +307,10 @@ class RunRecord:
 
     def save_tracking(self, store: Store) -> None:
         """Write how far the run is recorded."""
-        about = {"tracked": self.tracked, "destination": self.destination}
-        store.write_run(self.run_id, "tracking", {**asdict(self.tracking), **about})
+        document = RunTracking(
+            **vars(self.tracking), tracked=self.tracked, destination=self.destination
+        )
+        store.write_run(self.run_id, document)
 
     def why_not_at(self, here: str) -> str | None:
         """Return why the run cannot be recorded at a destination, as a predicate; None if it can.
@@ -283,7 +335,9 @@ class RunRecord:
 
     def superseded(self, store: Store) -> bool:
         """Tell whether another driver has taken the run over, because this one was silent."""
-        return len(store.run_marks(self.run_id, "life-")) > self.life
+        return (
+            sum(parse_life(mark) is not None for mark in store.run_marks(self.run_id)) > self.life
+        )
 
     def require_own(self, store: Store) -> None:
         """Check that the run is still this process's; otherwise it writes nothing more of it.
@@ -299,11 +353,11 @@ class RunRecord:
 
     def ask_to_stop(self, store: Store) -> None:
         """Ask the run's present driver to stop, wherever it is."""
-        store.mark_run(self.run_id, f"stop-{self.life}")
+        store.mark_run(self.run_id, stop_mark(self.life))
 
     def asked_to_stop(self, store: Store) -> bool:
         """Tell whether the driver with this record is asked to stop."""
-        return f"stop-{self.life}" in store.run_marks(self.run_id, "stop")
+        return stop_mark(self.life) in store.run_marks(self.run_id)
 
     def status(self, cell: str) -> CellStatus:
         """Return how a cell stands.
@@ -348,6 +402,10 @@ class RunRecord:
         return self.silent_s + time.monotonic() - self.seen_s
 
 
+# The documents of a run that has begun.
+DOCUMENTS = (RunRequest, RunProgress, RunTracking)
+
+
 def new_run_id() -> str:
     """Return an id that sorts by time, to the millisecond, and that two drivers do not share."""
     now = datetime.now(UTC)
@@ -361,67 +419,41 @@ def load_run(store: Store, run_id: str) -> RunRecord:
     interrupted, and going on with it finds what is done in the store.
 
     Raises:
-        BadInput: there is no such run, or one of another version.
+        BadInput: there is no such run.
     """
-    documents: dict[str, Any] = {"run": store.read_run(run_id, "run")}
+    request = store.read_run(run_id, RunRequest)
     damaged = []
-    for name in DOCUMENTS[1:]:
-        try:
-            documents[name] = store.read_run(run_id, name)
-        except DamagedDocument:
-            damaged.append(name)
-    if None in documents.values():
-        raise BadInput(f"{store.url} has no run {run_id!r}.")
+    progress, tracking = None, None
     try:
-        record = _read(run_id, documents, damaged)
-        if record.heartbeat:
-            last = store.last_beat(run_id)
-            since = time.time() - record.heartbeat if last is None else store.now() - last
-            record.silent_s = max(since, 0.0)
-        else:
-            record.silent_s = math.inf
-        return record
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(
-            f"{store.url}: the documents of run {run_id} are of another version "
-            f"({type(error).__name__}: {cut(str(error), _REASON_CHARACTERS)})."
-        ) from error
-
-
-def _read(run_id: str, documents: Mapping[str, Any], damaged: Sequence[str]) -> RunRecord:
-    request = documents["run"]
-    record = RunRecord(
-        run_id=run_id,
-        options=_options(request["options"]),
-        spec_text=request["spec_text"],
-        environment=request["environment"],
-        began=request["began"],
-        damaged=damaged,
-    )
-    if state := documents.get("state"):
-        record.state = RunState(state["state"])
-        record.host, record.pid, record.life = state["host"], state["pid"], state["life"]
-        record.machine = state.get("machine", "")
-        record.heartbeat = state["heartbeat"]
-        record.cells = {
-            fields["cell"]: CellStatus(**{**fields, "state": State(fields["state"])})
-            for fields in state["cells"]
-        }
-    if tracking := documents.get("tracking"):
-        record.tracking, record.tracked = _progress(tracking), tracking["tracked"]
-        record.destination = tracking.get("destination", "")
+        progress = store.read_run(run_id, RunProgress)
+    except DamagedDocument:
+        damaged.append(RunProgress.DOCUMENT)
+    try:
+        tracking = store.read_run(run_id, RunTracking)
+    except DamagedDocument:
+        damaged.append(RunTracking.DOCUMENT)
+    found = sum(one is not None for one in (request, progress, tracking))
+    if request is None or found + len(damaged) < len(DOCUMENTS):
+        raise BadInput(f"{store.url} has no run {run_id!r}.")
+    record = RunRecord(run_id=run_id, damaged=damaged, **vars(request))
+    if progress is not None:
+        for name in DriverStatus.__dataclass_fields__:
+            setattr(record, name, getattr(progress, name))
+        record.cells = {status.cell: status for status in progress.cells}
+    if tracking is not None:
+        record.tracking = tracking.copy()
+        record.tracked, record.destination = tracking.tracked, tracking.destination
+    record.silent_s = _silence_s(store, record)
     return record
 
 
-def _progress(tracking: Mapping[str, Any]) -> TrackingProgress:
-    return TrackingProgress(
-        cursors={cell: Cursor(**cursor) for cell, cursor in tracking["cursors"].items()},
-        keys=tracking["keys"],
-        closed=tracking["closed"],
-        registered=tracking["registered"],
-        ids=tracking["ids"],
-        ended=tracking["ended"],
-    )
+def _silence_s(store: Store, record: RunRecord) -> float:
+    """Return the seconds since the last sign of life of a run's driver, by the storage's clock."""
+    if not record.heartbeat:
+        return math.inf
+    last = store.last_beat(record.run_id)
+    since = time.time() - record.heartbeat if last is None else store.now() - last
+    return max(since, 0.0)
 
 
 def load_runs(store: Store) -> tuple[list[RunRecord], list[str]]:
@@ -435,21 +467,6 @@ def load_runs(store: Store) -> tuple[list[RunRecord], list[str]]:
         except DamagedDocument as error:
             problems.append(str(error))
     return records, problems
-
-
-def _options(fields: Mapping[str, Any]) -> RunOptions:
-    """Return the options that a document holds.
-
-    Raises:
-        ValueError: they are damaged.
-    """
-    if not Path(fields["file"]).name.strip(".") or "\0" in fields["file"]:
-        raise ValueError(f"{fields['file']!r} names no file")
-    names = {
-        "executor": ExecutorName(fields["executor"]),
-        "tracking": TrackerName(fields["tracking"]),
-    }
-    return RunOptions(**{**fields, **names})
 
 
 def find_run(store: Store, name: str) -> RunRecord:
@@ -492,12 +509,12 @@ def recorded_ids(
     for run_id in reversed(store.list_runs()):
         if not wanted:
             break
-        tracking = store.peek_run(run_id, "tracking") or {"closed": []}
-        if destination and tracking.get("destination") not in {None, "", destination}:
+        tracking = store.peek_run(run_id, RunTracking)
+        if tracking is None or (destination and tracking.destination not in {"", destination}):
             continue
-        for cell in tracking["closed"]:
-            key = tracking["keys"].get(cell)
-            ids = tracking["ids"]
+        ids = tracking.ids
+        for cell in tracking.closed:
+            key = tracking.keys.get(cell)
             if key in wanted and ids:
                 wanted.remove(key)
                 records = ids.get("records", {}).get(cell, {})

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base.errors import BadInput, StoreError
-from pipeline.planning.planner import Plan, PlannedCell, make_plan
-from pipeline.running.record import recorded_ids
-from pipeline.spec.build import Spec
+from pipeline.planning.planner import Plan, PlannedCell, RunPlan, make_plan
+from pipeline.running.record import RunProgress, State, recorded_ids
 from pipeline.spec.cells import Cell, resolve, shorten
+from pipeline.spec.spec import Spec
 from pipeline.stage import Results
-from pipeline.store.storage import list_files, sync
+from pipeline.store.storage.base import list_files
+from pipeline.store.storage.local import sync
 from pipeline.store.store import Store
 
 Row = dict[str, Any]
@@ -97,13 +98,13 @@ def _keys(plan: Plan, store: Store, names: Sequence[str]) -> dict[str, str]:
     for run_id in reversed(store.list_runs()):
         if not absent:
             break
-        before = (store.peek_run(run_id, "plan") or {"cells": {}})["cells"]
-        status = store.peek_run(run_id, "state") or {"cells": []}
-        for cell in status["cells"]:
-            name = cell["cell"]
-            same = name in absent and before.get(name, {}).get("key") == planned[name].key
-            if same and cell["state"] in {"done", "cached"} and store.manifest(cell["key"]):
-                keys[name] = cell["key"]
+        earlier, progress = store.peek_run(run_id, RunPlan), store.peek_run(run_id, RunProgress)
+        before = earlier.cells if earlier else {}
+        for status in progress.cells if progress else ():
+            name = status.cell
+            same = name in absent and name in before and before[name].key == planned[name].key
+            if same and status.state in {State.DONE, State.CACHED} and store.manifest(status.key):
+                keys[name] = status.key
                 absent.remove(name)
     return {name: keys[name] for name in names if name in keys}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 
@@ -26,7 +26,15 @@ from pipeline.base.errors import (
 from pipeline.base.parallel import Requests
 from pipeline.base.secrets import HIDDEN, redact
 from pipeline.running.facts import StoredFacts, load_facts
-from pipeline.running.record import HEARTBEAT_S, RunRecord, RunState, State, load_run, recorded_ids
+from pipeline.running.record import (
+    HEARTBEAT_S,
+    RunRecord,
+    RunState,
+    RunTracking,
+    State,
+    load_run,
+    recorded_ids,
+)
 from pipeline.running.trust import Places, Trust
 from pipeline.spec.cells import Registration
 from pipeline.store.store import Store
@@ -68,8 +76,8 @@ def close_orphans(
     closed: list[str] = []
     away: set[str] = set()
     for run_id in store.list_runs():
-        tracking = store.peek_run(run_id, "tracking")
-        if run_id == mine or tracking is None or tracking["ended"]:
+        tracking = store.peek_run(run_id, RunTracking)
+        if run_id == mine or tracking is None or tracking.ended:
             continue
         try:
             facts, record = load_facts(store, run_id), load_run(store, run_id)
@@ -231,9 +239,9 @@ def _with_loaders(
     What loads a model is run, and so is what the model's own file names.
     """
     wanted = [
-        name
-        for name, cell in facts.cells.items()
-        if cell.registration is not None and name not in record.tracking.registered
+        cell.cell
+        for cell in facts.cells
+        if cell.registration is not None and cell.cell not in record.tracking.registered
     ]
     if not wanted:
         return facts, []
@@ -243,18 +251,17 @@ def _with_loaders(
         known = trust.registrations()
     except PipelineError as error:
         why = str(error)
-    cells, said = dict(facts.cells), []
+    cells, said = facts.by_name, []
     for name in wanted:
-        own = facts.cells[name].registration
+        own = cells[name].registration
         registration, calls = known.get(name, (None, ()))
-        given = asdict(registration) if registration else None
-        cells[name] = replace(facts.cells[name], registration=given, calls=calls)
+        cells[name] = replace(cells[name], registration=registration, calls=calls)
         if registration is None and own is not None:
             said.append(
-                f"{name} is not registered: the store names {own['loader']!r} to load its model, "
+                f"{name} is not registered: the store names {own.loader!r} to load its model, "
                 f"but {why}. `{record.resume_command}` does, or give its own pipeline as --file."
             )
-    return replace(facts, cells=cells), said
+    return replace(facts, cells=list(cells.values())), said
 
 
 def _read_ahead(recorder: Recorder, store: Store, news: Iterator[News]) -> Iterator[News]:
@@ -279,9 +286,9 @@ def _missing(store: Store, record: RunRecord, facts: StoredFacts) -> Iterator[Ne
     """Yield what is not recorded yet, as the driver would have noted it."""
     cached = [one.key for one in record.cells.values() if one.state is State.CACHED]
     sources = recorded_ids(store, cached, record.destination)
-    progress = record.tracking
+    progress, cells = record.tracking, facts.by_name
     for name, status in record.cells.items():
-        cell = replace(facts.cells[name], key=status.key)
+        cell = replace(cells[name], key=status.key)
         recorded = name in progress.closed and progress.keys.get(name) == status.key
         if status.state is State.CACHED:
             source = sources[status.key].cell if status.key in sources else None
@@ -308,9 +315,10 @@ def _made(store: Store, run_id: str, key: str) -> bool:
 
 def _promoted(record: RunRecord, facts: StoredFacts) -> Iterator[tuple[str, str]]:
     """Yield (key, output) of the outputs that are shown with the run."""
+    cells = facts.by_name
     for name, status in record.cells.items():
         if status.state in {State.DONE, State.CACHED}:
-            for output in facts.cells[name].promoted:
+            for output in cells[name].promoted:
                 yield status.key, output
 
 

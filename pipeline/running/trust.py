@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.base.errors import BadInput, SpecError
-from pipeline.base.places import DATABASE, LINES, absolute_uri, tracking_uri
+from pipeline.base.places import DATABASE, LINES, absolute_uri, tracking_folder_of, tracking_uri
 from pipeline.base.variables import TRACKING_URI
 from pipeline.planning.keys import known_calls, own_calls
 from pipeline.running.record import DEFAULT_FILE
-from pipeline.spec.build import Spec, load_spec, read_values, tracking_folder_of
 from pipeline.spec.cells import Cell, Registration, shorten
-from pipeline.store.storage import LocalStorage
+from pipeline.spec.load import load_spec, read_values
+from pipeline.spec.spec import Spec
+from pipeline.store.storage.local import LocalStorage
 from pipeline.store.store import Store
 from pipeline.tracking import RunFacts, TrackerName, place
 

@@ -1,283 +1,35 @@
-"""Reads a `pipeline.yaml`: from text to connected cells, or to all its problems at once."""
+"""Builds a spec: from the data of a pipeline file to connected cells, noting all its problems."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import os
-import shlex
-import stat
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from pipeline.base import limits
-from pipeline.base.errors import BadInput, Position, Problem, SpecError, nearest
-from pipeline.base.names import store_around
-from pipeline.base.places import defaults_folder, lead, moved, tracking_uri
-from pipeline.base.secrets import find_secret, has_credentials, redact
+from pipeline.base.errors import Position, Problem, SpecError, nearest
+from pipeline.base.places import lead, moved, tracking_folder_of
 from pipeline.base.variables import STORAGE
-from pipeline.code.digest import find_module, missing_target
-from pipeline.spec import yaml_loader
 from pipeline.spec.cells import (
-    Cell,
     Registration,
     Scalar,
     StageSpec,
     cell_name,
-    expand,
-    topological,
 )
-from pipeline.spec.interpolate import override
-from pipeline.spec.params import Issue, Marked, issues_of, marked
-from pipeline.spec.resolved import resolved_text
-from pipeline.spec.shape import ClusterShape, FileShape, MlflowShape, ResourcesShape, StageShape
+from pipeline.spec.joins import expand, topological
+from pipeline.spec.params import Issue, issues_of, marked, name_trouble
+from pipeline.spec.plugins import Plugin, import_catalogue
+from pipeline.spec.shape import PLACES, FileShape, StageShape
+from pipeline.spec.spec import MlflowSpec, Spec
 from pipeline.spec.yaml_loader import Document, Path
-from pipeline.stage import Catalogue, Params, Registry, Resources, Stage
-
-_PLACES: Mapping[str, type[BaseModel]] = {
-    "a stage": StageShape,
-    "a stage's `resources:`": ResourcesShape,
-    "the whole file": FileShape,
-    "`mlflow:`": MlflowShape,
-    "`cluster:`": ClusterShape,
-}
-
-# -------------------------------------------------------------------- what load_spec returns
+from pipeline.stage import Params, Resources, Stage
 
 
-@dataclass(frozen=True, kw_only=True)
-class MlflowSpec:
-    """Where runs are tracked; `tracking_uri` None leaves it to the environment."""
-
-    experiment: str
-    tracking_uri: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plugin:
-    """A plugin: the module that holds its catalogue, and the catalogue."""
-
-    module: str
-    catalogue: Catalogue
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spec:
-    """A pipeline without mistakes.
-
-    Attributes:
-        name: the pipeline's name.
-        path: the file it is from.
-        text: what the file says.
-        resolved: the same with all references replaced and all `--set` options applied: a file
-            that repeats it.
-        environment: the variables that it refers to, with the text that each stands for.
-        overrides: the `--set` options.
-        plugins: in the file's order.
-        storage: absolute path of a folder, or an fsspec URL.
-        storage_given: the same as the environment or the file gives it; perhaps a relative path.
-        folder: where relative paths in it start, its file's.
-        tracking_folder: where `mlflow.db` and `tracking/` lie by default.
-        moved: sentences for people whose store lies where it was looked for by earlier versions.
-        autoscaling: whether the cluster may grow to meet what stages ask for.
-        mlflow: where runs are tracked.
-        stages: name -> stage, in the file's order.
-        cells: all cells, stages in topological order.
-    """
-
-    name: str
-    path: FilePath
-    text: str
-    resolved: str
-    environment: Mapping[str, str]
-    overrides: Sequence[str]
-    plugins: Sequence[Plugin]
-    storage: str
-    storage_given: str
-    folder: FilePath
-    tracking_folder: FilePath
-    moved: Sequence[str]
-    autoscaling: bool
-    mlflow: MlflowSpec
-    stages: Mapping[str, StageSpec]
-    cells: Sequence[Cell]
-
-    def command(self, *arguments: str) -> str:
-        """Return the command that runs it, with further arguments, for a shell."""
-        settings = [word for option in self.overrides for word in ("--set", option)]
-        return shlex.join(["fls", "run", str(self.path), *settings, *arguments])
-
-    def tracking_uri(self, recorded: str | None = None) -> str:
-        """Return where MLflow data goes, see `pipeline.base.places.tracking_uri`."""
-        return tracking_uri(
-            self.mlflow.tracking_uri,
-            recorded,
-            folder=self.folder,
-            default_folder=self.tracking_folder,
-        )
-
-
-def load_spec(
-    path: FilePath,
-    overrides: Sequence[str] = (),
-    folder: FilePath | None = None,
-    admit: Callable[[Sequence[str]], None] = lambda plugins: None,
-) -> Spec:
-    """Read a spec, check all of it, and make its cells.
-
-    The working directory is put on the path of Python's imports, behind what is installed, because
-    plugins and the user's own functions are looked for there.
-
-    Args:
-        path: the YAML file.
-        overrides: `--set` options, see `pipeline.spec.interpolate.override`.
-        folder: where relative paths in it start, or None for that of the file.
-        admit: is given its plugins before one of them is imported, and raises where that must not
-            happen.
-
-    Returns:
-        The spec, free of mistakes.
-
-    Raises:
-        SpecError: it has mistakes; all of them, in file order.
-
-    A file that cannot be read is `BadInput`. Whatever the file holds, checking it takes less than a
-    second (the import of its plugins apart) and bounded memory, see `pipeline.base.limits`.
-    """
-    text = _read(FilePath(path))
-    _refuse_secrets(text, str(path), overrides)
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    document = yaml_loader.load(text, str(path))
-    if not isinstance(document.value, dict):
-        document.note(document.root, "expected a mapping with 'name', 'plugins' and 'stages'")
-        raise SpecError(document.problems)
-    given = document.value.get("storage"), document.value.get("mlflow")
-    environment = override(document, overrides, os.environ)
-    path = FilePath(path)
-    folder = path.parent if folder is None else folder
-    spec = _Builder(document, path, text, folder, admit).build()
-    if document.problems:
-        raise SpecError(document.problems)
-    return dataclasses.replace(
-        spec,
-        resolved=_resolve(document.value, spec, *given),
-        environment=redact(environment),
-        overrides=tuple(overrides),
-    )
-
-
-def read_values(path: FilePath) -> FileShape:
-    """Return what a spec says, its references replaced; nothing that it names is imported.
-
-    Raises:
-        SpecError: it is no YAML, or the top level is not in order.
-    """
-    document = yaml_loader.load(_read(path), str(path))
-    if isinstance(document.value, dict):
-        override(document, (), os.environ)
-    try:
-        shape = FileShape.model_validate(document.value)
-    except ValidationError as error:
-        for issue in issues_of(error, FileShape, document.value, _PLACES):
-            document.note(document.root, issue.message)
-        raise SpecError(document.problems) from None
-    if document.problems:
-        raise SpecError(document.problems)
-    return shape
-
-
-def tracking_folder_of(storage: str, folder: FilePath) -> FilePath:
-    """Return where `mlflow.db` and `tracking/` of a spec lie by default.
-
-    Args:
-        storage: as the file gives it.
-        folder: the file's.
-    """
-    return folder if STORAGE.read() else defaults_folder(storage, folder)
-
-
-def _resolve(value: Mapping[str, Any], spec: Spec, storage: Any, mlflow: Any) -> str:
-    """Return the text that repeats a spec; an address with a password stays as the file gives it.
-
-    Args:
-        value: the spec as data.
-        spec: the spec.
-        storage: what the file gives as `storage:`.
-        mlflow: what it gives as `mlflow:`.
-    """
-    if has_credentials(spec.storage):
-        storage = f"${{env.{STORAGE.name}}}" if STORAGE.read() else storage
-    else:
-        storage = spec.storage
-    changed = {"storage": storage}
-    if has_credentials(spec.mlflow.tracking_uri or ""):
-        changed["mlflow"] = {**value["mlflow"], "tracking_uri": mlflow["tracking_uri"]}
-    return resolved_text({**value, **changed}, spec.path.name)
-
-
-def _read(path: FilePath) -> str:
-    """Return the text of a file, reading no more of it than the limit.
-
-    Raises:
-        BadInput: it cannot be read.
-        SpecError: it is too large, or is not text.
-    """
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise BadInput(f"cannot read {path}: expected a regular file")
-        with path.open("rb") as file:
-            data = file.read(limits.SPEC_BYTES + 1)
-            size = max(len(data), os.fstat(file.fileno()).st_size)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or error
-        raise BadInput(f"cannot read {path}: {reason}. Expected a pipeline file.") from None
-    if size > limits.SPEC_BYTES:
-        position = Position(str(path), 1, 1)
-        message = f"expected a file of at most {limits.SPEC_BYTES:,} bytes, got {size:,}"
-        raise SpecError([Problem(position, message)])
-    try:
-        return data.decode("utf-8").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        before = data[: error.start]
-        column = len(before[before.rfind(b"\n") + 1 :].decode()) + 1
-        position = Position(str(path), before.count(b"\n") + 1, column)
-        message = f"expected text in UTF-8, got the byte 0x{data[error.start]:02x}"
-        raise SpecError([Problem(position, message)]) from None
-
-
-def _refuse_secrets(text: str, file: str, overrides: Sequence[str]) -> None:
-    """Check that a spec and its `--set` options, which are recorded, hold no secret.
-
-    Raises:
-        SpecError: they do.
-    """
-    problems = []
-    for where, given in [(file, text), *(("--set", option) for option in overrides)]:
-        found = find_secret(given, os.environ)
-        if found is None:
-            continue
-        at, what = found
-        line, column = given.count("\n", 0, at) + 1, at - given.rfind("\n", 0, at)
-        position = Position(where, line, column) if where == file else Position(where)
-        message = (
-            f"expected no secrets, because this is recorded; got {what}. Leave it to the "
-            "environment of what needs it, such as MLFLOW_TRACKING_URI or AWS_PROFILE"
-        )
-        problems.append(Problem(position, message))
-    if problems:
-        raise SpecError(problems)
-
-
-# ------------------------------------------------------------------------------ the building
-
-
-class _Builder:
+class Builder:
     """Turns a document into a spec, noting problems in the document on the way."""
 
     def __init__(
@@ -569,7 +321,7 @@ class _Builder:
             else:
                 found[name] = params
             for mark in marked(params):
-                message = _name_trouble(mark)
+                message = name_trouble(mark)
                 if message:
                     self.note_param(stage, point, Issue(mark.path, message))
         return found
@@ -620,47 +372,11 @@ class _Builder:
         self, error: ValidationError, model: type[BaseModel], values: Any, path: Path
     ) -> set[str | int]:
         """Note what is wrong with the `values` at `path`; return their keys that are."""
-        issues = issues_of(error, model, values, _PLACES)
+        issues = issues_of(error, model, values, PLACES)
         for issue in issues:
             self.note((*path, *issue.path), issue.message, key=issue.key)
             self.wrong.add(self.document.position((*path, *issue.path)))
         return {issue.path[0] for issue in issues if issue.path}
-
-
-def import_catalogue(name: str) -> Plugin | None:
-    """Return the CATALOGUE of the module `name.catalogue`, or of `name` if that is not there.
-
-    Raises:
-        ImportError: the module lies in a store.
-    """
-    inner = f"{name}.catalogue"
-    chosen = inner if find_module(inner) else name
-    place = find_module(chosen)
-    store = store_around(place.file) if place and place.file else None
-    if store:
-        raise ImportError(f"it lies in the store {store}, from which no code is taken")
-    module = importlib.import_module(chosen)
-    found = getattr(module, "CATALOGUE", None)
-    return Plugin(module=module.__name__, catalogue=found) if found is not None else None
-
-
-def _name_trouble(mark: Marked) -> str | None:
-    """Return what is wrong with the name or file that a parameter gives, or None."""
-    name = str(mark.path[-1])
-    if isinstance(mark.marker, Registry):
-        registry = mark.marker
-        entry = registry.find(mark.value)
-        if entry is None:
-            known = list(registry.entries) + [f"{prefix}..." for prefix in registry.prefixes]
-            return (
-                f"{name}: unknown {registry.kind} {mark.value!r}"
-                f"{nearest(mark.value, registry.entries)}; known: {', '.join(known)}"
-                f"{', or package.module:function' if registry.open else ''}"
-            )
-        return missing_target(entry.target) if entry.target == mark.value else None
-    if not os.path.isfile(mark.value):
-        return f"{name}: no file {mark.value!r} (looked for from {os.getcwd()})"
-    return None
 
 
 def _strings(value: Any) -> list[str]:

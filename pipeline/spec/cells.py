@@ -1,29 +1,23 @@
-"""Stages of a spec, the cells that a matrix makes of them, and how cells join.
-
-A cell is one combination of a stage's axis values. It takes from each upstream stage the cells with
-equal values on all axes that both have; axes that only the upstream has are a fan-in, which an
-input must be declared `many` to take.
-"""
+"""Stages of a spec, the cells that a matrix makes of them, and their names."""
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
-from pipeline.base import limits
 from pipeline.base.errors import BadInput, nearest
+from pipeline.base.shapes import exact
 from pipeline.spec.yaml_loader import read_scalar
 from pipeline.stage import Params, Resources, Stage
 
 Scalar = str | int | float | bool | None
 
 
+@exact
 @dataclass(frozen=True, kw_only=True)
 class Registration:
     """That a cell's model is to be registered.
@@ -82,7 +76,7 @@ class StageSpec:
 
 
 @dataclass(frozen=True)
-class Source:
+class Upstream:
     """One connected upstream output: `output` of the cell named `cell`."""
 
     cell: str
@@ -114,7 +108,7 @@ class Cell:
     declaration: Stage
     axes: Mapping[str, Scalar]
     params: Params
-    inputs: Mapping[str, Sequence[Source]]
+    inputs: Mapping[str, Sequence[Upstream]]
     resources: Resources
     retries: int
     timeout_s: float | None
@@ -130,10 +124,6 @@ class Cell:
         return list(dict.fromkeys(source.cell for source in joined))
 
 
-class JoinError(Exception):
-    """Cells of a stage that do not find what an input needs; the text is for the user."""
-
-
 def cell_name(stage: str, axes: Mapping[str, Scalar]) -> str:
     """Return a cell's full name."""
     if not axes:
@@ -146,196 +136,7 @@ def show(value: Scalar) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def topological(stages: Mapping[str, StageSpec]) -> tuple[list[str], list[list[str]]]:
-    """Sort stages so that each follows its upstream, else in the order given.
-
-    Args:
-        stages: name -> stage; upstream stages that are not among them are ignored.
-
-    Returns:
-        The sorted names, and the cycles found, each as [a, b, ..., a] along the flow of data. A
-        cycle is cut at its last step, so that the order holds for the rest. Of very many cycles
-        only the first are found, and the order is the one given.
-    """
-    edges = {
-        name: [other for others in stage.inputs.values() for other in others if other in stages]
-        for name, stage in stages.items()
-    }
-    cycles: list[list[str]] = []
-    while True:
-        sorter = TopologicalSorter(edges)
-        try:
-            sorter.prepare()
-        except CycleError as error:
-            cycle = _from_first(error.args[1], list(edges))
-            edges[cycle[-1]].remove(cycle[-2])
-            cycles.append(cycle)
-            if len(cycles) >= limits.PROBLEMS:
-                return list(stages), cycles
-            continue
-        break
-    rank = {name: index for index, name in enumerate(edges)}
-    names = list(edges)
-    order: list[str] = []
-    ready = sorted(rank[name] for name in sorter.get_ready())
-    while ready:
-        order.append(names[heapq.heappop(ready)])
-        sorter.done(order[-1])
-        for name in sorter.get_ready():
-            heapq.heappush(ready, rank[name])
-    return order, cycles
-
-
-def _from_first(cycle: list[str], order: Sequence[str]) -> list[str]:
-    """Turn a cycle so that it begins, and ends, with the name that comes first in `order`."""
-    ring = cycle[:-1]
-    start = ring.index(min(ring, key=order.index))
-    return [*ring[start:], *ring[:start], ring[start]]
-
-
-def _output_of_kind(upstream: StageSpec, kind: str) -> str:
-    """Return the name of the only output of `kind` that `upstream` gives.
-
-    Raises:
-        JoinError: it has none, or several.
-    """
-    outputs = upstream.declaration.outputs
-    found = [name for name, output in outputs.items() if output.kind == kind]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        given = f"{len(found)} outputs of that kind; expected exactly one"
-    else:
-        given = " and ".join(sorted({repr(output.kind) for output in outputs.values()}))
-    raise JoinError(
-        f"the input takes a {kind!r}, but {upstream.name!r} "
-        f"(uses {upstream.declaration.name}) gives {given or 'nothing'}"
-    )
-
-
-def _join(
-    stage: StageSpec, upstream: StageSpec, points: Sequence[Mapping[str, Scalar]], many: bool
-) -> list[list[str]]:
-    """Return for each point of `stage` the cells of `upstream` it takes.
-
-    Raises:
-        JoinError: an axis that only `upstream` has, or points that find nothing.
-    """
-    extra = [axis for axis in upstream.matrix if axis not in stage.matrix]
-    shared = [axis for axis in upstream.matrix if axis in stage.matrix]
-    if extra and not many:
-        names = [cell_name(upstream.name, point) for point in upstream.points()]
-        raise JoinError(
-            f"{stage.name!r} has no axis {' and '.join(map(repr, extra))}, so which cell of "
-            f"{upstream.name!r} it takes is not said ({shorten(names)}); add the axis to its matrix"
-        )
-    groups: dict[tuple[tuple[bool, Scalar], ...], list[str]] = {}
-    for point in upstream.points():
-        name = cell_name(upstream.name, point)
-        groups.setdefault(_coordinates(point, shared), []).append(name)
-    lone = [point for point in points if _coordinates(point, shared) not in groups]
-    if lone:
-        raise JoinError(
-            f"{upstream.name!r} has no cell with the {' and '.join(shared)} of "
-            f"{shorten([cell_name(stage.name, point) for point in lone])}"
-        )
-    return [groups[_coordinates(point, shared)] for point in points]
-
-
-def expand(
-    stages: Mapping[str, StageSpec],
-    params: Mapping[str, Params],
-    report: Callable[[str, str, str, str], None],
-) -> list[Cell]:
-    """Make the cells of all stages and connect them.
-
-    Args:
-        stages: name -> stage, in topological order; inputs name declared inputs of theirs.
-        params: cell name -> validated parameters; cells without are left out.
-        report: is told what does not join: stage, input, upstream stage, message.
-
-    Returns:
-        The cells, in topological order.
-    """
-    cells: list[Cell] = []
-    links = 0
-    for stage in stages.values():
-        points = stage.points()
-        wires: list[dict[str, list[Source]]] = [{name: [] for name in stage.inputs} for _ in points]
-        for name, upstream in _connections(stage, stages):
-            try:
-                output, connected = _connect(stage, name, upstream, points)
-                links += sum(map(len, connected))
-                _require_few_links(links)
-            except JoinError as error:
-                report(stage.name, name, upstream.name, str(error))
-                continue
-            for wire, sources in zip(wires, connected, strict=True):
-                wire[name] += [Source(cell, output) for cell in sources]
-        for point, wire in zip(points, wires, strict=True):
-            full_name = cell_name(stage.name, point)
-            if full_name in params:
-                cells.append(_cell(stage, full_name, point, params[full_name], wire))
-    return cells
-
-
-def _connections(
-    stage: StageSpec, stages: Mapping[str, StageSpec]
-) -> Iterator[tuple[str, StageSpec]]:
-    """Yield each input name of `stage` with each stage that is connected to it."""
-    for name, connected in stage.inputs.items():
-        for upstream in connected:
-            if upstream in stages:
-                yield name, stages[upstream]
-
-
-def _connect(
-    stage: StageSpec, name: str, upstream: StageSpec, points: Sequence[Mapping[str, Scalar]]
-) -> tuple[str, list[list[str]]]:
-    """Return what output of `upstream` the input `name` takes; for each point, of which cells."""
-    declared = stage.declaration.inputs[name]
-    output = _output_of_kind(upstream, declared.kind)
-    return output, _join(stage, upstream, points, declared.many)
-
-
-def _require_few_links(count: int) -> None:
-    """Check how many connections the cells have.
-
-    Raises:
-        JoinError: too many.
-    """
-    if count > limits.LINKS:
-        raise JoinError(
-            f"expected at most {limits.LINKS:,} connections between cells, got {count:,} with "
-            "these; give both stages the same axes, or fewer values"
-        )
-
-
-def _cell(
-    stage: StageSpec,
-    name: str,
-    axes: Mapping[str, Scalar],
-    params: Params,
-    inputs: Mapping[str, Sequence[Source]],
-) -> Cell:
-    return Cell(
-        name=name,
-        stage=stage.name,
-        declaration=stage.declaration,
-        axes=axes,
-        params=params,
-        inputs=inputs,
-        resources=stage.resources,
-        retries=stage.retries,
-        registration=stage.registration,
-        timeout_s=stage.timeout_s,
-        checkpoint_every_s=stage.checkpoint_every_s,
-        log_bytes=stage.log_bytes,
-        keep=stage.keep,
-    )
-
-
-def _coordinates(
+def coordinates(
     point: Mapping[str, Scalar], axes: Sequence[str]
 ) -> tuple[tuple[bool, Scalar], ...]:
     """Return a point's values on `axes`, such that 1 and 1.0 are equal, but 1 and true are not."""
@@ -379,11 +180,11 @@ def _narrow(address: str, cells: Sequence[Cell], axis: str, text: str) -> list[C
     if axis not in axes:
         known = ", ".join(axes) or "none"
         raise BadInput(f"unknown axis {axis!r} in {address!r}{nearest(axis, axes)}; axes: {known}")
-    wanted = _coordinates({axis: read_scalar(text)}, [axis])
+    wanted = coordinates({axis: read_scalar(text)}, [axis])
     found = [
         cell
         for cell in cells
-        if show(cell.axes[axis]) == text or _coordinates(cell.axes, [axis]) == wanted
+        if show(cell.axes[axis]) == text or coordinates(cell.axes, [axis]) == wanted
     ]
     if not found:
         values = list(dict.fromkeys(show(cell.axes[axis]) for cell in cells))

@@ -7,6 +7,7 @@ Markers stand in annotations: `Annotated[str, REGISTRY]` names an entry of a reg
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.base.errors import nearest
+from pipeline.code.digest import missing_target
 from pipeline.spec.yaml_loader import Path
 from pipeline.stage import ExternalFile, Registry
 
@@ -103,6 +105,25 @@ def _walk(annotation: Any, metadata: Sequence[Any], value: Any, path: Path) -> I
         for marker in metadata:
             if isinstance(marker, Registry | ExternalFile):
                 yield Marked(path, marker, value)
+
+
+def name_trouble(mark: Marked) -> str | None:
+    """Return what is wrong with the name or file that a parameter gives, or None."""
+    name = str(mark.path[-1])
+    if isinstance(mark.marker, Registry):
+        registry = mark.marker
+        entry = registry.find(mark.value)
+        if entry is None:
+            known = list(registry.entries) + [f"{prefix}..." for prefix in registry.prefixes]
+            return (
+                f"{name}: unknown {registry.kind} {mark.value!r}"
+                f"{nearest(mark.value, registry.entries)}; known: {', '.join(known)}"
+                f"{', or package.module:function' if registry.open else ''}"
+            )
+        return missing_target(entry.target) if entry.target == mark.value else None
+    if not os.path.isfile(mark.value):
+        return f"{name}: no file {mark.value!r} (looked for from {os.getcwd()})"
+    return None
 
 
 def _issue(

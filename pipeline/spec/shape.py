@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -206,3 +207,13 @@ class FileShape(_Shape):
     cluster: ClusterShape = ClusterShape()
     vars: dict[str, Any] = {}
     stages: Annotated[dict[Annotated[str, AfterValidator(_name)], Any], Field(min_length=1)]
+
+
+# A place in a pipeline file, in words -> the shape of what stands there.
+PLACES: Mapping[str, type[BaseModel]] = {
+    "a stage": StageShape,
+    "a stage's `resources:`": ResourcesShape,
+    "the whole file": FileShape,
+    "`mlflow:`": MlflowShape,
+    "`cluster:`": ClusterShape,
+}

@@ -83,10 +83,7 @@ class Budget:
 
 
 class _Loader(yaml.SafeLoader):
-    """Marks plain scalars instead of resolving them by the rules of YAML 1.1.
-
-    The parser is asked for one event after the other, so nothing is read beyond the limits.
-    """
+    """Marks plain scalars instead of resolving them by the rules of YAML 1.1."""
 
     def __init__(self, text: str, file: str):
         super().__init__(text)
@@ -100,14 +97,9 @@ class _Loader(yaml.SafeLoader):
             return _PLAIN
         return super().resolve(kind, value, implicit)
 
-    def fetch_flow_collection_start(self, kind: type[yaml.Token]) -> None:
-        """Take a bracket or brace; many of them would slow the scanner down, so they count here."""
-        self.budget.check_depth(_place(self.file, self.get_mark()), self.flow_level)
-        super().fetch_flow_collection_start(kind)
-
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Compose the next node, which counts."""
-        self.budget.take(_place(self.file, self.peek_event().start_mark), self.depth)
+        """Compose the next node, unless it lies too deep."""
+        self.budget.check_depth(_place(self.file, self.peek_event().start_mark), self.depth)
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1

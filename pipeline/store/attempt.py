@@ -1,56 +1,56 @@
 """One attempt at a cell: its local folder, its events, and its publication or failure.
 
-The layout of the store is described in `pipeline.store.store`.
+`pipeline.store.layout` has the layout of the store.
 """
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Required
+
+from typing_extensions import TypedDict
 
 from pipeline.base.errors import StorageUnavailable, StoreError
-from pipeline.base.names import numbers, require_inside
+from pipeline.base.names import numbers
+from pipeline.base.shapes import to_json
 from pipeline.stage import StageError
 from pipeline.store import logs
 from pipeline.store.events import EVENTS_AT_ONCE, merge
+from pipeline.store.layout import (
+    CHECKPOINTS,
+    DIGESTS,
+    OUTPUTS,
+    attempt_folder,
+    attempts_folder,
+    checkpoint_folder,
+    checkpoints_folder,
+    event_segment,
+    failure_path,
+    manifest_path,
+    output_folder,
+)
+from pipeline.store.manifest import FileDigest, Manifest, digest_files
 from pipeline.store.seal import seal, seal_lines, unseal, unseal_lines
-from pipeline.store.storage import AbstractStorage, list_files
+from pipeline.store.storage.base import AbstractStorage
 
-# Beside a checkpoint's files, and written after them: their digests.
-DIGESTS = ".digests.json"
 _CHECKPOINTS_KEPT = 2
 _SAID_BYTES = 16_000_000  # of events, of which an attempt that says more merges none
 
 
-def stage_folder(key: str) -> str:
-    """Return where all about a key is stored."""
-    return f"stages/{key}"
+class Failure(TypedDict, total=False):
+    """The reason why an attempt has no result.
 
+    `user` marks what no retry corrects, see `pipeline.worker.failures`.
+    """
 
-def manifest_path(key: str) -> str:
-    """Return where the manifest of a key is stored."""
-    return f"{stage_folder(key)}/manifest.json"
-
-
-def attempt_folder(key: str, number: int) -> str:
-    """Return where an attempt is stored."""
-    return f"{stage_folder(key)}/attempts/{number:04d}"
-
-
-def checkpoint_folder(key: str, number: int, checkpoint: int) -> str:
-    """Return where an in-stage checkpoint of an attempt is stored."""
-    return f"{attempt_folder(key, number)}/checkpoints/{checkpoint:06d}"
-
-
-def event_segment(key: str, number: int, segment: int) -> str:
-    """Return where a segment of an attempt's events is stored."""
-    return f"{attempt_folder(key, number)}/events/{segment:06d}.jsonl"
+    message: Required[str]
+    traceback: str
+    user: bool
 
 
 class Attempt:
@@ -180,30 +180,38 @@ class Attempt:
         try:
             found = self._outputs(list(outputs))
             for name in found:
-                folder = self.folder / "outputs" / name
-                self._storage.save(folder, f"{self._path}/outputs/{name}")
+                folder = self.folder / OUTPUTS / name
+                self._storage.save(folder, output_folder(self.key, self.number, name))
             self._check_not_set_aside()
         except (StageError, StoreError, FileNotFoundError):
             if not self._beaten():
                 raise
             first = False  # the winner has deleted what this attempt wrote
         else:
-            first = self._create_manifest(ingredients=ingredients, outputs=found, facts=facts)
+            manifest = Manifest(
+                key=self.key,
+                attempt=self.number,
+                ingredients=ingredients,
+                outputs=found,
+                facts=facts,
+                time=time.time(),
+            )
+            first = self._storage.create(manifest_path(self.key), seal(to_json(manifest)))
         if first:
             self._clear_up()
         else:
-            self._storage.remove(f"{self._path}/outputs")
-            self._storage.remove(f"{self._path}/checkpoints")
+            self._storage.remove(f"{self._path}/{OUTPUTS}")
+            self._storage.remove(f"{self._path}/{CHECKPOINTS}")
             self.fail({"message": "another attempt published first; this one's work is discarded"})
         return first
 
-    def fail(self, error: Mapping[str, Any]) -> None:
+    def fail(self, error: Failure) -> None:
         """Record that the attempt ends without a result; checkpoints stay for the next one.
 
         Args:
-            error: what went wrong; JSON.
+            error: the reason; JSON.
         """
-        self._storage.write(f"{self._path}/failure.json", seal(error))
+        self._storage.write(failure_path(self.key, self.number), seal(error))
 
     def _check_not_set_aside(self) -> None:
         """Refuse to publish what is left of an attempt whose folder was moved away meanwhile.
@@ -219,11 +227,6 @@ class Attempt:
                 "has written since may not be all, so it begins again"
             ) from error
 
-    def _create_manifest(self, **content: Mapping[str, Any]) -> bool:
-        """Create the key's manifest, unless there is one; tell whether this call did."""
-        about = {"key": self.key, "attempt": self.number, "time": time.time()}
-        return self._storage.create(manifest_path(self.key), seal({**about, **content}))
-
     def _beaten(self) -> bool:
         """Tell whether another attempt has published."""
         try:
@@ -232,13 +235,13 @@ class Attempt:
             return False
         return True
 
-    def _outputs(self, declared: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    def _outputs(self, declared: Sequence[str]) -> dict[str, dict[str, FileDigest]]:
         """Return output -> file -> digest and size.
 
         Raises:
             StageError: see `publish`.
         """
-        root = self.folder / "outputs"
+        root = self.folder / OUTPUTS
         written = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
         extra = [name for name in written if name not in declared]
         if extra:
@@ -251,16 +254,16 @@ class Attempt:
 
     def _clear_up(self) -> None:
         """Delete what this attempt and the earlier ones need no more: all but their records."""
-        self._storage.remove(f"{self._path}/checkpoints")
-        for number in earlier_attempts(self._storage, self.key, self.number):
-            for part in ("checkpoints", "outputs"):
+        self._storage.remove(f"{self._path}/{CHECKPOINTS}")
+        for number in _earlier(self._storage, self.key, self.number):
+            for part in (CHECKPOINTS, OUTPUTS):
                 self._storage.remove(f"{attempt_folder(self.key, number)}/{part}")
 
     # -- in-stage checkpoints
 
     def _save_checkpoint(self) -> None:
         """Store the newest checkpoint, its digests last; delete all but the one before it."""
-        root = self.folder / "checkpoints"
+        root = self.folder / CHECKPOINTS
         found = root.iterdir() if root.is_dir() else ()  # a winner deletes it with all else
         newest = max(numbers(path.name for path in found), default=0)
         if not newest:
@@ -282,12 +285,12 @@ class Attempt:
         """
         found = [
             (checkpoint, number)
-            for number in earlier_attempts(self._storage, self.key, self.number)
+            for number in _earlier(self._storage, self.key, self.number)
             for checkpoint in _checkpoints(self._storage, self.key, number)
         ]
         for checkpoint, number in sorted(found, reverse=True):
             path = checkpoint_folder(self.key, number, checkpoint)
-            part = self.folder / "checkpoints" / f"{checkpoint:06d}.part"
+            part = self.folder / CHECKPOINTS / f"{checkpoint:06d}.part"
             try:
                 wanted = unseal(self._storage.read(f"{path}/{DIGESTS}"))
                 self._storage.load(path, part)
@@ -310,13 +313,12 @@ class Attempt:
 
 
 def attempt_numbers(storage: AbstractStorage, folder: str) -> list[int]:
-    """Return the numbers of the attempts in a stage's folder, ascending."""
-    return sorted(numbers(storage.names(f"{folder}/attempts")))
+    """Return the numbers of the attempts in a folder, ascending."""
+    return sorted(numbers(storage.names(folder)))
 
 
-def earlier_attempts(storage: AbstractStorage, key: str, before: int) -> list[int]:
-    """Return the numbers of the attempts at `key` below `before`."""
-    return [number for number in attempt_numbers(storage, stage_folder(key)) if number < before]
+def _earlier(storage: AbstractStorage, key: str, before: int) -> list[int]:
+    return [number for number in attempt_numbers(storage, attempts_folder(key)) if number < before]
 
 
 def whole_checkpoints(storage: AbstractStorage, key: str, number: int) -> list[str]:
@@ -326,25 +328,10 @@ def whole_checkpoints(storage: AbstractStorage, key: str, number: int) -> list[s
 
 
 def _checkpoints(storage: AbstractStorage, key: str, number: int) -> list[int]:
-    return sorted(numbers(storage.names(f"{attempt_folder(key, number)}/checkpoints")))
+    return sorted(numbers(storage.names(checkpoints_folder(key, number))))
 
 
-def _digest_checkpoint(folder: Path) -> dict[str, dict[str, Any]]:
+def _digest_checkpoint(folder: Path) -> dict[str, FileDigest]:
     found = digest_files(folder)
     found.pop(DIGESTS, None)
-    return found
-
-
-def digest_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return file -> {"sha256": hex, "bytes": int} of all files in a folder.
-
-    Symbolic links and the like are refused, see `list_files`, and so are names that no storage
-    takes, see `require_inside`.
-    """
-    found = {}
-    for path in list_files(folder):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        name = require_inside(path.relative_to(folder).as_posix())
-        found[name] = {"sha256": digest, "bytes": path.stat().st_size}
     return found

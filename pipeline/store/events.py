@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
 
+from pipeline.base.shapes import Count
 from pipeline.store.leases import lease_s
 
 Event = dict[str, Any]
@@ -178,8 +179,8 @@ def words(event: Mapping[str, Any]) -> str:
 class Cursor:
     """How far a cell's events have been read: up to `segment` of `attempt`, both included."""
 
-    attempt: int = 0
-    segment: int = 0
+    attempt: Count = 0
+    segment: Count = 0
 
 
 class EventSource(Protocol):

@@ -26,7 +26,7 @@ from typing import ClassVar
 
 from pipeline.base.secrets import redact
 from pipeline.base.text import clock
-from pipeline.store.storage import AbstractStorage
+from pipeline.store.storage.base import AbstractStorage
 
 DEFAULT_BYTES = 16 * 2**20
 FOLDER = "log"

@@ -1,4 +1,4 @@
-"""Documents that notice damage: JSON with the sha256 of its own content.
+"""Sealed documents: JSON with the sha256 of its own content, by which damage is noticed.
 
 A truncated file mostly is no JSON any more; one with a flipped bit often still is, and says
 something else. So whatever the store writes carries a seal, which reading checks and takes off.
@@ -9,9 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+from pipeline.base.shapes import read_json
 
 _SEAL = "sha256"
+_Shape = TypeVar("_Shape")
 _DEPTH = 300  # twice or three times as many calls of Python still fit onto its stack
 
 
@@ -38,6 +41,15 @@ def unseal(data: bytes) -> dict[str, Any]:
     if found != _digest(_text(document)):
         raise ValueError("it is not what its own sha256 says")
     return document
+
+
+def read_sealed(shape: type[_Shape], data: bytes) -> _Shape:
+    """Return a sealed document as its shape, a dataclass; see `pipeline.base.shapes`.
+
+    A damaged one, or one of another shape, is a ValueError that names the first wrong field.
+    """
+    unseal(data)
+    return read_json(shape, data)
 
 
 def seal_lines(documents: Iterable[Mapping[str, Any]]) -> bytes:

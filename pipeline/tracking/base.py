@@ -15,10 +15,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, ConfigDict, Field, with_config
+from typing_extensions import TypedDict
 
 from pipeline.base.places import absolute_uri
 from pipeline.base.secrets import redact
+from pipeline.base.shapes import Texts, checked_as, exact
+from pipeline.spec.cells import Registration
 from pipeline.store.events import Cursor, Event
 
 
@@ -38,6 +43,7 @@ _CLASSES = {
 _OTHERS = r"(?!(__main__|pipeline|stages|fishleg)\b)"  # modules that are none of this project
 
 
+@exact
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
     """What a tracker records about the run itself.
@@ -75,6 +81,11 @@ class RunFacts:
     resumed: bool = False
 
 
+def _refuse(calls: object) -> object:
+    raise ValueError("expected none from a store")
+
+
+@exact
 @dataclass(frozen=True, kw_only=True)
 class CellFacts:
     """What a tracker records about one cell; JSON.
@@ -88,7 +99,7 @@ class CellFacts:
         kept: outputs whose files are uploaded with it.
         promoted: outputs whose files are uploaded with the run itself.
         tags: facts that few cells have.
-        registration: `name`, `output` and `loader` of a model to register, or None.
+        registration: of the model to register, or None.
         calls: what its loader may import and call by what is kept in a stored file, see
             `pipeline.stage.call_text`; never kept in a store.
     """
@@ -101,8 +112,8 @@ class CellFacts:
     kept: Sequence[str] = ()
     promoted: Sequence[str] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
-    registration: Mapping[str, str] | None = None
-    calls: Sequence[str] = ()
+    registration: Registration | None = None
+    calls: Annotated[Sequence[str], Field(exclude=True), BeforeValidator(_refuse)] = ()
 
 
 class CellState(StrEnum):
@@ -248,9 +259,17 @@ def place(uri: str) -> str:
     return plain.rstrip("/")
 
 
+@with_config(ConfigDict(extra="allow"))
+class _Ids(TypedDict, total=False):
+    run: str
+    cells: Texts
+    records: dict[str, Texts]
+    series: dict[str, dict[str, Any]]
+
+
 @dataclass(kw_only=True)
 class TrackingProgress:
-    """How far a run is recorded; JSON apart from the cursors' type.
+    """How far a run is recorded.
 
     Attributes:
         cursors: cell -> up to where its events are recorded.
@@ -265,7 +284,7 @@ class TrackingProgress:
     keys: dict[str, str] = field(default_factory=dict)
     closed: list[str] = field(default_factory=list)
     registered: list[str] = field(default_factory=list)
-    ids: dict[str, Any] = field(default_factory=dict)
+    ids: Annotated[dict[str, Any], checked_as(_Ids)] = field(default_factory=dict)
     ended: bool = False
 
     def copy(self) -> TrackingProgress:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ class JsonLinesTracker(AbstractTracker):
 
     def register(self, cell: CellFacts, folder: Path) -> None:
         """Write that the model is to be registered; there is no registry here."""
-        self._write("register", cell=cell.cell, path=str(folder), **(cell.registration or {}))
+        about = asdict(cell.registration) if cell.registration else {}
+        self._write("register", cell=cell.cell, path=str(folder), **about)
 
     def promote(self, output: str, folder: Path) -> None:
         """Write where the run's report is."""

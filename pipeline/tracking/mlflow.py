@@ -190,14 +190,16 @@ class MLflowTracker(AbstractTracker):
         Raises:
             MlflowException: the server says no.
         """
-        registration = cell.registration or {}
-        name, run_id = registration["name"], self.ids["cells"][cell.cell]
+        registration = cell.registration
+        if registration is None:
+            return
+        name, run_id = registration.name, self.ids["cells"][cell.cell]
         tags = {"fls.key": cell.key, "fls.cell": cell.cell, "fls.run": self._run.run_id}
         for version in self._client.search_model_versions(f"name = '{name}'"):
             if version.tags.get("fls.key") == cell.key:
                 return
         with tempfile.TemporaryDirectory() as packed:
-            pack(registration["loader"], cell.calls, folder, Path(packed) / "model")
+            pack(registration.loader, cell.calls, folder, Path(packed) / "model")
             self._client.log_artifacts(run_id, f"{packed}/model", artifact_path="model")
         try:
             self._client.create_registered_model(name)

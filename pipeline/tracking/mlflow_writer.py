@@ -22,7 +22,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from pipeline.store.storage import list_files
+from pipeline.store.storage.base import list_files
 from pipeline.tracking.mlflow_names import TAG_CHARACTERS, Fitting, fit_path, fit_text
 from pipeline.tracking.series import Point
 

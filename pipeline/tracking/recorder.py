@@ -17,7 +17,8 @@ from pipeline.base.errors import Damaged, TakenOver
 from pipeline.base.parallel import Requests
 from pipeline.base.secrets import redact
 from pipeline.store.events import EVENTS_AT_ONCE, Cursor, Event, EventTail
-from pipeline.store.store import Manifest, Store
+from pipeline.store.manifest import Manifest
+from pipeline.store.store import Store
 from pipeline.tracking.base import (
     AbstractTracker,
     CellEnd,
@@ -215,7 +216,7 @@ class Recorder:
 
     def _register(self, cell: CellFacts) -> None:
         if cell.registration is not None and cell.cell not in self._progress.registered:
-            folder = self._store.fetch(cell.key, cell.registration["output"])
+            folder = self._store.fetch(cell.key, cell.registration.output)
             self._tracker.register(cell, folder)
             self._progress.registered.append(cell.cell)
             self._step(cell.cell)
@@ -233,12 +234,11 @@ class Recorder:
                 folders[output] = self._store.fetch(cell.key, output)
             except Damaged:  # who needs it has it made again, and then it is recorded again
                 continue
-        files = [file for output in manifest.outputs.values() for file in output.values()]
         return CellEnd(
             state=state,
             outputs=folders,
             facts=manifest.facts,
-            output_bytes=sum(file["bytes"] for file in files),
+            output_bytes=manifest.bytes,
             time_s=manifest.time,
         )
 

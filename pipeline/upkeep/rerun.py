@@ -9,16 +9,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.base.errors import BadInput, PipelineError
+from pipeline.base.shapes import to_json
 from pipeline.executors import ExecutorName, make_executor
 from pipeline.planning.keys import explain
-from pipeline.planning.planner import Plan, PlannedCell
+from pipeline.planning.planner import Plan, PlannedCell, RunPlan
 from pipeline.running.ready import Schedule
 from pipeline.running.record import load_run
-from pipeline.spec.build import Spec
 from pipeline.spec.cells import resolve, shorten
-from pipeline.store.attempt import attempt_folder, manifest_path
+from pipeline.spec.spec import Spec
+from pipeline.store.layout import manifest_path, output_folder
+from pipeline.store.manifest import Manifest
 from pipeline.store.seal import seal
-from pipeline.store.store import Manifest, Store
+from pipeline.store.store import Store
 from pipeline.worker.worker import Outcome, Task
 
 _FACTS = ("device", "threads", "workers", "platform", "python")
@@ -115,14 +117,14 @@ def _find_earlier(plan: Plan, store: Store, planned: PlannedCell) -> tuple[Manif
     name, now = planned.cell.name, planned.ingredients
     changes: list[str] = []
     for run in reversed(store.list_runs()):
-        document = store.peek_run(run, "plan") or {"pipeline": "", "cells": {}}
-        before = document["cells"].get(name)
-        if document["pipeline"] != plan.spec.name or before is None:
+        document = store.peek_run(run, RunPlan)
+        if document is None or document.pipeline != plan.spec.name or name not in document.cells:
             continue
-        stored = _complete(store, before["key"])
+        before = document.cells[name]
+        stored = _complete(store, before.key)
         if stored is not None:
             same = {part: now[part] for part in ("code", "generation")}
-            others = explain({**before["ingredients"], **same}, now)
+            others = explain({**before.ingredients, **same}, now)
             if not others:
                 return stored, run
             changes = changes or others
@@ -153,8 +155,8 @@ def _copy_result(store: Store, copy: Store, key: str, output: str) -> None:
     manifest = store.manifest(key)
     if manifest is None:
         raise BadInput(f"the store has lost {key[:12]} meanwhile; try again.")
-    copy.storage.create(manifest_path(key), seal(dataclasses.asdict(manifest)))
-    target = copy.storage.local(f"{attempt_folder(key, manifest.attempt)}/outputs/{output}")
+    copy.storage.create(manifest_path(key), seal(to_json(manifest)))
+    target = copy.storage.local(output_folder(key, manifest.attempt, output))
     if not target.exists():
         shutil.copytree(folder, target)
 

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.base.errors import Damaged, StoreError
-from pipeline.store.attempt import attempt_folder, manifest_path
+from pipeline.store.layout import OUTPUTS, attempt_folder, is_document, manifest_path, parse
+from pipeline.store.manifest import Manifest
 from pipeline.store.seal import unseal, unseal_lines
-from pipeline.store.storage import FOREIGN, StoredFile
-from pipeline.store.store import Manifest, Store
+from pipeline.store.storage.base import FOREIGN, StoredFile
+from pipeline.store.store import Store
 
 _PIECE_BYTES = 1 << 20
 
@@ -42,28 +43,23 @@ def find_damage(store: Store, advance: Callable[[int, int], None]) -> Iterator[D
     Cost: one read of all files but checkpoints, for which no digest is known.
     """
     files = {file.path: file for file in store.storage.files("")}
-    keys = [
-        path.split("/")[1]
-        for path in files
-        if path.startswith("stages/") and path.endswith("/manifest.json") and path.count("/") == 2
-    ]
+    places = filter(None, map(parse, files))
+    keys = dict.fromkeys(one.key for one in places if manifest_path(one.key) in files)
     outputs = _outputs(files)
-    documents = [file for path, file in files.items() if _is_document(path)]
+    documents = [file for path, file in files.items() if is_document(path)]
     for file in files.values():
         if file.leads_on:
             reason = "is a link to a folder; put what it leads to into its place"
             yield Damage(path=file.path, reason=reason)
     manifests: list[Manifest] = []
     for key in keys:
-        if ".damaged-" in key:
-            continue
         try:
             manifest = store.manifest(key)
         except Damaged as error:
             yield Damage(path=manifest_path(key), reason=error.reason, key=key)
         else:
             manifests += [manifest] if manifest else []
-    total = sum(file.bytes for file in documents) + sum(map(_size, manifests))
+    total = sum(file.bytes for file in documents) + sum(manifest.bytes for manifest in manifests)
     done = 0
     for file in documents:
         damage = _check_document(store, file)
@@ -73,35 +69,30 @@ def find_damage(store: Store, advance: Callable[[int, int], None]) -> Iterator[D
             yield damage
     for manifest in manifests:
         found = [*_check_result(store, manifest), *_find_unlisted(store, manifest, outputs)]
-        done += _size(manifest)
+        done += manifest.bytes
         advance(done, total)
         if found and _unchanged(store, manifest):
             yield from found
 
 
-def _size(manifest: Manifest) -> int:
-    return sum(file["bytes"] for files in manifest.outputs.values() for file in files.values())
-
-
 def _check_result(store: Store, manifest: Manifest) -> Iterator[Damage]:
     """Yield the files of a result that differ from its manifest."""
-    root = f"{attempt_folder(manifest.key, manifest.attempt)}/outputs"
+    root = f"{attempt_folder(manifest.key, manifest.attempt)}/{OUTPUTS}"
     for output, files in manifest.outputs.items():
         for name, wanted in files.items():
             path = f"{root}/{output}/{name}"
             reason = _compare(store, path, wanted["sha256"], wanted["bytes"])
             if reason:
-                cell = str(manifest.facts.get("cell", ""))
-                yield Damage(path=path, reason=reason, key=manifest.key, cell=cell)
+                yield Damage(path=path, reason=reason, key=manifest.key, cell=manifest.cell)
 
 
 def _outputs(paths: Iterable[str]) -> Mapping[str, Sequence[str]]:
     """Return folder of an attempt's outputs -> paths of the files in it."""
     found: dict[str, list[str]] = {}
     for path in paths:
-        parts = path.split("/")
-        if parts[0] == "stages" and parts[2:3] == ["attempts"] and parts[4:5] == ["outputs"]:
-            found.setdefault("/".join(parts[:5]), []).append(path)
+        place = parse(path)
+        if place is not None and place.part == OUTPUTS:
+            found.setdefault(place.part_path, []).append(path)
     return found
 
 
@@ -109,15 +100,15 @@ def _find_unlisted(
     store: Store, manifest: Manifest, outputs: Mapping[str, Sequence[str]]
 ) -> Iterator[Damage]:
     """Yield the files among a result's outputs that its manifest does not list."""
-    root = f"{attempt_folder(manifest.key, manifest.attempt)}/outputs"
+    root = f"{attempt_folder(manifest.key, manifest.attempt)}/{OUTPUTS}"
     listed = {
         f"{root}/{output}/{name}" for output, files in manifest.outputs.items() for name in files
     }
     for path in outputs.get(root, ()):
         strange = path not in listed and path.rpartition("/")[2] not in FOREIGN
         if strange and store.storage.files(path):  # it was there before the manifest, and is still
-            cell = str(manifest.facts.get("cell", ""))
-            yield Damage(path=path, reason="is not in its manifest", key=manifest.key, cell=cell)
+            reason = "is not in its manifest"
+            yield Damage(path=path, reason=reason, key=manifest.key, cell=manifest.cell)
 
 
 def _compare(store: Store, path: str, sha256: str, size: int) -> str | None:
@@ -143,17 +134,6 @@ def _unchanged(store: Store, manifest: Manifest) -> bool:
         return store.manifest(manifest.key) == manifest
     except Damaged:
         return True
-
-
-def _is_document(path: str) -> bool:
-    """Tell whether a file is one of the runner's own JSON documents, manifests apart."""
-    parts = path.split("/")
-    if parts[0] == "tracking":  # JSON lines, which a job has put there
-        return False
-    if parts[0] == "stages" and (".damaged-" in parts[1] or parts[-1] == "manifest.json"):
-        return False
-    private = {"outputs", "checkpoints"}.isdisjoint(parts) and parts[-1][0] != "."
-    return private and path.endswith((".json", ".jsonl"))
 
 
 def _check_document(store: Store, file: StoredFile) -> Damage | None:

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 
 from pipeline.base.errors import BadInput, BrokenPromise
 from pipeline.code.imports import check_imports, loaded, loaded_unseen, watch_imports
-from pipeline.code.syntax import RULE
+from pipeline.code.normal_form import RULE
 from pipeline.planning.outside import (
     Reading,
     files_of,

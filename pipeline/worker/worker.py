@@ -43,7 +43,7 @@ from pipeline.stage import (
     StageError,
     only_calls,
 )
-from pipeline.store.attempt import Attempt
+from pipeline.store.attempt import Attempt, Failure
 from pipeline.store.events import Event, EventWriter, words
 from pipeline.store.leases import this_machine
 from pipeline.store.logs import FOLDER as LOG_FOLDER
@@ -111,14 +111,6 @@ class Task(TypedDict):
     directory: str
     shipped: NotRequired[bool]
     seat: NotRequired[Seat]
-
-
-class Failure(TypedDict):
-    """Why an attempt failed; `user` marks what no retry corrects: `pipeline.worker.failures`."""
-
-    message: str
-    traceback: str
-    user: bool
 
 
 _NO_ERROR: Failure = {"message": "", "traceback": "", "user": False}

@@ -14,7 +14,7 @@ from benchmarks.harness.pipelines import keep_results, run_pipeline
 from benchmarks.harness.report import write_report
 from benchmarks.harness.suite import Benchmark
 from pipeline.planning.planner import make_plan
-from pipeline.spec.build import load_spec
+from pipeline.spec.load import load_spec
 from pipeline.store.seal import seal, unseal
 from pipeline.store.store import Store
 

@@ -11,7 +11,7 @@ from benchmarks.harness.documents import read_cells
 from benchmarks.harness.pipelines import keep_results
 from benchmarks.harness.report import write_report
 from benchmarks.harness.suite import BENCHMARKS
-from pipeline.spec.build import load_spec
+from pipeline.spec.load import load_spec
 
 SMALL = {
     "gpus": "0",

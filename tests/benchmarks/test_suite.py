@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness.suite import list_benchmarks
-from pipeline.spec.build import load_spec
+from pipeline.spec.load import load_spec
 
 PIPELINES = [one.path for one in list_benchmarks() if one.is_pipeline]
 

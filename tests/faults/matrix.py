@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.planning.planner import make_plan
-from pipeline.spec.build import load_spec
+from pipeline.spec.load import load_spec
 from pipeline.store.attempt import attempt_folder
 from pipeline.store.store import Store
 from tests.faults.cluster import Cluster, pause

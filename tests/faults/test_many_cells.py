@@ -11,7 +11,7 @@ from toy_runs import ROOT, last_run, states, write_spec
 
 from pipeline.planning.planner import make_plan
 from pipeline.running.record import State
-from pipeline.spec.build import load_spec
+from pipeline.spec.load import load_spec
 from pipeline.store.store import Store
 
 CELLS = 500

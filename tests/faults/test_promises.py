@@ -18,7 +18,7 @@ from toy_runs import fls, last_run, start_fls, wait_for
 
 from pipeline.planning.planner import make_plan
 from pipeline.running.record import State
-from pipeline.spec.build import load_spec
+from pipeline.spec.load import load_spec
 from pipeline.store.store import Store
 from stages.models.digits_resnet import digits_resnet
 

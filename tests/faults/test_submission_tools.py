@@ -16,6 +16,7 @@ from ray_heads import ROOT, SEVERAL_NODES, Head, free_ports, start_head, start_n
 from test_packing import git
 from toy_runs import DIAMOND, TOY, last_run, numbers, wait_for, write_spec
 
+from pipeline.code.provenance import Provenance
 from pipeline.running.record import RunState
 from pipeline.store.store import Store
 
@@ -100,10 +101,11 @@ def test_rays_launcher_submits_over_ssh(head: Head, work: Path, tmp_path_factory
     copy = folder / "home" / "fishleg-surgeon"
     storage = str(copy / ".fls")
     assert last_run(storage).state is RunState.DONE
-    source = Store(storage).read_run(last_run(storage).run_id, "source")
-    assert (len(source["commit"]), source["changes"]) == (40, [])
+    source = Store(storage).read_run(last_run(storage).run_id, Provenance)
+    assert source is not None
+    assert (len(source.commit or ""), source.changes) == (40, [])
     # What holds passwords stayed here, and is named as far as Git knows it.
-    assert source["left_out"] == ["committed.env"]
+    assert source.left_out == ["committed.env"]
     files = [path for path in copy.rglob("*") if path.is_file()]
     assert copy / "pipeline.yaml" in files
     assert not [path for path in files if b"5entinel" in path.read_bytes()]

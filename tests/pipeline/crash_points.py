@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import pipeline.store.storage
+import pipeline.store.storage.local
 from pipeline.base.errors import Damaged
 from pipeline.stage import Context
 from pipeline.store.attempt import Attempt
@@ -289,7 +289,10 @@ def main(folder: Path, count: int, seed: int) -> int:
     chance = random.Random(seed)  # noqa: S311
     totals: dict[str, int] = {}
     failed = 0
-    with patch("os.fsync"), patch.object(pipeline.store.storage, "open", halting_open, create=True):
+    with (
+        patch("os.fsync"),
+        patch.object(pipeline.store.storage.local, "open", halting_open, create=True),
+    ):
         for number in range(seed * 10_000, seed * 10_000 + count):
             try:
                 line = {**run_case(folder, number, chance, totals), "ok": True}

@@ -16,7 +16,7 @@ import yaml
 
 from pipeline.base.errors import BadInput, SpecError
 from pipeline.base.text import CONTROLS
-from pipeline.spec.build import load_spec
+from pipeline.spec.load import load_spec
 
 ROOT = Path(__file__).parents[2]
 REAL = [ROOT / "pipeline.yaml", *sorted(ROOT.glob("experiments/*.yaml"))]

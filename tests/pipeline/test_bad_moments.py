@@ -13,7 +13,7 @@ from toy_runs import fls, numbers, ran, run_here, write_spec
 
 from pipeline.base.errors import StorageUnavailable
 from pipeline.store import attempt, storage
-from pipeline.store.storage import LocalStorage
+from pipeline.store.storage.local import LocalStorage
 from pipeline.store.store import Store
 
 PASSING = [errno.EIO, errno.ESTALE, errno.ENOSPC]

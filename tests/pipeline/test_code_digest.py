@@ -8,14 +8,15 @@ import pytest
 
 from pipeline.base.errors import BadInput
 from pipeline.code.digest import CodeIndex, missing_target
-from pipeline.code.syntax import Import, Source, read_source
+from pipeline.code.normal_form import Import, ModuleSyntax
+from pipeline.code.syntax import read_source
 
 FIXTURE = Path(__file__).parent / "fixtures" / "syntax.txt"
 # Equal on Python 3.11 to 3.14; a change of it reruns everybody's pipelines.
 FIXTURE_DIGEST = "79f4c030e19433230243d4e14626c64a83532f69b9054072d30983193ae0620e"
 
 
-def source_of(tmp_path: Path, text: str) -> Source:
+def source_of(tmp_path: Path, text: str) -> ModuleSyntax:
     file = tmp_path / "module.py"
     file.unlink(missing_ok=True)
     file.write_text(textwrap.dedent(text), encoding="utf-8")

@@ -11,7 +11,7 @@ from pipeline.executors import AbstractExecutor
 from pipeline.running.record import State
 from pipeline.spec.cells import Cell
 from pipeline.stage import Resources
-from pipeline.store.storage import LocalStorage
+from pipeline.store.storage.local import LocalStorage
 from pipeline.tracking import TrackingProgress
 from pipeline.worker.worker import Outcome, Task, run_task
 

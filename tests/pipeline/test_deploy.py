@@ -24,7 +24,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.spec.build import load_spec
+from pipeline.spec.load import load_spec
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

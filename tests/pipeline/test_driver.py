@@ -28,7 +28,7 @@ from pipeline.running.ready import Schedule
 from pipeline.running.record import RunState, State
 from pipeline.stage import Resources
 from pipeline.store.leases import LeaseWatch
-from pipeline.store.storage import LocalStorage
+from pipeline.store.storage.local import LocalStorage
 from pipeline.store.store import Store
 from pipeline.worker.worker import Task
 

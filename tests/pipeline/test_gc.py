@@ -28,12 +28,13 @@ from pipeline.base.errors import StoreError
 from pipeline.base.secrets import presentable
 from pipeline.planning.planner import Plan, Selection, make_plan
 from pipeline.running import launch
-from pipeline.spec.build import load_spec
+from pipeline.spec.load import load_spec
 from pipeline.stage import Context, write_json
 from pipeline.store.attempt import whole_checkpoints
 from pipeline.store.seal import seal, unseal
 from pipeline.store.store import Store
-from pipeline.upkeep.gc import Garbage, Retention, collect, find_garbage
+from pipeline.upkeep.gc import Garbage, collect, find_garbage
+from pipeline.upkeep.survey import Retention
 
 _counter = itertools.count()
 

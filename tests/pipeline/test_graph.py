@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.base.errors import BadInput
-from pipeline.spec.build import Spec, load_spec
-from pipeline.spec.cells import Cell, Source, resolve
+from pipeline.spec.cells import Cell, Upstream, resolve
+from pipeline.spec.load import load_spec
+from pipeline.spec.spec import Spec
 
 SPEC = """
 name: toy
@@ -54,7 +55,7 @@ def cell(spec: Spec, name: str) -> Cell:
 
 def test_inputs_join_by_shared_axes(spec: Spec) -> None:
     assert cell(spec, "add[amount=2,seed=1]").inputs == {
-        "number": [Source("start[seed=1]", "number")]
+        "number": [Upstream("start[seed=1]", "number")]
     }
 
 
@@ -68,7 +69,7 @@ def test_a_many_input_gathers_in_the_order_of_stages_then_cells(spec: Spec) -> N
         "apply[operation=times,seed=0]",
     ]
     assert cell(spec, "report").inputs == {
-        "results": [Source("total", "results"), Source("totals", "results")]
+        "results": [Upstream("total", "results"), Upstream("totals", "results")]
     }
 
 

@@ -35,7 +35,7 @@ from toy_runs import fls, last_run, write_spec
 
 from pipeline.base.errors import BadInput, PipelineError
 from pipeline.base.variables import STORAGE, VARIABLES, Variable
-from pipeline.code.provenance import SOURCE_FILE, Source
+from pipeline.code.provenance import SOURCE_FILE, Provenance
 from pipeline.store.store import Store
 
 LOCAL = ("--executor", "local", "--tracking", "jsonl")
@@ -359,7 +359,7 @@ def test_no_field_of_what_a_job_is_told_of_its_source_leads_anywhere(stored: Pat
     chance = random.Random("source")  # noqa: S311
     path = Path(SOURCE_FILE)
     document = json.loads(
-        replace(Source(), commit="ab", changes=["M x", "? y"], diff="+").to_json()
+        replace(Provenance(), commit="ab", changes=["M x", "? y"], diff="+").to_json()
     )
     with listener() as (url, came):
         trial = Trial(stored, came)

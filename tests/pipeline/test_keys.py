@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.planning.keys import Identity, explain, identify
-from pipeline.spec.build import load_spec
+from pipeline.spec.load import load_spec
 
 SPEC = """
 name: toy

@@ -11,8 +11,8 @@ from toy_runs import DIAMOND, ROOT, write_spec
 
 from pipeline.base import limits
 from pipeline.base.errors import SpecError
-from pipeline.spec.build import load_spec
 from pipeline.spec.cells import StageSpec
+from pipeline.spec.load import load_spec
 
 HEAD = "name: toy\nplugins: [toy]\n"
 TAIL = "stages: {s: {uses: start, params: {value: 1}}}\n"
@@ -42,7 +42,7 @@ EVERY_SEED = f"[{', '.join(map(str, range(2_000)))}]"
 CASES = {
     "aliases": (HEAD + LAUGHS + TAIL, [f"p.yaml:3:13: {VALUES}"]),
     "merges": (HEAD + MERGES + TAIL, [f"p.yaml:3:10: {VALUES}"]),
-    "deep flow": (HEAD + "vars: " + "[" * 50_000, [f"p.yaml:3:40: {DEPTH}"]),
+    "deep flow": (HEAD + "vars: " + "[" * 50_000, [f"p.yaml:3:39: {DEPTH}"]),
     "deep mappings": (HEAD + "vars: " + "{a: " * 50_000, [f"p.yaml:3:132: {DEPTH}"]),
     "deep blocks": (HEAD + "- " * 50_000, ["p.yaml:3:1: no valid YAML: "]),
     "deep lists": ("- " * 50_000, [f"p.yaml:1:67: {DEPTH}"]),
@@ -141,7 +141,7 @@ _LOADER = f"""
 import json, re, resource, sys, time
 from pathlib import Path
 from pipeline.base.errors import PipelineError
-from pipeline.spec.build import load_spec
+from pipeline.spec.load import load_spec
 
 def memory(which):
     status = Path("/proc/self/status").read_text()

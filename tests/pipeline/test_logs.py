@@ -30,7 +30,7 @@ from pipeline.stage import Resources
 from pipeline.store.events import EVENTS_AT_ONCE, EventTail, EventWriter
 from pipeline.store.logs import LogStream, LogWriter, last_lines, read_text, segments
 from pipeline.store.seal import seal_lines
-from pipeline.store.storage import LocalStorage
+from pipeline.store.storage.local import LocalStorage
 from pipeline.store.store import Store
 from pipeline.worker.worker import run_task
 

@@ -13,7 +13,7 @@ import pytest
 from servers import Proxy, mlflow_server
 from toy_runs import fls, kill, last_run, start_fls, wait_for, write_spec
 
-from pipeline.running.record import RunState
+from pipeline.running.record import RunState, RunTracking
 from pipeline.store.store import Store
 from pipeline.tracking.mlflow_names import fit_path
 
@@ -53,8 +53,8 @@ def heard_of(cell: str) -> bool:
     """Tell whether the last run knows that some of what a cell said is recorded."""
     store = Store(".fls")
     runs = store.list_runs()
-    tracking = store.peek_run(runs[-1], "tracking") if runs else None
-    return bool(tracking and tracking["cursors"].get(cell, {}).get("segment"))
+    tracking = store.peek_run(runs[-1], RunTracking) if runs else None
+    return bool(tracking and cell in tracking.cursors and tracking.cursors[cell].segment)
 
 
 def steps(client: Any, run: Any) -> list[int]:

@@ -15,7 +15,8 @@ import pytest
 from pipeline.base.errors import PipelineError, StorageUnsupported
 from pipeline.base.private import make_private, private_place
 from pipeline.planning.outside import read_folder
-from pipeline.store.remote import RemoteStorage
+from pipeline.planning.planner import RunPlan
+from pipeline.store.storage.remote import RemoteStorage
 from pipeline.store.store import Store
 from pipeline.tracking import mlflow_server
 from pipeline.tracking.base import RunFacts
@@ -208,9 +209,12 @@ def test_a_lock_that_is_held_for_long_is_an_error_with_its_path(
 # --------------------------------------------------------------------------------------- a store
 
 
+EMPTY = RunPlan(pipeline="", cells={})
+
+
 def fill_store(folder: Path) -> Store:
     store = Store(str(folder))
-    store.write_run("20260101-000000-aaaa", "spec", {"text": "private: true"})
+    store.write_run("20260101-000000-aaaa", RunPlan(pipeline="private", cells={}))
     return store
 
 
@@ -228,7 +232,7 @@ def shared_store(folder: Path, *, mode: int, mask: int) -> None:
 
 def test_a_store_that_a_run_makes_is_its_users_alone(shared: Path) -> None:
     store = fill_store(shared / "project" / ".fls")
-    found = as_other(lambda: store.read_run("20260101-000000-aaaa", "spec"))
+    found = as_other(lambda: store.read_run("20260101-000000-aaaa", RunPlan))
     assert "Permission denied" in found
     assert stat.S_IMODE((shared / "project" / ".fls").stat().st_mode) == 0o700
     assert stat.S_IMODE((shared / "project").stat().st_mode) & 0o055  # not the store's
@@ -237,7 +241,9 @@ def test_a_store_that_a_run_makes_is_its_users_alone(shared: Path) -> None:
 def test_a_store_in_a_folder_shared_on_purpose_serves_its_group(shared: Path) -> None:
     folder = shared / "store"
     shared_store(folder, mode=0o2770, mask=0o002)
-    again = partial(Store(str(folder)).write_run, "20260102-000000-bbbb", "spec", {})
+    again = partial(
+        Store(str(folder)).write_run, "20260102-000000-bbbb", RunPlan(pipeline="", cells={})
+    )
     assert as_other(again, groups=(GROUP,), mask=0o002) == "None"
     assert f"{folder}: user {OTHER} may not write" in as_other(again)
 
@@ -256,17 +262,19 @@ def test_a_store_that_keeps_its_group_out_is_refused_at_the_start(shared: Path) 
     ):
         assert f"`{' '.join(command)}`" in found
         subprocess.run([str(GROUP) if one == "GROUP" else one for one in command], check=True)
-    again = partial(Store(str(folder)).write_run, "20260102-000000-bbbb", "spec", {})
+    again = partial(
+        Store(str(folder)).write_run, "20260102-000000-bbbb", RunPlan(pipeline="", cells={})
+    )
     assert as_other(again, groups=(GROUP,), mask=0o002) == "None"
 
 
 def test_what_the_group_may_not_read_is_no_outage(shared: Path) -> None:
     folder = shared / "store"
     shared_store(folder, mode=0o2770, mask=0o002)
-    (spec,) = folder.glob("runs/*/spec.json")
-    spec.chmod(0o600)
-    read = partial(Store(str(folder)).read_run, "20260101-000000-aaaa", "spec")
+    (plan,) = folder.glob("runs/*/plan.json")
+    plan.chmod(0o600)
+    read = partial(Store(str(folder)).read_run, "20260101-000000-aaaa", RunPlan)
     found = as_other(read, groups=(GROUP,), mask=0o002)
     assert found.startswith("StoreError")
-    assert f"spec.json: Permission denied for user {OTHER}" in found
+    assert f"plan.json: Permission denied for user {OTHER}" in found
     assert "umask 002" in found

@@ -8,7 +8,7 @@ from toy_runs import fls, ran, write_spec
 
 from pipeline.base.places import tracking_uri
 from pipeline.base.variables import STORAGE
-from pipeline.spec.build import load_spec
+from pipeline.spec.load import load_spec
 from pipeline.store.store import Store
 
 ONE = "start: {uses: start, params: {value: 1}}"

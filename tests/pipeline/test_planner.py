@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.base.errors import BadInput
 from pipeline.planning.planner import Plan, PlannedCell, Selection, make_plan
-from pipeline.spec.build import load_spec
+from pipeline.spec.load import load_spec
 from pipeline.stage import Artifact, Context, StageError
 from pipeline.store.store import Store
 
@@ -290,7 +290,7 @@ def test_a_plan_of_many_cells_is_quick(local: Path) -> None:
 
 def test_planning_imports_nothing_heavy(local: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from pipeline.spec.build import load_spec;"
+        "import sys; from pathlib import Path; from pipeline.spec.load import load_spec;"
         "from pipeline.planning.planner import make_plan; from pipeline.store.store import Store;"
         "s = load_spec(Path('p.yaml')); make_plan(s, Store(s.storage));"
         "print(sorted({'torch', 'ray', 'mlflow', 'fsspec', 'numpy'} & set(sys.modules)))"

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from toy_runs import fls, last_run, ran, resume_here, run_here, write_spec
 from pipeline.base.errors import SpecError
 from pipeline.planning.planner import Selection, make_plan
 from pipeline.running.facts import unregistered
-from pipeline.spec.build import load_spec
+from pipeline.running.record import load_run
+from pipeline.spec.load import load_spec
 from pipeline.store.store import Store
 from pipeline.tracking import TrackerName
 
@@ -132,10 +134,12 @@ def test_another_server_gets_what_is_registered_too(
     run_here()
     store = Store(".fls")
     run_id = last_run().run_id
-    request, tracking = store.peek_run(run_id, "run"), store.peek_run(run_id, "tracking")
-    request["options"]["tracking"] = "mlflow"  # as if there, which knows no toys
-    store.write_run(run_id, "run", request)
-    store.write_run(run_id, "tracking", {**tracking, "destination": "http://here:5000"})
+    record = load_run(store, run_id)
+    # As if there, which knows no toys.
+    record.options = replace(record.options, tracking=TrackerName.MLFLOW)
+    record.destination = "http://here:5000"
+    record.save_request(store)
+    record.save_tracking(store)
     plan = make_plan(spec, store)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:word@here:5000/")
     assert unregistered(store, plan, TrackerName.MLFLOW) == []

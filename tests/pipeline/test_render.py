@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.spec.build import load_spec
 from pipeline.spec.cells import Cell
+from pipeline.spec.load import load_spec
 from pipeline.spec.render import Drawing, cell_drawing, dot, mermaid, stage_drawing
 
 SPEC = """

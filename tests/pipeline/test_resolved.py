@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from toy_runs import fls, ran, run_here, write_spec
 
 from pipeline.base.errors import SpecError
-from pipeline.spec.build import load_spec
+from pipeline.spec.load import load_spec
 from pipeline.spec.resolved import to_yaml
 from pipeline.spec.yaml_loader import load
 

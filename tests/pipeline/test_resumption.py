@@ -12,9 +12,9 @@ from toy_runs import fls, last_run, numbers, ran, resume_here, run_here, states,
 from pipeline.base.errors import BadInput, StoreError
 from pipeline.planning import acceptance
 from pipeline.planning.acceptance import Acceptances
-from pipeline.planning.planner import make_plan
+from pipeline.planning.planner import RunPlan, make_plan
 from pipeline.running.record import RunState, State
-from pipeline.spec.build import load_spec
+from pipeline.spec.load import load_spec
 from pipeline.store.seal import seal, unseal
 from pipeline.store.store import Store
 
@@ -76,9 +76,9 @@ def test_a_run_knows_what_it_was_made_with(toy: Path) -> None:
     environment = last_run().environment
     assert environment["packages"]["pydantic"]
     assert environment["python"].startswith("3.")
-    plan = Store(".fls").read_run(run, "plan")
+    plan = Store(".fls").read_run(run, RunPlan)
     assert plan is not None
-    assert "toy.operations.plus" in plan["cells"]["apply"]["ingredients"]["code"]
+    assert "toy.operations.plus" in plan.cells["apply"].ingredients["code"]
     path = Path(f".fls/runs/{run}/run.json")
     request = unseal(path.read_bytes())
     request["environment"]["packages"]["pydantic"] = "0." + environment["packages"]["pydantic"]

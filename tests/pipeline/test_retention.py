@@ -7,7 +7,7 @@ from pathlib import Path
 from toy_runs import fls, last_run, numbers, ran, run_here, write_spec
 
 from pipeline.planning.planner import Selection, make_plan
-from pipeline.spec.build import load_spec
+from pipeline.spec.load import load_spec
 from pipeline.store.store import Store
 
 STAGES = """

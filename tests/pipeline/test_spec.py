@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.base.errors import BadInput, SpecError
-from pipeline.spec.build import Spec, load_spec
+from pipeline.spec.load import load_spec
+from pipeline.spec.spec import Spec
 
 
 def load(folder: Path, stages: str, *overrides: str, head: str = "") -> Spec:

@@ -16,7 +16,7 @@ from toy_runs import ROOT, fls, run_here, write_spec
 
 from pipeline.base.errors import Damaged, StorageUnavailable, StoreError
 from pipeline.stage import Context
-from pipeline.store.storage import LocalStorage
+from pipeline.store.storage.local import LocalStorage
 from pipeline.store.store import Store
 
 # ------------------------------------------------------------------- nothing leaves the store

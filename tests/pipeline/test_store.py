@@ -10,11 +10,13 @@ import pytest
 from s3_server import BUCKET
 
 from pipeline.base.errors import Damaged, StorageUnsupported, StoreError
+from pipeline.code.provenance import Provenance
+from pipeline.planning.planner import RunPlan
 from pipeline.stage import Context, StageError
 from pipeline.store.attempt import Attempt
-from pipeline.store.remote import RemoteStorage
 from pipeline.store.seal import seal
-from pipeline.store.storage import LocalStorage
+from pipeline.store.storage.local import LocalStorage
+from pipeline.store.storage.remote import RemoteStorage
 from pipeline.store.store import Store
 
 KEY = "k" * 64
@@ -180,7 +182,7 @@ def test_a_damaged_output_is_noticed_and_set_aside(store: Store, damage: str) ->
         fresh.fetch(KEY, "number")
     assert raised.value.key == KEY
     assert fresh.set_aside(KEY)
-    assert fresh.damaged(KEY) == [f"{KEY}.damaged-1"]
+    assert fresh.damaged(KEY) == [1]
     assert fresh.manifest(KEY) is None
     assert not fresh.set_aside(KEY)
     assert publish(fresh)
@@ -190,7 +192,7 @@ def test_a_damaged_output_is_noticed_and_set_aside(store: Store, damage: str) ->
     assert not fresh.set_aside(KEY)  # made anew, and whole
     fresh.storage.write(output_path(2), b"7")
     assert fresh.set_aside(KEY)
-    assert fresh.damaged(KEY) == [f"{KEY}.damaged-1", f"{KEY}.damaged-2"]
+    assert fresh.damaged(KEY) == [1, 2]
 
 
 def test_a_manifest_that_cannot_be_read_is_set_aside_by_the_next_attempt(store: Store) -> None:
@@ -199,7 +201,7 @@ def test_a_manifest_that_cannot_be_read_is_set_aside_by_the_next_attempt(store: 
     with pytest.raises(Damaged, match="its manifest cannot be read"):
         store.manifest(KEY)
     assert publish(store)
-    assert store.damaged(KEY) == [f"{KEY}.damaged-1"]
+    assert store.damaged(KEY) == [1]
 
 
 def test_a_damaged_copy_of_a_whole_remote_result_is_fetched_again(tmp_path: Path) -> None:
@@ -309,11 +311,11 @@ def test_a_failure_is_recorded_and_a_scratch_folder_deleted(store: Store) -> Non
 def test_documents_of_runs(store: Store) -> None:
     assert store.list_runs() == []
     for run in ("20260102-1", "20260101-1"):
-        store.write_run(run, "note", {"n": 1})
-    store.write_run("20260101-1", "note", {"n": 2})
+        store.write_run(run, RunPlan(pipeline="one", cells={}))
+    store.write_run("20260101-1", RunPlan(pipeline="two", cells={}))
     assert store.list_runs() == ["20260101-1", "20260102-1"]
-    assert store.read_run("20260101-1", "note") == {"n": 2}
-    assert store.read_run("20260101-1", "state") is None
+    assert store.read_run("20260101-1", RunPlan) == RunPlan(pipeline="two", cells={})
+    assert store.read_run("20260101-1", Provenance) is None
 
 
 def test_a_mark_on_a_run_is_new_once(store: Store) -> None:
@@ -321,7 +323,7 @@ def test_a_mark_on_a_run_is_new_once(store: Store) -> None:
     assert store.mark_run("run", "stop-1")
     assert not store.mark_run("run", "stop-1")
     assert [store.begin_life("run") for _ in range(3)] == [1, 2, 3]
-    assert store.run_marks("run", "life") == ["life-1", "life-2", "life-3"]
+    assert store.run_marks("run") == ["life-1", "life-2", "life-3", "stop-1"]
 
 
 def test_generations(store: Store) -> None:

@@ -18,7 +18,7 @@ from toy_runs import DIAMOND, TOY, fls, last_run, numbers, ran, wait_for, write_
 from pipeline.base.errors import BadInput
 from pipeline.cluster.forwarding import forwarding, refuse_secrets
 from pipeline.cluster.submit import Submission, _resume_command, is_this_machine
-from pipeline.code.provenance import SOURCE_FILE, Source
+from pipeline.code.provenance import SOURCE_FILE, Provenance
 from pipeline.running.record import RunState
 from pipeline.store.store import Store
 
@@ -89,15 +89,16 @@ def test_a_submitted_run_is_the_run_that_it_says(head: Head, work: Path) -> None
     line = f"fls submit pipeline.yaml --address {head.address} --resume {record.run_id} --env {log}"
     assert f"resume:  AWS_REGION=eu {line}\n" in found.stdout
     # Commit, changes and versions are known without a .git in the job's folder.
-    source = Store(".fls").read_run(record.run_id, "source")
+    source = Store(".fls").read_run(record.run_id, Provenance)
+    assert source is not None
     head_commit = (work / ".git" / "refs" / "heads").rglob("*")
-    assert source["commit"] in {path.read_text().strip() for path in head_commit if path.is_file()}
-    assert source["changes"] == ["? toy/new.py"]
-    assert source["packages"]["pydantic"]
+    assert source.commit in {path.read_text().strip() for path in head_commit if path.is_file()}
+    assert source.changes == ["? toy/new.py"]
+    assert source.packages["pydantic"]
     # No secret went along: not in the job's record, nor in the package, nor in the store.
     job = ask(head, f"/api/jobs/{submission}")
     assert job["runtime_env"]["env_vars"]["AWS_REGION"] == "eu"
-    assert job["metadata"]["mlflow.source.git.commit"] == source["commit"]
+    assert job["metadata"]["mlflow.source.git.commit"] == source.commit
     assert job["metadata"]["fls.uncommitted"] == "? toy/new.py"
     assert SECRET not in json.dumps(job)
     assert "secrets not given, the nodes must have them: MLFLOW_TRACKING_PASSWORD" in found.stdout
@@ -326,7 +327,7 @@ def test_which_addresses_are_this_machines() -> None:
 
 def test_a_tunnel_is_found_out_where_it_ends(work: Path) -> None:
     write_spec("a: {uses: start, params: {value: 1}}")
-    Path(SOURCE_FILE).write_text(Source(submitted_from="my-laptop").to_json())
+    Path(SOURCE_FILE).write_text(Provenance(submitted_from="my-laptop").to_json())
     code, _, errors = fls("run", "--executor", "local", "--tracking", "jsonl")
     assert code == 2
     assert "Submitted from my-laptop as if to itself, but this is " in errors

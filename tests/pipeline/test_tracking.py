@@ -26,7 +26,7 @@ from pipeline.running import driver, sync
 from pipeline.running.record import RunState, State
 from pipeline.store.events import Cursor
 from pipeline.store.seal import seal, unseal
-from pipeline.store.storage import LocalStorage
+from pipeline.store.storage.local import LocalStorage
 from pipeline.store.store import Store
 from pipeline.tracking import (
     AbstractTracker,

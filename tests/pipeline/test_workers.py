@@ -16,7 +16,7 @@ from toy_runs import TOY, alive, last_run, numbers, run_here, wait_for, write_sp
 from pipeline.base.errors import BadInput, SpecError
 from pipeline.executors.base import AbstractExecutor
 from pipeline.executors.local import LocalExecutor, _Machine
-from pipeline.spec.build import load_spec
+from pipeline.spec.load import load_spec
 from pipeline.stage import Resources
 from pipeline.store.store import Store
 from pipeline.worker.worker import Task

@@ -27,7 +27,7 @@ from pipeline.planning.planner import Selection
 from pipeline.running.launch import resume_run
 from pipeline.running.record import RunOptions, RunRecord, State, load_run
 from pipeline.running.trust import read_trust
-from pipeline.spec.build import load_spec
+from pipeline.spec.load import load_spec
 from pipeline.store.logs import read_text
 from pipeline.store.store import Store
 from pipeline.tracking import TrackerName

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.planning.planner import Plan, make_plan
-from pipeline.spec.build import load_spec
+from pipeline.spec.load import load_spec
 from pipeline.store.store import Store
 
 

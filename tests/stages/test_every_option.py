@@ -19,7 +19,7 @@ from fishleg.estimators import ESTIMATORS
 from fishleg.options import ESTIMATOR_OPTIONS, EstimatorOptions, Field, declared
 from pipeline.base.errors import SpecError
 from pipeline.spec import yaml_loader
-from pipeline.spec.build import load_spec
+from pipeline.spec.load import load_spec
 from pipeline.stage import Stage
 from stages.catalogue import CATALOGUE, METHODS
 

@@ -8,7 +8,7 @@ from running_stages import run_cells
 from test_data import write_binary, write_tree
 
 from pipeline.planning.planner import make_plan
-from pipeline.spec.build import load_spec
+from pipeline.spec.load import load_spec
 from pipeline.store.store import Store
 
 ROOT = Path(__file__).parents[2]

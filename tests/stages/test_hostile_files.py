@@ -17,7 +17,7 @@ from running_stages import TINY, Ran, run_stage
 
 from pipeline.base.errors import PipelineError
 from pipeline.planning.keys import known_calls
-from pipeline.spec.build import load_spec
+from pipeline.spec.load import load_spec
 from pipeline.stage import StageError, call_text, only_calls
 from pipeline.tracking.model import pack
 from stages.data.source import DataSource

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import prune as torch_prune
 
 from pipeline.base.errors import BadInput
-from pipeline.spec.build import load_spec
+from pipeline.spec.load import load_spec
 from pipeline.stage import StageError
 from stages.catalogue import EvaluateParams, ImportParams
 from stages.exporter import export

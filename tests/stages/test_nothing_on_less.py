@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from pipeline.cli.commands import app
 from pipeline.planning.inspection import inspect
-from pipeline.spec.build import load_spec
+from pipeline.spec.load import load_spec
 from pipeline.stage import StageError
 from stages.lineage import settings
 from stages.model_folder import load_model, save_model

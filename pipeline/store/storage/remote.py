@@ -33,7 +33,13 @@ from pipeline.base.names import require_inside
 from pipeline.base.private import is_private, make_private, private_place
 from pipeline.base.secrets import redact
 from pipeline.store.cache import Cache, folder_bytes, is_locked
-from pipeline.store.storage import AbstractStorage, Leftover, StoredFile, list_files, patience_s
+from pipeline.store.storage.base import (
+    AbstractStorage,
+    Leftover,
+    StoredFile,
+    list_files,
+    patience_s,
+)
 
 _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 10.0

@@ -1,0 +1,81 @@
+"""The manifest of a complete result: its origin, and the digest of each of its files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
+
+from pipeline.base.names import require_inside
+from pipeline.base.shapes import Count, Texts, Time, checked_as
+from pipeline.store.storage.base import list_files
+
+
+class FileDigest(TypedDict):
+    """The sha256 of a file's content in hex, and its size."""
+
+    sha256: str
+    bytes: Annotated[int, Field(ge=0)]
+
+
+@with_config(ConfigDict(extra="allow"))
+class Making(TypedDict, total=False):
+    """Facts about the making of a result; device, threads and costs are among the others."""
+
+    run: str
+    cell: str
+    seconds: float
+    packages: Texts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The document of a complete result.
+
+    Attributes:
+        key: the cell's key.
+        attempt: number of the attempt that made it.
+        ingredients: see `pipeline.planning.keys.Identity`.
+        outputs: output -> file -> digest and size.
+        facts: about the making: device, threads, versions, and its cost (`pipeline.worker.cost`).
+        time: Unix seconds of publication.
+    """
+
+    key: str
+    attempt: Count
+    ingredients: Mapping[str, Any]
+    outputs: Mapping[str, Mapping[str, FileDigest]]
+    facts: Annotated[Mapping[str, Any], checked_as(Making)]
+    time: Time
+
+    @property
+    def cell(self) -> str:
+        """The name of the cell that it was made for, or ""."""
+        return str(self.facts.get("cell", ""))
+
+    @property
+    def bytes(self) -> int:
+        """The size of all outputs."""
+        return sum(file["bytes"] for files in self.outputs.values() for file in files.values())
+
+
+def digest_files(folder: Path) -> dict[str, FileDigest]:
+    """Return file -> digest and size of all files in a folder.
+
+    Symbolic links and the like are refused, see `list_files`, and so are names that no storage
+    takes, see `require_inside`.
+
+    Cost: one read of all files.
+    """
+    found: dict[str, FileDigest] = {}
+    for path in list_files(folder):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        name = require_inside(path.relative_to(folder).as_posix())
+        found[name] = {"sha256": digest, "bytes": path.stat().st_size}
+    return found

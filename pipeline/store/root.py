@@ -1,0 +1,175 @@
+"""The root of a store: made ready once, told from others by a token, with a clock of its own."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Self, TypeVar
+
+from pipeline.base.errors import (
+    BadInput,
+    DamagedDocument,
+    StorageUnsupported,
+    StoreError,
+)
+from pipeline.base.places import lead
+from pipeline.base.shapes import Count
+from pipeline.store.layout import ABOUT, FORMAT, GENERATIONS, RUNS, STAGES
+from pipeline.store.seal import read_sealed, seal
+from pipeline.store.storage import open_storage
+
+_CLOCK_HOLDS_S = 60.0  # clocks of machines drift apart, and may be set
+_Shape = TypeVar("_Shape")
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What `storage.json` says.
+
+    Attributes:
+        format: the version of the layout.
+        token: tells this storage from all others.
+    """
+
+    format: Count
+    token: str
+
+
+class StoreRoot:
+    """A store at `url`: a folder or an fsspec URL. Making one reads and writes nothing."""
+
+    def __init__(self, url: str):
+        self.url = url if "://" in url else os.path.abspath(lead(url))
+        self.storage = open_storage(self.url)
+        self._clock: tuple[float, float] | None = None  # the storage's time, and ours then
+
+    def prepare(self) -> str:
+        """Make the storage ready for writing, once; return the token that tells it from others.
+
+        A storage that cannot create files exclusively is refused (`StorageUnsupported`), and one
+        that has the layout of another version, or does not say which (`StoreError`).
+        """
+        self.storage.require_writable(STAGES, RUNS, GENERATIONS)
+        found = self._about()
+        if found is None:
+            self._probe()
+            self.storage.create(".gitignore", b"*\n")
+            found = About(format=FORMAT, token=uuid.uuid4().hex)
+            if not self.storage.create(ABOUT, seal(vars(found))):
+                return self.prepare()
+        self._require_format(found)
+        return found.token
+
+    def exists(self) -> bool:
+        """Tell whether the storage has been made ready.
+
+        One that has the layout of another version, or does not say which, is a `StoreError`.
+        """
+        found = self._about()
+        if found is not None:
+            self._require_format(found)
+        return found is not None
+
+    def _require_format(self, about: About) -> None:
+        """Refuse what another version wrote, whose files would be taken for damage or garbage.
+
+        Raises:
+            StoreError: another version did.
+        """
+        if about.format != FORMAT:
+            whose = "a later" if about.format > FORMAT else "an earlier"
+            raise StoreError(
+                f"{self.url} has the layout of version {about.format}, of {whose} fls; this one "
+                f"reads and writes version {FORMAT} alone. Nothing was changed. Use the fls that "
+                "made it, or another storage."
+            )
+
+    def require(self) -> Self:
+        """Return the store, which is there and has the layout of this version.
+
+        Raises:
+            BadInput: it is not there, so what is asked of it would seem to be in order, or empty.
+        """
+        if self.exists():
+            return self
+        raise BadInput(
+            f"{self.url} is no store: it has no {ABOUT}. Check the address; the first "
+            "`fls run` makes one."
+        )
+
+    def now(self) -> float:
+        """Return the Unix time by the clock of the storage, which all machines have in common.
+
+        Where nothing can be written, or the storage does not tell times, it is this machine's.
+
+        Cost: once a minute a file is written, looked at and removed.
+        """
+        if self._clock is None or time.monotonic() - self._clock[1] > _CLOCK_HOLDS_S:
+            self._clock = self._look_at_clock(), time.monotonic()
+        return self._clock[0] + time.monotonic() - self._clock[1]
+
+    def _look_at_clock(self) -> float:
+        name = f"probe-{uuid.uuid4().hex}"
+        try:
+            self.storage.write(name, b"")  # which a full disk takes, too
+            try:
+                (file,) = self.storage.files(name)
+            finally:
+                self.storage.remove(name)
+        except (StoreError, OSError, ValueError):
+            return time.time()
+        return file.time
+
+    def _about(self) -> About | None:
+        """Return what `storage.json` says, or None without one.
+
+        Raises:
+            StoreError: the file is damaged.
+        """
+        try:
+            data = self.storage.read(ABOUT)
+        except FileNotFoundError:
+            return None
+        try:
+            return read_sealed(About, data)
+        except ValueError as error:
+            if b'"format": 1,' in data:  # the layout before seals
+                return About(format=1, token="")
+            raise StoreError(
+                f"{self.url}/{ABOUT} is damaged ({error}). It only tells storages apart: "
+                "delete it while nothing runs, and the next run makes it again."
+            ) from error
+
+    def _probe(self) -> None:
+        """Check that a file cannot be created twice.
+
+        Raises:
+            StorageUnsupported: it can, or it cannot be created exclusively at all.
+        """
+        name = f"probe-{uuid.uuid4().hex}"
+        try:
+            first, second = (self.storage.create(f"{name}/file", data) for data in (b"1", b"2"))
+        except (NotImplementedError, TypeError, ValueError) as error:
+            raise StorageUnsupported(f"{self.url}: cannot create exclusively: {error}") from error
+        finally:
+            self.storage.remove(name)
+        if not first or second:
+            raise StorageUnsupported(
+                f"{self.url}: creating a file that exists did not fail, so two workers could "
+                "overwrite each other; use a storage with conditional writes"
+            )
+
+    def read_document(self, shape: type[_Shape], path: str) -> _Shape | None:
+        """Return a document as its shape, a dataclass; None without one.
+
+        Raises:
+            DamagedDocument: it is damaged, or has another shape.
+        """
+        try:
+            return read_sealed(shape, self.storage.read(path))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise DamagedDocument(f"{self.url}/{path} is damaged: {error}.") from error

@@ -1,0 +1,80 @@
+"""One look at a whole store: its files by key, run and generation, and the strange ones."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pipeline.base.errors import StoreError
+from pipeline.base.names import require_inside
+from pipeline.store.layout import find_temporary, parse
+from pipeline.store.storage.base import StoredFile
+from pipeline.store.store import Store
+
+GRACE_S = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """Which runs are kept, and how long what was just written to is left alone.
+
+    A run is dropped if every limit that is given drops it; without any, all runs are kept. A live
+    run is always kept, and so is one that is not yet recorded where it is tracked.
+
+    Attributes:
+        keep_runs: so many of the newest runs are kept, or None.
+        older_than_s: runs that began within so many seconds are kept, or None.
+        grace_s: the grace period.
+    """
+
+    keep_runs: int | None = None
+    older_than_s: float | None = None
+    grace_s: float = GRACE_S
+
+
+class Survey:
+    """A listing of a whole store.
+
+    Attributes:
+        store: the store.
+        retention: which runs are kept, and for how long.
+        now: Unix time by the storage's clock.
+        folders: first two parts of paths -> files below them.
+        temporary: path of what a storage writes or deletes under another name -> files there.
+        strange: paths of files whose names a store does not give.
+    """
+
+    def __init__(self, store: Store, retention: Retention):
+        self.store = store
+        self.retention = retention
+        self.now = store.now()
+        self.folders: dict[tuple[str, str], list[StoredFile]] = defaultdict(list)
+        self.temporary: dict[str, list[StoredFile]] = defaultdict(list)
+        self.strange: list[str] = []
+        for file in store.storage.files(""):
+            if file.leads_on or not _is_inside(file.path):
+                self.strange.append(file.path)
+            elif name := find_temporary(file.path):
+                self.temporary[name].append(file)
+            elif (place := parse(file.path)) is None:
+                self.strange.append(file.path)
+            else:
+                self.folders[place.folder].append(file)
+
+    def is_old(self, files: Iterable[StoredFile]) -> bool:
+        """Tell whether nothing was written within the grace period."""
+        return self.now - newest(files) >= self.retention.grace_s
+
+
+def newest(files: Iterable[StoredFile]) -> float:
+    """Return the Unix time of the last write; 0 without files."""
+    return max((file.time for file in files), default=0.0)
+
+
+def _is_inside(path: str) -> bool:
+    try:
+        require_inside(path)
+    except StoreError:
+        return False
+    return True
