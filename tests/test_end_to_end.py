@@ -127,5 +127,5 @@ def test_a_kill_in_the_middle_of_training_changes_no_bit(finished: Path, tmp_pat
     process.communicate()
     assert not list(tmp_path.glob(".fls/stages/*/manifest.json"))
     assert "1 done" in fls(tmp_path, "resume", "last")
-    assert "going on from epoch" in fls(tmp_path, "logs", "pretrain")
+    assert "resuming from epoch" in fls(tmp_path, "logs", "pretrain")
     assert weights(tmp_path, "pretrain") == weights(finished, "pretrain")

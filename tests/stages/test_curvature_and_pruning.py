@@ -176,7 +176,7 @@ def test_a_fit_that_was_killed_reaches_the_same_bits(
     with pytest.raises(Stopped):
         curvature(ctx)
     again = run_stage("curvature", tmp_path / "killed", params, inputs)
-    assert "going on from an unfinished fit" in again.texts()
+    assert "resuming an unfinished fit" in again.texts()
     if method != "fishleg":  # whose gradients are gathered anew
         assert again.progress()[0] >= whole.progress()[checkpoints - 1]
     for name in ("curvature.safetensors", "curvature.json"):
