@@ -16,6 +16,7 @@ EARLIER = {
     "curvature": ("curvature.json", "curvature.safetensors"),
     "prune_gradual": ("step.json", "masks.safetensors", "training.json", "training.safetensors"),
     "prune_multistep": ("step.json", "masks.safetensors", "multistep.safetensors"),
+    "evaluate": ("rows.json",),
 }
 """Stage type -> files of a checkpoint of the first format."""
 
