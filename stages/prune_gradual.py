@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.stage import Context
 from stages.determinism import compute_deterministically
-from stages.lineage import Step
-from stages.pruning import finish
+from stages.pruning import finish, made_by
 from stages.stepwise import StepwisePruning
 from stages.training import Training
 
@@ -31,7 +30,7 @@ def prune_gradual(ctx: Context) -> None:
         _train(ctx, run, step)
     mode = "gradual" if params.epochs else "multistep"
     facts = run.recipe.facts(mode=mode, target=params.sparsity)
-    done = Step.of("prune_gradual", params, warnings=run.warnings)
+    done = made_by("prune_gradual", params, run.estimator, run.warnings)
     finish(ctx, run.model.after(done, **facts), run.dataset)
 
 

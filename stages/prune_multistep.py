@@ -34,10 +34,9 @@ from stages.data.dataset import DataSet, Split
 from stages.data.mixing import cutmix
 from stages.determinism import compute_deterministically, derive_seed, generator
 from stages.estimate import user_errors
-from stages.lineage import Step
 from stages.metrics import low_accuracy, measure
 from stages.model_folder import Model, save_model
-from stages.pruning import finish
+from stages.pruning import finish, made_by
 from stages.stepwise import StepwisePruning
 
 if TYPE_CHECKING:
@@ -177,7 +176,7 @@ class MultistepPruning(StepwisePruning):
         """Return the model with the facts of `step`."""
         mode = "multistep" if self.params.refine == "none" else "refined"
         return self.model.after(
-            Step.of("prune_multistep", self.params, warnings=self.warnings),
+            made_by("prune_multistep", self.params, self.estimator, self.warnings),
             **self.recipe.facts(mode=mode, target=self.sparsities[step]),
             seed=self.params.seed,
         )
