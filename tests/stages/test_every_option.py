@@ -22,6 +22,7 @@ from pipeline.spec import yaml_loader
 from pipeline.spec.build import load_spec
 from pipeline.stage import Stage
 from stages.catalogue import CATALOGUE, METHODS
+from stages.reference import RENAMED
 
 STAGES = [pytest.param(stage, id=stage.name) for stage in CATALOGUE.stages]
 WITH_METHOD = [stage for stage in CATALOGUE.stages if "options" in stage.params.model_fields]
@@ -319,3 +320,18 @@ def test_options_that_the_source_does_not_tell_are_left_to_the_worker(
     monkeypatch.syspath_prepend(str(tmp_path))
     params = {"dataset": "digits", "model": f"own_networks:{model}", "model_args": {"depth": 3}}
     CATALOGUE.stages[0].params.model_validate(params)
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_an_earlier_name_is_refused_with_the_present_one(old: str, tmp_path: Path) -> None:
+    stage = next(one for one in CATALOGUE.stages if one.name == "curvature")
+    message = problems(tmp_path, stage, {"method": old})[where(tmp_path, ("method",))]
+    assert message == f"method: {old!r} is now {RENAMED[old]!r}"
+
+
+def test_an_earlier_key_is_refused_with_the_present_one(tmp_path: Path) -> None:
+    stage = next(one for one in CATALOGUE.stages if one.name == "prune_multistep")
+    params = {**required(stage), "refinement": {"last_steps": 5}}
+    message = problems(tmp_path, stage, params)
+    place = where(tmp_path, ("refinement", "last_steps"), key=True)
+    assert "did you mean 'steps'?" in message[place]
