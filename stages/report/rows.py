@@ -30,8 +30,8 @@ def model_of(row: Row) -> str:
 
 
 def stage_of(row: Row) -> str:
-    """Return the name of the stage that made the model."""
-    return str(row["model_cell"]).partition("[")[0]
+    """Return the name of the stage that made the model, or should have."""
+    return row.get("stage") or str(row["model_cell"]).partition("[")[0]
 
 
 def warnings_of(row: Row) -> list[str]:

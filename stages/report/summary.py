@@ -84,7 +84,8 @@ def summarise(
 
     Args:
         rows: as `evaluate` writes them.
-        failed: `model_cell` and `axes` of models that are not there.
+        failed: `model_cell` and `axes` of models that failed; and `stage` of one whose evaluation
+            failed, which has the place of the model_cell.
         published: (method, sparsity -> accuracy in percent) of one-shot results from elsewhere.
     """
     label = labels_of(rows)

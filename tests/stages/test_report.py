@@ -146,6 +146,19 @@ def test_the_table_has_means_spreads_the_best_and_the_failed(tmp_path: Path) -> 
         assert figure.width > figure.height > 500
 
 
+def test_a_model_whose_evaluation_failed_is_marked_in_its_place(tmp_path: Path) -> None:
+    """An evaluation in a cell of its own has the axes of the model's cell."""
+    done = results_folder(tmp_path / "rows", [row(), row(seed=1)], [])
+    cells = {name: f"measure[method={name},sparsity=0.9]" for name in ("fishleg", "kfac")}
+    lost = artifact(None, cell=cells["kfac"], method="kfac", sparsity=0.9)
+    object.__setattr__(done, "stage", "measure")
+    ran = run_stage("compare", tmp_path / "run", {}, {"results": [done, lost]})
+    table = (ran.output("report") / "table.md").read_text()
+    assert "| fishleg | 90.00 ± 0.00 |" in table
+    assert "| kfac | failed † |" in table
+    assert f"- `{cells['kfac']}`" in table
+
+
 def test_a_method_without_any_result_is_shown_as_failed() -> None:
     lost = [{"model_cell": "oneshot[...]", "axes": {"method": "kfac", "sparsity": 0.5}}]
     table = markdown(summarise([row(sparsity=0.5)], lost), "title")
