@@ -112,7 +112,7 @@ class Curvature:
         *,
         sparsity: float,
         selection: Selection | Score = PruningOptions.selection,
-        distribution: Distribution | None = None,
+        distribution: Distribution | None = PruningOptions.distribution,
         min_kept: float = PruningOptions.min_kept,
         compensation: Compensation = PruningOptions.compensation,
     ) -> PruneReport:
@@ -137,7 +137,7 @@ class Curvature:
             self.estimator,
             sparsity=sparsity,
             selection=selection,
-            distribution=self.estimator.distribution if distribution is None else distribution,
+            distribution=distribution,
             min_kept=min_kept,
             compensation=compensation,
             source=source,

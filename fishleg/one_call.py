@@ -26,7 +26,7 @@ def prune(
     damping: float | str = "auto",
     keep: Sequence[str] = (),
     also_prune: Sequence[str] = (),
-    distribution: Distribution | None = None,
+    distribution: Distribution | None = PruningOptions.distribution,
     selection: Selection | Score = PruningOptions.selection,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,

@@ -78,6 +78,7 @@ class Registry:
         verified_by: the parameter beside the name, if any, that is false where a declared digest is
             not compared.
         options: the parameter beside the name, if any, that holds options of what it stands for.
+        renamed: earlier name -> present name, which the error of an earlier one gives.
     """
 
     kind: str
@@ -87,6 +88,7 @@ class Registry:
     data: bool = False
     verified_by: str = ""
     options: str = ""
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     def argument(self, name: str) -> str | None:
         """Return what follows the prefix in a name of a family, or None."""

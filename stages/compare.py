@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.stage import Context, StageError
 from stages.report.figure import draw
+from stages.report.rows import stage_of
 from stages.report.summary import summarise
 from stages.report.table import markdown, table_csv
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def compare(ctx: Context) -> None:
-    """Write output `report`: table.md, table.csv and figure.png, of whatever rows there are.
+    """Write output `report`: table.md, table.csv and figure.png, of all rows.
 
     Raises:
         StageError: there are none.
@@ -23,12 +24,18 @@ def compare(ctx: Context) -> None:
     params: CompareParams = ctx.params
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
+    measured: dict[str, set[str]] = {}  # measuring stage -> stages of its models
+    for artifact in ctx.inputs["results"]:
+        if artifact.path is not None:
+            found = json.loads((artifact.path / "rows.json").read_text("utf-8"))
+            measured.setdefault(artifact.stage, set()).update(map(stage_of, found))
+            rows += found
+            failed += json.loads((artifact.path / "failed.json").read_text("utf-8"))
     for artifact in ctx.inputs["results"]:
         if artifact.path is None:
-            failed.append({"model_cell": artifact.cell, "axes": dict(artifact.axes)})
-            continue
-        rows += json.loads((artifact.path / "rows.json").read_text("utf-8"))
-        failed += json.loads((artifact.path / "failed.json").read_text("utf-8"))
+            stages = sorted(measured.get(artifact.stage, ()))
+            lost = {"model_cell": artifact.cell, "axes": dict(artifact.axes)}
+            failed.append({**lost, "stage": stages[0]} if len(stages) == 1 else lost)
     if not rows:
         raise StageError("compare: no model was evaluated; correct one of the cells upstream.")
     published = [

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from fishleg.certificate import certify
 from fishleg.estimators.base import FitProgress
 from pipeline.stage import Context
+from stages.checkpoint import Checkpoint, share
 from stages.data.source import load_data
 from stages.determinism import compute_deterministically
 from stages.distributed import joined
-from stages.estimate import Recipe, load_state, save_state, share_state, user_errors
+from stages.estimate import Recipe, StoredEstimate, save_estimate, user_errors
 from stages.lineage import Step
 from stages.model_folder import input_model
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def curvature(ctx: Context) -> None:
-    """Fit, going on from the last checkpoint if there is one, and write output `curvature`."""
+    """Fit, from the last checkpoint if there is one, and write output `curvature`."""
     params: CurvatureParams = ctx.params
     compute_deterministically(ctx.device)
     model = input_model(ctx, "model")
@@ -32,23 +33,22 @@ def curvature(ctx: Context) -> None:
         ctx.say(f"fewer training samples than the {params.samples} asked for: all are used")
     for parameter, path in source.report():
         ctx.say(f"{parameter}: {path}")
-    unfinished = ctx.last_checkpoint()
-    if unfinished is not None:
-        load_state(unfinished, estimator, ctx.device)
-        ctx.say("going on from an unfinished fit")
+    last = Checkpoint.last(ctx)
+    if last is not None:
+        estimator.load_state_dict(last.state("estimator", ctx.device))
+        ctx.say("resuming an unfinished fit")
 
     def report(progress: FitProgress) -> None:
         ctx.progress(progress.done, progress.total, "fit step")
         if progress.metrics:
             ctx.log({f"fit/{k}": v for k, v in progress.metrics.items()}, step=progress.done)
         if ctx.rank == 0 and ctx.checkpoint_due():
-            with ctx.checkpoint() as folder:
-                save_state(folder, estimator)
+            Checkpoint(states={"estimator": estimator.state_dict()}).write(ctx)
 
     with joined(ctx) as source.team, user_errors():
-        resume = source.team.any(unfinished is not None)
+        resume = source.team.any(last is not None)
         if resume:
-            share_state(source.team, estimator, ctx.device)
+            estimator.load_state_dict(share(source.team, estimator.state_dict(), ctx.device))
         estimator.fit(source, report, resume=resume)
     if ctx.rank > 0:
         return
@@ -61,11 +61,10 @@ def curvature(ctx: Context) -> None:
         unseen = recipe.calibration.gradients(model, partition, dataset, held_out)
         certificate = certify(estimator, unseen, seed=params.seed)
         ctx.log({f"certificate/{name}": value for name, value in certificate["network"].items()})
-    save_state(
-        ctx.output("curvature"),
-        estimator,
-        recipe=recipe.to_json(),
-        step=Step.of("curvature", params).to_json(),
+    made = StoredEstimate(
+        estimator=estimator,
+        recipe=recipe,
+        step=Step.of("curvature", params),
         model_key=ctx.input("model").key,
-        certificate=certificate,
     )
+    save_estimate(ctx.output("curvature"), made, certificate)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from fishleg.errors import FishLegError
 from fishleg.estimators.base import AbstractEstimator
 from fishleg.parameters import Partition
-from fishleg.team import Team
 from pipeline.stage import StageError, write_json
 from stages.calibration import CalibrationPlan
 from stages.lineage import Step
@@ -103,35 +102,14 @@ def user_errors() -> Iterator[None]:
         raise StageError(str(error)) from error
 
 
-def save_state(folder: Path, estimator: AbstractEstimator, **facts: Any) -> None:
-    """Write an estimator's state, finished or not, and facts about it."""
-    state = estimator.state_dict()
-    save_tensors(folder / "curvature.safetensors", state["tensors"])
-    write_json(folder / "curvature.json", {"meta": state["meta"], **facts})
-
-
-def load_state(folder: Path, estimator: AbstractEstimator, device: str) -> None:
-    """Restore an estimator's state onto `device`."""
-    meta = json.loads((folder / "curvature.json").read_text("utf-8"))["meta"]
-    tensors = load_tensors(folder / "curvature.safetensors", device)
-    estimator.load_state_dict({"tensors": tensors, "meta": meta})
-
-
-def share_state(team: Team, estimator: AbstractEstimator, device: str) -> None:
-    """Give all of a team the state that the estimator of its first process has."""
-    state = estimator.state_dict()
-    tensors, meta = team.share(state["tensors"], state["meta"], device=device)
-    estimator.load_state_dict({"tensors": tensors, "meta": meta})
-
-
 @dataclass(frozen=True, kw_only=True)
 class StoredEstimate:
-    """What a curvature folder holds.
+    """A fitted estimate with its origin, as a curvature folder holds them.
 
     Attributes:
         estimator: fitted.
         recipe: how it was made.
-        step: the same for the lineage of what is made by it.
+        step: the same for the lineage of the models that it prunes.
         model_key: key of the cell whose model it was fitted on.
     """
 
@@ -141,13 +119,28 @@ class StoredEstimate:
     model_key: str
 
 
+def save_estimate(folder: Path, made: StoredEstimate, certificate: Any) -> None:
+    """Write a curvature folder, with the certificate as JSON, or None."""
+    state = made.estimator.state_dict()
+    save_tensors(folder / "curvature.safetensors", state["tensors"])
+    facts = {
+        "meta": state["meta"],
+        "recipe": made.recipe.to_json(),
+        "step": made.step.to_json(),
+        "model_key": made.model_key,
+        "certificate": certificate,
+    }
+    write_json(folder / "curvature.json", facts)
+
+
 def load_estimate(folder: Path, partition: Partition, device: str) -> StoredEstimate:
-    """Return the estimate in a curvature folder."""
+    """Return the estimate in a curvature folder, with its tensors on `device`."""
     facts = json.loads((folder / "curvature.json").read_text("utf-8"))
     recipe = Recipe.from_json(facts["recipe"])
     estimator = recipe.build(partition)
-    load_state(folder, estimator, device)
-    # those made before there were lineages have no step
+    tensors = load_tensors(folder / "curvature.safetensors", device)
+    estimator.load_state_dict({"tensors": tensors, "meta": facts["meta"]})
+    # estimates from before there were lineages have no step
     step = facts.get("step", Step(stage="curvature", params=facts["recipe"]).to_json())
     return StoredEstimate(
         estimator=estimator,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.stage import Artifact, Context, StageError, write_json
+from stages.checkpoint import Checkpoint
+from stages.columns import COLUMNS
 from stages.data.source import load_data
 from stages.determinism import compute_deterministically
 from stages.expectation import require_accuracy
@@ -18,18 +19,6 @@ from stages.model_folder import Facts, load_facts, load_model
 if TYPE_CHECKING:
     from stages.catalogue import EvaluateParams
 
-_PARAMS = (
-    "method",
-    "structure",
-    "mode",
-    "finetuned",
-    "target",
-    "sparsity",
-    "seed",
-    "damping",
-    "split",
-)
-
 
 def evaluate(ctx: Context) -> None:
     """Write output `results`: `rows.json`, and `failed.json` with the models that are not there.
@@ -39,7 +28,8 @@ def evaluate(ctx: Context) -> None:
     costs the model at hand.
     """
     compute_deterministically(ctx.device)
-    rows = _rows_so_far(ctx)
+    last = Checkpoint.last(ctx)
+    rows: dict[str, dict[str, Any]] = dict(last.cursor["rows"]) if last else {}
     models = [(one, one.path) for one in ctx.inputs["models"] if one.path is not None]
     facts = {model.cell: load_facts(folder) for model, folder in models}
     _say_dense_accuracies(ctx, facts.values())
@@ -49,8 +39,7 @@ def evaluate(ctx: Context) -> None:
         if model.cell not in rows:
             rows[model.cell] = _evaluate(ctx, model, folder)
             if ctx.checkpoint_due():
-                with ctx.checkpoint() as part:
-                    write_json(part / "rows.json", rows)
+                Checkpoint(cursor={"rows": rows}).write(ctx)
         ctx.progress(done, len(models), "model")
     for model, _ in models:
         _record(ctx, model.cell, rows[model.cell])
@@ -103,11 +92,6 @@ def _is_dense(facts: Facts) -> bool:
     return facts.mode == "dense" and not facts.finetuned
 
 
-def _rows_so_far(ctx: Context) -> dict[str, dict[str, Any]]:
-    last = ctx.last_checkpoint()
-    return json.loads((last / "rows.json").read_text("utf-8")) if last else {}
-
-
 def _evaluate(ctx: Context, artifact: Artifact, folder: Path) -> dict[str, Any]:
     params: EvaluateParams = ctx.params
     model = load_model(folder, ctx.device)
@@ -123,13 +107,7 @@ def _evaluate(ctx: Context, artifact: Artifact, folder: Path) -> dict[str, Any]:
     return {
         "model_cell": artifact.cell,
         "key": artifact.key,
-        "method": facts.method,
-        "structure": facts.structure,
-        "mode": facts.mode,
-        "finetuned": facts.finetuned,
-        "target": facts.target,
-        "seed": facts.seed,
-        "damping": facts.damping,
+        **facts.of_pruning(),
         "split": params.split,
         **found,
         **judged,
@@ -141,21 +119,9 @@ def _evaluate(ctx: Context, artifact: Artifact, folder: Path) -> dict[str, Any]:
 
 
 def _record(ctx: Context, name: str, row: dict[str, Any]) -> None:
-    """Give the model a tracked run; sparsity, seed and damping also as numbers, which sort."""
-    numbers = (
-        "accuracy",
-        "nll",
-        "ece",
-        "nonzero",
-        "prunable",
-        "parameters",
-        "target",
-        "sparsity",
-        "seed",
-    )
-    metrics = {key: row[key] for key in numbers}
-    if row["damping"] is not None:
-        metrics["damping"] = row["damping"]
-    params = {key: row[key] for key in _PARAMS}
+    """Give the model a tracked run."""
+    params = {column.name: row[column.name] for column in COLUMNS if column.param}
+    numbers = {column.name: row[column.name] for column in COLUMNS if column.metric}
+    metrics = {key: value for key, value in numbers.items() if value is not None}
     told = {name: ", ".join(row[name]) for name in ("emptied", "warnings") if row[name]}
     ctx.record(name, params={**params, **told, **row["settings"]}, metrics=metrics)

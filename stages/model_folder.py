@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fishleg.errors import FishLegError
 from fishleg.parameters import Partition, partition_parameters, used_weight
 from pipeline.stage import Context, StageError, write_json
+from stages.columns import target_of
 from stages.data.dataset import DataSet
 from stages.data.source import DataSource
 from stages.lineage import Step
@@ -27,6 +28,8 @@ from stages.tensor_files import MASKED, load_into, load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from stages.catalogue import ImportParams, PretrainParams
+
+_OF_PRUNING = ("method", "mode", "finetuned", "target", "seed", "damping", "structure")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,10 @@ class Facts:
     def dense_accuracy_on(self, split: str) -> float | None:
         """Return the dense network's accuracy on `split`, or else on validation, where known."""
         return self.dense_accuracy.get(split, self.dense_accuracy.get("validation"))
+
+    def of_pruning(self) -> dict[str, Any]:
+        """Return the facts about how the model was pruned, which rows of results have too."""
+        return {name: getattr(self, name) for name in _OF_PRUNING}
 
     @classmethod
     def from_params(
@@ -205,13 +212,7 @@ def save_model(folder: Path, model: Model, warnings: Sequence[str] = ()) -> None
             "model": facts.network.name,
             "model_args": dict(facts.network_args),
             "dataset": facts.data.reference.name,
-            "method": facts.method,
-            "mode": facts.mode,
-            "finetuned": facts.finetuned,
-            "target": facts.target,
-            "seed": facts.seed,
-            "damping": facts.damping,
-            "structure": facts.structure,
+            **facts.of_pruning(),
             "dense_accuracy": dict(facts.dense_accuracy),
             "keep": list(facts.keep),
             "also_prune": list(facts.also_prune),
@@ -234,10 +235,10 @@ def add_step(folder: Path, step: Step, **notes: Any) -> None:
 
 
 def load_facts(folder: Path) -> Facts:
-    """Return the facts in a model folder; also in one of before there were targets and lineages."""
+    """Return the facts in a model folder; also in one from before there were lineages."""
     value = json.loads((folder / "model.json").read_text("utf-8"))
-    plain = ("method", "mode", "finetuned", "seed", "damping", "structure")
-    target = value.get("target", value["sparsity"])
+    value["target"] = target_of(value)
+    lineage = value.get("lineage")
     return Facts(
         network=Reference(**value["network"]),
         network_args=value["model_args"],
@@ -246,33 +247,20 @@ def load_facts(folder: Path) -> Facts:
         keep=tuple(value["keep"]),
         also_prune=tuple(value["also_prune"]),
         dense_accuracy=value.get("dense_accuracy", {}),
-        target=target,
-        lineage=tuple(
-            Step.from_json(step) for step in value.get("lineage", [_unknown_past(value, target)])
-        ),
-        **{name: value[name] for name in plain},
+        lineage=(_unknown_past(value),) if lineage is None else tuple(map(Step.from_json, lineage)),
+        **{name: value[name] for name in _OF_PRUNING},
     )
 
 
-def _unknown_past(value: Mapping[str, Any], target: float) -> dict[str, Any]:
-    """Return the step that stands for all that came before, as far as it is known."""
-    known = (
-        "model",
-        "model_args",
-        "dataset",
-        "method",
-        "mode",
-        "finetuned",
-        "damping",
-        "structure",
-    )
-    step = Step(
+def _unknown_past(value: Mapping[str, Any]) -> Step:
+    """Return a step in place of all steps to a model, as far as its facts tell them."""
+    params = [name for name in _OF_PRUNING if name not in {"target", "seed"}]
+    return Step(
         stage="unknown",
-        params={name: value[name] for name in known},
+        params={name: value[name] for name in ("model", "model_args", "dataset", *params)},
         seeds={"seed": value["seed"]},
-        target={"sparsity": target},
+        target={"sparsity": value["target"]},
     )
-    return step.to_json()
 
 
 def load_model(folder: Path, device: str) -> Model:

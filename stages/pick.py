@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pipeline.stage import Context, StageError
+from stages.columns import target_of
 from stages.lineage import Step
 from stages.model_folder import add_step
 
@@ -40,9 +41,9 @@ def _of_sparsity(steps: Sequence[dict[str, float]], sparsity: float) -> int:
         StageError: none did.
     """
     for number, step in enumerate(steps):
-        if _target(step) == sparsity:
+        if target_of(step) == sparsity:
             return number
-    known = ", ".join(f"{_target(step):g}" for step in steps)
+    known = ", ".join(f"{target_of(step):g}" for step in steps)
     raise StageError(
         f"pick: no step stopped at sparsity {sparsity:g}; the steps are {known}. Add it to `stops` "
         "of the multi-step pruning."
@@ -61,12 +62,7 @@ def _within(steps: Sequence[dict[str, float]], dense: float, points: float) -> i
     if not good:
         raise StageError(
             f"pick: no step is within {points:g} points of the dense model's {dense:.2f} % on the "
-            f"validation split; the first, at sparsity {_target(steps[0]):g}, has "
+            f"validation split; the first, at sparsity {target_of(steps[0]):g}, has "
             f"{steps[0]['validation_accuracy']:.2f} %. Begin with a lower sparsity."
         )
     return good[-1]
-
-
-def _target(step: Mapping[str, float]) -> float:
-    """Return the sparsity that a step aimed at; once it was noted under the other name."""
-    return step.get("target", step["sparsity"])

@@ -1,20 +1,19 @@
 """Stage `prune_multistep`: one-shot pruning in several steps, without labels.
 
-Only calibration samples are seen, at most 5,000 by default. The model after every step is kept, so
-that one run gives a model for each sparsity it passes; stage `pick` passes one of them on.
+It sees calibration samples alone, at most 5,000 by default. The model of every step is kept, so
+that one run gives a model for each sparsity on its way; stage `pick` passes one of them on.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -29,17 +28,16 @@ from fishleg.pruning import (
     settle,
 )
 from pipeline.stage import Context, write_json
+from stages.checkpoint import Checkpoint, State
 from stages.data.batches import batches_per_epoch, training_batches
 from stages.data.dataset import DataSet, Split
 from stages.data.mixing import cutmix
 from stages.determinism import compute_deterministically, derive_seed, generator
 from stages.estimate import user_errors
-from stages.lineage import Step
 from stages.metrics import low_accuracy, measure
 from stages.model_folder import Model, save_model
-from stages.pruning import finish
+from stages.pruning import finish, made_by
 from stages.stepwise import StepwisePruning
-from stages.tensor_files import load_into, load_tensors, save_tensors, with_prefix, without_prefix
 
 if TYPE_CHECKING:
     from stages.catalogue import MultistepParams
@@ -50,17 +48,15 @@ _EVALUATED_AT_ONCE = 500
 def prune_multistep(ctx: Context) -> None:
     """Prune input `model` along the schedule; write outputs `model` and `steps`.
 
-    Each step brings the curvature up to date, removes weights, moves the others and, unless
-    `refine` is none, refines them towards the dense model's outputs. A checkpoint stands within the
-    fit of a step; within its refinement, its weights being removed already; or between two steps.
+    Each step updates the curvature, removes weights, moves the survivors and, unless `refine` is
+    none, refines them towards the dense model's outputs. A checkpoint is taken within the fit of a
+    step; within its refinement, after its weights are removed; or between two steps.
     """
     compute_deterministically(ctx.device)
     run = MultistepPruning(ctx)
-    unfinished = ctx.last_checkpoint()
-    first = 0 if unfinished is None else run.load(unfinished)
-    for step in range(first, len(run.sparsities)):
-        if not run.refining:
-            run.update_curvature(step, partial(run.checkpoint, step, fitting=True))
+    for step in range(run.resume(), len(run.sparsities)):
+        if not run.unfinished:
+            run.update_curvature(step)
             run.prune(step)
         run.refine(step)
         run.keep(step)
@@ -75,8 +71,7 @@ class MultistepPruning(StepwisePruning):
 
     Attributes:
         kept: folder with a model folder for each finished step, and `steps.json` about them.
-        refining: the state of the refinement that a checkpoint stood in, until it goes on.
-        unrefined: the network's state before the refinement at hand, or after the last one.
+        unrefined: the network's state before the present, or the last, refinement.
     """
 
     def __init__(self, ctx: Context):
@@ -89,23 +84,45 @@ class MultistepPruning(StepwisePruning):
         found = measure(self.dense, self.dataset, self.dataset.validation)
         self.steps: list[dict[str, float]] = []
         self.before = {"validation_accuracy": found["accuracy"], "validation_nll": found["nll"]}
-        self.refining: dict[str, Any] | None = None
         self.unrefined: dict[str, Tensor] = {}
         self.earlier_s = 0.0
         self.began = time.monotonic()
 
     def refine(self, step: int) -> None:
-        """Refine the survivors, from the start or from a checkpoint, and settle."""
+        """Refine the survivors of a step, from the start or from a checkpoint."""
         steps = self.params.refinement_steps(step)
         if not steps:
             return
-        network = self.model.network
-        begin = 1.0  # that of the checkpoint comes with it
-        if self.refining is None:
+        refinement = self._refinement(steps)
+
+        def checkpoint() -> None:
+            unrefined = {"tensors": self.unrefined}
+            self.checkpoint(step, refinement=refinement.state_dict(), unrefined=unrefined)
+
+        if self.unfinished:
+            refinement.load_state_dict(self.unfinished["refinement"])
+            self.unfinished = {}
+        elif self.ctx.checkpoint_due():
+            checkpoint()
+        before = sum(self.params.refinement_steps(earlier) for earlier in range(step))
+        with user_errors():
+            for divergence in refine(refinement, self._batches(step, refinement.done)):
+                done = refinement.done
+                self.ctx.log({"refinement/divergence": divergence}, step=before + done)
+                self.ctx.progress(done, steps, f"refinement step, pruning step {step + 1}")
+                if self.ctx.checkpoint_due():
+                    checkpoint()
+        self._report(step, self._settle(refinement))
+
+    def _refinement(self, steps: int) -> Refinement:
+        """Return the refinement of the present network, at its start."""
+        begin = 1.0  # a resumed refinement brings its own
+        if not self.unfinished:
             begin = self._divergence(self.calibration.train)
-            self.unrefined = {name: one.clone() for name, one in network.state_dict().items()}
-        refinement = Refinement(
-            network,
+            state = self.model.network.state_dict()
+            self.unrefined = {name: one.clone() for name, one in state.items()}
+        return Refinement(
+            self.model.network,
             self.dense,
             Categorical(),
             self.partition,
@@ -115,21 +132,8 @@ class MultistepPruning(StepwisePruning):
             estimator=self.estimator,
             begin=begin,
         )
-        if self.refining is not None:
-            refinement.load_state_dict(self.refining)
-            self.refining = None
-        elif self.ctx.checkpoint_due():
-            self.checkpoint(step, refinement)
-        with user_errors():
-            for divergence in refine(refinement, self._batches(step, refinement.done)):
-                before = sum(self.params.refinement_steps(earlier) for earlier in range(step))
-                self.ctx.log({"refinement/divergence": divergence}, step=before + refinement.done)
-                self.ctx.progress(
-                    refinement.done, steps, f"refinement step, pruning step {step + 1}"
-                )
-                if self.ctx.checkpoint_due():
-                    self.checkpoint(step, refinement)
-        report = self._settle(refinement)
+
+    def _report(self, step: int, report: RefinementReport) -> None:
         for warning in report.warnings:
             self.warn(step, warning)
         if report.held_out:
@@ -140,7 +144,7 @@ class MultistepPruning(StepwisePruning):
             self.ctx.log(found, step=step + 1)
 
     def _settle(self, refinement: Refinement) -> RefinementReport:
-        """Go back to the best point of the way, if samples are held out to tell it by."""
+        """Return to the best point between start and end, if samples are held out to judge it."""
         if len(self.held_out):
             return settle(
                 self.model.network, self.unrefined, lambda _: self._divergence(self.held_out)
@@ -151,7 +155,7 @@ class MultistepPruning(StepwisePruning):
         )
 
     def keep(self, step: int) -> None:
-        """Keep the model as it is after `step`, and report what it took so far."""
+        """Keep the model of `step`, and report its accuracy and the time so far."""
         model = self.present(step)
         found = measure(self.model.network, self.dataset, self.dataset.validation)
         alarming = low_accuracy(model.facts, found["accuracy"], "validation")
@@ -172,41 +176,26 @@ class MultistepPruning(StepwisePruning):
         """Return the model with the facts of `step`."""
         mode = "multistep" if self.params.refine == "none" else "refined"
         return self.model.after(
-            Step.of("prune_multistep", self.params, warnings=self.warnings),
+            made_by("prune_multistep", self.params, self.estimator, self.warnings),
             **self.recipe.facts(mode=mode, target=self.sparsities[step]),
             seed=self.params.seed,
         )
 
-    def checkpoint(
-        self, step: int, refinement: Refinement | None = None, *, fitting: bool = False
-    ) -> None:
-        """Write a checkpoint: before `step`, within its fit, or within its refinement."""
-        tensors = with_prefix("network", self.model.network.state_dict())
-        facts: dict[str, Any] = {"seconds": self._seconds(), "steps": self.steps, "refining": None}
-        if refinement is not None:
-            state = refinement.state_dict()
-            tensors |= with_prefix("moments", state["tensors"])
-            tensors |= with_prefix("unrefined", self.unrefined)
-            facts["refining"] = state["meta"]
-        with self.ctx.checkpoint() as folder:
-            self.save(folder, step, fitting=fitting)
-            shutil.copytree(self.kept, folder / "kept")
-            save_tensors(folder / "multistep.safetensors", tensors)
-            write_json(folder / "multistep.json", facts)
+    def checkpoint_of(
+        self, step: int, fitting: bool, unfinished: Mapping[str, State]
+    ) -> Checkpoint:
+        """Return the checkpoint to write, with the models of the steps so far."""
+        base = super().checkpoint_of(step, fitting, unfinished)
+        cursor = {**base.cursor, "seconds": self._seconds(), "steps": self.steps}
+        return replace(base, cursor=cursor, folders={"kept": self.kept})
 
-    def load(self, folder: Path) -> int:
-        """Restore what `checkpoint` wrote, and return the number of its step."""
-        step = super().load(folder)
-        shutil.copytree(folder / "kept", self.kept, dirs_exist_ok=True)
-        tensors = load_tensors(folder / "multistep.safetensors", self.ctx.device)
-        facts = json.loads((folder / "multistep.json").read_text("utf-8"))
-        load_into(self.model.network, without_prefix("network", tensors))
-        self.earlier_s, self.steps = facts["seconds"], facts["steps"]
-        if facts["refining"] is not None:
-            moments = without_prefix("moments", tensors)
-            self.unrefined = without_prefix("unrefined", tensors)
-            self.refining = {"tensors": moments, "meta": facts["refining"]}
-        return step
+    def restore(self, last: Checkpoint) -> None:
+        """Restore a checkpoint, with the models of the steps so far."""
+        super().restore(last)
+        shutil.copytree(last.folders["kept"], self.kept, dirs_exist_ok=True)
+        self.earlier_s, self.steps = last.cursor["seconds"], last.cursor["steps"]
+        if "unrefined" in self.unfinished:
+            self.unrefined = last.tensors("unrefined", self.ctx.device)
 
     def _seconds(self) -> float:
         return self.earlier_s + time.monotonic() - self.began
@@ -217,7 +206,7 @@ class MultistepPruning(StepwisePruning):
         return folder
 
     def _divergence(self, samples: Split) -> float:
-        """Return D on some samples as they are."""
+        """Return D on some samples, not augmented."""
         batches = map(self.dataset.normalise, samples.inputs.split(_EVALUATED_AT_ONCE))
         return mean_divergence(self.model.network, self.dense, Categorical(), batches)
 
@@ -231,7 +220,7 @@ class MultistepPruning(StepwisePruning):
         )
 
     def _batches(self, step: int, done: int) -> Iterator[Tensor]:
-        """Yield model inputs from the calibration samples, going on after `done` batches."""
+        """Yield model inputs from the calibration samples, beginning after `done` batches."""
         own = self.params.refinement
         data = self.calibration
         seed = derive_seed(self.params.seed, f"refinement {step}")
@@ -253,7 +242,7 @@ class MultistepPruning(StepwisePruning):
 
     @cached_property
     def calibration(self) -> DataSet:
-        """Return the data set with the samples that are refined on for its training split."""
+        """Return the data set whose training split is the samples that refinement sees."""
         return replace(self.dataset, train=self._samples[0])
 
     @property

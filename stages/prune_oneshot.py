@@ -17,10 +17,9 @@ from stages.data.dataset import DataSet
 from stages.data.source import load_data
 from stages.determinism import compute_deterministically
 from stages.estimate import load_estimate
-from stages.lineage import Step
 from stages.metrics import NotFinite, measure
 from stages.model_folder import Model, input_model
-from stages.pruning import begin, finish, prune
+from stages.pruning import begin, finish, made_by, prune
 
 _PARTS = 2**10  # sparsities that are told apart
 
@@ -54,7 +53,7 @@ def prune_oneshot(ctx: Context) -> None:
     if sparsity is None:
         sparsity = _sparsest_within(ctx, model, estimator, source, dataset)
     pruned, warnings = prune(ctx, model, estimator, source, params=params, sparsity=sparsity)
-    step = Step.of("prune_oneshot", params, warnings=warnings)
+    step = made_by("prune_oneshot", params, estimator, warnings)
     facts = recipe.facts(mode="oneshot", target=sparsity)
     finish(ctx, pruned.after(estimate.step, step, **facts), dataset)
     chosen = recipe.calibration.indices(dataset)[: params.certificate_samples]

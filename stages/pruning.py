@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from fishleg.pruning import group_masks, prune_once, reestimate_norms, weight_ma
 from pipeline.stage import Context, StageError
 from stages.data.dataset import DataSet
 from stages.estimate import user_errors
+from stages.lineage import Step
 from stages.metrics import log_validation, low_accuracy
 from stages.model_folder import Model, save_model
 
@@ -51,6 +53,14 @@ def finish(ctx: Context, model: Model, dataset: DataSet) -> None:
     for warning in warnings:
         ctx.say(warning)
     save_model(ctx.output("model"), model, warnings)
+
+
+def made_by(
+    stage: str, params: PruningParams, estimator: AbstractEstimator, warnings: Sequence[str]
+) -> Step:
+    """Return a pruning stage's step in the lineage, with the distribution that it used."""
+    used = {"distribution": params.distribution or estimator.distribution}
+    return Step.of(stage, params, further=used, warnings=warnings)
 
 
 def prune(

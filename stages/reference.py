@@ -15,8 +15,8 @@ from typing import Any
 
 from pipeline.stage import Params, Registry, StageError, require_call
 
-# Targets that stored files of earlier versions name, and the present ones.
-_RENAMED = {
+# Earlier targets, which stored files and pipeline files may name -> present ones.
+RENAMED = {
     "fishleg.estimators:BlockWoodbury": "fishleg.estimators:OBS",
     "fishleg.estimators:Identity": "fishleg.estimators:Magnitude",
 }
@@ -40,7 +40,7 @@ class Reference:
     digest: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "target", _RENAMED.get(self.target, self.target))
+        object.__setattr__(self, "target", RENAMED.get(self.target, self.target))
 
     def load(self, options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
         """Import the target and return it, with the family's argument already given.

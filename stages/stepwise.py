@@ -1,22 +1,21 @@
-"""A model on its way through pruning steps, with the curvature estimate that goes along."""
+"""A model on its way through pruning steps, with its curvature estimate."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fishleg.estimators.base import FitProgress
 from fishleg.pruning import cubic, geometric, group_masks, linear
-from pipeline.stage import Context, StageError, write_json
+from pipeline.stage import Context, StageError
+from stages.checkpoint import Checkpoint, State
 from stages.data.source import load_data
-from stages.estimate import Recipe, load_state, save_state, user_errors
+from stages.estimate import Recipe, user_errors
 from stages.metrics import measure
 from stages.model_folder import Model, input_model
 from stages.pruning import begin, prune
-from stages.tensor_files import load_tensors, save_tensors
+from stages.tensor_files import load_into
 
 if TYPE_CHECKING:
     from stages.catalogue import StepwiseParams
@@ -25,18 +24,20 @@ _SCHEDULES = {"cubic": cubic, "linear": linear, "geometric": geometric}
 
 
 class StepwisePruning:
-    """Takes a model through the schedule; what happens between the steps is the stage's.
+    """Takes a model through the schedule; the stage trains or refines it between the steps.
 
     Attributes:
-        model: input `model`, as far as it is pruned.
+        model: input `model` in its present state.
         dataset: the model's.
         partition: the model's groups.
         recipe: how estimators are made.
         source: gradients on the calibration samples, at the model's present weights.
         estimator: the present estimate.
         sparsities: after each step.
-        warnings: what there was to say about the steps so far, a sentence each.
-        fitting: whether the checkpoint that was loaded stands in a fit, until that goes on.
+        warnings: about the steps so far, a sentence each.
+        fitting: whether the checkpoint was taken within a fit; False once that is resumed.
+        unfinished: name -> state of the training or refinement that the checkpoint was taken in;
+            empty once that is resumed.
     """
 
     def __init__(self, ctx: Context):
@@ -51,25 +52,25 @@ class StepwisePruning:
         self.sparsities = _schedule(self.params, self.model.facts.target)
         self.warnings: list[str] = []
         self.fitting = False
+        self.unfinished: dict[str, State] = {}
         begin(ctx, self.partition, self.params.sparsity)
 
     def warn(self, step: int, text: str) -> None:
-        """Say something about a step, and keep it with the model."""
+        """Log a warning about a step, and keep it with the model."""
         self.ctx.say(f"step {step + 1}: {text}")
         self.warnings.append(f"Step {step + 1}: {text}")
 
-    def update_curvature(self, step: int, checkpoint: Callable[[], None] | None = None) -> None:
+    def update_curvature(self, step: int) -> None:
         """Fit the estimate in the first step; then refine it, or fit a new one.
 
         Args:
             step: of the schedule, from 0.
-            checkpoint: called within the fit when a checkpoint is due, to write one with `save`.
         """
 
         def report(progress: FitProgress) -> None:
             self.ctx.progress(progress.done, progress.total, f"fit step, pruning step {step + 1}")
-            if checkpoint is not None and self.ctx.checkpoint_due():
-                checkpoint()
+            if self.ctx.checkpoint_due():
+                self.checkpoint(step, fitting=True)
 
         with user_errors():
             if self.fitting:
@@ -97,33 +98,47 @@ class StepwisePruning:
         found = measure(self.model.network, self.dataset, self.dataset.validation)
         self.ctx.log({"pruned/validation_accuracy": found["accuracy"]}, step=step + 1)
 
-    def save(self, folder: Path, step: int, *, fitting: bool = False) -> None:
-        """Add to a checkpoint: the step, masks, the estimate.
+    def checkpoint(self, step: int, *, fitting: bool = False, **unfinished: State) -> None:
+        """Write a checkpoint.
 
         Args:
-            folder: of the checkpoint.
             step: of the schedule, from 0; its weights are removed already, unless it is `fitting`.
             fitting: whether the step's estimate is still being fitted.
-
-        The network is the caller's to save.
+            unfinished: the states of the training or refinement that is under way.
         """
-        write_json(folder / "step.json", {"step": step, "fitting": fitting})
-        write_json(folder / "warnings.json", self.warnings)
-        save_tensors(folder / "masks.safetensors", self.model.masks)
-        if fitting or self.params.carry == "refine":
-            save_state(folder, self.estimator)
+        self.checkpoint_of(step, fitting, unfinished).write(self.ctx)
 
-    def load(self, folder: Path) -> int:
-        """Restore what `save` wrote, and return the number of its step."""
-        facts = json.loads((folder / "step.json").read_text("utf-8"))
-        device = self.ctx.device
-        masks = load_tensors(folder / "masks.safetensors", device)
-        self.model = replace(self.model, masks=masks)
-        self.fitting = facts["fitting"]
-        self.warnings = json.loads((folder / "warnings.json").read_text("utf-8"))
-        if self.fitting or self.params.carry == "refine":
-            load_state(folder, self.estimator, device)
-        return facts["step"]
+    def checkpoint_of(
+        self, step: int, fitting: bool, unfinished: Mapping[str, State]
+    ) -> Checkpoint:
+        """Return the checkpoint to write; see `checkpoint`."""
+        states: dict[str, State] = {
+            "network": {"tensors": self.model.network.state_dict()},
+            "masks": {"tensors": self.model.masks},
+        }
+        if fitting or self.params.carry == "refine":
+            states["estimator"] = self.estimator.state_dict()
+        cursor = {"step": step, "fitting": fitting, "warnings": self.warnings}
+        return Checkpoint(cursor=cursor, states={**states, **unfinished})
+
+    def resume(self) -> int:
+        """Restore the cell's last checkpoint, if any, and return the number of its step, from 0."""
+        last = Checkpoint.last(self.ctx)
+        if last is None:
+            return 0
+        self.restore(last)
+        return last.cursor["step"]
+
+    def restore(self, last: Checkpoint) -> None:
+        """Restore a checkpoint."""
+        device, states = self.ctx.device, dict(last.states)
+        load_into(self.model.network, states.pop("network")["tensors"])
+        self.model = replace(self.model, masks=last.tensors("masks", device))
+        if states.pop("estimator", None) is not None:
+            self.estimator.load_state_dict(last.state("estimator", device))
+        del states["masks"]
+        self.fitting, self.warnings = last.cursor["fitting"], last.cursor["warnings"]
+        self.unfinished = states
 
 
 def _schedule(params: StepwiseParams, sparsity: float) -> Sequence[float]:
@@ -137,7 +152,7 @@ def _schedule(params: StepwiseParams, sparsity: float) -> Sequence[float]:
     if max(sparsity, begin if not params.stops else 0.0) > first:
         raise StageError(
             f"sparsity: {first:g} is below {begin:g}, where the schedule begins "
-            "(initial_sparsity, or the model's own); removed weights do not come back."
+            "(initial_sparsity, or the model's own); removed weights stay removed."
         )
     if params.stops:
         return [*params.stops, params.sparsity]

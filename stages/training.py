@@ -1,20 +1,18 @@
 """The one training loop: SGD, AdamW or FishLeg, cosine schedule, distillation, masks, resumable.
 
 A run's whole state is the network, the optimiser's moments and a cursor (epoch, batch). Learning
-rate, batches, crops and dropout are functions of the cursor, so a run that goes on from a
-checkpoint reaches the same bits as an undisturbed one (equal device and thread count). In a team
-each process takes its part of every batch and adds up gradients and losses with the others, so that
-all take the step of the whole batch. Only dropout differs from what one process would draw.
+rate, batches, crops and dropout are functions of the cursor, so a resumed run reaches the same bits
+as an undisturbed one (equal device and thread count). In a team each process takes its part of
+every batch and sums gradients and losses over the team, so that all take the step of the whole
+batch. Only dropout differs from the one that a single process would draw.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,14 +23,15 @@ from fishleg.likelihoods import Categorical
 from fishleg.optim import FishLeg
 from fishleg.pruning import HeldMasks
 from fishleg.team import ALONE, Team
-from pipeline.stage import Context, StageError, write_json
+from pipeline.stage import Context, StageError
 from stages.batch_norm import whole_batches
+from stages.checkpoint import Checkpoint, State, share
 from stages.data.batches import batches_per_epoch, training_batches
 from stages.data.dataset import DataSet
 from stages.determinism import derive_seed
 from stages.distributed import require_equal
 from stages.metrics import measure
-from stages.tensor_files import load_into, load_tensors, save_tensors, with_prefix, without_prefix
+from stages.tensor_files import load_into, with_prefix, without_prefix
 
 if TYPE_CHECKING:
     from stages.catalogue import TrainingParams
@@ -104,56 +103,50 @@ class Training:
 
     # -- state
 
-    def save(self, folder: Path) -> None:
-        """Write the whole state into a checkpoint's folder."""
-        tensors, cursor = self._state()
-        save_tensors(folder / "training.safetensors", tensors)
-        write_json(folder / "training.json", cursor)
-
-    def load(self, folder: Path) -> None:
-        """Go on from a state that `save` wrote."""
-        cursor = json.loads((folder / "training.json").read_text("utf-8"))
-        self._restore(load_tensors(folder / "training.safetensors"), cursor)
-
-    def _state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+    def state_dict(self) -> State:
+        """Return the optimiser's moments and the cursor; the network is not in it."""
         moments = {
             f"{index}.{name}": value
             for index, state in self.optimizer.state_dict()["state"].items()
             for name, value in state.items()
             if isinstance(value, Tensor)
         }
-        tensors = {
-            **with_prefix("network", self.network.state_dict()),
-            **with_prefix("optimizer", moments),
-            "loss_sum": self.loss_sum,
+        return {
+            "tensors": {**with_prefix("optimizer", moments), "loss_sum": self.loss_sum},
+            "meta": {"epoch": self.epoch, "batch": self.batch},
         }
-        return tensors, {"epoch": self.epoch, "batch": self.batch}
 
-    def _restore(self, tensors: Mapping[str, Tensor], cursor: Mapping[str, int]) -> None:
-        load_into(self.network, without_prefix("network", tensors))
+    def load_state_dict(self, state: State) -> None:
+        """Restore the state that `state_dict` returned, with its tensors on the CPU."""
         moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in without_prefix("optimizer", tensors).items():
+        for key, value in without_prefix("optimizer", state["tensors"]).items():
             index, _, name = key.partition(".")
             moments.setdefault(int(index), {})[name] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.loss_sum = tensors["loss_sum"].to(self.device)
-        self.epoch, self.batch = cursor["epoch"], cursor["batch"]
+        self.loss_sum = state["tensors"]["loss_sum"].to(self.device)
+        self.epoch, self.batch = state["meta"]["epoch"], state["meta"]["batch"]
 
     def resume(self, ctx: Context) -> None:
-        """Go on from the cell's last checkpoint, if it has one; a team begins as its first rank."""
-        folder = ctx.last_checkpoint()
-        if folder is not None:
-            self.load(folder)
-            ctx.say(f"going on from epoch {self.epoch}, batch {self.batch}")
+        """Resume from the cell's last checkpoint, if any; a team begins as its first rank."""
+        last = Checkpoint.last(ctx)
+        if last is not None:
+            self._restore(last.states)
+            ctx.say(f"resuming from epoch {self.epoch}, batch {self.batch}")
         if self.team.size > 1:
-            tensors, cursor = self._state()
-            plain = {name: tensor.cpu() for name, tensor in tensors.items()}  # as from a file
-            self._restore(*self.team.share(plain, cursor))
+            self._restore({name: share(self.team, one) for name, one in self._states().items()})
             require_equal(self.team, self._bits())
 
+    def _states(self) -> dict[str, State]:
+        network = {"tensors": self.network.state_dict()}
+        return {"network": network, "training": self.state_dict()}
+
+    def _restore(self, states: Mapping[str, State]) -> None:
+        load_into(self.network, states["network"]["tensors"])
+        self.load_state_dict(states["training"])
+
     def _bits(self) -> dict[str, Tensor]:
-        """Return what must be the same in every process: weights, statistics and masks."""
+        """Return the tensors that must be equal in every process: weights, statistics, masks."""
         removed = {f"removed.{name}": one for name, one in self.masks.removed.items()}
         return {**self.network.state_dict(), **removed}
 
@@ -164,17 +157,18 @@ class Training:
         ctx: Context,
         *,
         first_step: int = 0,
-        also_save: Callable[[Path], None] | None = None,
+        checkpoint: Callable[[], None] | None = None,
     ) -> None:
         """Train to the last epoch, with metrics, progress and checkpoints through `ctx`.
 
         Args:
             ctx: the stage's context.
             first_step: number of the first epoch in the metrics' series.
-            also_save: adds the stage's own state to each checkpoint.
+            checkpoint: writes a checkpoint; by default of network and training alone.
 
         A loss that is not finite ends the stage with a StageError; the last checkpoint is kept.
         """
+        write = checkpoint or (lambda: Checkpoint(states=self._states()).write(ctx))
         shown = time.monotonic()
         while self.epoch < self.params.epochs:
             batches = training_batches(
@@ -201,10 +195,7 @@ class Training:
                     self._require_finite()
                     require_equal(self.team, self._bits())
                     if ctx.rank == 0:
-                        with ctx.checkpoint() as folder:
-                            self.save(folder)
-                            if also_save is not None:
-                                also_save(folder)
+                        write()
         self.network.eval()
 
     def _step(self, inputs: Tensor, labels: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from pipeline.cli.commands import app
+from stages.columns import COLUMNS
 from tests import module_tree
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,6 +78,12 @@ def test_the_stage_of_ones_own_is_declared_and_runs(tmp_path, monkeypatch):
     )
     getattr(importlib.import_module(module), function)(context)
     assert logged == [{"scale": 0.1}]
+
+
+def test_the_columns_of_the_results_are_in_the_guide():
+    for column in COLUMNS:
+        unit = f" ({column.unit})" if column.unit else ""
+        assert f"| `{column.name}` | {column.meaning}{unit} |\n" in USAGE
 
 
 SHELL_LINES = re.compile(r"^(?: {4}|#   )((?:\w+=\S+ )*(?:fls|ray) .*)$", re.MULTILINE)

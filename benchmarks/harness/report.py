@@ -11,9 +11,9 @@ from benchmarks.harness.documents import Document, read_cells
 from benchmarks.harness.suite import BENCHMARKS, Benchmark, list_benchmarks, load_script
 from pipeline.spec import yaml_loader
 from stages.catalogue import Published
+from stages.columns import target_of
 from stages.report.figure import draw
 from stages.report.labels import labels_of
-from stages.report.rows import target_of
 from stages.report.summary import PUBLISHED, Lines, Point, summarise
 from stages.report.table import dense_title
 

@@ -16,7 +16,8 @@ class PruningOptions(Options):
     Attributes:
         selection: by the cost of each weight alone ("single"), or after the others of its row that
             cost less ("greedy"); with any estimate.
-        distribution: least salient of the whole network ("global"), or of each layer ("uniform").
+        distribution: least salient of the whole network ("global"), or of each layer ("uniform");
+            None is the method's own: uniform for the layer Hessian, global for all others.
         compensation: of survivors: none; sum of single-weight updates ("independent"); exact within
             each block ("joint"); across the network by Fisher products ("fisher").
         min_kept: fraction of each layer's weights that survives at the least, so that none is
@@ -25,7 +26,7 @@ class PruningOptions(Options):
     """
 
     selection: Selection = "single"
-    distribution: Distribution = "global"
+    distribution: Distribution | None = None
     compensation: Compensation = "joint"
     min_kept: Annotated[float, Range(ge=0, le=1)] = 0.0
     cg_iterations: Annotated[int, Range(ge=1)] = 500

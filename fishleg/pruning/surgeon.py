@@ -45,7 +45,7 @@ def prune_once(
     sparsity: float,
     masks: Mapping[str, Tensor] | None = None,
     selection: Selection | Score = PruningOptions.selection,
-    distribution: Distribution = PruningOptions.distribution,
+    distribution: Distribution | None = PruningOptions.distribution,
     min_kept: float = PruningOptions.min_kept,
     zeros: Zeros = "keep",
     compensation: Compensation = PruningOptions.compensation,
@@ -67,7 +67,7 @@ def prune_once(
             weights)` that returns group name -> (rows, columns) of scores, the lowest removed
             first, from the estimate and group name -> weights (rows, columns); see `saliency`,
             which is one. `distribution` compares its scores.
-        distribution: "global" or "uniform"; see `select`.
+        distribution: "global" or "uniform", see `select`; None is the estimator's own.
         min_kept: fraction of each group that survives at the least, in [0, 1]; see `select`.
         zeros: where `masks` is None, weights that are 0 already count as removed and stay 0
             ("keep"; see `zero_masks` for which), or are like any others ("free").
@@ -113,7 +113,8 @@ def prune_once(
         scores = greedy_saliency(estimator, prunable, before)
     else:
         scores = saliency(estimator, prunable)
-    after = select(partition, scores, before, sparsity, distribution, min_kept=min_kept)
+    spread = estimator.distribution if distribution is None else distribution
+    after = select(partition, scores, before, sparsity, spread, min_kept=min_kept)
     report = _remove(model, estimator, after, compensation, source, tolerance, max_iterations)
     return replace(report, zeros=found, warnings=(*_say_zeros(found), *report.warnings))
 

@@ -24,6 +24,7 @@ from pipeline.cli.printing import (
 from pipeline.running.record import DEFAULT_FILE, find_run, load_runs
 from pipeline.running.results import export as export_cell
 from pipeline.running.results import result_rows
+from pipeline.spec.cells import shorten
 from pipeline.store.store import Store
 from pipeline.tracking.ui import serve_ui
 
@@ -114,7 +115,7 @@ def results(
     else:
         typer.echo(presentable(csv_text(columns, rows)), nl=False)
     if absent:
-        typer.echo(f"No results yet of: {', '.join(absent)}; `{spec.command()}`.", err=True)
+        typer.echo(f"No results yet of: {shorten(absent)}; `{spec.command()}`.", err=True)
 
 
 @command(

@@ -112,6 +112,8 @@ def name_trouble(mark: Marked) -> str | None:
     name = str(mark.path[-1])
     if isinstance(mark.marker, Registry):
         registry = mark.marker
+        if mark.value in registry.renamed:
+            return f"{name}: {mark.value!r} is now {registry.renamed[mark.value]!r}"
         entry = registry.find(mark.value)
         if entry is None:
             known = list(registry.entries) + [f"{prefix}..." for prefix in registry.prefixes]

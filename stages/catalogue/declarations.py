@@ -15,6 +15,7 @@ from stages.catalogue.parameters.pruning import (
 )
 from stages.catalogue.parameters.training import FinetuneParams, PretrainParams
 from stages.catalogue.registries import DATASETS, METHODS, MODELS
+from stages.columns import BEFORE, COLUMNS, TABLE
 
 _MODEL = Input(kind="model", summary="the model to work on")
 _GIVES_MODEL = {"model": Output(kind="model", summary="weights, masks and facts")}
@@ -134,29 +135,9 @@ CATALOGUE = Catalogue(
     packages=("stages", "fishleg"),
     results=Results(
         kind="results",
-        columns=[
-            "cell",
-            "model_cell",
-            "key",
-            "method",
-            "structure",
-            "mode",
-            "finetuned",
-            "target",
-            "sparsity",
-            "seed",
-            "accuracy",
-            "nll",
-            "ece",
-            "nonzero",
-            "prunable",
-            "parameters",
-            "damping",
-            "split",
-            "run_id",
-        ],
-        further=["settings", "seeds", "unprunable", "emptied", "warnings", "dense_accuracy"],
-        before={"target": "sparsity"},
+        columns=TABLE,
+        further=[column.name for column in COLUMNS if not column.in_tables],
+        before=BEFORE,
         report="report",
     ),
     exporter="stages.exporter:export",

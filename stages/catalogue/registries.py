@@ -11,6 +11,7 @@ from stages.data.place import (
     data_folder,
     tree_folder,
 )
+from stages.reference import RENAMED
 
 MODELS = Registry(
     kind="model",
@@ -138,4 +139,5 @@ METHODS = Registry(
         ),
     },
     open=True,
+    renamed=RENAMED,
 )

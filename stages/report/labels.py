@@ -10,8 +10,9 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from stages.columns import Row, target_of
 from stages.lineage import ARROW, PATH, shown
-from stages.report.rows import Row, model_of, seeds_of, settings_of, stage_of, target_of
+from stages.report.rows import model_of, seeds_of, settings_of, stage_of
 
 _EARLIER = "of an earlier version"
 

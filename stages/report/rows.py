@@ -1,18 +1,11 @@
-"""What a row of results says, also one that was written before there were targets and settings."""
+"""Readers of a row of results, also of one from before there were settings."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
-Row = Mapping[str, Any]
-"""One evaluated model, as `evaluate` writes it."""
-
-
-def target_of(row: Row) -> float:
-    """Return the sparsity that was asked for; once that was what `sparsity` meant."""
-    return row.get("target", row["sparsity"])
+from stages.columns import Row
 
 
 def settings_of(row: Row) -> dict[str, Any]:
@@ -37,8 +30,8 @@ def model_of(row: Row) -> str:
 
 
 def stage_of(row: Row) -> str:
-    """Return the name of the stage that made the model."""
-    return str(row["model_cell"]).partition("[")[0]
+    """Return the name of the stage that made the model, or should have."""
+    return row.get("stage") or str(row["model_cell"]).partition("[")[0]
 
 
 def warnings_of(row: Row) -> list[str]:

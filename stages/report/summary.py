@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from stages.columns import Row, target_of
 from stages.report.labels import labels_of
-from stages.report.rows import Row, model_of, stage_of, target_of, warnings_of
+from stages.report.rows import model_of, stage_of, warnings_of
 
 SECTIONS = {
     ("imported", False): "As imported",
@@ -83,7 +84,8 @@ def summarise(
 
     Args:
         rows: as `evaluate` writes them.
-        failed: `model_cell` and `axes` of models that are not there.
+        failed: `model_cell` and `axes` of models that failed; and `stage` of one whose evaluation
+            failed, which has the place of the model_cell.
         published: (method, sparsity -> accuracy in percent) of one-shot results from elsewhere.
     """
     label = labels_of(rows)

@@ -5,28 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.stage import csv_text
-from stages.report.rows import Row, target_of
+from stages.columns import COLUMNS, Row, target_of
 from stages.report.summary import PUBLISHED, Lines, Point, Summary
-
-_COLUMNS = (
-    "model_cell",
-    "key",
-    "method",
-    "structure",
-    "mode",
-    "finetuned",
-    "target",
-    "sparsity",
-    "seed",
-    "damping",
-    "split",
-    "accuracy",
-    "nll",
-    "ece",
-    "nonzero",
-    "prunable",
-    "parameters",
-)
 
 
 def markdown(summary: Summary, title: str) -> str:
@@ -114,5 +94,6 @@ def _cell(point: Point, *, bold: bool = False) -> str:
 
 
 def table_csv(rows: Sequence[Row]) -> str:
-    """Return all rows, one line for each evaluated model, with everything that tells them apart."""
-    return csv_text(_COLUMNS, [{**row, "target": target_of(row)} for row in rows])
+    """Return all rows, one line for each evaluated model, with all that tells them apart."""
+    names = [column.name for column in COLUMNS if column.in_tables and not column.by_runner]
+    return csv_text(names, [{**row, "target": target_of(row)} for row in rows])

@@ -23,6 +23,7 @@ from stages.catalogue import (
 )
 from stages.curvature import curvature
 from stages.estimate import Recipe
+from stages.lineage import settings
 from stages.model_folder import Model, load_model
 from stages.prune_gradual import prune_gradual
 
@@ -89,6 +90,25 @@ def test_every_compensation_runs(
         cg_iterations=20,
     )
     assert_sparsity(load_model(ran.output(), "cpu"), 0.5)
+
+
+@pytest.mark.parametrize(("method", "own"), [("layer", "uniform"), ("obs", "global")])
+def test_an_unset_distribution_is_the_methods_own(
+    method: str, own: str, dense: Ran, estimates: dict[str, Ran], tmp_path: Path
+) -> None:
+    """The layer Hessian's costs have another unit in each layer."""
+    unset = prune(tmp_path / "unset", dense, estimates[method], sparsity=0.6)
+    for distribution in ("global", "uniform"):
+        folder = tmp_path / distribution
+        chosen = prune(folder, dense, estimates[method], sparsity=0.6, distribution=distribution)
+        masks = [load_model(one.output(), "cpu").masks for one in (unset, chosen)]
+        same = all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
+        assert same is (distribution == own)
+        lineages = [load_model(one.output(), "cpu").facts.lineage for one in (unset, chosen)]
+        assert (settings(lineages[0]) == settings(lineages[1])) is (distribution == own)
+    gradual = {**GRADUAL, "method": method, "steps": 2, "epochs": 0}
+    ran = run_stage("prune_gradual", tmp_path / "steps", gradual, {"model": dense.output()})
+    assert load_model(ran.output(), "cpu").facts.lineage[-1].params["distribution"] == own
 
 
 @pytest.mark.parametrize("method", ["layer", "kfac", "fishleg", "obs"])
@@ -176,7 +196,7 @@ def test_a_fit_that_was_killed_reaches_the_same_bits(
     with pytest.raises(Stopped):
         curvature(ctx)
     again = run_stage("curvature", tmp_path / "killed", params, inputs)
-    assert "going on from an unfinished fit" in again.texts()
+    assert "resuming an unfinished fit" in again.texts()
     if method != "fishleg":  # whose gradients are gathered anew
         assert again.progress()[0] >= whole.progress()[checkpoints - 1]
     for name in ("curvature.safetensors", "curvature.json"):

@@ -200,8 +200,6 @@ def test_the_catalogue_knows_the_channels_of_each_data_set(name: str) -> None:
 def test_an_unknown_option_of_a_loader_is_refused_with_the_known_ones(own: ModuleType) -> None:
     with pytest.raises(StageError, match=r"'colour'. The options of .*own_data:good.* are: shade"):
         load_data(source_of("own_data:good", dataset_args={"colour": 1}))
-    with pytest.raises(StageError, match="'image'.*: image_size, background, upright"):
-        load_data(source_of("folder:x", dataset_args={"image": 8}))
 
 
 def test_ids_reach_the_network_as_they_are(own: ModuleType, tmp_path: Path) -> None:

@@ -196,8 +196,8 @@ def test_two_workers_estimate_as_one(root: Path, name: str) -> None:
 @pytest.mark.parametrize("name", INTERRUPTED)
 def test_two_workers_go_on_within_a_pass_to_the_same_bits(root: Path, name: str) -> None:
     whole, again = root / f"two-{name}", root / f"two-again-{name}"
-    begun = json.loads((again / "checkpoints/000001/curvature.json").read_text())["meta"]
-    assert begun["under_way"] | {"sums": None} == {
+    begun = json.loads((again / "checkpoints/000001/checkpoint.json").read_text())["states"]
+    assert begun["estimator"]["under_way"] | {"sums": None} == {
         "passes_done": 0,
         "rounds": 1,
         "processes": 2,
@@ -205,7 +205,7 @@ def test_two_workers_go_on_within_a_pass_to_the_same_bits(root: Path, name: str)
         "sums": None,
     }
     events = json.loads((again / "events.json").read_text())
-    assert "going on from an unfinished fit" in [event.get("text") for event in events]
+    assert "resuming an unfinished fit" in [event.get("text") for event in events]
     assert bits(again) == bits(whole)
 
 
@@ -218,7 +218,7 @@ def test_another_number_of_workers_begins_the_pass_anew(root: Path, name: str) -
     shutil.copytree(root / f"two-again-{name}" / "checkpoints", fewer / "checkpoints")
     params = {**CURVATURE, **METHODS[name]}
     ran = run_stage("curvature", fewer, params, {"model": root / "pretrain" / "outputs" / "model"})
-    assert "going on from an unfinished fit" in ran.texts()
+    assert "resuming an unfinished fit" in ran.texts()
     assert bits(fewer) == bits(root / name)
 
 
@@ -237,11 +237,11 @@ def test_each_goes_on_from_the_others_checkpoint(root: Path) -> None:
     assert_near(expected, weights(root / "two-resumed"), RTOL_TRAINING)
     events = json.loads((root / "two-resumed" / "events.json").read_text())
     texts = [event["text"] for event in events if event["type"] == "text"]
-    assert texts == ["going on from epoch 1, batch 31"]
+    assert texts == ["resuming from epoch 1, batch 31"]
     folder = root / "two-pretrain"
     shutil.rmtree(max((folder / "checkpoints").iterdir()))
     alone = run_stage("pretrain", folder, PRETRAIN)
-    assert "going on from epoch 1, batch 31" in alone.texts()
+    assert "resuming from epoch 1, batch 31" in alone.texts()
     assert_near(expected, weights(folder), RTOL_TRAINING)
 
 

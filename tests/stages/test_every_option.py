@@ -22,6 +22,7 @@ from pipeline.spec import yaml_loader
 from pipeline.spec.load import load_spec
 from pipeline.stage import Stage
 from stages.catalogue import CATALOGUE, METHODS
+from stages.reference import RENAMED
 
 STAGES = [pytest.param(stage, id=stage.name) for stage in CATALOGUE.stages]
 WITH_METHOD = [stage for stage in CATALOGUE.stages if "options" in stage.params.model_fields]
@@ -266,3 +267,71 @@ def test_options_of_your_own_method_are_its_own_matter(tmp_path: Path) -> None:
     params = {"method": "fishleg.estimators:KFAC", "options": {"any": {"thing": 1}}}
     found = problems(tmp_path, stage, params)
     assert list(found.values()) == ["missing input 'model': a 'model'"]
+
+
+OWN_NETWORKS = """
+raise ImportError("nothing is imported to validate a file")
+
+class Net:
+    def __init__(self, num_classes, *, depth=2): ...
+
+def anything(num_classes, **options): ...
+
+@wrapped
+def decorated(num_classes): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("params", "wrong", "message"),
+    [
+        ({"model": "digits_resnet"}, ("model_args", "widht"), "(did you mean 'width'?)"),
+        ({"model": "own_networks:Net"}, ("model_args", "depht"), "(did you mean 'depth'?)"),
+        ({"dataset": "digits"}, ("dataset_args", "image_size"), "known: none"),
+        (
+            {"dataset": "folder:x"},
+            ("dataset_args", "image"),
+            "(did you mean 'image_size'?); known: background, image_size, upright",
+        ),
+    ],
+)
+def test_options_of_networks_and_data_are_checked_without_imports(
+    params: dict[str, Any],
+    wrong: Place,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "own_networks.py").write_text(OWN_NETWORKS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("pretrain", "import_checkpoint"):
+        stage = next(one for one in CATALOGUE.stages if one.name == name)
+        given: dict[str, Any] = {**required(stage), **params}
+        put(given, wrong, 3)
+        found = problems(tmp_path, stage, given)
+        assert message in found[where(tmp_path, wrong)], found
+
+
+@pytest.mark.parametrize("model", ["anything", "decorated", "absent"])
+def test_options_that_the_source_does_not_tell_are_left_to_the_worker(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_networks.py").write_text(OWN_NETWORKS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    params = {"dataset": "digits", "model": f"own_networks:{model}", "model_args": {"depth": 3}}
+    CATALOGUE.stages[0].params.model_validate(params)
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_an_earlier_name_is_refused_with_the_present_one(old: str, tmp_path: Path) -> None:
+    stage = next(one for one in CATALOGUE.stages if one.name == "curvature")
+    message = problems(tmp_path, stage, {"method": old})[where(tmp_path, ("method",))]
+    assert message == f"method: {old!r} is now {RENAMED[old]!r}"
+
+
+def test_an_earlier_key_is_refused_with_the_present_one(tmp_path: Path) -> None:
+    stage = next(one for one in CATALOGUE.stages if one.name == "prune_multistep")
+    params = {**required(stage), "refinement": {"last_steps": 5}}
+    message = problems(tmp_path, stage, params)
+    place = where(tmp_path, ("refinement", "last_steps"), key=True)
+    assert "did you mean 'steps'?" in message[place]

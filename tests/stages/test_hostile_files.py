@@ -86,8 +86,8 @@ def test_a_pickle_in_an_output(tmp_path: Path, dense: Ran, file: str) -> None:
 def test_a_pickle_in_an_in_stage_checkpoint(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoints" / "000001"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "training.json").write_text('{"epoch": 0, "batch": 0}')
-    executed = plant(checkpoint / "training.safetensors", "torch")
+    (checkpoint / "checkpoint.json").write_text('{"format": 1, "cursor": {}, "states": {}}')
+    executed = plant(checkpoint / "checkpoint.safetensors", "torch")
     with pytest.raises(StageError, match=REFUSED):
         run_stage("pretrain", tmp_path, {**TINY, "epochs": 1})
     assert not executed.exists()

@@ -193,10 +193,6 @@ def test_a_model_becomes_a_program_that_takes_any_number_of_samples(tmp_path: Pa
     [
         ({"model": "resnet20"}, r"cannot classify samples of the data set, float32 \(2, 1, 8, 8\)"),
         (
-            {"model": "digits_resnet", "model_args": {"widht": 8}},
-            r"model_args: .*'widht'. The options of 'digits_resnet' are: width, hidden\.",
-        ),
-        (
             {"model": "test_models:too_few"},
             r"makes \(2, 3\) of samples .* the data set's 10 classes",
         ),

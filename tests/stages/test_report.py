@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 from running_stages import Ran, artifact, run_stage
 
-from pipeline.stage import Artifact, StageError, write_json
+from pipeline.stage import Artifact, Context, StageError, write_json
+from stages.checkpoint import Checkpoint
+from stages.columns import COLUMNS
 from stages.lineage import Step, seeds, settings
 from stages.model_folder import load_model, save_model
 from stages.report.summary import summarise
@@ -33,20 +35,26 @@ def test_evaluate_gives_a_row_and_a_record_each(dense: Ran, tmp_path: Path) -> N
     assert 0 <= row["ece"] < 50
     failed = json.loads((ran.output("results") / "failed.json").read_text())
     assert [one["model_cell"] for one in failed] == [models[1].cell]
+    measured = [column for column in COLUMNS if not column.by_runner]
+    assert row.keys() == {column.name for column in measured}
+    for column in measured:
+        value = row[column.name]
+        assert (column.optional and value is None) or type(value) is column.kind, column.name
     record = ran.records()[0]
+    assert {column.name for column in COLUMNS if column.param} <= record["params"].keys()
+    tracked = {column.name for column in COLUMNS if column.metric and not column.optional}
+    assert record["metrics"].keys() == tracked
     assert record["name"] == "pretrain[seed=0]"
     assert record["params"]["method"] == "dense"
     assert record["metrics"]["accuracy"] == row["accuracy"]
     assert record["metrics"]["sparsity"] == 0
 
 
-def test_evaluate_goes_on_where_it_was_killed(dense: Ran, tmp_path: Path) -> None:
+def test_evaluate_resumes_where_it_was_killed(dense: Ran, tmp_path: Path) -> None:
     models = [artifact(dense.output(), cell=f"m{i}") for i in range(2)]
     further = {"settings": {}, "seeds": {}, "emptied": [], "warnings": []}
     done = {"m0": {**ROW, **further, "model_cell": "m0", "accuracy": 12.5}}
-    checkpoint = tmp_path / "checkpoints" / "000001"
-    checkpoint.mkdir(parents=True)
-    write_json(checkpoint / "rows.json", done)
+    Checkpoint(cursor={"rows": done}).write(Context(params=None, folder=tmp_path))
     ran = run_stage("evaluate", tmp_path, {}, {"models": models})
     rows = json.loads((ran.output("results") / "rows.json").read_text())
     assert rows[0]["accuracy"] == 12.5
@@ -136,6 +144,19 @@ def test_the_table_has_means_spreads_the_best_and_the_failed(tmp_path: Path) -> 
     assert [float(line["accuracy"]) for line in lines] == [97.0, 90.0, 92.0, 95.0, 99.0]
     with Image.open(report / "figure.png") as figure:
         assert figure.width > figure.height > 500
+
+
+def test_a_model_whose_evaluation_failed_is_marked_in_its_place(tmp_path: Path) -> None:
+    """An evaluation in a cell of its own has the axes of the model's cell."""
+    done = results_folder(tmp_path / "rows", [row(), row(seed=1)], [])
+    cells = {name: f"measure[method={name},sparsity=0.9]" for name in ("fishleg", "kfac")}
+    lost = artifact(None, cell=cells["kfac"], method="kfac", sparsity=0.9)
+    object.__setattr__(done, "stage", "measure")
+    ran = run_stage("compare", tmp_path / "run", {}, {"results": [done, lost]})
+    table = (ran.output("report") / "table.md").read_text()
+    assert "| fishleg | 90.00 ± 0.00 |" in table
+    assert "| kfac | failed † |" in table
+    assert f"- `{cells['kfac']}`" in table
 
 
 def test_a_method_without_any_result_is_shown_as_failed() -> None:

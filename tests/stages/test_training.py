@@ -47,8 +47,9 @@ def stop_in(folder: Path, step: int, *, fitting: bool, times: int = 2) -> Any:
 
     def sink(event: dict[str, Any]) -> None:
         if event["type"] == "checkpoint":
-            path = folder / f"checkpoints/{event['number']:06d}/step.json"
-            if json.loads(path.read_text()) == {"step": step, "fitting": fitting}:
+            path = folder / f"checkpoints/{event['number']:06d}/checkpoint.json"
+            cursor = json.loads(path.read_text())["cursor"]
+            if (cursor["step"], cursor["fitting"]) == (step, fitting):
                 seen.append(None)
                 if len(seen) == times:
                     raise Stopped
@@ -85,7 +86,7 @@ def test_a_run_that_was_killed_reaches_the_same_bits(
     with pytest.raises(Stopped):
         pretrain(ctx)
     again = run_stage("pretrain", tmp_path / "killed", params)
-    assert f"going on from epoch {checkpoints // 33}, batch {checkpoints % 33}" in again.texts()
+    assert f"resuming from epoch {checkpoints // 33}, batch {checkpoints % 33}" in again.texts()
     assert_same_model(whole.output(), again.output())
     last = [event["values"] for event in whole.events if event.get("step") == 2]
     assert last == [event["values"] for event in again.events if event.get("step") == 2]
@@ -184,7 +185,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path: Path
     with pytest.raises(StageError, match=r"became nan in epoch 3.*Lower lr"):
         training.run(ctx)
     assert ctx.last_checkpoint() == kept
-    assert all(t.isfinite().all() for t in load_tensors(kept / "training.safetensors").values())
+    assert all(t.isfinite().all() for t in load_tensors(kept / "checkpoint.safetensors").values())
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, FiniteFloat, model_validator
+from pydantic import Field, FiniteFloat, ValidationInfo, field_validator, model_validator
 
 from fishleg.options import Zeros
 from pipeline.stage import ExternalFile, Params
 from stages.catalogue.parameters.axes import Seed
 from stages.catalogue.registries import DATASETS, MODELS
+from stages.catalogue.signatures import only_known
 from stages.lineage import Role
 
 
@@ -41,6 +42,11 @@ class DataParams(Params):
         default=None, min_length=1, description="likewise; each above 0"
     )
 
+    @field_validator("dataset_args")
+    @classmethod
+    def _loader_takes(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        return only_known(DATASETS, info.data.get("dataset", ""), given, {"download"}, skipped=1)
+
     @model_validator(mode="after")
     def _one_number_for_each_channel(self) -> DataParams:
         entry = DATASETS.find(self.dataset)
@@ -67,6 +73,11 @@ class ModelParams(Params):
     also_prune: list[str] = Field(
         default=[], description="patterns of further parameters to prune, of two or more dimensions"
     )
+
+    @field_validator("model_args")
+    @classmethod
+    def _builder_takes(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        return only_known(MODELS, info.data.get("model", ""), given, {"num_classes"})
 
 
 class ExpectationParams(Params):
