@@ -20,18 +20,12 @@ from typing import Any
 from benchmarks._noop import Cluster, write_pipeline
 from benchmarks._slow_s3 import SlowLink, serve_s3
 from pipeline.base.console import PlainConsole
+from pipeline.base.states import RunState
 from pipeline.executors import ExecutorName
 from pipeline.planning.planner import make_plan
 from pipeline.running.driver import Driver
 from pipeline.running.live import LiveView
-from pipeline.running.record import (
-    HEARTBEAT_S,
-    RunOptions,
-    RunProgress,
-    RunRecord,
-    RunState,
-    new_run_id,
-)
+from pipeline.running.record import HEARTBEAT_S, RunOptions, RunProgress, RunRecord, new_run_id
 from pipeline.spec.load import load_spec
 from pipeline.store.runs import RunDocument
 from pipeline.store.store import Store

@@ -15,12 +15,13 @@ from rich.console import Console
 
 from pipeline.base.console import PlainConsole
 from pipeline.base.errors import BadInput, Damaged
+from pipeline.base.states import CellState, RunState
 from pipeline.base.variables import check_variables
 from pipeline.executors import ExecutorName
 from pipeline.planning.planner import Plan, Selection, make_plan
 from pipeline.running.driver import GRACE_S
 from pipeline.running.launch import Ended, start_run
-from pipeline.running.record import RunOptions, RunState, State
+from pipeline.running.record import RunOptions
 from pipeline.running.results import result_rows
 from pipeline.spec.load import load_spec
 from pipeline.spec.spec import Spec
@@ -181,7 +182,7 @@ def _run_of(ended: Ended) -> Run:
         found = _results_of(ended.spec)
     if record is None:
         return Run(run_id="", state=str(RunState.DONE), results=found)
-    failed = {name: one for name, one in record.cells.items() if one.state is State.FAILED}
+    failed = {name: one for name, one in record.cells.items() if one.state is CellState.FAILED}
     return Run(
         run_id=record.run_id,
         state=str(record.state),

@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.base.secrets import presentable
+from pipeline.base.states import DRIVER_STATES, CellState, PlanState, RunState
 from pipeline.base.text import clock
 from pipeline.planning.planner import Plan, PlannedCell
 from pipeline.running.activity import describe
-from pipeline.running.record import CellStatus, RunRecord, RunState, State, load_run
+from pipeline.running.record import CellStatus, RunRecord, load_run
 from pipeline.spec.cells import shorten
 from pipeline.spec.describe import example_of, names_of, parameters_of
 from pipeline.spec.spec import Spec
@@ -28,18 +29,17 @@ from pipeline.store.store import Store
 from pipeline.tracking import TrackerName
 
 _FOLLOW_EVERY_S = 1.0
-_PLAN_STATES = ("cached", "run", "blocked")
 
 
 def print_plan(plan: Plan, console: Console, *, why: bool) -> None:
     """Print a line for each stage and, with `why`, each cell's reason below it."""
-    table = _table("stage", "cells", *_PLAN_STATES, "memory", "disk")
+    table = _table("stage", "cells", *PlanState, "memory", "disk")
     stages: dict[str, list[PlannedCell]] = {}
     for planned in plan.cells:
         stages.setdefault(planned.cell.stage, []).append(planned)
     for stage, group in stages.items():
-        counts = [sum(one.state == state for one in group) for state in _PLAN_STATES]
-        todo = [one.estimate for one in group if one.state == "run" and one.estimate]
+        counts = [sum(one.state == state for one in group) for state in PlanState]
+        todo = [one.estimate for one in group if one.state is PlanState.RUN and one.estimate]
         memory = max((one.memory_bytes for one in todo if one.memory_bytes), default=None)
         disk = sum(one.disk_bytes for one in todo if one.disk_bytes) or None
         numbers = [str(count or "·") for count in counts]
@@ -50,7 +50,7 @@ def print_plan(plan: Plan, console: Console, *, why: bool) -> None:
             _say(console, f"{planned.cell.name}: {planned.state}: {planned.why}")
     for note in plan.notes:
         _say(console, note)
-    todo_count = sum(one.state == "run" for one in plan.cells)
+    todo_count = sum(one.state is PlanState.RUN for one in plan.cells)
     _say(console, f"{todo_count} of {len(plan.cells)} cells to run.")
 
 
@@ -126,11 +126,11 @@ def print_rows(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], consol
 def print_failures(record: RunRecord, console: Console) -> None:
     """Print what failed, why, and how to learn more."""
     for name, status in record.cells.items():
-        if status.state is State.FAILED and status.error:
+        if status.state is CellState.FAILED and status.error:
             _say(console, f"\n{name} failed: {status.error['message']}")
             logs = f"fls logs {shlex.quote(name)} --run {record.run_id}{record.where}"
             _say(console, f"  more: {logs}")
-    skipped = [name for name, status in record.cells.items() if status.state is State.SKIPPED]
+    skipped = [name for name, status in record.cells.items() if status.state is CellState.SKIPPED]
     if skipped:
         _say(console, f"\n{len(skipped)} cells were skipped for want of their inputs.")
 
@@ -145,7 +145,10 @@ def print_runs(records: Iterable[RunRecord], console: Console) -> None:
             record.options.file,
             f"{datetime.fromtimestamp(record.began):%Y-%m-%d %H:%M}",
             record.observed_state(),
-            *(str(states.count(s) or "·") for s in (State.DONE, State.CACHED, State.FAILED)),
+            *(
+                str(states.count(s) or "·")
+                for s in (CellState.DONE, CellState.CACHED, CellState.FAILED)
+            ),
             str(len(states)),
         )
     console.print(table)
@@ -159,7 +162,7 @@ def run_summary(record: RunRecord) -> dict[str, Any]:
         "file": record.options.file,
         "began": record.began,
         "state": record.observed_state(),
-        "counts": {str(state): counts[state] for state in State if counts[state]},
+        "counts": {str(state): counts[state] for state in CellState if counts[state]},
     }
 
 
@@ -169,20 +172,20 @@ def print_run(record: RunRecord, console: Console) -> None:
     _say(console, f"Run {record.run_id} of {record.options.file}: {state}")
     for name in record.damaged:
         _say(console, f"Its document `{name}` is damaged; what it said is not known.")
-    stages: dict[str, list[State | RunState]] = {}
+    stages: dict[str, list[CellState]] = {}
     for status in record.cells.values():
         stages.setdefault(status.stage, []).append(record.observed_cell_state(status))
-    lost = any(RunState.INTERRUPTED in states for states in stages.values())
-    columns = [*State, RunState.INTERRUPTED] if lost else list(State)
+    found = {state for states in stages.values() for state in states}
+    columns = [state for state in CellState if state in {*DRIVER_STATES, *found}]
     table = _table("stage", *columns)
     for stage, states in stages.items():
         table.add_row(stage, *(str(states.count(column) or "·") for column in columns))
     console.print(table)
     for name, status in record.cells.items():
-        if record.observed_cell_state(status) is State.RUNNING and (at := describe(status)):
+        if record.observed_cell_state(status) is CellState.RUNNING and (at := describe(status)):
             _say(console, f"{name}: {at}")
     print_failures(record, console)
-    if state not in {"running", "done"}:
+    if state not in {RunState.RUNNING, RunState.DONE}:
         _say(console, f"`{record.resume_command}` goes on with it.")
 
 
@@ -231,7 +234,7 @@ def follow_log(
             if attempt not in at:
                 _say(console, _attempt_head(store, status.key, attempt))
             at[attempt] = _follow(store, status.key, attempt, at.get(attempt), tail, console)
-        unsettled = status.state in {State.WAITING, State.RUNNING}
+        unsettled = status.state in {CellState.WAITING, CellState.RUNNING}
         if not (unsettled and record.is_at_work()):
             break
         time.sleep(_FOLLOW_EVERY_S)

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from pipeline.base.errors import Damaged
+from pipeline.base.states import RunState
 from pipeline.cli.app import command, console_here, find, open_store, read_spec
 from pipeline.cli.options import (
     NONE_GIVEN,
@@ -33,7 +34,7 @@ from pipeline.executors import ExecutorName
 from pipeline.planning.planner import Selection, make_plan
 from pipeline.running.driver import GRACE_S
 from pipeline.running.launch import Ended, resume_run, start_run, stop_run
-from pipeline.running.record import DEFAULT_FILE, RunOptions, RunState, find_run, load_runs
+from pipeline.running.record import DEFAULT_FILE, RunOptions, find_run, load_runs
 from pipeline.running.sync import sync_runs
 from pipeline.running.trust import read_trust
 from pipeline.spec.spec import Spec

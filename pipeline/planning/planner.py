@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from pipeline.base.errors import BadInput, Damaged
 from pipeline.base.shapes import checked_as
+from pipeline.base.states import PlanState
 from pipeline.planning.acceptance import Acceptances, describe
 from pipeline.planning.keys import CODE_CHANGED, Identity, Ingredients, explain, identify
 from pipeline.spec.cells import Cell, resolve, shorten
@@ -50,8 +51,7 @@ class PlannedCell:
         ingredients: see `pipeline.planning.keys.Identity`.
         data: parameter -> digests of the data that the result comes from: the cell's own, or else
             those of what is upstream.
-        state: "cached" (in the store), "run", or "blocked" (absent, and not to be made: it is not
-            selected, or needs a cell that is blocked).
+        state: see `PlanState`.
         why: the reason of the state, for people.
         selected: whether the selection lets it run.
         manifest: of a cached cell.
@@ -63,7 +63,7 @@ class PlannedCell:
     key: str
     ingredients: Mapping[str, Any]
     data: Mapping[str, Sequence[str]]
-    state: str
+    state: PlanState
     why: str
     selected: bool
     manifest: Manifest | None
@@ -121,7 +121,7 @@ class Plan:
         Raises:
             BadInput: something is; the message says what is absent.
         """
-        stuck = [one for one in self.cells if one.selected and one.state == "blocked"]
+        stuck = [one for one in self.cells if one.selected and one.state is PlanState.BLOCKED]
         if stuck:
             lines = [f"{one.cell.name} {one.why}" for one in stuck]
             raise BadInput("\n".join(["cannot run what is selected:", *lines]))
@@ -144,7 +144,9 @@ class Plan:
                 f"{ruled} cells run because the digests of their code are made by a newer rule. "
                 "`fls accept` keeps the results that there are, if their code is the same."
             )
-        elif coded := sum(one.state == "run" and _code_alone(one.why) for one in self.cells):
+        elif coded := sum(
+            one.state is PlanState.RUN and _code_alone(one.why) for one in self.cells
+        ):
             notes.append(
                 f"{coded} cells run for changes of code alone, and others downstream of them. "
                 "Where the results stay as they are, `fls accept --why REASON` keeps those of the "
@@ -289,7 +291,7 @@ class _Judge:
             why += f"; its code is {describe(accepted)}"
         if unchecked := identity.ingredients["names"]["unchecked"]:
             why += f"; data not checked: {shorten([f'params.{name}' for name in unchecked])}"
-        if state == "blocked":
+        if state is PlanState.BLOCKED:
             self.blocked.add(cell.name)
         return PlannedCell(
             cell=cell,
@@ -300,7 +302,7 @@ class _Judge:
             why=why,
             selected=cell.name in self.selected,
             manifest=manifest,
-            collected=state == "cached" and cell.name not in self.found,
+            collected=state is PlanState.CACHED and cell.name not in self.found,
             estimate=self.estimate(cell),
         )
 
@@ -323,25 +325,33 @@ class _Judge:
         self.upstream[cell.name] = {cell.name: cell.params, **upstream}
         return forecast(cell.params, list(upstream.values())) if forecast else None
 
-    def state(self, cell: Cell, identity: Identity) -> tuple[str, str, Manifest | None]:
+    def state(self, cell: Cell, identity: Identity) -> tuple[PlanState, str, Manifest | None]:
         """Return state, reason and, if there is one, the manifest."""
         name = cell.name
         if name in self.found:
             maker = self.found[name].facts.get("run")
             made = f", made by run {maker}" if maker else ""
-            return "cached", f"in the store{made}", self.found[name]
+            return PlanState.CACHED, f"in the store{made}", self.found[name]
         if name in self.collected and name not in self.needed:
-            return "cached", "complete; its files were collected", self.collected[name]
+            return PlanState.CACHED, "complete; its files were collected", self.collected[name]
         if name not in self.selected:
-            return "blocked", f"is not in the store, and {self.selection} leaves it out", None
+            return (
+                PlanState.BLOCKED,
+                f"is not in the store, and {self.selection} leaves it out",
+                None,
+            )
         absent = [name for name in cell.sources if name in self.blocked]
         if absent:
-            return "blocked", f"needs {shorten(absent)}, which cannot be had", None
+            return PlanState.BLOCKED, f"needs {shorten(absent)}, which cannot be had", None
         if name in self.damaged:
-            return "run", "stored result damaged", None
+            return PlanState.RUN, "stored result damaged", None
         if name in self.collected:
-            return "run", "its files were collected, and are needed again", None
-        return "run", self.history.why(cell.name, identity, {*self.found, *self.collected}), None
+            return PlanState.RUN, "its files were collected, and are needed again", None
+        return (
+            PlanState.RUN,
+            self.history.why(cell.name, identity, {*self.found, *self.collected}),
+            None,
+        )
 
 
 class _History:

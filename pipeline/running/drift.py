@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base.errors import BadInput, Damaged, nearest
+from pipeline.base.states import RunState
 from pipeline.planning.acceptance import Acceptances
 from pipeline.planning.keys import CODE_CHANGED, explain
 from pipeline.planning.planner import Plan, PlannedCell, RunPlan, Selection, StoredCell, make_plan
-from pipeline.running.record import RunRecord, RunState
+from pipeline.running.record import RunRecord
 from pipeline.running.trust import Trust
 from pipeline.spec.load import load_spec
 from pipeline.spec.spec import Spec

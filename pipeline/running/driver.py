@@ -23,6 +23,7 @@ from types import FrameType
 from pipeline.base.errors import Damaged, PipelineError, StorageUnavailable, TakenOver
 from pipeline.base.parallel import Requests
 from pipeline.base.secrets import redact
+from pipeline.base.states import CellState, RunState
 from pipeline.executors import AbstractExecutor
 from pipeline.planning.planner import Plan
 from pipeline.running.activity import Pace, first_line
@@ -30,11 +31,11 @@ from pipeline.running.facts import cell_facts
 from pipeline.running.heartbeat import Heartbeat
 from pipeline.running.live import LiveView
 from pipeline.running.ready import Schedule
-from pipeline.running.record import HEARTBEAT_S, RunRecord, RunState, State, recorded_ids
+from pipeline.running.record import HEARTBEAT_S, RunRecord, recorded_ids
 from pipeline.store.events import EVENTS_AT_ONCE, Event, EventTail
 from pipeline.store.leases import Holder, LeaseWatch, lease_s
 from pipeline.store.store import Store
-from pipeline.tracking import CellFacts, CellState, TrackerName, TrackingThread
+from pipeline.tracking import CellFacts, TrackerName, TrackingThread
 from pipeline.worker.worker import STOPPING, Outcome, died
 
 _WAIT_S = 0.2
@@ -139,7 +140,7 @@ class Driver:
             except StorageUnavailable as error:
                 self._executor.stop()
                 self._view.close(self._statuses)
-                self._tracking.abandon("stopped")
+                self._tracking.abandon(RunState.STOPPED)
                 self._tracking.finish(_TRACKING_TIMEOUT_S[RunState.STOPPED])
                 where = self._record.where_in(self._store.url)
                 raise StorageUnavailable(
@@ -190,7 +191,7 @@ class Driver:
                 source = known[manifest.key].cell if manifest.key in known else None
                 self._tracking.note(self._facts(name), CellState.CACHED, source)
             elif name in self._record.tracking.closed:
-                self._schedule.change(name, State.DONE)
+                self._schedule.change(name, CellState.DONE)
                 facts = self._facts(name)
                 if facts.registration is not None or facts.tags:  # it may not have come to these
                     self._tracking.note(facts, CellState.CACHED)
@@ -203,7 +204,7 @@ class Driver:
         if self.signal is not None:
             return RunState.STOPPED
         states = {status.state for status in self._statuses.values()}
-        return RunState.FAILED if states & {State.FAILED, State.SKIPPED} else RunState.DONE
+        return RunState.FAILED if states & {CellState.FAILED, CellState.SKIPPED} else RunState.DONE
 
     def _close(self, state: RunState) -> None:
         if self._superseded:
@@ -216,7 +217,7 @@ class Driver:
             if (outcome := self._flights[name].outcome) is not None:
                 self._settle(name, outcome)
                 continue
-            self._end_flight(name, State.WAITING)
+            self._end_flight(name, CellState.WAITING)
             self._tracking.note(self._facts(name), CellState.STOPPED)
         for folder in () if self.signal else self._promoted():
             self._tracking.promote(folder)
@@ -250,7 +251,7 @@ class Driver:
         count = sum(
             name not in done and self._schedule.cell(name).registration is not None
             for name, status in self._statuses.items()
-            if status.state in {State.DONE, State.CACHED}
+            if status.state.has_result
         )
         if count and self._record.options.tracking is TrackerName.MLFLOW:
             self._view.say(f"Registering {count} model{'s' if count > 1 else ''} ...")
@@ -283,7 +284,7 @@ class Driver:
         """Yield the folders of outputs that are shown with the run."""
         for name, status in self._statuses.items():
             for output, declared in self._schedule.cell(name).declaration.outputs.items():
-                if declared.promote and status.state in {State.DONE, State.CACHED}:
+                if declared.promote and status.state.has_result:
                     try:
                         yield self._store.fetch(status.key, output)
                     except Damaged as error:
@@ -406,7 +407,7 @@ class Driver:
 
     def _take_from_store(self, name: str) -> None:
         """Use a result that another run has made meanwhile."""
-        self._schedule.change(name, State.CACHED)
+        self._schedule.change(name, CellState.CACHED)
         self._tracking.note(self._facts(name), CellState.CACHED)
 
     def _listen_to_all(self) -> None:
@@ -443,7 +444,7 @@ class Driver:
         status = self._statuses[name]
         if event["type"] == "start":
             flight.started_s = time.monotonic()
-            self._schedule.change(name, State.RUNNING)
+            self._schedule.change(name, CellState.RUNNING)
             status.began = event["time"]
             flight.pace.begin(event)
         elif event["type"] == "progress":
@@ -483,13 +484,13 @@ class Driver:
         elif outcome["status"] not in {"ok", "lost"}:
             self._fail(name, outcome)
         elif self._flights[name].started_s is None:  # the worker found the result in the store
-            self._end_flight(name, State.CACHED)
+            self._end_flight(name, CellState.CACHED)
             self._take_from_store(name)
         else:
-            self._end_flight(name, State.DONE)
+            self._end_flight(name, CellState.DONE)
             self._tracking.note(self._facts(name), CellState.DONE)
 
-    def _end_flight(self, name: str, state: State) -> None:
+    def _end_flight(self, name: str, state: CellState) -> None:
         del self._flights[name]
         self._schedule.change(name, state)
         status = self._statuses[name]
@@ -506,7 +507,7 @@ class Driver:
         headline = error["message"].partition("\n")[0]
         if error["user"] or tries > cell.retries:
             self._statuses[name].error = error
-            self._end_flight(name, State.FAILED)
+            self._end_flight(name, CellState.FAILED)
             self._tracking.note(self._facts(name), CellState.FAILED)
             self._view.say(f"{name} failed: {headline}")
             return
@@ -524,7 +525,7 @@ class Driver:
 
     def _wait_again(self, name: str, pause_s: float) -> None:
         self._retry_s[name] = time.monotonic() + pause_s
-        self._end_flight(name, State.WAITING)
+        self._end_flight(name, CellState.WAITING)
 
     def _repair(self, name: str, outcome: Outcome) -> None:
         """Set a damaged input aside, and let the cell wait until it is made again."""
@@ -535,7 +536,7 @@ class Driver:
         if self._repairs[name] > _REPAIRS:
             self._fail(name, outcome)
             return
-        self._end_flight(name, State.WAITING)
+        self._end_flight(name, CellState.WAITING)
         self._view.say(f"{name}: {outcome['error']['message']}; again: {', '.join(again)}")
 
     def _check_deadlines(self) -> None:

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from pipeline.base.errors import DamagedDocument
 from pipeline.base.places import absolute_uri
+from pipeline.base.states import PlanState
 from pipeline.planning.acceptance import describe
 from pipeline.planning.planner import Plan, PlannedCell
 from pipeline.running.record import RunRequest, RunTracking
@@ -72,7 +73,10 @@ def unregistered(store: Store, plan: Plan, tracker: TrackerName) -> list[str]:
     wanted = {
         (one.key, one.cell.registration.name): one.cell.name
         for one in plan.cells
-        if one.cell.registration and one.selected and one.state == "cached" and not one.collected
+        if one.cell.registration
+        and one.selected
+        and one.state is PlanState.CACHED
+        and not one.collected
     }
     here = place(plan.spec.tracking_uri()) if tracker is TrackerName.MLFLOW else ""
     for run_id in reversed(store.list_runs()):

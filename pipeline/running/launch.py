@@ -15,6 +15,7 @@ from rich.console import Console
 from pipeline.base.errors import BadInput, DamagedDocument
 from pipeline.base.places import LINES
 from pipeline.base.secrets import HIDDEN
+from pipeline.base.states import PlanState, RunState
 from pipeline.base.variables import RAY_JOB, STORAGE
 from pipeline.code.provenance import (
     Provenance,
@@ -29,7 +30,7 @@ from pipeline.running.drift import Drift, find_drift, is_complete, plan_of
 from pipeline.running.driver import GRACE_S, Driver
 from pipeline.running.facts import load_facts, save_facts, unregistered
 from pipeline.running.live import LiveView
-from pipeline.running.record import RunOptions, RunRecord, RunState, State, load_run, new_run_id
+from pipeline.running.record import RunOptions, RunRecord, load_run, new_run_id
 from pipeline.running.sync import HIDDEN_ADDRESS, close_orphans
 from pipeline.running.trust import Places, Trust, places_of
 from pipeline.spec.cells import shorten
@@ -92,7 +93,7 @@ def start_run(
         selected = sum(one.selected for one in plan.cells)
         console.print(f"Nothing to do: all {selected} cells are in the store.")
         close_orphans(store, options.tracking, places)
-        keys = {one.cell.name: one.key for one in plan.cells if one.state == "cached"}
+        keys = {one.cell.name: one.key for one in plan.cells if one.state is PlanState.CACHED}
         return Ended(spec=spec, store=store, keys=keys)
     source = read_source(Path.cwd())
     record = RunRecord(
@@ -185,7 +186,7 @@ def _print_drift(drift: Drift, record: RunRecord, console: Console) -> None:
 
 
 def _to_run(plan: Plan) -> int:
-    return sum(one.state == "run" for one in plan.cells)
+    return sum(one.state is PlanState.RUN for one in plan.cells)
 
 
 def _execute(
@@ -207,7 +208,9 @@ def _execute(
     )
     executor = make_executor(options.executor if _to_run(plan) else ExecutorName.LOCAL)
     try:
-        demands = [(one.cell.name, one.cell.resources) for one in plan.cells if one.state == "run"]
+        demands = [
+            (one.cell.name, one.cell.resources) for one in plan.cells if one.state is PlanState.RUN
+        ]
         for wait in executor.check(demands, may_grow=plan.spec.autoscaling):
             console.print(wait, soft_wrap=True)
         console.print(
@@ -230,8 +233,7 @@ def _execute(
     finally:
         executor.stop()
         tracking.finish(0)
-    usable = {State.DONE, State.CACHED}
-    keys = {name: status.key for name, status in record.cells.items() if status.state in usable}
+    keys = {name: status.key for name, status in record.cells.items() if status.state.has_result}
     return Ended(
         spec=plan.spec,
         store=store,

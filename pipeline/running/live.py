@@ -12,18 +12,18 @@ from rich.live import Live
 from rich.text import Text
 
 from pipeline.base.secrets import presentable
+from pipeline.base.states import DRIVER_STATES, CellState
 from pipeline.base.text import clock
 from pipeline.running.activity import describe, stalled_since, unfinished
-from pipeline.running.record import CellStatus, State
+from pipeline.running.record import CellStatus
 
-_COLUMNS = (State.WAITING, State.RUNNING, State.DONE, State.CACHED, State.FAILED, State.SKIPPED)
 _STYLES = {
-    State.WAITING: "dim",
-    State.RUNNING: "cyan",
-    State.DONE: "green",
-    State.CACHED: "blue",
-    State.FAILED: "bold red",
-    State.SKIPPED: "yellow",
+    CellState.WAITING: "dim",
+    CellState.RUNNING: "cyan",
+    CellState.DONE: "green",
+    CellState.CACHED: "blue",
+    CellState.FAILED: "bold red",
+    CellState.SKIPPED: "yellow",
 }
 _CELL = 9
 _BARS = 8
@@ -77,16 +77,16 @@ def _board(cells: Mapping[str, CellStatus], elapsed_s: float, width: int) -> Tex
     """
     stages = _by_stage(cells)
     first = max(len(name) for name in ["stage  0:00:00", *stages]) + 2
-    header = "".join(f"{state:>{_CELL}}" for state in _COLUMNS)
+    header = "".join(f"{state:>{_CELL}}" for state in DRIVER_STATES)
     lines = [Text(f"{'stage  ' + clock(elapsed_s):<{first}}" + header, "dim")]
     for stage, counts in stages.items():
         line = Text(f"{stage:<{first}}")
-        for state in _COLUMNS:
+        for state in DRIVER_STATES:
             count = counts[state]
             line.append(f"{count or '·':>{_CELL}}", _STYLES[state] if count else "dim")
         lines.append(line)
     lines.append(Text())
-    running = [status for status in cells.values() if status.state is State.RUNNING]
+    running = [status for status in cells.values() if status.state is CellState.RUNNING]
     name_width = min(max((len(status.cell) for status in running), default=0), width // 2)
     lines += [_bar(status, name_width) for status in running[:_BARS]]
     if len(running) > _BARS:
@@ -114,10 +114,10 @@ def _shorten(name: str, width: int) -> str:
 def _line(cells: Mapping[str, CellStatus]) -> str:
     """Sum the run up in one line."""
     counts = Counter(status.state for status in cells.values())
-    parts = [f"{counts[state]} {state}" for state in _COLUMNS if counts[state]]
+    parts = [f"{counts[state]} {state}" for state in DRIVER_STATES if counts[state]]
     running = []
     for status in cells.values():
-        if status.state is State.RUNNING:
+        if status.state is CellState.RUNNING:
             running.append(status.cell + _standing(status))
     more = f", and {len(running) - 3} more" if len(running) > 3 else ""
     return ", ".join(parts) + (": " + ", ".join(running[:3]) + more if running else "")
@@ -135,8 +135,8 @@ def _standing(status: CellStatus) -> str:
     return f" {done:g}/{total:g} {unit}{stalled}"
 
 
-def _by_stage(cells: Mapping[str, CellStatus]) -> dict[str, Counter[State]]:
-    stages: dict[str, Counter[State]] = {}
+def _by_stage(cells: Mapping[str, CellStatus]) -> dict[str, Counter[CellState]]:
+    stages: dict[str, Counter[CellState]] = {}
     for status in cells.values():
         stages.setdefault(status.stage, Counter())[status.state] += 1
     return stages

@@ -10,14 +10,12 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pipeline.base.states import CellState, PlanState
 from pipeline.planning.keys import known_calls
 from pipeline.planning.planner import Plan, PlannedCell
-from pipeline.running.record import CellStatus, State
+from pipeline.running.record import CellStatus
 from pipeline.spec.cells import Cell, Upstream, shorten
 from pipeline.worker.worker import Task, TaskInput
-
-_USABLE = {State.DONE, State.CACHED}
-_SETTLED = {*_USABLE, State.FAILED, State.SKIPPED}
 
 
 class Schedule:
@@ -32,14 +30,14 @@ class Schedule:
     """
 
     def __init__(self, plan: Plan):
-        planned = [one for one in plan.cells if one.state != "blocked"]
+        planned = [one for one in plan.cells if one.state is not PlanState.BLOCKED]
         self._planned = {one.cell.name: one for one in planned}
         self.statuses = {
             one.cell.name: CellStatus(
                 cell=one.cell.name,
                 stage=one.cell.stage,
                 key=one.key,
-                state=State.CACHED if one.state == "cached" else State.WAITING,
+                state=CellState.CACHED if one.state is PlanState.CACHED else CellState.WAITING,
             )
             for one in planned
         }
@@ -50,7 +48,7 @@ class Schedule:
             for source in one.cell.sources:
                 self._takers.setdefault(source, []).append(one.cell.name)
         self._unsettled = {
-            name for name, status in self.statuses.items() if status.state not in _SETTLED
+            name for name, status in self.statuses.items() if not status.state.is_settled
         }
         self._unsure = set(self._unsettled)  # whether they are ready
         self._ready: list[tuple[tuple[int, int], str]] = []  # by rank, which is each one's own
@@ -125,13 +123,13 @@ class Schedule:
         """Whether nothing waits or runs."""
         return not self._unsettled
 
-    def change(self, name: str, state: State) -> None:
+    def change(self, name: str, state: CellState) -> None:
         """Note how a cell stands from now on.
 
         Cost: of the cells that take from it, however many others there are.
         """
         self.statuses[name].state = state
-        if state in _SETTLED:
+        if state.is_settled:
             self._unsettled.discard(name)
         else:
             self._unsettled.add(name)
@@ -153,21 +151,21 @@ class Schedule:
         if self._ready[at : at + 1] == [place]:
             del self._ready[at]
         cell, status = self.cell(name), self.statuses[name]
-        if status.state is not State.WAITING or not all(
-            self._state(source) in _SETTLED for source in cell.sources
+        if status.state is not CellState.WAITING or not all(
+            self._state(source).is_settled for source in cell.sources
         ):
             return
         lost = self._lost(cell)
         if lost:
             status.error = {"message": f"needs {shorten(lost)}, which failed"}
-            self.change(name, State.SKIPPED)
+            self.change(name, CellState.SKIPPED)
             return
         status.key = self._key(name)
         self._ready.insert(at, place)
 
     def available(self, source: Upstream) -> bool:
         """Tell whether a connected output can be fetched."""
-        return self._state(source.cell) in _USABLE
+        return self._state(source.cell).has_result
 
     def reset(self, key: str, exists: Callable[[str], bool]) -> list[str]:
         """Make the cells of `key`, whose result is damaged or gone, wait again.
@@ -184,9 +182,9 @@ class Schedule:
         while names:
             name = names.pop()
             status = self.statuses[name]
-            if status.state in _USABLE:
+            if status.state.has_result:
                 status.progress = None
-                self.change(name, State.WAITING)
+                self.change(name, CellState.WAITING)
                 again.append(name)
                 names += [
                     source
@@ -195,9 +193,9 @@ class Schedule:
                 ]
         return again
 
-    def _state(self, name: str) -> State:
+    def _state(self, name: str) -> CellState:
         """Return a cell's state; what the selection left out and is not there cannot be had."""
-        return self.statuses[name].state if name in self.statuses else State.SKIPPED
+        return self.statuses[name].state if name in self.statuses else CellState.SKIPPED
 
     def _lost(self, cell: Cell) -> list[str]:
         """Return the failed cells that `cell` cannot do without."""

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -24,6 +23,7 @@ from typing_extensions import TypedDict
 
 from pipeline.base.errors import BadInput, DamagedDocument, TakenOver, nearest
 from pipeline.base.shapes import Count, Texts, Time, checked_as, exact
+from pipeline.base.states import CellState, RunState
 from pipeline.executors import ExecutorName
 from pipeline.store.attempt import Failure
 from pipeline.store.layout import life_mark, parse_life, stop_mark
@@ -33,27 +33,6 @@ from pipeline.tracking import TrackerName, TrackingProgress
 
 DEFAULT_FILE = Path("pipeline.yaml")
 HEARTBEAT_S = 2.0
-
-
-class State(StrEnum):
-    """Where a cell stands in a run."""
-
-    WAITING = "waiting"
-    RUNNING = "running"
-    DONE = "done"
-    CACHED = "cached"
-    FAILED = "failed"
-    SKIPPED = "skipped"
-
-
-class RunState(StrEnum):
-    """How a run stands; a dead driver's run is found `interrupted`, it cannot say so itself."""
-
-    RUNNING = "running"
-    DONE = "done"
-    FAILED = "failed"
-    STOPPED = "stopped"
-    INTERRUPTED = "interrupted"
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -71,7 +50,7 @@ class CellStatus:
         cell: its name.
         stage: its stage's name.
         key: its key.
-        state: see `State`.
+        state: see `CellState`.
         began: Unix time at which its running attempt began, or None.
         seconds: how long its last attempt took, or None.
         progress: (done, total, unit) inside the stage, or None.
@@ -84,7 +63,7 @@ class CellStatus:
     cell: str
     stage: str
     key: str
-    state: State = State.WAITING
+    state: CellState = CellState.WAITING
     began: Time | None = None
     seconds: float | None = None
     progress: tuple[float, float, str] | None = None
@@ -379,10 +358,10 @@ class RunRecord(RunRequest, DriverStatus):
         stopping = self.state is RunState.STOPPED and self.is_attended()
         return stopping or self.observed_state() is RunState.RUNNING
 
-    def observed_cell_state(self, status: CellStatus) -> State | RunState:
+    def observed_cell_state(self, status: CellStatus) -> CellState:
         """Return how a cell stands: what ran when its driver died is interrupted."""
-        lost = status.state is State.RUNNING and not self.is_at_work()
-        return RunState.INTERRUPTED if lost else status.state
+        lost = status.state is CellState.RUNNING and not self.is_at_work()
+        return CellState.INTERRUPTED if lost else status.state
 
     def is_attended(self) -> bool:
         """Tell whether a process is at work for the run: its driver, or a `fls sync`.

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base.errors import BadInput, StoreError
+from pipeline.base.states import PlanState
 from pipeline.planning.planner import Plan, PlannedCell, RunPlan, make_plan
-from pipeline.running.record import RunProgress, State, recorded_ids
+from pipeline.running.record import RunProgress, recorded_ids
 from pipeline.spec.cells import Cell, resolve, shorten
 from pipeline.spec.spec import Spec
 from pipeline.stage import Results
@@ -103,14 +104,14 @@ def _keys(plan: Plan, store: Store, names: Sequence[str]) -> dict[str, str]:
         for status in progress.cells if progress else ():
             name = status.cell
             same = name in absent and name in before and before[name].key == planned[name].key
-            if same and status.state in {State.DONE, State.CACHED} and store.manifest(status.key):
+            if same and status.state.has_result and store.manifest(status.key):
                 keys[name] = status.key
                 absent.remove(name)
     return {name: keys[name] for name in names if name in keys}
 
 
 def _has_files(planned: PlannedCell) -> bool:
-    return planned.state == "cached" and not planned.collected
+    return planned.state is PlanState.CACHED and not planned.collected
 
 
 def export(spec: Spec, store: Store, address: str, destination: Path) -> None:

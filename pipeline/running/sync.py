@@ -25,22 +25,14 @@ from pipeline.base.errors import (
 )
 from pipeline.base.parallel import Requests
 from pipeline.base.secrets import HIDDEN, redact
+from pipeline.base.states import CellState, RunState
 from pipeline.running.facts import StoredFacts, load_facts
-from pipeline.running.record import (
-    HEARTBEAT_S,
-    RunRecord,
-    RunState,
-    RunTracking,
-    State,
-    load_run,
-    recorded_ids,
-)
+from pipeline.running.record import HEARTBEAT_S, RunRecord, RunTracking, load_run, recorded_ids
 from pipeline.running.trust import Places, Trust
 from pipeline.spec.cells import Registration
 from pipeline.store.store import Store
 from pipeline.tracking import (
     AbstractTracker,
-    CellState,
     News,
     Recorder,
     TrackerName,
@@ -51,7 +43,11 @@ from pipeline.tracking import (
 HIDDEN_ADDRESS = (
     "was tracked at {}, and what is hidden there is not stored; set MLFLOW_TRACKING_URI."
 )
-_ENDS = {State.DONE: "done", State.CACHED: "done", State.FAILED: "failed"}
+_ENDS = {
+    CellState.DONE: CellState.DONE,
+    CellState.CACHED: CellState.DONE,
+    CellState.FAILED: CellState.FAILED,
+}
 
 
 def close_orphans(
@@ -93,7 +89,10 @@ def close_orphans(
             or record.is_attended()
         ):
             continue
-        cells = {cell: _ENDS.get(status.state, "stopped") for cell, status in record.cells.items()}
+        cells = {
+            cell: _ENDS.get(status.state, CellState.STOPPED)
+            for cell, status in record.cells.items()
+        }
         place = destination(run, kind)
         if place in away:
             continue
@@ -284,23 +283,23 @@ def _step(store: Store, record: RunRecord, cell: str | None) -> None:
 
 def _missing(store: Store, record: RunRecord, facts: StoredFacts) -> Iterator[News]:
     """Yield what is not recorded yet, as the driver would have noted it."""
-    cached = [one.key for one in record.cells.values() if one.state is State.CACHED]
+    cached = [one.key for one in record.cells.values() if one.state is CellState.CACHED]
     sources = recorded_ids(store, cached, record.destination)
     progress, cells = record.tracking, facts.by_name
     for name, status in record.cells.items():
         cell = replace(cells[name], key=status.key)
         recorded = name in progress.closed and progress.keys.get(name) == status.key
-        if status.state is State.CACHED:
+        if status.state is CellState.CACHED:
             source = sources[status.key].cell if status.key in sources else None
             yield cell, CellState.CACHED, source
-        elif status.state is State.DONE or _made(store, record.run_id, status.key):
+        elif status.state is CellState.DONE or _made(store, record.run_id, status.key):
             if not recorded:
                 yield cell, CellState.DONE, None
             elif cell.registration is not None and name not in progress.registered:
                 yield cell, CellState.CACHED, None  # no more than that is missing
-        elif status.state is State.FAILED:
+        elif status.state is CellState.FAILED:
             yield cell, CellState.FAILED, None
-        elif status.state is State.RUNNING or name in progress.cursors:
+        elif status.state is CellState.RUNNING or name in progress.cursors:
             yield cell, CellState.STOPPED, None
 
 
@@ -317,11 +316,11 @@ def _promoted(record: RunRecord, facts: StoredFacts) -> Iterator[tuple[str, str]
     """Yield (key, output) of the outputs that are shown with the run."""
     cells = facts.by_name
     for name, status in record.cells.items():
-        if status.state in {State.DONE, State.CACHED}:
+        if status.state.has_result:
             for output in cells[name].promoted:
                 yield status.key, output
 
 
-def _end(state: RunState) -> str:
+def _end(state: RunState) -> RunState:
     """Return a run's end as trackers know it."""
-    return "stopped" if state is RunState.INTERRUPTED else str(state)
+    return RunState.STOPPED if state is RunState.INTERRUPTED else state

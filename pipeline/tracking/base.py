@@ -23,6 +23,7 @@ from typing_extensions import TypedDict
 from pipeline.base.places import absolute_uri
 from pipeline.base.secrets import redact
 from pipeline.base.shapes import Texts, checked_as, exact
+from pipeline.base.states import CellState, RunState
 from pipeline.spec.cells import Registration
 from pipeline.store.events import Cursor, Event
 
@@ -116,16 +117,6 @@ class CellFacts:
     calls: Annotated[Sequence[str], Field(exclude=True), BeforeValidator(_refuse)] = ()
 
 
-class CellState(StrEnum):
-    """What there is to record of a cell; `stopped` is one that a run ended without."""
-
-    RUNNING = "running"
-    DONE = "done"
-    FAILED = "failed"
-    STOPPED = "stopped"
-    CACHED = "cached"
-
-
 @dataclass(frozen=True, kw_only=True)
 class CellEnd:
     """How a cell ended.
@@ -206,11 +197,11 @@ class AbstractTracker(ABC):
         """Keep an output's files with the run itself; a `table.md` among them is its summary."""
 
     @abstractmethod
-    def close_run(self, state: str) -> None:
-        """Note the run's end: "done", "failed" or "stopped"."""
+    def close_run(self, state: RunState) -> None:
+        """Note the run's end: done, failed or stopped."""
 
     @abstractmethod
-    def close_orphan(self, run: RunFacts, state: str, cells: Mapping[str, str]) -> bool:
+    def close_orphan(self, run: RunFacts, state: RunState, cells: Mapping[str, CellState]) -> bool:
         """Set the end of another run whose driver died before it could; nothing else of it.
 
         Args:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base.errors import PipelineError
+from pipeline.base.states import CellState, RunState
 from pipeline.store.events import Event
 from pipeline.tracking.base import AbstractTracker, CellEnd, CellFacts, RunFacts
 from pipeline.tracking.outage import may_pass
@@ -35,11 +36,11 @@ class JsonLinesTracker(AbstractTracker):
             raise PipelineError(f"JSON lines cannot go into {run.folder}: {error}") from error
         about = {"run": run.run_id, "name": run.name, "file": run.spec_file, **run.tags}
         asked = {"set": run.overrides, "selection": run.selection, "environment": run.environment}
-        self._write("run", state="running", **about, **asked, resolved=run.resolved)
+        self._write("run", state=RunState.RUNNING, **about, **asked, resolved=run.resolved)
 
     def open_cell(self, cell: CellFacts) -> None:
         """Write that the cell runs, with its parameters."""
-        self._write_cell(cell, "running")
+        self._write_cell(cell, CellState.RUNNING)
 
     def log(self, cell: str, events: list[Event]) -> None:
         """Write the events as they are, each with its cell."""
@@ -57,7 +58,7 @@ class JsonLinesTracker(AbstractTracker):
 
     def link_cached(self, cell: CellFacts, source: str | None, made: CellEnd) -> None:
         """Write that the cell's result was there already, and which run made it."""
-        self._write_cell(cell, "cached", made_by=made.facts.get("run"))
+        self._write_cell(cell, CellState.CACHED, made_by=made.facts.get("run"))
 
     def register(self, cell: CellFacts, folder: Path) -> None:
         """Write that the model is to be registered; there is no registry here."""
@@ -68,11 +69,11 @@ class JsonLinesTracker(AbstractTracker):
         """Write where the run's report is."""
         self._write("report", output=output, path=str(folder))
 
-    def close_run(self, state: str) -> None:
+    def close_run(self, state: RunState) -> None:
         """Write the run's end."""
         self._write("run", state=state)
 
-    def close_orphan(self, run: RunFacts, state: str, cells: Mapping[str, str]) -> bool:
+    def close_orphan(self, run: RunFacts, state: RunState, cells: Mapping[str, CellState]) -> bool:
         """Write the end into the other run's file, if it has one."""
         path = _path(run)
         if path.is_file():
@@ -85,7 +86,7 @@ class JsonLinesTracker(AbstractTracker):
         """Say yes of a full disk, say, which may have room again."""
         return may_pass(error)
 
-    def _write_cell(self, cell: CellFacts, state: str, **more: Any) -> None:
+    def _write_cell(self, cell: CellFacts, state: CellState, **more: Any) -> None:
         self._write(
             "cell",
             cell=cell.cell,

@@ -34,14 +34,9 @@ from sqlalchemy.exc import ArgumentError, OperationalError  # of a wrong address
 
 from pipeline.base.errors import PipelineError
 from pipeline.base.secrets import redact
+from pipeline.base.states import CellState, RunState
 from pipeline.store.events import Event
-from pipeline.tracking.base import (
-    AbstractTracker,
-    CellEnd,
-    CellFacts,
-    CellState,
-    RunFacts,
-)
+from pipeline.tracking.base import AbstractTracker, CellEnd, CellFacts, RunFacts
 from pipeline.tracking.mlflow_names import (
     RUN_NAME_CHARACTERS,
     TAG_CHARACTERS,
@@ -56,6 +51,7 @@ from pipeline.tracking.outage import PASSING_STATUS, may_pass
 from pipeline.tracking.series import Point, Series
 
 _PAGE = 25  # runs of a search that are held at once
+# By the value that states of cells and of runs have in common.
 _STATUS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 _PARENT = "mlflow.parentRunId"
 _NOTE = "mlflow.note.content"
@@ -220,7 +216,7 @@ class MLflowTracker(AbstractTracker):
                 text = f"{text[:cut]}\n\nCut short; the whole is the artifact {output}/table.md.\n"
             self._parent.send(tags={_NOTE: text})
 
-    def close_run(self, state: str) -> None:
+    def close_run(self, state: RunState) -> None:
         """Set the parent's sums and terminal status; no child of it may be left running.
 
         What its own cells cost, all attempts of all its lives, is apart from what those had cost
@@ -248,7 +244,7 @@ class MLflowTracker(AbstractTracker):
         )
         self._parent.terminate(_STATUS[state])
 
-    def close_orphan(self, run: RunFacts, state: str, cells: Mapping[str, str]) -> bool:
+    def close_orphan(self, run: RunFacts, state: RunState, cells: Mapping[str, CellState]) -> bool:
         """Set the terminal status of the runs that a dead driver left running."""
         database = database_of(run.uri)
         if database is not None and not database.is_file():
@@ -263,8 +259,8 @@ class MLflowTracker(AbstractTracker):
         # All pages first: ending one run would move the others into pages that were read.
         for found in list(_search(client, experiment.experiment_id, f"{mine} and {_IS_RUNNING}")):
             kind, cell = (found.data.tags.get(f"fls.{name}", "") for name in ("kind", "cell"))
-            ends = {"pipeline": state, "stage": cells.get(cell, "stopped")}
-            client.set_terminated(found.info.run_id, _STATUS[ends.get(kind, "stopped")])
+            ends = {"pipeline": state, "stage": cells.get(cell, CellState.STOPPED)}
+            client.set_terminated(found.info.run_id, _STATUS[ends.get(kind, CellState.STOPPED)])
         return True
 
     def is_outage(self, error: Exception) -> bool:

@@ -16,17 +16,11 @@ from pathlib import Path
 from pipeline.base.errors import Damaged, TakenOver
 from pipeline.base.parallel import Requests
 from pipeline.base.secrets import redact
+from pipeline.base.states import CellState, RunState
 from pipeline.store.events import EVENTS_AT_ONCE, Cursor, Event, EventTail
 from pipeline.store.manifest import Manifest
 from pipeline.store.store import Store
-from pipeline.tracking.base import (
-    AbstractTracker,
-    CellEnd,
-    CellFacts,
-    CellState,
-    RunFacts,
-    TrackingProgress,
-)
+from pipeline.tracking.base import AbstractTracker, CellEnd, CellFacts, RunFacts, TrackingProgress
 
 News = tuple[CellFacts, CellState, str | None]  # the arguments of `Recorder.record`
 
@@ -165,7 +159,7 @@ class Recorder:
             self._tracker.promote(output, folder)
             self._step()
 
-    def close(self, state: str) -> None:
+    def close(self, state: RunState) -> None:
         """Record the run's end."""
         with self._setting_aside("the end of the run"):
             self._tracker.close_run(state)

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from pipeline.base.parallel import Requests
 from pipeline.base.secrets import redact
+from pipeline.base.states import CellState, RunState
 from pipeline.store.store import Store
 from pipeline.tracking.base import (
     AbstractTracker,
     CellFacts,
-    CellState,
     RunFacts,
     TrackerName,
     TrackingProgress,
@@ -59,7 +59,7 @@ class TrackingThread:
         self._change = threading.Condition()  # guards all that follows
         self._news: dict[str, News] = {}  # cell -> what is to be recorded of it
         self._promoted: list[Path] = []
-        self._end: str | None = None
+        self._end: RunState | None = None
         self._abandoned = False
         self._set_aside: dict[str, str] = {}
         self._finishing = self._given_up = False
@@ -86,12 +86,12 @@ class TrackingThread:
         with self._change:
             self._promoted.append(folder)
 
-    def close(self, state: str) -> None:
+    def close(self, state: RunState) -> None:
         """Note how the run ended; recorded once all that was noted before is."""
         with self._change:
             self._end = state
 
-    def abandon(self, state: str) -> None:
+    def abandon(self, state: RunState) -> None:
         """Note how the run ended, and record nothing else: what there was to say cannot be read."""
         with self._change:
             self._abandoned, self._end = True, state

@@ -5,16 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 
 from pipeline.base.errors import BadInput, DamagedDocument, StoreError
+from pipeline.base.states import PlanState, RunState
 from pipeline.planning.keys import base_of
 from pipeline.planning.planner import Plan, RunPlan
-from pipeline.running.record import (
-    DOCUMENTS,
-    CellStatus,
-    RunProgress,
-    RunRecord,
-    RunState,
-    load_run,
-)
+from pipeline.running.record import DOCUMENTS, CellStatus, RunProgress, RunRecord, load_run
 from pipeline.store.layout import RUNS, run_folder
 from pipeline.store.manifest import Manifest
 from pipeline.upkeep.survey import Survey
@@ -161,7 +155,7 @@ def _served(plan: Plan) -> dict[str, Manifest]:
         outputs = one.cell.declaration.outputs.values()
         result = any(output.track or output.promote for output in outputs)
         name = one.cell.name
-        if one.state != "cached" or name in waiting:
+        if one.state is not PlanState.CACHED or name in waiting:
             waiting.update([name, *one.cell.sources])
         taken.update(one.cell.sources)
         served = one.cell.keep == "results" and name in taken and name not in waiting

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline"))
 
 from toy_runs import ROOT, checkpoint_exists, fls, last_run, numbers, wait_for, write_spec
 
-from pipeline.running.record import RunState
+from pipeline.base.states import RunState
 from pipeline.store.store import Store
 
 LEASE_S = 2

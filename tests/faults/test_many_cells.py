@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 from toy_runs import ROOT, last_run, states, write_spec
 
+from pipeline.base.states import CellState
 from pipeline.planning.planner import make_plan
-from pipeline.running.record import State
 from pipeline.spec.load import load_spec
 from pipeline.store.store import Store
 
@@ -52,7 +52,7 @@ def test_five_hundred_cells(toy: Path, monkeypatch, fresh_database: Path) -> Non
         time.sleep(0.1)
     output, errors = process.communicate()
     assert (process.returncode, errors) == (0, ""), output
-    assert set(states(last_run()).values()) == {State.DONE}
+    assert set(states(last_run()).values()) == {CellState.DONE}
     assert memory[-1] - memory[0] < GROWTH, memory
 
     client = MlflowClient("sqlite:///mlflow.db")

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline"))
 
 from toy_runs import fls, last_run, start_fls, wait_for
 
+from pipeline.base.states import CellState
 from pipeline.planning.planner import make_plan
-from pipeline.running.record import State
 from pipeline.spec.load import load_spec
 from pipeline.store.store import Store
 from stages.models.digits_resnet import digits_resnet
@@ -77,7 +77,7 @@ def test_what_is_changed_on_the_way_is_not_published(
     output, errors = driver.communicate(timeout=120)
     assert driver.returncode == 1, output + errors
     user = last_run().cells["user"]
-    assert user.state is State.FAILED
+    assert user.state is CellState.FAILED
     assert Path(VICTIMS[victim]).name in user.error["message"]
     assert "start the run again" in user.error["message"]
     assert Store(".fls").attempts(keys["user"]) == [1]
@@ -88,7 +88,7 @@ def test_what_is_changed_on_the_way_is_not_published(
     output, errors = driver.communicate(timeout=120)
     assert driver.returncode == 0, output + errors
     assert {name: status.key for name, status in last_run().cells.items()} == keys
-    assert last_run().cells["slow"].state is State.CACHED
+    assert last_run().cells["slow"].state is CellState.CACHED
     assert fls("verify")[0] == 0
     if victim == "checkpoint":
         folder = Store(".fls").fetch(keys["user"], "model")

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline"))
 from test_worker import plugin
 from toy_runs import checkpoint_exists, fls, last_run, numbers, start_fls, wait_for, write_spec
 
-from pipeline.running.record import RunState, State
+from pipeline.base.states import CellState, RunState
 from pipeline.store.store import Store
 
 STEPS = 40
@@ -118,7 +118,7 @@ def in_kernel() -> bool:
 def test_a_worker_that_the_kernel_holds_holds_no_run_up(hanging: Path, how: str) -> None:
     driver = start_fls(*RUN, "--max-parallel", "2")
     wait_for(in_kernel, 60)
-    wait_for(lambda: last_run().cells["other"].state is State.DONE, 60)
+    wait_for(lambda: last_run().cells["other"].state is CellState.DONE, 60)
     if how != "timeout":
         driver.send_signal(signal.Signals[how])
     output, errors = driver.communicate(timeout=60)

@@ -16,8 +16,8 @@ from ray_heads import ROOT, SEVERAL_NODES, Head, free_ports, start_head, start_n
 from test_packing import git
 from toy_runs import DIAMOND, TOY, last_run, numbers, wait_for, write_spec
 
+from pipeline.base.states import RunState
 from pipeline.code.provenance import Provenance
-from pipeline.running.record import RunState
 from pipeline.store.store import Store
 
 SHEBANG = "#!/usr/bin/env -S python -m pipeline run\n"

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from pipeline.base.console import PlainConsole
+from pipeline.base.states import CellState
 from pipeline.running.activity import Pace, describe, stalled_since
 from pipeline.running.live import LiveView, _line
-from pipeline.running.record import CellStatus, State
+from pipeline.running.record import CellStatus
 
 
 def status(done: float, total: float = 500, **fields: Any) -> CellStatus:
@@ -17,7 +18,7 @@ def status(done: float, total: float = 500, **fields: Any) -> CellStatus:
         cell="fit",
         stage="fit",
         key="",
-        state=State.RUNNING,
+        state=CellState.RUNNING,
         began=900.0,
         progress=(done, total, "fit step"),
         **known,

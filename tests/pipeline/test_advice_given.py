@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from toy_runs import fls, last_run, ran, run_here, start_fls, wait_for, write_spec
 
-from pipeline.running.record import RunState
+from pipeline.base.states import RunState
 from pipeline.store.seal import seal, unseal
 
 LOCAL = ("--executor", "local", "--tracking", "jsonl")

@@ -11,7 +11,8 @@ import pytest
 from toy_runs import fls, last_run, run_here, write_spec
 
 from pipeline.base.errors import StorageUnavailable, TakenOver
-from pipeline.running.record import RunRecord, RunState, load_run
+from pipeline.base.states import RunState
+from pipeline.running.record import RunRecord, load_run
 from pipeline.store.leases import has_died, this_machine
 from pipeline.store.seal import seal, unseal
 from pipeline.store.store import Store

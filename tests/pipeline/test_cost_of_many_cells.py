@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from toy_runs import last_run, run_here, states, write_spec
 
+from pipeline.base.states import CellState
 from pipeline.executors import AbstractExecutor
-from pipeline.running.record import State
 from pipeline.spec.cells import Cell
 from pipeline.stage import Resources
 from pipeline.store.storage.local import LocalStorage
@@ -84,7 +84,7 @@ def test_a_cell_costs_its_driver_the_same_among_many(
         )
         counts.clear()
         assert run_here()[0] == 0
-        assert list(states(last_run(f"fls-{cells}")).values()) == [State.DONE] * cells
+        assert list(states(last_run(f"fls-{cells}")).values()) == [CellState.DONE] * cells
         found[cells] = dict(counts)
     for name in ("requests", "looks"):
         few, many = found[FEW][name] / FEW, found[MANY][name] / MANY

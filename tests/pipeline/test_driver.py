@@ -21,11 +21,11 @@ from toy_runs import (
 )
 
 from pipeline.base.errors import BadInput
+from pipeline.base.states import CellState, RunState
 from pipeline.executors.local import LocalExecutor
 from pipeline.planning.planner import Selection, make_plan
 from pipeline.running import driver, launch
 from pipeline.running.ready import Schedule
-from pipeline.running.record import RunState, State
 from pipeline.stage import Resources
 from pipeline.store.leases import LeaseWatch
 from pipeline.store.storage.local import LocalStorage
@@ -123,12 +123,12 @@ def test_a_failure_skips_what_needs_it_and_nothing_else(toy: Path) -> None:
     code, output = run_here()
     assert code == 1
     assert states(last_run()) == {
-        "good": State.DONE,
-        "bad": State.FAILED,
-        "after": State.SKIPPED,
-        "other": State.DONE,
-        "total": State.DONE,
-        "report": State.DONE,
+        "good": CellState.DONE,
+        "bad": CellState.FAILED,
+        "after": CellState.SKIPPED,
+        "other": CellState.DONE,
+        "total": CellState.DONE,
+        "report": CellState.DONE,
     }
     assert "| after | None |" in output
     assert "bad failed: this stage fails on purpose" in output
@@ -165,10 +165,10 @@ def test_outages_and_deaths_are_retried_but_neither_bugs_nor_a_users_error(toy: 
     code, output = run_here()
     assert code == 1
     assert states(last_run()) == {
-        "outage": State.DONE,
-        "death": State.DONE,
-        "bug": State.FAILED,
-        "user": State.FAILED,
+        "outage": CellState.DONE,
+        "death": CellState.DONE,
+        "bug": CellState.FAILED,
+        "user": CellState.FAILED,
     }
     assert (Path("users").read_text(), Path("bugs").read_text()) == ("1", "1")
     assert "outage: ConnectionError: an outage on purpose; retry 2 of 2 in 2 s" in output
@@ -359,4 +359,4 @@ def test_cells_of_a_storage_that_is_slow_to_answer_are_asked_for_at_once(
     code, output = run_here()
     assert code == 0, output
     assert most >= 3
-    assert [status.state for status in last_run().cells.values()] == [State.DONE] * 4
+    assert [status.state for status in last_run().cells.values()] == [CellState.DONE] * 4

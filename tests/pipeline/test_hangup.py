@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from toy_runs import ROOT, checkpoint_exists, fls, last_run, start_fls, wait_for, write_spec
 
-from pipeline.running.record import RunState
+from pipeline.base.states import RunState
 
 SLOW = "slow: {uses: slow, params: {steps: 400, delay_s: 0.05, checkpoint_every: 5}}"
 RUN = ("run", "--executor", "local", "--tracking", "jsonl")

@@ -24,8 +24,9 @@ from toy_runs import (
     write_spec,
 )
 
+from pipeline.base.states import CellState
 from pipeline.executors.local import LocalExecutor
-from pipeline.running.record import State, load_runs
+from pipeline.running.record import load_runs
 from pipeline.stage import Resources
 from pipeline.store.events import EVENTS_AT_ONCE, EventTail, EventWriter
 from pipeline.store.logs import LogStream, LogWriter, last_lines, read_text, segments
@@ -324,7 +325,7 @@ def test_a_flood_of_metrics_is_read_in_bounded_turns_and_none_is_lost(toy: Path)
     write_stage(f"for i in range({count}):\n    ctx.log({{'loss': i}}, step=i)" + SAVE)
     write_spec("chatty: {uses: fail, retries: 0}")
     assert run_here()[0] == 0
-    assert states(last_run()) == {"chatty": State.DONE}
+    assert states(last_run()) == {"chatty": CellState.DONE}
     tail, turns = EventTail(Store(".fls"), last_run().run_id, {}), []
     while events := tail.read("chatty", last_run().cells["chatty"].key)[0]:
         turns.append(len(events))

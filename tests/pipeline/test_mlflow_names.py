@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_runs import fls, last_run, run_here, write_spec
 
+from pipeline.base.states import CellState
 from pipeline.stage import Context
-from pipeline.tracking import CellEnd, CellFacts, CellState, RunFacts, TrackerName
+from pipeline.tracking import CellEnd, CellFacts, RunFacts, TrackerName
 from pipeline.tracking.mlflow_names import Fitting, fit_label, fit_name, fit_path, fits
 
 NAMES = [

@@ -13,9 +13,9 @@ from test_local_executor import collect, named, pid_of
 from test_worker import KEY, start_task, task_of
 from toy_runs import fls, last_run, numbers, ran, run_here, write_spec
 
+from pipeline.base.states import CellState
 from pipeline.code.digest import CodeIndex
 from pipeline.executors.local import LocalExecutor, _Machine
-from pipeline.running.record import State
 from pipeline.stage import Resources
 from pipeline.store.store import Store
 
@@ -79,7 +79,7 @@ def peek(body: str, value: str = "number.txt", annotation: str = FILE) -> tuple[
 
 def failure(cell: str) -> str:
     status = last_run().cells[cell]
-    assert status.state is State.FAILED
+    assert status.state is CellState.FAILED
     assert Store(".fls").manifest(status.key) is None
     assert len(Store(".fls").attempts(status.key)) == 1, "it is not tried again"
     assert status.error is not None

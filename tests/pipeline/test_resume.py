@@ -29,8 +29,9 @@ from toy_runs import (
 )
 
 from pipeline.base.errors import BadInput
+from pipeline.base.states import CellState, RunState
 from pipeline.cli.options import read_duration
-from pipeline.running.record import RunState, State, find_run, new_run_id
+from pipeline.running.record import find_run, new_run_id
 from pipeline.stage import Context
 from pipeline.store.store import Store
 
@@ -71,7 +72,7 @@ def test_a_killed_driver_takes_its_workers_along_and_its_run_goes_on(undisturbed
     assert (code, errors) == (0, "")
     assert len(Store(".fls").list_runs()) == 1
     assert last_run().observed_state() is RunState.DONE
-    assert states(last_run()) == dict.fromkeys(("start", "slow", "add"), State.DONE)
+    assert states(last_run()) == dict.fromkeys(("start", "slow", "add"), CellState.DONE)
     assert ran() == {"start": 1, "slow": 1, "add": 1}
     assert numbers()["slow"] == undisturbed
     texts = [event["text"] for event in slow_events(2) if event["type"] == "text"]
@@ -91,7 +92,7 @@ def test_a_stopped_run_says_so_and_goes_on(undisturbed: float, number: int) -> N
     assert kill(process, number) == 128 + number
     assert not alive(slow_events(1)[0]["pid"])
     assert last_run().observed_state() is RunState.STOPPED
-    assert states(last_run())["slow"] is State.WAITING
+    assert states(last_run())["slow"] is CellState.WAITING
     code, output = resume_here(last_run())
     assert code == 0
     assert last_run().pid == os.getpid()
@@ -130,7 +131,7 @@ def test_a_stopped_run_loses_no_step(toy: Path, executor: str) -> None:
     assert kill(process, signal.SIGTERM) == 128 + signal.SIGTERM
     assert slow_events(1)[-1]["status"] == "preempted"
     assert last_run().observed_state() is RunState.STOPPED
-    assert states(last_run())["slow"] is State.WAITING
+    assert states(last_run())["slow"] is CellState.WAITING
     assert fls("run", *RUN[1:])[0] == 0
     assert steps_of(1) + steps_of(2) == list(range(1, 101))
     assert steps_of(1) and steps_of(2)
@@ -198,10 +199,10 @@ def test_a_failed_run_goes_on_where_it_failed(toy: Path) -> None:
         """
     )
     assert run_here()[0] == 1
-    assert states(last_run())["end"] is State.SKIPPED
+    assert states(last_run())["end"] is CellState.SKIPPED
     assert resume_here(last_run())[0] == 0
     assert ran() == {"good": 1, "bad": 1, "end": 1}
-    assert set(states(last_run()).values()) == {State.DONE}
+    assert set(states(last_run()).values()) == {CellState.DONE}
 
 
 def test_a_run_goes_on_as_it_was_asked_for_whatever_the_file_says_now(toy: Path) -> None:
@@ -246,7 +247,10 @@ def test_a_run_that_is_out_of_time_stops_and_a_later_one_goes_on(undisturbed: fl
     assert code == 128 + signal.SIGTERM
     assert "goes on from here" in output
     assert last_run().observed_state() is RunState.STOPPED
-    assert (states(last_run())["start"], states(last_run())["add"]) == (State.DONE, State.WAITING)
+    assert (states(last_run())["start"], states(last_run())["add"]) == (
+        CellState.DONE,
+        CellState.WAITING,
+    )
     assert checkpoint_exists()
     assert fls(*RUN, "--stop-after", "1h")[0] == 0
     assert numbers()["slow"] == undisturbed
@@ -301,7 +305,7 @@ def test_what_ran_when_its_driver_died_is_interrupted(toy: Path) -> None:
     write_spec("slow: {uses: slow, params: {steps: 600, delay_s: 0.05}}")
     process = start_fls(*RUN)
     wait_for(checkpoint_exists)
-    wait_for(lambda: states(last_run()).get("slow") is State.RUNNING)
+    wait_for(lambda: states(last_run()).get("slow") is CellState.RUNNING)
     assert kill(process, signal.SIGKILL) == -signal.SIGKILL
     lines = [line.split() for line in fls("status", "last")[1].splitlines()]
     header, row = (next(line for line in lines if line[0] == name) for name in ("stage", "slow"))

@@ -10,10 +10,10 @@ import pytest
 from toy_runs import fls, last_run, numbers, ran, resume_here, run_here, states, write_spec
 
 from pipeline.base.errors import BadInput, StoreError
+from pipeline.base.states import CellState, RunState
 from pipeline.planning import acceptance
 from pipeline.planning.acceptance import Acceptances
 from pipeline.planning.planner import RunPlan, make_plan
-from pipeline.running.record import RunState, State
 from pipeline.spec.load import load_spec
 from pipeline.store.seal import seal, unseal
 from pipeline.store.store import Store
@@ -32,10 +32,10 @@ def broken_run() -> str:
     write_spec(STAGES)
     assert run_here()[0] == 1
     assert states(last_run()) == {
-        "start": State.DONE,
-        "apply": State.DONE,
-        "bad": State.FAILED,
-        "end": State.SKIPPED,
+        "start": CellState.DONE,
+        "apply": CellState.DONE,
+        "bad": CellState.FAILED,
+        "end": CellState.SKIPPED,
     }
     return last_run().run_id
 

@@ -19,7 +19,8 @@ from toy_runs import (
     write_spec,
 )
 
-from pipeline.running.record import RunState, State, load_runs
+from pipeline.base.states import CellState, RunState
+from pipeline.running.record import load_runs
 from pipeline.store.store import Store
 
 STORAGE = f"s3://{BUCKET}/runs"
@@ -79,7 +80,7 @@ def test_a_run_on_s3_goes_on_after_its_worker_and_its_driver_were_killed(
 
     code, output, errors = fls("resume", "last")
     assert (code, errors) == (0, "")
-    assert set(states(last_run(storage)).values()) == {State.DONE}
+    assert set(states(last_run(storage)).values()) == {CellState.DONE}
     assert ran() == {"start": 1, "slow": 1, "add": 1}
     assert numbers(storage)["slow"] == undisturbed
     texts = [event["text"] for event in events(3) if event["type"] == "text"]

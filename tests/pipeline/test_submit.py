@@ -16,10 +16,10 @@ from test_packing import git
 from toy_runs import DIAMOND, TOY, fls, last_run, numbers, ran, wait_for, write_spec
 
 from pipeline.base.errors import BadInput
+from pipeline.base.states import RunState
 from pipeline.cluster.forwarding import forwarding, refuse_secrets
 from pipeline.cluster.submit import Submission, _resume_command, is_this_machine
 from pipeline.code.provenance import SOURCE_FILE, Provenance
-from pipeline.running.record import RunState
 from pipeline.store.store import Store
 
 SECRET = "correct-horse-battery"  # noqa: S105 - to be looked for where it must not be

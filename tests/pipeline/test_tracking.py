@@ -21,9 +21,9 @@ from toy_runs import DIAMOND, fls, last_run, resume_here, run_here, write_spec
 
 from pipeline.base.errors import BadInput, PipelineError, StorageUnavailable
 from pipeline.base.places import tracking_uri
+from pipeline.base.states import CellState, RunState
 from pipeline.planning.planner import Selection
 from pipeline.running import driver, sync
-from pipeline.running.record import RunState, State
 from pipeline.store.events import Cursor
 from pipeline.store.seal import seal, unseal
 from pipeline.store.storage.local import LocalStorage
@@ -447,7 +447,7 @@ def test_a_start_with_nothing_to_do_ends_what_a_dead_driver_left_running(client:
         run_mlflow(selection=Selection(force=["report"]))
         for run in recorded(client, first.run_id).values():
             client.update_run(run.info.run_id, status="RUNNING")
-        first.state, first.cells["report"].state = RunState.RUNNING, State.RUNNING
+        first.state, first.cells["report"].state = RunState.RUNNING, CellState.RUNNING
         first.tracked = first.tracking.ended = False
         first.save_progress(store, leaving=True)
         assert command()[1].startswith("Nothing to do")

@@ -21,7 +21,8 @@ from toy_runs import (
 )
 
 from pipeline.base.errors import BadInput
-from pipeline.running.record import RunState, State, load_run
+from pipeline.base.states import CellState, RunState
+from pipeline.running.record import load_run
 from pipeline.store.store import Store
 
 SLOW = """
@@ -77,7 +78,7 @@ def test_a_cell_that_another_run_works_at_is_waited_for(toy: Path) -> None:
     assert f"slow: run {run_id} on" in outputs[1]
     assert "is at it; waiting for that" in outputs[1]
     assert (ran(), manifests()) == ({"slow": 1, "add": 1}, 2)
-    assert states(last_run())["slow"] is State.CACHED
+    assert states(last_run())["slow"] is CellState.CACHED
 
 
 def test_the_cell_of_a_run_that_was_killed_is_not_waited_for(
@@ -139,7 +140,7 @@ def test_a_run_is_stopped_through_its_store(toy: Path) -> None:
     assert f"Run {run_id}: stopped." in output
     process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGTERM
-    assert states(last_run())["slow"] is State.WAITING
+    assert states(last_run())["slow"] is CellState.WAITING
     code, _, errors = fls("stop", "last")
     assert (code, "is not running: stopped" in errors) == (2, True)
     assert fls("resume", "last")[0] == 0  # it was another life that was to stop
@@ -150,7 +151,7 @@ def test_a_log_is_followed_to_its_end(toy: Path) -> None:
     write_spec(SLOW)
     process, _ = start_working()
     follower = start_fls("logs", "slow", "--follow")
-    wait_for(partial(last_state_is, State.DONE))
+    wait_for(partial(last_state_is, CellState.DONE))
     output, errors = follower.communicate(timeout=30)
     process.communicate(timeout=30)
     assert (follower.returncode, errors) == (0, "")
@@ -159,5 +160,5 @@ def test_a_log_is_followed_to_its_end(toy: Path) -> None:
     assert output.splitlines()[-1] == "slow: done"
 
 
-def last_state_is(state: State) -> bool:
+def last_state_is(state: CellState) -> bool:
     return states(last_run())["slow"] is state

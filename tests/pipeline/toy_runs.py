@@ -20,12 +20,13 @@ from rich.console import Console
 
 from pipeline.__main__ import main
 from pipeline.base.console import PlainConsole
+from pipeline.base.states import CellState
 from pipeline.cli.run_commands import print_end, run_spec
 from pipeline.executors import ExecutorName, make_executor
 from pipeline.executors.base import AbstractExecutor
 from pipeline.planning.planner import Selection
 from pipeline.running.launch import resume_run
-from pipeline.running.record import RunOptions, RunRecord, State, load_run
+from pipeline.running.record import RunOptions, RunRecord, load_run
 from pipeline.running.trust import read_trust
 from pipeline.spec.load import load_spec
 from pipeline.store.logs import read_text
@@ -100,7 +101,7 @@ def last_run(storage: str = ".fls") -> RunRecord:
     return load_run(store, store.list_runs()[-1])
 
 
-def states(record: RunRecord) -> dict[str, State]:
+def states(record: RunRecord) -> dict[str, CellState]:
     return {name: status.state for name, status in record.cells.items()}
 
 
