@@ -14,7 +14,7 @@ from rich.text import Text
 from pipeline.base.secrets import presentable
 
 
-class PlainConsole(Console):
+class RedactingConsole(Console):
     """Prints what it is told, without markup, for cells' names have brackets."""
 
     def __init__(self, **options: Any):
