@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.base.errors import BadInput, PipelineError
 from pipeline.base.shapes import to_json
+from pipeline.code.provenance import changes
 from pipeline.executors import ExecutorName, make_executor
 from pipeline.planning.keys import explain
 from pipeline.planning.planner import Plan, PlannedCell, RunPlan
@@ -195,11 +196,9 @@ def _differences(stored: Manifest, made: Manifest) -> list[str]:
 
 
 def _circumstances(stored: Mapping[str, Any], made: Mapping[str, Any]) -> list[str]:
-    """Return what was different in the making: the same bits are promised for the same only."""
-    before = {**{name: stored.get(name) for name in _CIRCUMSTANCES}, **stored.get("packages", {})}
-    after = {**{name: made.get(name) for name in _CIRCUMSTANCES}, **made.get("packages", {})}
-    return [
-        f"{name} {before[name]} -> {after[name]}"
-        for name in before
-        if name in after and before[name] != after[name]
-    ]
+    """Return the differences in device, threads and versions: only equal ones give equal bits."""
+    before, after = (
+        {**{name: one.get(name) for name in _CIRCUMSTANCES}, **one.get("packages", {})}
+        for one in (stored, made)
+    )
+    return changes(before, after)
