@@ -17,7 +17,7 @@ from benchmarks.harness.pipelines import run_pipeline
 from benchmarks.harness.report import RESULTS, write_report
 from benchmarks.harness.scripts import run_script
 from benchmarks.harness.suite import Benchmark, find_benchmark, list_benchmarks
-from pipeline.base.console import PlainConsole
+from pipeline.base.console import RedactingConsole
 from pipeline.base.errors import PipelineError
 from pipeline.cli.options import StopOption
 
@@ -44,7 +44,7 @@ def run(
     stop_after: StopOption = None,
 ) -> None:
     """Run the cells that are not finished, and keep each result as JSON."""
-    console = PlainConsole()
+    console = RedactingConsole()
     stop_s = math.inf if stop_after is None else time.monotonic() + stop_after
     code = 0
     for benchmark in [find_benchmark(name) for name in names] or list_benchmarks():

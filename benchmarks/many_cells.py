@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks._noop import Cluster, write_pipeline
 from benchmarks._slow_s3 import SlowLink, serve_s3
-from pipeline.base.console import PlainConsole
+from pipeline.base.console import RedactingConsole
 from pipeline.base.states import RunState
 from pipeline.executors import ExecutorName
 from pipeline.planning.planner import make_plan
@@ -116,7 +116,7 @@ def _drive(count: int, store: _Watched, workers: int) -> dict[str, Any]:
         plan.commit(store, record.run_id)
         tracking = TrackingThread(options.tracking, store, record.tracking)
         tracking.open(_facts(record), lambda tracker: None)
-        view = LiveView(PlainConsole(file=output))
+        view = LiveView(RedactingConsole(file=output))
         cpu_s, began_s = time.process_time(), time.monotonic()
         state = Driver(plan, store, record, executor, tracking, view).run()
         cpu_s, seconds = time.process_time() - cpu_s, time.monotonic() - began_s

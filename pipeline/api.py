@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from pipeline.base.console import PlainConsole
+from pipeline.base.console import RedactingConsole
 from pipeline.base.errors import BadInput, Damaged
 from pipeline.base.states import CellState, RunState
 from pipeline.base.variables import check_variables
@@ -141,7 +141,7 @@ def run(
         tracking=_name(TrackerName, "tracking", tracking),
         max_parallel=max_parallel,
     )
-    console = Console(quiet=True) if quiet else PlainConsole(width=_WIDTH)
+    console = Console(quiet=True) if quiet else RedactingConsole(width=_WIDTH)
     while True:
         ended = start_run(spec, options, selection, console, stop_after_s, GRACE_S)
         try:

@@ -65,7 +65,7 @@ def _cost(store: Store, manifest: Manifest, step: int | None) -> dict[str, float
     """
     attempts = [number for number in store.attempts(manifest.key) if number <= manifest.attempt]
     events = {number: store.read_events(manifest.key, number)[0] for number in attempts}
-    parts: list[Mapping[str, float]] = [manifest.facts]
+    parts: list[Mapping[str, float]] = [manifest.making]
     for number in attempts:
         if number < manifest.attempt:
             parts += [event for event in events[number] if event["type"] == "checkpoint"][-1:]

@@ -80,7 +80,7 @@ def keep_results(spec: Spec, benchmark: str, results: Path) -> None:
         if document.items() <= before.items():
             continue
         made = max(steps, key=_seconds).manifest if steps else manifest
-        environment = environment_of(made.facts, made.time)
+        environment = environment_of(made.making, made.time)
         document["environment"] = write_environment(results, environment)
         write_document(path, document)
 

@@ -1,1 +1,1 @@
-"""What all of the runner rests on: errors, text, secrets, names and limits."""
+"""Basics of the whole runner: errors, text, secrets, names and limits."""

@@ -1,7 +1,6 @@
-"""A console for what anybody may have written: it shows no secrets, and obeys nothing.
+"""A console that redacts secrets and escapes control characters in everything it prints.
 
-Names, messages and documents come from specs, stages and stores. Printing code need not
-think of it: every text that is printed, and every cell of a table, is made presentable here.
+Names, messages and documents come from specs, stages and stores, which others may have written.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from rich.text import Text
 from pipeline.base.secrets import presentable
 
 
-class PlainConsole(Console):
-    """Prints what it is told, without markup, for cells' names have brackets."""
+class RedactingConsole(Console):
+    """Prints plain text without markup, because cell names contain brackets."""
 
     def __init__(self, **options: Any):
         super().__init__(markup=False, highlight=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Return a text as it is shown; rich calls this for all that is printed as `str`."""
+        """Return a text in presentable form; rich calls this for every printed `str`."""
         return super().render_str(presentable(text), **options)

@@ -1,15 +1,15 @@
-"""The exception tree, and the problems that a spec is reported with.
+"""The exception tree, and the problems reported for a spec.
 
 PipelineError                 exit code 1
 |-- BadInput                  exit code 2: the spec, an option or the user's own source is wrong
 |   `-- SpecError             all problems of one spec together
-|-- TakenOver                 a run is another process's by now
-|-- BrokenPromise             what a worker used is not what the key of its cell says
+|-- TakenOver                 another process has taken the run over
+|-- BrokenPromise             a worker used code or data other than its cell's key says
 `-- StoreError                the storage
     |-- StorageUnsupported    the storage cannot create a file exclusively
-    |-- StorageUnavailable    the storage is full, broken, or out of reach: perhaps not for long
-    |-- DamagedDocument       a document of a run is not what was written
-    `-- Damaged               a stored result is not what its manifest says
+    |-- StorageUnavailable    the storage is full, broken, or out of reach, perhaps briefly
+    |-- DamagedDocument       a stored document differs from what was written
+    `-- Damaged               a stored result differs from its manifest
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from pipeline.base.text import cut, printable
 
 
 class PipelineError(Exception):
-    """Base of every error that the runner raises on purpose; its text is shown as it is."""
+    """Base of every error that the runner raises on purpose; its text is shown unchanged."""
 
     exit_code = 1
 
 
 class BadInput(PipelineError):
-    """The user's input is wrong; the message says what, and what would be right."""
+    """The user's input is wrong; the message names the mistake and the remedy."""
 
     exit_code = 2
 
@@ -41,8 +41,7 @@ class Position:
 
     Attributes:
         file: path as the user gave it, or the option (`--set stage.param=value`) at fault.
-        line: from 1; 0 where there are no lines, as in an option.
-        column: from 1; 0 where there are no lines.
+        line, column: from 1; 0 in an option, which has no lines.
     """
 
     file: str
@@ -55,7 +54,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake and where it is; prints as `file:line:column: message`, on one line."""
+    """One mistake and its position; prints as `file:line:column: message`, on one line."""
 
     position: Position
     message: str
@@ -65,12 +64,12 @@ class Problem:
         return " ".join(printable(text).splitlines())
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the place and the message, as JSON has them."""
+        """Return position and message as JSON data."""
         return {**asdict(self.position), "message": self.message}
 
 
 class SpecError(BadInput):
-    """All problems of a spec, in file order, those of options last; `more`: there may be others."""
+    """All problems of a spec, in file order, then those of options; `more`: others may exist."""
 
     def __init__(self, problems: Iterable[Problem], *, more: bool = False):
         self.problems: Sequence[Problem] = sorted(dict.fromkeys(problems), key=_file_order)
@@ -79,35 +78,35 @@ class SpecError(BadInput):
 
 
 class BrokenPromise(PipelineError):
-    """What a worker used is not what the key of its cell says: it was changed after the plan."""
+    """A worker used code or data that changed after the plan, so its cell's key is wrong."""
 
 
 class TakenOver(PipelineError):
-    """A run is another process's by now; this one writes nothing more of it."""
+    """Another process has taken the run over; this one writes nothing more of it."""
 
 
 class StoreError(PipelineError):
-    """The storage does not do what is asked of it."""
+    """A request to the storage failed."""
 
 
 class StorageUnsupported(StoreError):
-    """The storage cannot create a file exclusively, which publication rests on."""
+    """The storage cannot create a file exclusively, which publication requires."""
 
 
 class StorageUnavailable(StoreError):
-    """The storage is full, broken, or out of reach; trying again later may help."""
+    """The storage is full, broken, or out of reach; a later attempt may succeed."""
 
 
 class DamagedDocument(StoreError):
-    """A document is not what was written; what it said is not known."""
+    """A stored document differs from what was written; its content is unknown."""
 
 
 class Damaged(StoreError):
-    """A stored result is not what its manifest says; `Store.set_aside` moves it away.
+    """A stored result differs from its manifest; `Store.set_aside` moves it away.
 
     Attributes:
         key: the cell's key.
-        reason: which file, and what is wrong with it.
+        reason: the file, and its damage.
     """
 
     def __init__(self, key: str, reason: str):
@@ -119,7 +118,7 @@ class Damaged(StoreError):
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Return " (did you mean 'x'?)" with the choice nearest to `name`, or "" when none is near.
 
-    Nor is there a hint among very many or very long names, whose comparison would take seconds.
+    Very many or very long names give "": their comparison would take seconds.
     """
     known = [choice for choice in choices if len(choice) <= limits.NAME_CHARACTERS]
     if len(name) > limits.NAME_CHARACTERS or len(known) > limits.CHOICES:

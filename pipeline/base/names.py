@@ -1,7 +1,6 @@
-"""Names that come from a store, and the rule that none of them leads out of it.
+"""Names that come from a store, and the check that none of them leads out of it.
 
-A writer to the store can put any name into it, and any text into its documents. So a stored
-path is checked each time that it is used, wherever its parts come from.
+A writer to the store can choose any name in it, so a stored path is checked at each use.
 """
 
 from __future__ import annotations
@@ -13,15 +12,15 @@ from pathlib import Path
 from pipeline.base.errors import StoreError
 from pipeline.base.text import CONTROLS
 
-_PART_BYTES = 255  # the longest name that file systems take
+_PART_BYTES = 255  # the longest name that file systems allow
 
 
 def require_inside(path: str) -> str:
-    """Return a path relative to a storage's root, which stays below it however it is spelt.
+    """Return a path relative to a storage's root, if it stays below that root.
 
     Raises:
-        StoreError: it is absolute, or has a part that is `..`, looks like it or holds look-alikes
-            of slashes, is longer than file systems take, or drives a terminal.
+        StoreError: it is absolute, has a part that is or looks like `..`, contains look-alikes of
+            slashes or control characters, or has a part longer than file systems allow.
 
     >>> require_inside("stages/ab/manifest.json")
     'stages/ab/manifest.json'
@@ -35,14 +34,8 @@ def require_inside(path: str) -> str:
 
 
 def store_around(path: Path) -> Path | None:
-    """Return the store that a file lies in, or None.
-
-    No code is imported from a store: a stored document that names a module there would run it.
-    """
-    for folder in path.resolve().parents:
-        if is_store(folder):
-            return folder
-    return None
+    """Return the store that contains a file, or None; no code is imported from a store."""
+    return next(filter(is_store, path.resolve().parents), None)
 
 
 def is_store(folder: Path) -> bool:
@@ -51,7 +44,7 @@ def is_store(folder: Path) -> bool:
 
 
 def numbers(names: Iterable[str]) -> Iterator[int]:
-    """Yield the names that are numbers; others are not ours, such as a file manager's.
+    """Yield the names that are numbers; others, such as a file manager's, are foreign.
 
     >>> list(numbers(["0012", "copy of 0001", "²", "9" * 5000]))
     [12]

@@ -1,4 +1,4 @@
-"""Several requests to a slow storage at the same time."""
+"""Concurrent requests to a slow storage."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _Answer = TypeVar("_Answer")
 
 
 class Requests:
-    """Asks the same of many things, in threads where that is worth it.
+    """Calls a function on many items, in threads where the storage is slow.
 
-    The threads are daemons: a request that hangs holds no process back that is told to end.
+    The threads are daemons, so a request that hangs does not delay the end of the process.
 
     Args:
-        at_once: how many requests are made at the same time, see `AbstractStorage.at_once`.
+        at_once: number of concurrent requests, see `AbstractStorage.at_once`.
     """
 
     def __init__(self, at_once: int):
@@ -33,7 +33,7 @@ class Requests:
     def ask(
         self, question: Callable[[_Item], _Answer], items: Sequence[_Item]
     ) -> list[tuple[_Item, _Answer]]:
-        """Return each item with the answer to it, in order; an error of any is raised."""
+        """Return each item with its answer, in order; raises the first error."""
         if self._pool is None or len(items) < 2:
             return [(item, question(item)) for item in items]
         return list(zip(items, self._pool.map(question, items), strict=True))

@@ -1,9 +1,8 @@
-"""Where a path leads that somebody gives, said once.
+"""Resolution of the paths in pipeline files, options and variables.
 
-`~` is the home folder. What a pipeline file says is relative to the file, as the same file means
-the same wherever one stands; an option or a variable is relative to where one stands. What is left
-to its default lies together: `mlflow.db` and `tracking/` beside the store, where that is a folder
-given by a relative path, else beside the file.
+`~` is the home folder. A path in a pipeline file is relative to the file; one in an option or a
+variable is relative to the working directory. By default, `mlflow.db` and `tracking/` lie beside
+a store with a relative path, else beside the file.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ LINES = "tracking"  # the folder of JSON lines
 
 
 def lead(path: str, folder: Path | str = "") -> str:
-    """Return where a path leads that is relative to a folder; a URL is none.
+    """Return a path relative to a folder in normal form; a URL stays as it is.
 
     >>> lead("../.fls", "experiments"), lead("/data/fls", "experiments"), lead("s3://b/x", "y")
     ('.fls', '/data/fls', 's3://b/x')
@@ -30,7 +29,7 @@ def lead(path: str, folder: Path | str = "") -> str:
 
 
 def defaults_folder(storage: str, folder: Path) -> Path:
-    """Return where `mlflow.db` and `tracking/` lie by default.
+    """Return the default folder of `mlflow.db` and `tracking/`.
 
     Args:
         storage: as a pipeline file gives it.
@@ -48,16 +47,15 @@ def tracking_uri(
     folder: Path | str = "",
     default_folder: Path | str = "",
 ) -> str:
-    """Return where MLflow data goes: `MLFLOW_TRACKING_URI`, else what the spec says, else here.
+    """Return MLflow's address: `MLFLOW_TRACKING_URI`, else the spec's, else a local database.
 
-    A run that goes on stays where it is `recorded`, rather than go to a default; and a declared
-    path that is relative was so to the folder in which it began.
+    A resumed run keeps its recorded address instead of a default or a relative declared path.
 
     Args:
-        declared: what the spec says, or None.
-        recorded: where the run is recorded that goes on, or None.
-        folder: where a declared path starts.
-        default_folder: where the undeclared database lies.
+        declared: the spec's address, or None.
+        recorded: the address of a resumed run, or None.
+        folder: folder of a relative declared path.
+        default_folder: folder of the default database.
     """
     if recorded and declared and absolute_uri(declared) != declared:
         declared = None
@@ -75,13 +73,13 @@ def _rooted(uri: str, folder: Path | str) -> str:
 
 
 def absolute_uri(uri: str) -> str:
-    """Return a URI that means the same in any folder."""
+    """Return a URI that is independent of the working directory."""
     path = uri.removeprefix(_SQLITE)
     return uri if path == uri else _SQLITE + os.path.abspath(lead(path))
 
 
 def moved(given: str, folder: Path, tracking: Path) -> list[str]:
-    """Return sentences about what lies where it was looked for when all was relative to here.
+    """Return hints about data where an earlier version put it: below the working directory.
 
     Args:
         given: the storage as a pipeline file gives it.
@@ -90,23 +88,18 @@ def moved(given: str, folder: Path, tracking: Path) -> list[str]:
     """
     told = []
     before, now = (os.path.abspath(lead(given, one)) for one in ("", folder))
-    there = os.path.isfile(os.path.join(before, "storage.json"))  # False of what can be no path
+    there = os.path.isfile(os.path.join(before, "storage.json"))
     if "://" not in given and there and not os.path.exists(now):
         told.append(
-            f"A relative `storage:` starts at the pipeline file, so results go to {now}; there is "
-            f"a store at {before}, where they went: give that as `storage:` to use it."
+            f"A relative `storage:` starts at the pipeline file, so results go to {now}. An "
+            f"earlier version put them into {before}: give that as `storage:` to use it."
         )
     old, new = os.path.abspath(DATABASE), os.path.abspath(tracking / DATABASE)
     if told and os.path.isfile(old) and not os.path.exists(new):
-        told.append(f"So is what was tracked, in {old}: `mlflow: {{tracking_uri: ...}}`.")
+        told.append(f"Its tracking data is in {old}: `mlflow: {{tracking_uri: ...}}`.")
     return told
 
 
 def tracking_folder_of(storage: str, folder: Path) -> Path:
-    """Return where `mlflow.db` and `tracking/` of a spec lie by default.
-
-    Args:
-        storage: as the file gives it.
-        folder: the file's.
-    """
+    """Return `defaults_folder`, or the file's folder where FISHLEG_STORAGE is set."""
     return folder if STORAGE.read() else defaults_folder(storage, folder)

@@ -1,4 +1,4 @@
-"""Folders in the machine's temporary folder that no other user can look into or have made."""
+"""Folders in the machine's temporary folder that belong to this user and are closed to others."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pipeline.base.errors import StorageUnsupported
 
 
 def private_place(*names: str) -> Path:
-    """Return where this user's folder of these names is, in the temporary folder; makes nothing."""
+    """Return the path of this user's folder of these names in the temporary folder."""
     return Path(tempfile.gettempdir(), f"fls-{os.getuid()}", *names)
 
 
 def make_private(folder: Path) -> Path:
     """Make a folder of `private_place`, level by level, and return it.
 
-    A level that is another user's, a link or a file is refused (`StorageUnsupported`): its owner
-    could read and change what is put there.
+    A level that is a link, a file or another user's is refused (`StorageUnsupported`): its owner
+    could read and change the files in it.
     """
     root = Path(tempfile.gettempdir())
     levels = [one for one in (folder, *folder.parents) if root in one.parents]
@@ -32,7 +32,7 @@ def make_private(folder: Path) -> Path:
 
 
 def is_private(folder: Path) -> bool:
-    """Tell whether a folder is there, and is this user's own."""
+    """Tell whether a folder exists and belongs to this user."""
     try:
         found = folder.lstat()
     except OSError:
@@ -41,16 +41,10 @@ def is_private(folder: Path) -> bool:
 
 
 def _check_own(folder: Path) -> None:
-    """Check that a folder is this user's own, and close it to all others.
-
-    Raises:
-        StorageUnsupported: it is not.
-    """
     if not is_private(folder):
         raise StorageUnsupported(
-            f"{folder} is not a folder of user {os.getuid()}, who would keep private copies there; "
-            "expected one of your own. Remove it, or set TMPDIR to a folder of your "
-            "own."
+            f"{folder} is not a folder of user {os.getuid()}, and private copies belong there. "
+            "Remove it, or set TMPDIR to a folder of your own."
         )
     if stat.S_IMODE(folder.lstat().st_mode) & 0o077:
         folder.chmod(0o700)

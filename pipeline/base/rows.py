@@ -1,4 +1,4 @@
-"""Rows of results as CSV, whatever is in them."""
+"""Rows of results as CSV, with nested values as columns or JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def csv_text(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows as CSV with a header: some columns first, then all else that any row has.
+    """Return rows as CSV with a header: `columns` first, then all others that any row has.
 
     A mapping has a column for each of its keys, `settings.damping`; a list is JSON.
 

@@ -1,7 +1,6 @@
-"""Where Python looks for modules: in the working directory last, here and in processes of ours.
+"""Python's search path, with the working directory last, here and in child processes.
 
-Others may be able to write to the folder that one stands in. A `ray.py` or `yaml.py` there must not
-be taken for the package that is installed.
+So a `ray.py` or `yaml.py` in the working directory does not replace the installed package.
 """
 
 import os
@@ -9,10 +8,10 @@ import sys
 
 
 def look_here_last() -> None:
-    """Search the working directory behind all else, unless PYTHONPATH names it."""
+    """Search the working directory last, unless PYTHONPATH names it."""
     try:
         here = os.getcwd()
-    except FileNotFoundError:  # deleted by now, so nothing is found in it
+    except FileNotFoundError:  # deleted
         return
     if here in os.environ.get("PYTHONPATH", "").split(os.pathsep):
         return
@@ -20,19 +19,16 @@ def look_here_last() -> None:
 
 
 def look_here_too() -> None:
-    """Search the working directory behind all else, unless it is searched already."""
+    """Add the working directory to the end of the search path, unless it is there."""
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
 
 
 def python_command(module: str, *arguments: str) -> list[str]:
-    """Return the command that runs a module in a process that finds what this one would find.
-
-    With it goes `search_variable`.
-    """
+    """Return the command that runs a module; with `search_variable`, it has this search path."""
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def search_variable() -> dict[str, str]:
-    """Return the variable that tells such a process where this one looks."""
+    """Return PYTHONPATH with the search path of this process."""
     return {"PYTHONPATH": os.pathsep.join([path or os.getcwd() for path in sys.path])}

@@ -1,7 +1,7 @@
-"""Files that hold keys and passwords: known by their names, or by how they begin.
+"""Files that hold keys and passwords, recognised by name or by first bytes.
 
-They are not packed for a cluster, and of what changed in them a run records their names alone.
-`deploy/cluster.yaml` repeats the names for Ray's launcher, which a test compares.
+They are not packed for a cluster, and a run records only the names of changed ones.
+`deploy/cluster.yaml` repeats the patterns for Ray's launcher; a test compares them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 
 from pathspec import GitIgnoreSpec
 
-# In the language of `.gitignore`. Those with `!` are code, such as the package `credentials/`.
+# `.gitignore` syntax. Patterns with `!` match code, such as the package `credentials/`.
 PATTERNS = (
     "*credentials", "!*credentials/", "*token", "!*token/",
     # passwords and tokens
@@ -33,7 +33,7 @@ PATTERNS = (
     ".ssh/", ".gnupg/", "*.pem", "*.key", "*.p8", "*.p12", "*.pfx", "*.jks", "*.keystore",
     "*.kdbx", "*.agekey", "*.ovpn", "*.ppk", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*",
 )  # fmt: skip
-# A line that begins like this is of a key; Python and `git grep -E` both take it.
+# First line of a key; syntax of both Python and `git grep -E`.
 KEY_LINE = (
     "(-----BEGIN ([A-Z0-9]+ )*PRIVATE KEY( BLOCK)?-----|PuTTY-User-Key-File-"
     '|[{]? *"type": *"(service_account|authorized_user|external_account)"|aws_access_key_id *=)'
@@ -44,7 +44,7 @@ _BEGINNING = re.compile(rb"\s*([{\[][^\n]*\n\s*)?" + KEY_LINE.encode())
 
 
 def is_secret_file(path: str) -> bool:
-    """Tell whether a path says that a file, or a folder with a slash behind it, holds secrets.
+    """Tell whether a path is that of a secret file, or (with a slash behind it) folder.
 
     >>> is_secret_file("deploy/fishleg.env"), is_secret_file(".aws/"), is_secret_file("secrets.py")
     (True, True, False)
@@ -53,5 +53,5 @@ def is_secret_file(path: str) -> bool:
 
 
 def begins_like_key(beginning: bytes) -> bool:
-    """Tell whether a file is a private key, or the key of an account, by its first bytes."""
+    """Tell whether the first bytes of a file are those of a private key or an account key."""
     return _BEGINNING.match(beginning) is not None

@@ -1,10 +1,9 @@
-"""Secrets: kept out of specs, and out of all that is shown or recorded.
+"""Detection and redaction of secrets in specs, logs, documents and output.
 
-A spec, its parameters, the events of its stages and what fails are written into the store and the
-tracking server, where many can read them. So a spec may not take a value from a variable whose name
-says that it is a secret, nor hold the value of one; and texts that are made elsewhere (a stage that
-prints its environment, a library that puts a URL into its error) are redacted on their way. What a
-variable holds is judged here alone, for specs as for the jobs that are given variables.
+Specs, parameters, events and errors go to the store and the tracking server, which many can read.
+So a spec may neither take a value from a secret variable nor contain one, and other texts (a stage
+prints its environment, a library's error contains a URL) are redacted. A secret variable has a
+telling name, such as HF_TOKEN, or a telling value, such as a URL with a password.
 """
 
 from __future__ import annotations
@@ -25,9 +24,7 @@ _NAME = re.compile(
     r"|(^|_)((ACCESS|PRIVATE)?KEYS?|PASS)(_|$)|._PWD$",
     re.IGNORECASE,
 )
-_PLACE = re.compile(
-    r"_(FILE|FILENAME|PATH|DIR)$", re.IGNORECASE
-)  # where a secret lies is none itself
+_PLACE = re.compile(r"_(FILE|FILENAME|PATH|DIR)$", re.IGNORECASE)  # the path of a secret is none
 # Each of these is linear in the text; one pattern for a whole URL would not be.
 _WORD = re.compile(r"[^\s'\"<>]+")
 _AFTER_AUTHORITY = re.compile(r"[/?#]")
@@ -35,23 +32,23 @@ _OPTION = re.compile(r"[?&;]([^=?&;#]*)=([^&;#]+)")
 _OPTION_NAME = re.compile(
     r"TOKEN|SECRET|PASSW|SIGNATURE|CREDENTIAL|APIKEY|\bSIG\b|(^|[_-])KEY", re.IGNORECASE
 )
-# What names a secret inside of a value, besides what does so as a variable's name.
+# Names of secrets inside a value, beside those of secret variables.
 _INNER_NAME = re.compile(r"(^|_)(AUTH|PWD|SAS|JWT)$|SIGNATURE|ODBC_CONNECT", re.IGNORECASE)
 _NEW_WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+")
-# Of a connection string; a name alone is no URL, and `key` alone none of a secret.
+# A setting of a connection string; a name contains no URL, and a bare `key` is no secret.
 _SETTING = re.compile(r"(?:^|[;,])(?!\s*keys?\s*=)([^=;,:/?&]*)=([^;,]*)", re.IGNORECASE)
 _QUOTED_PAIR = re.compile(r"""["']([^"']+)["']\s*:\s*["']([^"']+)["']""")
-_LONE_TOKEN = 20  # a user without a password that is so long is a token, unless it is words
-_CONTAINER = ("abfs", "abfss", "wasb", "wasbs")  # where a user would stand, these have a container
-_SHORTEST = 8  # a shorter value would be found in text that has nothing to do with it
-_GUESSABLE = 12  # and so would a password of words that is shorter than this
+_LONE_TOKEN = 20  # a user name this long without a password is a token, unless it consists of words
+_CONTAINER = ("abfs", "abfss", "wasb", "wasbs")  # URLs with a container in place of a user
+_SHORTEST = 8  # shorter values occur in unrelated text
+_GUESSABLE = 12  # so do shorter passwords made of words
 _WORDS = re.compile(r"[A-Z]?[a-z]*[0-9]{0,8}([-_.][A-Z]?[a-z]*[0-9]{0,8})*")
 HIDDEN = "***"
-HIDDEN_IN_NAME = "hidden"  # tracking servers take no asterisks in the name of a metric
+HIDDEN_IN_NAME = "hidden"  # tracking servers refuse asterisks in metric names
 
 
 def is_secret(name: str) -> bool:
-    """Tell whether an environment variable's name says that its value is a secret.
+    """Tell whether an environment variable holds a secret, by its name.
 
     >>> is_secret("HF_TOKEN"), is_secret("AWS_SECRET_ACCESS_KEY"), is_secret("PGPASSWORD")
     (True, True, True)
@@ -77,7 +74,7 @@ def has_credentials(text: str) -> bool:
 
 
 def holds_secret(value: str) -> bool:
-    """Tell whether a variable's value, whatever its name, has a secret in it.
+    """Tell whether a variable's value contains a secret, independent of its name.
 
     >>> holds_secret("s3://key:secret@bucket"), holds_secret('{"client_kwargs": {"token": "t"}}')
     (True, True)
@@ -88,16 +85,16 @@ def holds_secret(value: str) -> bool:
 
 
 def is_secret_variable(name: str, value: str) -> bool:
-    """Tell whether a variable is a secret, by its name or by what is in its value."""
+    """Tell whether a variable is a secret, by its name or its value."""
     return is_secret(name) or holds_secret(value)
 
 
 def find_secret(text: str, environment: Mapping[str, str]) -> tuple[int, str] | None:
-    """Return where a text holds a secret, and what kind of one; None if it does not.
+    """Return index and description of the first secret in a text, or None.
 
     Args:
         text: such as a spec.
-        environment: variables, whose secret values are looked for.
+        environment: variables whose secret values are searched for.
     """
     for start, _ in _credentials(text):
         return start, "a URL with credentials"
@@ -108,12 +105,11 @@ def find_secret(text: str, environment: Mapping[str, str]) -> tuple[int, str] | 
 
 
 def secret_values(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield name and value of the secrets in an environment that can be told from other text.
+    """Yield name and value of the secrets in an environment.
 
-    Of a URL with credentials, JSON or a connection string these are the whole, and each of the
-    secrets in it; but not a password such as `postgres`, a short one that is made of words, which
-    any text may hold by chance. It is hidden where it stands in the whole. What a variable's name
-    declares a secret is one, however weak.
+    A URL with credentials, JSON or a connection string gives its whole value and each secret in it,
+    except short passwords made of words, such as `postgres`, which occur in unrelated text. Values
+    of fewer than 8 characters are left out.
 
     >>> list(secret_values({"A_TOKEN": "long enough", "B_TOKEN": "short", "HOME": "/home/me"}))
     [('A_TOKEN', 'long enough')]
@@ -131,7 +127,7 @@ def secret_values(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 
 
 def _named_secrets(value: str) -> list[str]:
-    """Return what is named a secret in a value that is JSON, or looks like it, or has settings."""
+    """Return the values with secret names in JSON, JSON-like text or a connection string."""
     if not value.lstrip().startswith(("{", "[")):
         pairs = _SETTING.findall(value)
     else:
@@ -143,7 +139,7 @@ def _named_secrets(value: str) -> list[str]:
 
 
 def _secrets_of(data: Any, named: bool) -> Iterator[str]:
-    """Yield the texts and numbers in JSON data that a key declares to be secret."""
+    """Yield the texts and numbers under secret keys in JSON data."""
     if isinstance(data, dict):
         for key, one in data.items():
             yield from _secrets_of(one, named or _names_secret(key))
@@ -160,13 +156,13 @@ def _secrets_of(data: Any, named: bool) -> Iterator[str]:
 
 
 def _names_secret(name: str) -> bool:
-    """Tell whether the name of something in a value says that it is secret: AccountKey, auth."""
+    """Tell whether a name inside a value, such as AccountKey or auth, is that of a secret."""
     words = _NEW_WORD.sub("_", name)
     return is_secret(words) or (_INNER_NAME.search(words) is not None and not _PLACE.search(words))
 
 
 def _credentials(text: str) -> Iterator[tuple[int, int]]:
-    """Yield where the secret parts of the URLs in a text begin and end."""
+    """Yield start and end of the secret parts of the URLs in a text."""
     if "://" not in text:
         return
     for word in _WORD.finditer(text):
@@ -191,7 +187,7 @@ def redact(value: Any, environment: Mapping[str, str] | None = None) -> Any:
 
     Args:
         value: a text, or mappings and lists of texts and other values.
-        environment: whose secrets are looked for; None for this process's.
+        environment: variables with the secrets; None for this process's.
     """
     if environment is None:
         return _redactor_here().data(value)
@@ -199,7 +195,7 @@ def redact(value: Any, environment: Mapping[str, str] | None = None) -> Any:
 
 
 def presentable(text: str) -> str:
-    """Return a text as it may be shown: without secrets and without terminal controls."""
+    """Return a text without secrets, with control characters as escapes."""
     return printable(redact(text))
 
 
@@ -212,10 +208,10 @@ _here: tuple[Mapping[Any, Any], _Redactor] | None = None
 
 
 def _redactor_here() -> _Redactor:
-    """Return the redactor of this process's environment, made again whenever that has changed.
+    """Return the redactor of this process's environment, renewed when that changes.
 
-    The variables as `os.environ` holds them are compared: decoding all of them, for each line that
-    a stage prints, would take ten times as long as the redaction.
+    Undecoded variables are compared: decoding them for each printed line takes ten times as long
+    as the redaction.
     """
     global _here
     held: Mapping[Any, Any] = getattr(os.environ, "_data", os.environ)
@@ -225,7 +221,7 @@ def _redactor_here() -> _Redactor:
 
 
 def _forms(value: str) -> set[str]:
-    """Return the texts by which a secret may be found: itself, escaped, and its lines."""
+    """Return the texts in which a secret may occur: itself, escaped, and its long lines."""
     escaped = {repr(value)[1:-1], json.dumps(value)[1:-1], quote(value), quote(value, safe="")}
     lines = {line for line in value.splitlines() if len(line) >= 2 * _SHORTEST}
     return {value, *escaped, *lines}
@@ -236,7 +232,7 @@ class _Redactor:
         known = {
             form
             for name, value in secret_values(environment)
-            # of a URL, just what is secret in it
+            # a URL counts by its secret parts alone
             if is_secret(name) or _named_secrets(value) or not has_credentials(value)
             for form in _forms(value)
         }

@@ -1,7 +1,4 @@
-"""Shapes of stored documents: a dataclass or a TypedDict is the shape, the check and the reader.
-
-Its annotations are checked strictly.
-"""
+"""Strict reading and writing of stored documents, declared as dataclasses and TypedDicts."""
 
 from __future__ import annotations
 
@@ -27,12 +24,12 @@ Count = Annotated[int, Field(ge=0, lt=2**31)]
 Lists = dict[str, list[str]]
 Texts = dict[str, str]
 _Shape = TypeVar("_Shape")
-# Marks a shape whose documents have its fields and no others.
+# Decorator of a shape that refuses unknown fields.
 exact = with_config(ConfigDict(extra="forbid"))
 
 
 def checked_as(shape: Any) -> GetPydanticSchema:
-    """Return a mark for a mapping that is checked as a TypedDict, and stays a dict."""
+    """Return an annotation for a mapping that is checked as a TypedDict and stays a dict."""
     return GetPydanticSchema(lambda source, handler: handler(shape))
 
 
@@ -46,7 +43,7 @@ def first_wrong(error: ValidationError) -> str:
 
 
 def read_json(shape: type[_Shape], data: bytes) -> _Shape:
-    """Return the document that JSON text holds, as its shape.
+    """Parse JSON text as a shape.
 
     Raises:
         ValueError: it has another shape; names the first wrong field, and the expected value.

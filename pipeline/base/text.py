@@ -1,8 +1,7 @@
-"""Text that is shown to people: without what a terminal would obey, and of bearable length.
+"""Text for display: control characters are escaped, and long text is cut.
 
-Names, values and log lines may come from anyone's file, store or stage. Control characters drive a
-terminal (move the cursor, rename the window, hide what follows), and bidirectional controls make a
-line read other than it is; both are shown as escapes.
+Names, values and log lines come from files, stores and stages of others. Control characters drive
+a terminal (they move the cursor or rename the window), and bidirectional controls reorder a line.
 """
 
 from __future__ import annotations

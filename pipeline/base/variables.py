@@ -1,7 +1,6 @@
-"""The environment variables that are read: what each is for, and what it may hold.
+"""Declarations of the environment variables: purpose, default and valid values.
 
-An empty one counts as unset. Every `fls` command and every worker checks all of them before it
-begins, so none of them fails, or is taken for something else, hours later.
+An empty variable counts as unset. Every `fls` command and every worker first checks all variables.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from pipeline.base.errors import BadInput
 from pipeline.base.secrets import redact
 from pipeline.base.text import CONTROLS, cut, printable
 
-_LEASE_S = 1.0, 86400.0  # below, heartbeats would be most of what is stored
+_LEASE_S = 1.0, 86400.0  # shorter leases fill the store with heartbeats
 _PATIENCE_S = 0.0, 86400.0
 _MOST_BYTES = 2**60
 _SHOWN_CHARACTERS = 80
@@ -35,11 +34,10 @@ class Variable:
     """An environment variable.
 
     Attributes:
-        name: its name.
-        purpose: what it is for, for `fls --help`.
-        default: what counts where it is not set.
-        expected: what it may hold.
-        parse: returns its value; a text that is none is a ValueError.
+        purpose: the text in `fls --help`.
+        default: the value of an unset variable.
+        expected: valid values, as error messages name them.
+        parse: returns the value of a text; an invalid text is a ValueError.
     """
 
     name: str
@@ -55,7 +53,7 @@ class Variable:
             environment: None for this process's.
 
         Raises:
-            BadInput: it holds something else than it may.
+            BadInput: its value is invalid.
         """
         text = (os.environ if environment is None else environment).get(self.name)
         if not text:
@@ -89,19 +87,19 @@ def _devices(text: str) -> str:
 
 
 def _cluster(text: str) -> str | None:
-    return None if text == "local" else _text(text)  # Ray's word for an instance of one's own
+    return None if text == "local" else _text(text)  # Ray's name for a cluster of this process
 
 
 LEASE_S = Variable(
     name="FLS_LEASE_S",
-    purpose="seconds of silence after which a worker or a driver is given up (30)",
+    purpose="seconds of silence after which a worker or a driver counts as dead (30)",
     default=30.0,
     expected=f"seconds from {_LEASE_S[0]:g} to {_LEASE_S[1]:g}, such as 30",
     parse=partial(_seconds, _LEASE_S),
 )
 PATIENCE_S = Variable(
     name="FLS_PATIENCE_S",
-    purpose="seconds that a storage which is away, full or failing is waited for (120)",
+    purpose="seconds of waiting for a storage that is away, full or failing (120)",
     default=120.0,
     expected=f"seconds from {_PATIENCE_S[0]:g} to {_PATIENCE_S[1]:g}, such as 120",
     parse=partial(_seconds, _PATIENCE_S),
@@ -113,10 +111,10 @@ CACHE_BYTES = Variable(
     expected="a number of bytes, such as 5000000",
     parse=_bytes,
 )
-STORAGE = Variable(name="FISHLEG_STORAGE", purpose="takes the place of `storage:` in every file")
+STORAGE = Variable(name="FISHLEG_STORAGE", purpose="replaces `storage:` in every file")
 DATA = Variable(name="FISHLEG_DATA", purpose="folder of the data sets (data)", default="data")
 TRACKING_URI = Variable(
-    name="MLFLOW_TRACKING_URI", purpose="MLflow's address; takes the place of `tracking_uri:`"
+    name="MLFLOW_TRACKING_URI", purpose="MLflow's address; replaces `tracking_uri:`"
 )
 RAY_ADDRESS = Variable(
     name="RAY_ADDRESS",
@@ -135,7 +133,7 @@ CUDA_DEVICES = Variable(
     parse=_devices,
 )
 CACHE_HOME = Variable(
-    name="XDG_CACHE_HOME", purpose="folder for what is known of files' digests (~/.cache)"
+    name="XDG_CACHE_HOME", purpose="folder of the cache of file digests (~/.cache)"
 )
 
 VARIABLES = (
@@ -156,7 +154,7 @@ def check_variables() -> None:
     """Check all variables.
 
     Raises:
-        BadInput: some hold what they may not; names all of them.
+        BadInput: some values are invalid; names all of them.
     """
     problems = []
     for variable in VARIABLES:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import typer
 from rich.console import Console
 
-from pipeline.base.console import PlainConsole
+from pipeline.base.console import RedactingConsole
 from pipeline.base.secrets import presentable
 from pipeline.base.variables import VARIABLES, check_variables
 from pipeline.running.record import RunRecord, find_run
@@ -62,7 +62,7 @@ def read_spec(file: Path, overrides: Sequence[str] = ()) -> Spec:
 def console_here() -> Console:
     """Return the console on standard output."""
     width = None if sys.stdout.isatty() else 200
-    return PlainConsole(width=width)
+    return RedactingConsole(width=width)
 
 
 def find(store: Store, run: str, storage: str | None) -> RunRecord:

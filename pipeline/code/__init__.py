@@ -1,1 +1,1 @@
-"""What code a stage runs, as digests, and what a run records of it."""
+"""Digests of the code that a stage runs, and the provenance that a run records."""

@@ -1,11 +1,11 @@
-"""What a stage's code is, as one digest a module, found without importing any of it.
+"""Digests of a stage's code, one per module, found without an import.
 
-A stage's code is its entry module and, transitively, all that these import, at any depth of
-nesting, as far as it belongs to the plugins' packages or is the user's own (neither installed nor
-of the standard library). `from package import name` leads to the module that defines the name: what
-else the package's `__init__` imports stays out, so an `__init__` should only re-export. Imports by
-computed names are not seen; that is what registries are for. The runner itself and the catalogues
-never enter: a catalogue holds declarations, whose effect is in the resolved parameters.
+A stage's code is its entry module and all modules that it imports, directly or indirectly, if they
+belong to the plugins' packages or to the user (neither installed nor in the standard library).
+`from package import name` leads to the module that defines the name; other imports of the package's
+`__init__` do not count, so an `__init__` should only re-export. Imports by computed names are not
+seen; registries replace them. The runner and the catalogues do not count: the effect of a
+catalogue's declarations is in the resolved parameters.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SITE = {"site-packages", "dist-packages"}
 
 @dataclass(frozen=True)
 class Place:
-    """Where a module is: its file (None for a namespace package) and a package's folders."""
+    """A module's file (None for a namespace package), and a package's folders."""
 
     file: Path | None
     folders: tuple[str, ...] = ()
@@ -40,8 +40,8 @@ class CodeIndex:
     """Digests of the code behind targets.
 
     Args:
-        packages: top-level packages whose code counts, besides what is not installed anywhere.
-        declarations: modules that do not count: the catalogues.
+        packages: top-level packages whose code counts, besides all code that is not installed.
+        declarations: the catalogues, which do not count.
     """
 
     def __init__(self, packages: Iterable[str], declarations: Iterable[str] = ()):
@@ -57,7 +57,7 @@ class CodeIndex:
             targets: each `module:attribute`.
 
         Raises:
-            BadInput: a module of the packages is not there, or no valid Python.
+            BadInput: a module of the packages is missing, or is no valid Python.
         """
         todo: list[str] = []
         for target in targets:
@@ -74,14 +74,14 @@ class CodeIndex:
         return {module: self._source(module).digest for module in sorted(found)}
 
     def _imported_by(self, module: str) -> list[str]:
-        """Return the modules that `module` imports, as far as they count."""
+        """Return the modules that `module` imports and that count."""
         if module not in self._direct:
             edges = dict.fromkeys(self._source(module).imports)
             self._direct[module] = [name for edge in edges for name in self._modules(edge)]
         return self._direct[module]
 
     def _modules(self, edge: Import, seen: frozenset[Import] = frozenset()) -> list[str]:
-        """Return the modules whose code `edge` brings; none if they do not count."""
+        """Return the modules that an import refers to and that count."""
         if not self._counts(edge.module) or edge in seen:
             return []
         place = self._place(edge.module)
@@ -106,7 +106,7 @@ class CodeIndex:
         return whole
 
     def _counts(self, module: str) -> bool:
-        """Tell whether code of `module` is the project's or the user's."""
+        """Tell whether the code of `module` belongs to the plugins or the user."""
         top = module.partition(".")[0]
         if top == RUNNER or module in self.declarations:
             return False
@@ -125,7 +125,7 @@ class CodeIndex:
 
 
 def missing_target(target: str) -> str | None:
-    """Say what is missing of `module:attribute`, without importing it; None if nothing is."""
+    """Return the reason why `module:attribute` cannot be used, without an import; or None."""
     module, _, attribute = target.partition(":")
     place = find_module(module)
     if place is None or place.file is None:
@@ -141,7 +141,7 @@ def missing_target(target: str) -> str | None:
 
 
 def find_module(module: str) -> Place | None:
-    """Find a module's file as the import system would, but without running any parent package."""
+    """Find a module's file as the import system does, but run no parent package."""
     top, *rest = module.split(".")
     if not all(part.isidentifier() for part in (top, *rest)):
         return None
@@ -167,10 +167,7 @@ def _is_local(place: Place | None) -> bool:
 
 
 def is_installed(path: str) -> bool:
-    """Tell whether a module's file is the standard library's, or was installed.
-
-    That includes what another environment has installed, which a `.pth` file may lead to.
-    """
+    """Tell whether a module's file is in the standard library or in any site-packages folder."""
     if not _SITE.isdisjoint(path.split(os.sep)):
         return True
     return any(path.startswith(folder + os.sep) for folder in _installed())

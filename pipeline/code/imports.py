@@ -1,9 +1,8 @@
-"""Which source this process has run of each module of the project's and the user's.
+"""A record of the source that this process has run of each module of the plugins and the user.
 
-Python keeps no record of it, and may take bytecode for a source's whose size and time agree. So a
-finder before all others hands such modules to a loader that compiles what it has read, never takes
-bytecode, and remembers what it read. Modules that are installed, or the standard library's, are
-loaded as ever.
+Python keeps no such record, and uses bytecode of a source with equal size and time. So the first
+finder gives these modules to a loader that compiles and records the source, and uses no bytecode.
+Installed modules and the standard library are loaded as usual.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from pipeline.code.syntax import parse_source, read_source
 
 @dataclass(frozen=True)
 class Loaded:
-    """What was compiled for a module."""
+    """The source that was compiled for a module."""
 
     module: str
     file: Path
@@ -31,12 +30,12 @@ class Loaded:
     is_package: bool
 
     def source(self) -> ModuleSyntax:
-        """Return what it says."""
+        """Return its syntax."""
         return parse_source(self.data, self.file, self.module, self.is_package)
 
 
 class _Imports(MetaPathFinder):
-    """Finds modules as the finders after it do, and remembers the source of those that count."""
+    """Finds modules as the finders after it do, and records the source of those that count."""
 
     def __init__(self) -> None:
         self.packages: set[str] = set()
@@ -57,19 +56,19 @@ class _Imports(MetaPathFinder):
         return None
 
     def counts(self, module: str, spec: ModuleSpec) -> bool:
-        """Tell whether a module may belong to a key; see `pipeline.code.digest`."""
+        """Tell whether a module's code may enter a key; see `pipeline.code.digest`."""
         top = module.partition(".")[0]
         return top != RUNNER and (top in self.packages or not is_installed(spec.origin or ""))
 
     def note(self, found: Loaded) -> None:
-        """Remember what is about to be run, and have it checked."""
+        """Record a source before it runs, and check its module."""
         self.loaded.setdefault(found.module, {})[found.data] = found
         if self.check is not None:
             self.check(found.module)
 
 
 class _Loader(SourceFileLoader):
-    """Compiles a module's source, whatever bytecode there is."""
+    """Compiles a module's source and ignores its bytecode."""
 
     def get_code(self, fullname: str) -> CodeType:
         path = self.get_filename(fullname)
@@ -83,7 +82,7 @@ _imports = _Imports()
 
 
 def watch_imports(packages: Iterable[str]) -> None:
-    """Remember from now on what is loaded; may be called again.
+    """Record the modules that are loaded from now on; may be called again.
 
     Args:
         packages: top-level packages that count even where they are installed.
@@ -94,19 +93,19 @@ def watch_imports(packages: Iterable[str]) -> None:
 
 
 def check_imports(check: Callable[[str], None] | None) -> None:
-    """Have each module's name passed to `check` before it runs, whose exception ends the import."""
+    """Call `check` with each module's name before the module runs; it may raise."""
     _imports.check = check
 
 
 def loaded(module: str) -> list[Loaded]:
-    """Return all that this process has compiled for a module: several where it was reloaded."""
+    """Return all sources that this process has compiled of a module; several after a reload."""
     return list(_imports.loaded.get(module, {}).values())
 
 
 def loaded_unseen(module: str) -> tuple[Path, ModuleSyntax] | None:
-    """Return the file, as it is now, of a module that was imported before anything was remembered.
+    """Return the current source of a module that was imported before recording began.
 
-    None if it was not imported, has been remembered, or has no source.
+    None if it was not imported, is recorded, or has no source.
     """
     file = getattr(sys.modules.get(module), "__file__", None)
     if file is None or module in _imports.loaded or not file.endswith(".py"):

@@ -1,17 +1,16 @@
 """The normal form of a module's source, as a digest, with its imports and its names.
 
-The normal form is the syntax tree without what no program can read when it runs, or that hardly any
-does: layout, comments, `pass`, `if TYPE_CHECKING` blocks, and
-- annotations, but for those in class bodies (dataclasses and pydantic read them) and of decorated
-  functions (`functools.singledispatch` does): annotations of plain functions and of variables are
-  left out;
-- docstrings, but for those in a module that reads `__doc__`;
-- imports for typing, type aliases and `from __future__ import annotations`, unless something that
-  is left in needs them.
+The normal form is the syntax tree without the parts that programs cannot, or seldom do, read at
+run time: layout, comments, `pass`, `if TYPE_CHECKING` blocks, and
+- annotations, except in class bodies (dataclasses and pydantic read them) and of decorated
+  functions (`functools.singledispatch` reads them);
+- docstrings, except in a module that reads `__doc__`;
+- imports for typing, type aliases and `from __future__ import annotations`, unless a remaining part
+  needs them.
 It is the same on every supported Python.
 
-A module with a `__getattr__` imports its names at their first use; the imports in its
-`if TYPE_CHECKING` blocks say from where, and count as its imports.
+A module with a `__getattr__` imports its names lazily; the imports in its `if TYPE_CHECKING` blocks
+name their origins, and count as its imports.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ _SIGNATURE = {"args", "returns", "type_params"}
 _BODIES = {"body", "orelse", "finalbody"}
 _FUTURE = "__future__.annotations"
 
-# The rule by which digests are made, kept beside them. Rule 1 left out all annotations, docstrings
-# and imports for typing.
+# Version of the digest rule, stored with digests. Rule 1 left out all annotations, docstrings and
+# imports for typing.
 RULE = 2
 
 
@@ -44,7 +43,7 @@ class Import:
 
 @dataclass
 class ModuleSyntax:
-    """What one module's source says.
+    """The digest, imports and names of a module's source.
 
     Attributes:
         digest: hex sha256 of the normalised syntax tree.
@@ -60,15 +59,15 @@ class ModuleSyntax:
 
 
 class Normaliser:
-    """Walks a syntax tree once: collects its normal form as text, its imports and its names.
+    """Collects the normal form, the imports and the names of a syntax tree in one walk.
 
     Args:
         package: the package that relative imports start from.
-        docstrings: ids of the statements that count though they do nothing.
-        needed: names that typing brings, and something that counts needs.
+        docstrings: ids of the string statements that count.
+        needed: names from typing that the normal form needs, as an earlier walk found them.
 
     Attributes:
-        needed: the same, as it was found on the way.
+        needed: the same, as this walk found them.
     """
 
     def __init__(self, package: str, docstrings: set[int], needed: set[str]):
@@ -83,7 +82,7 @@ class Normaliser:
         self.offered: set[str] = set()
 
     def read(self, tree: ast.Module) -> ModuleSyntax:
-        """Return what the tree says."""
+        """Return digest, imports and names of a tree."""
         self.field("body", tree.body)
         text = "".join(self.out).encode("utf-8", "surrogatepass")
         source = ModuleSyntax(hashlib.sha256(text).hexdigest(), self.imports)
@@ -94,7 +93,7 @@ class Normaliser:
 
     @property
     def needed(self) -> set[str]:
-        """Of the names that typing brings, those that were used."""
+        """The names from typing that were used."""
         return self.used & self.offered
 
     # -- normal form: (Class field value ...), where fields that are None or empty are left out
@@ -130,7 +129,7 @@ class Normaliser:
         self.out.append(")")
 
     def function(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
-        """Append a function's fields; what its signature says of types, if it is decorated."""
+        """Append a function's fields; types in its signature only if it is decorated."""
         outer = self.in_signature
         for name in _fields(type(node).__name__):
             self.in_signature = bool(node.decorator_list) and name in _SIGNATURE
@@ -162,14 +161,14 @@ class Normaliser:
             self.out.append("]")
         elif isinstance(value, ast.AST):
             if type(value) is ast.JoinedStr and not value.values:
-                return  # an empty format, `{x:}`, which some versions leave out
+                return  # an empty format, `{x:}`; some Python versions leave it out
             self.out.append(f" {name}=")
             self.node(value)
         elif value is not None:
             self.out.append(f" {name}={_atom(value)}")
 
     def pieces(self, values: list[ast.expr]) -> None:
-        """Append an f-string's parts; versions cut the text between the braces differently."""
+        """Append an f-string's parts; Python versions split the text between braces differently."""
         text = ""
         for value in values:
             if isinstance(value, ast.Constant):
@@ -206,27 +205,27 @@ class Normaliser:
                 yield statement
 
     def counts(self, alias: ast.alias, module: str) -> bool:
-        """Tell whether an import counts: if it is for typing, only where its name is needed."""
+        """Tell whether an import counts; one for typing counts only where its name is needed."""
         if module == "__future__":
             return alias.name == "annotations" and self.is_needed(_FUTURE)
         name = alias.asname or alias.name.partition(".")[0]
         return module not in _TYPING or alias.name == "*" or self.is_needed(name)
 
     def is_needed(self, name: str) -> bool:
-        """Tell whether something that counts needs a name that serves typing."""
+        """Tell whether the normal form needs a name from typing."""
         self.offered.add(name)
         return name in self.kept
 
     # -- imports and names
 
     def edges(self, node: ast.ImportFrom) -> list[Import]:
-        """Return what `from module import names` brings."""
+        """Return `from module import names` as imports."""
         module = self.absolute(node)
         names = [alias.name for alias in node.names]
         return [Import(module, None if name == "*" else name) for name in names]
 
     def absolute(self, node: ast.ImportFrom) -> str:
-        """Return the module that an import names, relative ones made absolute."""
+        """Return the absolute name of the module that a statement imports from."""
         if not node.level:
             return node.module or ""
         parents = self.package.split(".")
@@ -246,7 +245,7 @@ class Normaliser:
                         self.bind(child.body if part == "handlers" else [child], source)
 
     def bind_lazy(self, body: list[ast.stmt], source: ModuleSyntax) -> None:
-        """Note the names that a module with a `__getattr__` declares for type checkers."""
+        """Note the names that a lazy module declares for type checkers."""
         declared = [
             inner
             for statement in body
@@ -260,7 +259,7 @@ class Normaliser:
     def bound(
         self, statement: ast.stmt, source: ModuleSyntax
     ) -> Iterator[tuple[str, Import | None]]:
-        """Yield the names that a statement binds itself, with the import that does."""
+        """Yield the names that a statement itself binds, with the import or None."""
         if isinstance(statement, DEFINITIONS):
             yield statement.name, None
         elif isinstance(statement, ast.Import):
@@ -304,7 +303,7 @@ def _is_idle(statement: ast.stmt) -> bool:
 
 
 def is_text(statement: ast.stmt) -> bool:
-    """Tell whether a statement is a string alone, such as a docstring."""
+    """Tell whether a statement consists of a string, as a docstring does."""
     value = statement.value if isinstance(statement, ast.Expr) else None
     return isinstance(value, ast.Constant) and isinstance(value.value, str)
 
@@ -320,7 +319,7 @@ def reads_docstrings(node: ast.AST) -> bool:
 
 
 def _names_in_texts(annotation: ast.expr) -> Iterator[str]:
-    """Yield the names in an annotation's strings, which their readers evaluate."""
+    """Yield the names in an annotation's strings, which readers of annotations evaluate."""
     for part in ast.walk(annotation):
         if isinstance(part, ast.Constant) and isinstance(part.value, str):
             try:
@@ -331,7 +330,7 @@ def _names_in_texts(annotation: ast.expr) -> Iterator[str]:
 
 
 def _atom(value: Any) -> str:
-    """Return a constant or a name as text that is the same on every Python, and unambiguous."""
+    """Return a constant or name as unambiguous text that is equal on every Python version."""
     if type(value) is str:  # not repr, which depends on the version's Unicode tables
         return f"'{len(value)}:{value}"
     if type(value) is int:

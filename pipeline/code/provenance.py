@@ -1,7 +1,6 @@
-"""Where the code of a run comes from: commit, uncommitted changes, versions of the environment.
+"""Provenance of a run's code: commit, uncommitted changes, versions of the environment.
 
-A folder that was packed for a cluster has no `.git`, so the packer leaves a file in it that
-says all this, and a run started there reads the file instead of asking Git.
+A folder packed for a cluster has no `.git`; the packer writes the provenance into a file there.
 """
 
 from __future__ import annotations
@@ -31,19 +30,15 @@ _SHOWN_CHANGES = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """What is known of the code in a folder, and of the Python that runs it.
+    """The state of the code in a folder, and the versions of Python and its packages.
 
     Attributes:
-        commit: the commit that is checked out, or None outside of Git.
-        changes: a line for each file that differs from it, such as `M pipeline.yaml`; new files
-            are `?`.
-        diff: the changes of tracked files as a patch, cut where it is very long; secrets of the
-            environment are hidden in it.
-        left_out: files that differ, and are in neither of these, because they hold keys or
-            passwords.
-        python: version of Python.
+        commit: the checked-out commit, or None outside of Git.
+        changes: a line for each file that differs, such as `M pipeline.yaml`; `?` for new files.
+        diff: the changes of tracked files as a patch, redacted, and cut after 500,000 characters.
+        left_out: differing files that hold keys or passwords, and appear in neither of these.
         packages: installed distribution -> version.
-        user: whose process that is; of a packed folder, who packed it.
+        user: owner of the process, or packer of a packed folder.
         submitted_from: the machine that packed the folder, if its local paths are used; or None.
     """
 
@@ -58,7 +53,7 @@ class Provenance:
     submitted_from: str | None = None
 
     def tags(self) -> dict[str, str]:
-        """Return the facts that are recorded with a run."""
+        """Return the tags of a tracked run."""
         if self.commit is None:
             return {}
         shown = list(self.changes[:_SHOWN_CHANGES])
@@ -72,19 +67,19 @@ class Provenance:
         }
 
     def environment(self) -> dict[str, Any]:
-        """Return Python's version, the packages' and the commit."""
+        """Return the versions of Python and the packages, and the commit."""
         return {"python": self.python, "packages": dict(self.packages), "commit": self.commit}
 
     def to_json(self) -> str:
-        """Return all of it as JSON; the same for the same facts."""
+        """Return all fields as JSON with sorted keys."""
         return json.dumps(asdict(self), indent=1, sort_keys=True)
 
 
 def read_source(folder: Path) -> Provenance:
-    """Return what the folder's file says, or what Git says where there is no such file.
+    """Return the provenance in the packer's file of a folder, or else from Git.
 
     Raises:
-        BadInput: the file says something else.
+        BadInput: the file is malformed.
     """
     path = folder / SOURCE_FILE
     try:
@@ -100,11 +95,11 @@ def read_source(folder: Path) -> Provenance:
 
 
 def look_at(folder: Path, files: Collection[str] | None = None) -> Provenance:
-    """Ask Git about a folder.
+    """Return the provenance of a folder, from Git.
 
     Args:
-        folder: anywhere in a working tree, or in none.
-        files: paths, relative to the folder, that the answer is about; all without.
+        folder: inside or outside of a working tree.
+        files: paths, relative to the folder, to look at; None for all.
     """
     commit = _git(folder, "rev-parse", "HEAD").strip()
     if not commit:
@@ -130,20 +125,20 @@ def look_at(folder: Path, files: Collection[str] | None = None) -> Provenance:
 
 
 def _secret_files(folder: Path, paths: Collection[str]) -> set[str]:
-    """Return those of the paths that hold keys or passwords, or did so in the commit."""
+    """Return the paths of files that hold keys or passwords, now or in the commit."""
     found = {path for path in paths if is_secret_file(path)}
     others = [path for path in paths if path not in found]
     for where in ("--untracked", "HEAD") if others else ():
         options = ("--files-with-matches", "-z", "--text", "-E", "-e", f"^{KEY_LINE}", where)
         done = _run_git(folder, "grep", *options, "--", *others)
-        if done is None or done.returncode > 1:  # what cannot be searched is not shown
+        if done is None or done.returncode > 1:  # unsearchable files may hold keys
             return set(paths)
         found |= {name.removeprefix("HEAD:") for name in done.stdout.split("\0")[:-1]}
     return found
 
 
 def changed_versions(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Return a phrase for Python and each package that both have in different versions.
+    """Return a phrase for Python and each package whose version changed.
 
     >>> changed_versions(
     ...     {"python": "3.11.2", "packages": {"torch": "2.12", "numpy": "2.0"}},
@@ -152,16 +147,21 @@ def changed_versions(before: Mapping[str, Any], after: Mapping[str, Any]) -> lis
     ['torch 2.12 -> 2.13']
     """
     old = {"python": before.get("python"), **before.get("packages", {})}
-    new = {"python": after["python"], **after["packages"]}
-    return [
-        f"{name} {old[name]} -> {new[name]}"
-        for name in old
-        if name in new and old[name] != new[name]
-    ]
+    return changes(old, {"python": after["python"], **after["packages"]})
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return a phrase for each value that changed, of the names in both.
+
+    >>> changes({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 4})
+    ['b 2 -> 4']
+    """
+    shared = [name for name in old if name in new]
+    return [f"{name} {old[name]} -> {new[name]}" for name in shared if old[name] != new[name]]
 
 
 def other_versions(source: Provenance) -> str | None:
-    """Say which versions differ here from those of `source`, or return None."""
+    """Return a sentence about versions here that differ from those of `source`, or None."""
     found = changed_versions(source.environment(), Provenance().environment())
     if not found:
         return None
@@ -170,7 +170,7 @@ def other_versions(source: Provenance) -> str | None:
 
 
 def this_user() -> str:
-    """Return the name of the user of this process, or the number of one without a name."""
+    """Return the name of this process's user, or the number of a user without a name."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # as in a container
@@ -188,13 +188,13 @@ def _installed() -> dict[str, str]:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """Return what a Git command prints; nothing where there is no Git, repository or commit."""
+    """Return the output of a Git command; "" without Git, a repository or a commit."""
     done = _run_git(folder, *arguments)
     return done.stdout if done is not None and done.returncode == 0 else ""
 
 
 def _run_git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str] | None:
-    """Run a Git command; None where there is no Git, or it takes too long."""
+    """Run a Git command; None without Git or after 30 s."""
     try:
         return subprocess.run(  # noqa: S603 - fixed commands, paths after `--`
             ["git", "--literal-pathspecs", *arguments],  # noqa: S607 - the user's own git

@@ -1,4 +1,4 @@
-"""The syntax of one module's source: read from its file, and kept while that is unchanged."""
+"""The syntax of a module's source, cached while its file is unchanged."""
 
 from __future__ import annotations
 
@@ -20,14 +20,12 @@ _sources: dict[tuple[str, bool, Path], tuple[tuple[int, ...], ModuleSyntax]] = {
 
 
 def read_source(file: Path, module: str, is_package: bool) -> ModuleSyntax:
-    """Read what a module's source says; kept for the process as long as the file is unchanged.
+    """Read and cache the syntax of a module's source; invalid Python is `BadInput`.
 
     Args:
         file: the source.
-        module: its full name, which relative imports start from.
+        module: its full name, the origin of relative imports.
         is_package: whether it is an `__init__`.
-
-    What is no valid Python is `BadInput`.
     """
     stat = file.stat()
     signature = (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino)
@@ -41,16 +39,10 @@ def read_source(file: Path, module: str, is_package: bool) -> ModuleSyntax:
 
 @functools.lru_cache(maxsize=1024)
 def parse_source(data: bytes, file: Path, module: str, is_package: bool) -> ModuleSyntax:
-    """Return what source says, as it was read from a file.
-
-    Args:
-        data: the source.
-        file: where it was read, for messages.
-        module: as in `read_source`.
-        is_package: as there.
+    """Return the syntax of a source; `module` and `is_package` as in `read_source`.
 
     Raises:
-        BadInput: no valid Python.
+        BadInput: no valid Python; names the file.
     """
     try:
         with warnings.catch_warnings():

@@ -22,8 +22,8 @@ from pipeline.base.errors import DamagedDocument, StoreError
 from pipeline.base.shapes import Time, to_json
 from pipeline.code.provenance import this_machine, this_user
 from pipeline.spec.cells import shorten
+from pipeline.store.checksum import with_checksum
 from pipeline.store.layout import ACCEPTED
-from pipeline.store.seal import seal
 from pipeline.store.store import Store
 
 Code = Mapping[str, str]  # module -> digest
@@ -127,7 +127,7 @@ class Acceptances:
         )
         self._store.prepare()
         path = f"{ACCEPTED}/{_identify(stage, code)}"
-        added = self._store.storage.create(path, seal(to_json(document)))
+        added = self._store.storage.create(path, with_checksum(to_json(document)))
         self._names, self._known = None, {}
         return added
 

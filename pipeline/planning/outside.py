@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from pipeline.base.console import PlainConsole
+from pipeline.base.console import RedactingConsole
 from pipeline.base.errors import BadInput
 from pipeline.base.private import make_private, private_place
 from pipeline.base.variables import CACHE_HOME
@@ -200,7 +200,7 @@ class _Cache:
             if not name.endswith(b"/") and self._find(name, signature) is None
         )
         if new > _MUCH_BYTES:
-            PlainConsole(stderr=True).print(
+            RedactingConsole(stderr=True).print(
                 f"Reading {new / 1e9:.0f} GB of {self._folder}, which is to enter a key. Digests "
                 f"are kept in {self._file.parent}: next time only what has changed is read.",
                 soft_wrap=True,

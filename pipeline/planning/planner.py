@@ -329,7 +329,7 @@ class _Judge:
         """Return state, reason and, if there is one, the manifest."""
         name = cell.name
         if name in self.found:
-            maker = self.found[name].facts.get("run")
+            maker = self.found[name].making.get("run")
             made = f", made by run {maker}" if maker else ""
             return PlanState.CACHED, f"in the store{made}", self.found[name]
         if name in self.collected and name not in self.needed:

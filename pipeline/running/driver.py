@@ -187,7 +187,7 @@ class Driver:
             self._store, [manifest.key for _, manifest in cached], self._record.destination
         )
         for name, manifest in cached:
-            if manifest.facts.get("run") != self._record.run_id:
+            if manifest.making.get("run") != self._record.run_id:
                 source = known[manifest.key].cell if manifest.key in known else None
                 self._tracking.note(self._facts(name), CellState.CACHED, source)
             elif name in self._record.tracking.closed:
@@ -198,7 +198,7 @@ class Driver:
             else:
                 self._tail.skip(name, manifest.key)
                 self._flights[name] = _Flight(started_s=time.monotonic())
-                self._settle(name, {"status": "ok", "seconds": manifest.facts["seconds"]})
+                self._settle(name, {"status": "ok", "seconds": manifest.making["seconds"]})
 
     def _final_state(self) -> RunState:
         if self.signal is not None:

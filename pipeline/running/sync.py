@@ -309,7 +309,7 @@ def _made(store: Store, run_id: str, key: str) -> bool:
         manifest = store.manifest(key)
     except Damaged:
         return False
-    return manifest is not None and manifest.facts.get("run") == run_id
+    return manifest is not None and manifest.making.get("run") == run_id
 
 
 def _promoted(record: RunRecord, facts: StoredFacts) -> Iterator[tuple[str, str]]:

@@ -20,6 +20,7 @@ from pipeline.base.names import numbers
 from pipeline.base.shapes import to_json
 from pipeline.stage import StageError
 from pipeline.store import logs
+from pipeline.store.checksum import lines_with_checksum, verified, verified_lines, with_checksum
 from pipeline.store.events import EVENTS_AT_ONCE, merge
 from pipeline.store.layout import (
     CHECKPOINTS,
@@ -35,7 +36,6 @@ from pipeline.store.layout import (
     output_folder,
 )
 from pipeline.store.manifest import FileDigest, Manifest, digest_files
-from pipeline.store.seal import seal, seal_lines, unseal, unseal_lines
 from pipeline.store.storage.base import AbstractStorage
 
 _CHECKPOINTS_KEPT = 2
@@ -110,7 +110,7 @@ class Attempt:
         """
         if not events:
             return
-        data = seal_lines(events)
+        data = lines_with_checksum(events)
         self._segments += 1
         self._storage.write(event_segment(self.key, self.number, self._segments), data)
         self._said.append(data)
@@ -127,14 +127,14 @@ class Attempt:
         and wherever this is interrupted, a reader finds each event once. See
         `pipeline.store.events`.
         """
-        number, segments = 1, [unseal_lines(data) for data in self._said]
+        number, segments = 1, [verified_lines(data) for data in self._said]
         while segments:
             sizes = accumulate(map(len, segments))
             count = max(1, sum(size <= EVENTS_AT_ONCE for size in sizes))
             parts, segments = segments[:count], segments[count:]
             if count > 1:
                 path = event_segment(self.key, self.number, number)
-                self._storage.write(path, seal_lines(merge(parts)))
+                self._storage.write(path, lines_with_checksum(merge(parts)))
                 merged = range(number + 1, number + count)
                 self._storage.remove_files(
                     [event_segment(self.key, self.number, one) for one in merged]
@@ -155,14 +155,14 @@ class Attempt:
         self._log = found
 
     def publish(
-        self, ingredients: Mapping[str, Any], outputs: Iterable[str], facts: Mapping[str, Any]
+        self, ingredients: Mapping[str, Any], outputs: Iterable[str], making: Mapping[str, Any]
     ) -> bool:
         """Publish what `outputs/` holds as the key's result.
 
         Args:
             ingredients: see `pipeline.planning.keys.Identity`.
             outputs: names of the declared outputs.
-            facts: about the making; JSON.
+            making: see `pipeline.store.manifest.Making`; JSON.
 
         Returns:
             True, or False if another attempt was first; then this one's work is discarded.
@@ -193,10 +193,10 @@ class Attempt:
                 attempt=self.number,
                 ingredients=ingredients,
                 outputs=found,
-                facts=facts,
+                making=making,
                 time=time.time(),
             )
-            first = self._storage.create(manifest_path(self.key), seal(to_json(manifest)))
+            first = self._storage.create(manifest_path(self.key), with_checksum(to_json(manifest)))
         if first:
             self._clear_up()
         else:
@@ -211,7 +211,7 @@ class Attempt:
         Args:
             error: the reason; JSON.
         """
-        self._storage.write(failure_path(self.key, self.number), seal(error))
+        self._storage.write(failure_path(self.key, self.number), with_checksum(error))
 
     def _check_not_set_aside(self) -> None:
         """Refuse to publish what is left of an attempt whose folder was moved away meanwhile.
@@ -272,7 +272,7 @@ class Attempt:
         path = checkpoint_folder(self.key, self.number, newest)
         digests = _digest_checkpoint(folder)
         self._storage.save(folder, path)
-        self._storage.write(f"{path}/{DIGESTS}", seal(digests))
+        self._storage.write(f"{path}/{DIGESTS}", with_checksum(digests))
         for old in _checkpoints(self._storage, self.key, self.number):
             if old <= newest - _CHECKPOINTS_KEPT:
                 self._storage.remove(checkpoint_folder(self.key, self.number, old))
@@ -292,7 +292,7 @@ class Attempt:
             path = checkpoint_folder(self.key, number, checkpoint)
             part = self.folder / CHECKPOINTS / f"{checkpoint:06d}.part"
             try:
-                wanted = unseal(self._storage.read(f"{path}/{DIGESTS}"))
+                wanted = verified(self._storage.read(f"{path}/{DIGESTS}"))
                 self._storage.load(path, part)
                 whole = _digest_checkpoint(part) == wanted
                 why = "its files differ from their digests"

@@ -206,7 +206,7 @@ def find_temporary(path: str) -> str | None:
 
 
 def is_document(path: str) -> bool:
-    """Tell whether a file is a sealed document of the runner's, manifests and damaged ones apart.
+    """Tell whether a file is a runner's document with a checksum, manifests and damaged ones apart.
 
     Files below `tracking/` are none: a submitted job writes JSON lines there.
     """

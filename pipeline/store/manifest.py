@@ -42,7 +42,7 @@ class Manifest:
         attempt: number of the attempt that made it.
         ingredients: see `pipeline.planning.keys.Identity`.
         outputs: output -> file -> digest and size.
-        facts: about the making: device, threads, versions, and its cost (`pipeline.worker.cost`).
+        making: `Making` with device, threads and cost (`pipeline.worker.cost`); stored as `facts`.
         time: Unix seconds of publication.
     """
 
@@ -50,13 +50,13 @@ class Manifest:
     attempt: Count
     ingredients: Mapping[str, Any]
     outputs: Mapping[str, Mapping[str, FileDigest]]
-    facts: Annotated[Mapping[str, Any], checked_as(Making)]
+    making: Annotated[Mapping[str, Any], checked_as(Making), Field(alias="facts")]
     time: Time
 
     @property
     def cell(self) -> str:
         """The name of the cell that it was made for, or ""."""
-        return str(self.facts.get("cell", ""))
+        return str(self.making.get("cell", ""))
 
     @property
     def bytes(self) -> int:

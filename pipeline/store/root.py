@@ -16,8 +16,8 @@ from pipeline.base.errors import (
 )
 from pipeline.base.places import lead
 from pipeline.base.shapes import Count
+from pipeline.store.checksum import read_verified, with_checksum
 from pipeline.store.layout import ABOUT, FORMAT, GENERATIONS, RUNS, STAGES
-from pipeline.store.seal import read_sealed, seal
 from pipeline.store.storage import open_storage
 
 _CLOCK_HOLDS_S = 60.0  # clocks of machines drift apart, and may be set
@@ -57,7 +57,7 @@ class StoreRoot:
             self._probe()
             self.storage.create(".gitignore", b"*\n")
             found = About(format=FORMAT, token=uuid.uuid4().hex)
-            if not self.storage.create(ABOUT, seal(vars(found))):
+            if not self.storage.create(ABOUT, with_checksum(vars(found))):
                 return self.prepare()
         self._require_format(found)
         return found.token
@@ -133,9 +133,9 @@ class StoreRoot:
         except FileNotFoundError:
             return None
         try:
-            return read_sealed(About, data)
+            return read_verified(About, data)
         except ValueError as error:
-            if b'"format": 1,' in data:  # the layout before seals
+            if b'"format": 1,' in data:  # the layout before checksums
                 return About(format=1, token="")
             raise StoreError(
                 f"{self.url}/{ABOUT} is damaged ({error}). It only tells storages apart: "
@@ -168,7 +168,7 @@ class StoreRoot:
             DamagedDocument: it is damaged, or has another shape.
         """
         try:
-            return read_sealed(shape, self.storage.read(path))
+            return read_verified(shape, self.storage.read(path))
         except FileNotFoundError:
             return None
         except ValueError as error:

@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol, TypeVar
 from pipeline.base.errors import DamagedDocument, StoreError
 from pipeline.base.secrets import redact
 from pipeline.base.shapes import to_json
+from pipeline.store.checksum import with_checksum
 from pipeline.store.layout import (
     RUNS,
     life_mark,
@@ -18,7 +19,6 @@ from pipeline.store.layout import (
     run_mark,
 )
 from pipeline.store.root import StoreRoot
-from pipeline.store.seal import seal
 
 
 class RunDocument(Protocol):
@@ -41,7 +41,7 @@ class RunStore(StoreRoot):
         """Write, or replace, a document of a run, redacted; run ids sort by time."""
         self.prepare()
         path = run_document(run_id, document.DOCUMENT)
-        self.storage.write(path, seal(redact(to_json(document))))
+        self.storage.write(path, with_checksum(redact(to_json(document))))
 
     def read_run(self, run_id: str, shape: type[_Document]) -> _Document | None:
         """Return a document of a run, or None without one; it may be a `DamagedDocument`."""

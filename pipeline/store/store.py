@@ -2,7 +2,7 @@
 
 `pipeline.store.layout` has its layout. A manifest is created last and exclusively, and never
 overwritten. It holds the sha256 of every output file, which is checked on reading; every document
-is sealed (`pipeline.store.seal`), so that damage to it is noticed too. Each attempt has a number
+has a checksum (`pipeline.store.checksum`). Each attempt has a number
 and a folder of its own, so two workers at the same key never touch the same file; the second to
 publish discards its work.
 """
@@ -22,6 +22,7 @@ from pipeline.base.errors import Damaged, DamagedDocument, StorageUnavailable, S
 from pipeline.base.names import numbers
 from pipeline.base.shapes import to_json
 from pipeline.store.attempt import Attempt, Failure, attempt_numbers
+from pipeline.store.checksum import read_verified, verified_lines, with_checksum
 from pipeline.store.event_shapes import require_event
 from pipeline.store.events import split
 from pipeline.store.layout import (
@@ -45,7 +46,6 @@ from pipeline.store.logs import Segment
 from pipeline.store.logs import segments as log_segments
 from pipeline.store.manifest import Manifest, digest_files
 from pipeline.store.runs import RunStore
-from pipeline.store.seal import read_sealed, seal, unseal_lines
 from pipeline.store.storage.base import patience_s, retry
 
 
@@ -61,7 +61,7 @@ class Store(RunStore):
             Damaged: there is one that cannot be read.
         """
         try:
-            manifest = read_sealed(Manifest, self.storage.read(manifest_path(key)))
+            manifest = read_verified(Manifest, self.storage.read(manifest_path(key)))
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -80,7 +80,7 @@ class Store(RunStore):
     def collect(self, manifest: Manifest) -> None:
         """Delete the files of a result, and keep what its manifest says of it."""
         key = manifest.key
-        self.storage.write(collected_path(key), seal(to_json(manifest)))
+        self.storage.write(collected_path(key), with_checksum(to_json(manifest)))
         self.storage.remove(manifest_path(key))
         self.storage.remove(f"{attempt_folder(key, manifest.attempt)}/{OUTPUTS}")
 
@@ -186,7 +186,7 @@ class Store(RunStore):
         taken = [n for folder in folders for n in attempt_numbers(self.storage, folder)]
         number = max(taken, default=0) + 1
         who = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
-        about = seal({**who, "id": uuid.uuid4().hex})
+        about = with_checksum({**who, "id": uuid.uuid4().hex})
         while not self.storage.create(f"{attempt_folder(key, number)}/attempt.json", about):
             number += 1
         return Attempt(self.storage, key, number)
@@ -244,7 +244,7 @@ class Store(RunStore):
                 number, data = found
             now = time.time()
             try:
-                segments = split(unseal_lines(data))
+                segments = split(verified_lines(data))
             except ValueError as error:
                 lost.add(number)
                 if after == 0:

@@ -124,14 +124,14 @@ class CellEnd:
     Attributes:
         state: `done`, `failed` or `stopped`; `cached` of a result that was there already.
         outputs: output name -> folder whose files are to be kept with the cell.
-        facts: about the making of its result, from the manifest.
+        making: about the making of its result, see `Manifest`.
         output_bytes: size of all its outputs, or None where there is no result.
         time_s: Unix time of its result's publication; 0 where there is none.
     """
 
     state: CellState
     outputs: Mapping[str, Path] = field(default_factory=dict)
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    making: Mapping[str, Any] = field(default_factory=dict)
     output_bytes: int | None = None
     time_s: float = 0.0
 

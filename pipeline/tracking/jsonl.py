@@ -58,7 +58,7 @@ class JsonLinesTracker(AbstractTracker):
 
     def link_cached(self, cell: CellFacts, source: str | None, made: CellEnd) -> None:
         """Write that the cell's result was there already, and which run made it."""
-        self._write_cell(cell, CellState.CACHED, made_by=made.facts.get("run"))
+        self._write_cell(cell, CellState.CACHED, made_by=made.making.get("run"))
 
     def register(self, cell: CellFacts, folder: Path) -> None:
         """Write that the model is to be registered; there is no registry here."""

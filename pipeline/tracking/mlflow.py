@@ -56,7 +56,7 @@ _STATUS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 _PARENT = "mlflow.parentRunId"
 _NOTE = "mlflow.note.content"
 _SPEC_SENT = "fls.spec_sent"
-_FACTS = ("device", "threads", "workers", "platform", "python", "packages")
+_MAKING = ("device", "threads", "workers", "platform", "python", "packages")
 _COSTS = ("seconds", "cpu_seconds", "peak_bytes", "gpu_peak_bytes", "output_bytes")
 _SUMS = ("seconds", "cpu_seconds", "output_bytes")  # over cells, on the parent
 _PEAKS = ("peak_bytes", "gpu_peak_bytes")
@@ -98,7 +98,7 @@ class MLflowTracker(AbstractTracker):
         self.ids = {"cells": {}, "records": {}, "series": self.ids.get("series", {})}
         self._writers = {}
         if found is None:
-            about = {**_fact_tags(run.driver), **_asked_tags(run)}
+            about = {**_making_tags(run.driver), **_asked_tags(run)}
             tags = {**about, "fls.kind": "pipeline", "fls.run": run.run_id}
             self._parent = self._create(f"{run.name} {run.run_id}", tags)
         else:
@@ -135,7 +135,7 @@ class MLflowTracker(AbstractTracker):
         for name, folder in end.outputs.items():
             writer.upload(folder, name)
         if end.state is CellState.DONE:
-            points, about = self._series(cell).final_points(), _fact_tags(end.facts)
+            points, about = self._series(cell).final_points(), _making_tags(end.making)
             if end.output_bytes is not None and points:
                 points.append(Point("output_bytes", end.output_bytes, points[-1].time_s, 0))
             cost = [point for point in points if point.name in _COSTS]
@@ -160,10 +160,10 @@ class MLflowTracker(AbstractTracker):
 
     def link_cached(self, cell: CellFacts, source: str | None, made: CellEnd) -> None:
         """Create a light run: parameters, what it had cost, and tags that lead to who made it."""
-        tags = {"fls.kind": "cached", **_fact_tags(made.facts)}
+        tags = {"fls.kind": "cached", **_making_tags(made.making)}
         tags |= {"fls.source_run": source} if source else {}
-        tags |= {"fls.made_by": made.facts["run"]} if "run" in made.facts else {}
-        sums = {**made.facts, "output_bytes": made.output_bytes}
+        tags |= {"fls.made_by": made.making["run"]} if "run" in made.making else {}
+        sums = {**made.making, "output_bytes": made.output_bytes}
         points = [
             Point(_CACHED + name, sums[name], made.time_s, 0)
             for name in _SUMS
@@ -415,7 +415,7 @@ def _asked_tags(run: RunFacts) -> dict[str, str]:
     return {name: text for name, text in tags.items() if text}
 
 
-def _fact_tags(facts: Mapping[str, Any]) -> dict[str, str]:
+def _making_tags(making: Mapping[str, Any]) -> dict[str, str]:
     """Return where and with what a result was made, as tags."""
-    found = {f"fls.{name}": facts[name] for name in _FACTS if name in facts}
+    found = {f"fls.{name}": making[name] for name in _MAKING if name in making}
     return {n: value if isinstance(value, str) else json.dumps(value) for n, value in found.items()}

@@ -231,7 +231,7 @@ class Recorder:
         return CellEnd(
             state=state,
             outputs=folders,
-            facts=manifest.facts,
+            making=manifest.making,
             output_bytes=manifest.bytes,
             time_s=manifest.time,
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.base.errors import BadInput, PipelineError
 from pipeline.base.shapes import to_json
+from pipeline.code.provenance import changes
 from pipeline.executors import ExecutorName, make_executor
 from pipeline.planning.keys import explain
 from pipeline.planning.planner import Plan, PlannedCell, RunPlan
@@ -17,13 +18,13 @@ from pipeline.running.ready import Schedule
 from pipeline.running.record import load_run
 from pipeline.spec.cells import resolve, shorten
 from pipeline.spec.spec import Spec
+from pipeline.store.checksum import with_checksum
 from pipeline.store.layout import manifest_path, output_folder
 from pipeline.store.manifest import Manifest
-from pipeline.store.seal import seal
 from pipeline.store.store import Store
 from pipeline.worker.worker import Outcome, Task
 
-_FACTS = ("device", "threads", "workers", "platform", "python")
+_CIRCUMSTANCES = ("device", "threads", "workers", "platform", "python")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,8 +77,8 @@ def rerun(plan: Plan, store: Store, address: str, where: str = "") -> Comparison
         for source in [one for found in task["inputs"].values() for one in found]:
             _require_files(plan.spec, store, name, source["cell"], source["key"])
             _copy_result(store, copy, source["key"], source["output"])
-        facts = stored.facts
-        outcome = _run(task, planned, threads=facts["threads"], workers=facts["workers"])
+        making = stored.making
+        outcome = _run(task, planned, threads=making["threads"], workers=making["workers"])
         if outcome["status"] != "ok":
             raise PipelineError(f"{name}, computed again, failed: {outcome['error']['message']}")
         made = copy.manifest(planned.key)
@@ -86,7 +87,7 @@ def rerun(plan: Plan, store: Store, address: str, where: str = "") -> Comparison
         cell=name,
         files=sum(map(len, stored.outputs.values())),
         differences=_differences(stored, made),
-        circumstances=_circumstances(stored.facts, made.facts),
+        circumstances=_circumstances(stored.making, made.making),
         earlier=earlier,
     )
 
@@ -155,7 +156,7 @@ def _copy_result(store: Store, copy: Store, key: str, output: str) -> None:
     manifest = store.manifest(key)
     if manifest is None:
         raise BadInput(f"the store has lost {key[:12]} meanwhile; try again.")
-    copy.storage.create(manifest_path(key), seal(to_json(manifest)))
+    copy.storage.create(manifest_path(key), with_checksum(to_json(manifest)))
     target = copy.storage.local(output_folder(key, manifest.attempt, output))
     if not target.exists():
         shutil.copytree(folder, target)
@@ -195,11 +196,9 @@ def _differences(stored: Manifest, made: Manifest) -> list[str]:
 
 
 def _circumstances(stored: Mapping[str, Any], made: Mapping[str, Any]) -> list[str]:
-    """Return what was different in the making: the same bits are promised for the same only."""
-    before = {**{name: stored.get(name) for name in _FACTS}, **stored.get("packages", {})}
-    after = {**{name: made.get(name) for name in _FACTS}, **made.get("packages", {})}
-    return [
-        f"{name} {before[name]} -> {after[name]}"
-        for name in before
-        if name in after and before[name] != after[name]
-    ]
+    """Return the differences in device, threads and versions: only equal ones give equal bits."""
+    before, after = (
+        {**{name: one.get(name) for name in _CIRCUMSTANCES}, **one.get("packages", {})}
+        for one in (stored, made)
+    )
+    return changes(before, after)

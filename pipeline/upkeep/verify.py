@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.base.errors import Damaged, StoreError
+from pipeline.store.checksum import verified, verified_lines
 from pipeline.store.layout import OUTPUTS, attempt_folder, is_document, manifest_path, parse
 from pipeline.store.manifest import Manifest
-from pipeline.store.seal import unseal, unseal_lines
 from pipeline.store.storage.base import FOREIGN, StoredFile
 from pipeline.store.store import Store
 
@@ -140,7 +140,7 @@ def _check_document(store: Store, file: StoredFile) -> Damage | None:
     """Return a document's damage, unless it is whole or was deleted meanwhile."""
     try:
         data = store.storage.read(file.path)
-        unseal_lines(data) if file.path.endswith(".jsonl") else unseal(data)
+        verified_lines(data) if file.path.endswith(".jsonl") else verified(data)
     except FileNotFoundError:
         return None
     except (ValueError, OSError, StoreError) as error:

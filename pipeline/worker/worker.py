@@ -273,8 +273,8 @@ def _attempt(
         cost = meter.read()
         emit({"type": "metrics", "time": time.time(), "step": None, "values": cost})
         events.flush()
-        facts = {**_facts(task, context), **cost}
-        published = attempt.publish(task["ingredients"], task["outputs"], facts)
+        making = {**_making(task, context), **cost}
+        published = attempt.publish(task["ingredients"], task["outputs"], making)
         return {"status": "ok" if published else "lost"}
     except Preempted:
         return preempted()
@@ -462,7 +462,7 @@ def _device(task: Task, torch: Any) -> str:
     return "cuda"
 
 
-def _facts(task: Task, context: Context) -> dict[str, Any]:
+def _making(task: Task, context: Context) -> dict[str, Any]:
     """Describe where and how a result was made: recorded in the manifest, not part of the key."""
     # Looked up in the dictionary: an attribute access may import, warn or fail.
     versions = {

@@ -15,7 +15,7 @@ from benchmarks.harness.report import write_report
 from benchmarks.harness.suite import Benchmark
 from pipeline.planning.planner import make_plan
 from pipeline.spec.load import load_spec
-from pipeline.store.seal import seal, unseal
+from pipeline.store.checksum import verified, with_checksum
 from pipeline.store.store import Store
 
 SPEC = """
@@ -83,7 +83,7 @@ def facts(ran: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict]:
     monkeypatch.chdir(ran)
     spec = load_spec(ran / "small.yaml")
     cells = make_plan(spec, Store(spec.storage)).cells
-    return {one.cell.name: dict(one.manifest.facts) for one in cells if one.manifest is not None}
+    return {one.cell.name: dict(one.manifest.making) for one in cells if one.manifest is not None}
 
 
 def test_the_dense_model_costs_nothing(ran: Path) -> None:
@@ -195,8 +195,8 @@ def test_the_environment_is_that_of_the_work_not_of_the_copy(
     for one in make_plan(spec, Store(spec.storage)).cells:
         path = Path("store/stages", one.key, "manifest.json")
         if one.cell.name.startswith(("picked", "best")):
-            plain = json.dumps(unseal(path.read_bytes())).replace('"torch"', '"not_loaded"')
-            path.write_bytes(seal(json.loads(plain)))
+            plain = json.dumps(verified(path.read_bytes())).replace('"torch"', '"not_loaded"')
+            path.write_bytes(with_checksum(json.loads(plain)))
     keep_results(spec, "small", tmp_path / "results")
     documents = read_cells(tmp_path / "results", "small").values()
     names = {document["environment"] for document in documents}

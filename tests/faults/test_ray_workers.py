@@ -50,7 +50,7 @@ def test_workers_meet_and_share_a_task(executor: AbstractExecutor) -> None:
     assert outcome["status"] == "ok", outcome
     manifest = Store(".fls").manifest("a" * 64)
     assert manifest is not None
-    assert manifest.facts["workers"] == 2
+    assert manifest.making["workers"] == 2
     folder = Store(".fls").fetch("a" * 64, "number")
     assert str(NUMBER) in (folder / "number.json").read_text()
 

@@ -127,7 +127,7 @@ def test_stages_get_what_they_ask_for(head: Head, work: Path) -> None:
     assert done.returncode == 0, done.stdout
     store = Store(".fls")
     devices = {
-        name: store.manifest(status.key).facts["device"]
+        name: store.manifest(status.key).making["device"]
         for name, status in last_run().cells.items()
     }
     assert devices == {

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.store.seal import seal, seal_lines, unseal, unseal_lines
+from pipeline.store.checksum import lines_with_checksum, verified, verified_lines, with_checksum
 
 Way = tuple[str | int, ...]
 MISSING = object()
@@ -37,13 +37,14 @@ class Kind:
         name: what they are.
         pattern: of their paths within the store.
         readers: commands that read them.
-        form: "sealed", "lines" (sealed, too), "output" (plain, in a manifest), or "bytes".
+        form: "document" (with a checksum), "lines" (likewise), "output" (plain, in a manifest), or
+            "bytes".
     """
 
     name: str
     pattern: str
     readers: Sequence[str]
-    form: str = "sealed"
+    form: str = "document"
 
     def fits(self, path: str) -> bool:
         """Tell whether a path within a store is of this kind."""
@@ -54,26 +55,26 @@ def read(kind: Kind, path: Path) -> Any:
     """Return what a document says."""
     data = path.read_bytes()
     if kind.form == "lines":
-        return unseal_lines(data)
-    return json.loads(data) if kind.form == "output" else unseal(data)
+        return verified_lines(data)
+    return json.loads(data) if kind.form == "output" else verified(data)
 
 
 def write(kind: Kind, path: Path, document: Any) -> None:
-    """Write a document as whoever can write to the store would: with a seal, or in a manifest."""
+    """Write a document with a valid checksum or digest, as any writer to the store can."""
     if kind.form == "lines":
-        path.write_bytes(seal_lines(document))
-    elif kind.form == "sealed":
-        path.write_bytes(seal(document))
+        path.write_bytes(lines_with_checksum(document))
+    elif kind.form == "document":
+        path.write_bytes(with_checksum(document))
     else:
         data = json.dumps(document).encode()
         path.write_bytes(data)
         place = path.parents[4] / "manifest.json"
-        manifest = unseal(place.read_bytes())
+        manifest = verified(place.read_bytes())
         manifest["outputs"][path.parent.name][path.name] = {
             "sha256": hashlib.sha256(data).hexdigest(),
             "bytes": len(data),
         }
-        place.write_bytes(seal(manifest))
+        place.write_bytes(with_checksum(manifest))
 
 
 def fields(value: Any, chance: random.Random, *at: str | int) -> Iterator[Way]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.base.console import PlainConsole
+from pipeline.base.console import RedactingConsole
 from pipeline.base.states import CellState
 from pipeline.running.activity import Pace, describe, stalled_since
 from pipeline.running.live import LiveView, _line
@@ -79,7 +79,7 @@ def test_the_usual_gap_is_that_between_signs_of_one_series() -> None:
 
 def test_the_live_table_draws_no_bar_that_is_full() -> None:
     for done, bar in ((250, True), (500, False)):
-        console = PlainConsole(width=120, force_terminal=True, record=True, file=io.StringIO())
+        console = RedactingConsole(width=120, force_terminal=True, record=True, file=io.StringIO())
         view = LiveView(console)
         view.show({"fit": status(done)}, now=True)
         view.close({"fit": status(done)})

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from toy_runs import fls, last_run, ran, run_here, start_fls, wait_for, write_spec
 
 from pipeline.base.states import RunState
-from pipeline.store.seal import seal, unseal
+from pipeline.store.checksum import verified, with_checksum
 
 LOCAL = ("--executor", "local", "--tracking", "jsonl")
 STAGES = """
@@ -225,9 +225,9 @@ def test_the_garbage_that_is_shown_is_what_apply_deletes(toy: Path) -> None:
     kept = ("gc", "--older-than", "30d")
     for run in os.listdir(".fls/runs"):
         document = Path(f".fls/runs/{run}/run.json")
-        request: dict[str, Any] = unseal(document.read_bytes())
+        request: dict[str, Any] = verified(document.read_bytes())
         request["began"] -= 40 * 86400 if run == first else 0
-        document.write_bytes(seal(request))
+        document.write_bytes(with_checksum(request))
     output = fls(*kept, "--grace", "1s")[1]
     assert "--apply deletes it" in output
     assert f"runs/{first}" in output

@@ -13,8 +13,8 @@ from toy_runs import fls, last_run, run_here, write_spec
 from pipeline.base.errors import StorageUnavailable, TakenOver
 from pipeline.base.states import RunState
 from pipeline.running.record import RunRecord, load_run
+from pipeline.store.checksum import verified, with_checksum
 from pipeline.store.leases import has_died, this_machine
-from pipeline.store.seal import seal, unseal
 from pipeline.store.store import Store
 
 ONE = "    start: {uses: start, params: {value: 5}}\n"
@@ -34,7 +34,7 @@ def run_id(toy: Path) -> str:
 
 def change(run_id: str, **fields: Any) -> None:
     path = Path(".fls/runs", run_id, "state.json")
-    path.write_bytes(seal({**unseal(path.read_bytes()), **fields}))
+    path.write_bytes(with_checksum({**verified(path.read_bytes()), **fields}))
 
 
 def beat_every(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,9 @@ def test_a_storage_that_is_read_only_is_judged_by_this_clock(run_id: str) -> Non
 
 def test_a_sync_of_all_runs_takes_over_none_that_may_go_on(run_id: str) -> None:
     path = Path(".fls/runs", run_id, "tracking.json")
-    path.write_bytes(seal({**unseal(path.read_bytes()), "tracked": False, "ended": False}))
+    path.write_bytes(
+        with_checksum({**verified(path.read_bytes()), "tracked": False, "ended": False})
+    )
     be_silent(run_id)
     code, output, _ = fls("sync")
     assert code == 1
@@ -130,7 +132,9 @@ def test_a_sync_of_all_runs_takes_over_none_that_may_go_on(run_id: str) -> None:
 
 def test_a_sync_of_all_runs_takes_over_what_is_certainly_dead(run_id: str) -> None:
     path = Path(".fls/runs", run_id, "tracking.json")
-    path.write_bytes(seal({**unseal(path.read_bytes()), "tracked": False, "ended": False}))
+    path.write_bytes(
+        with_checksum({**verified(path.read_bytes()), "tracked": False, "ended": False})
+    )
     change(run_id, machine=this_machine())
     assert fls("sync")[0] == 0
     assert load(run_id).life == 2
@@ -140,13 +144,13 @@ def test_a_sync_of_all_runs_takes_over_what_is_certainly_dead(run_id: str) -> No
 def test_runs_that_are_not_recorded_yet_are_kept_and_named(run_id: str, state: str) -> None:
     path = Path(".fls/runs", run_id, "tracking.json")
     change(run_id, state=state, heartbeat=0)
-    recorded = unseal(path.read_bytes())
+    recorded = verified(path.read_bytes())
     assert recorded["destination"]
-    path.write_bytes(seal({**recorded, "tracked": False}))
+    path.write_bytes(with_checksum({**recorded, "tracked": False}))
     output = fls("gc", "--keep-runs", "0")[1]
     assert f"run {run_id} is kept: {recorded['destination']} has not all of it" in output
     assert f"runs/{run_id}" not in output
-    path.write_bytes(seal(recorded))
+    path.write_bytes(with_checksum(recorded))
     assert f"runs/{run_id}" in fls("gc", "--keep-runs", "0")[1]
 
 

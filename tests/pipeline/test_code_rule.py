@@ -8,7 +8,7 @@ from test_worker import start_task
 from toy_runs import fls, last_run, ran, run_here, write_spec
 
 from pipeline.planning.keys import _hash, explain
-from pipeline.store.seal import seal, unseal
+from pipeline.store.checksum import verified, with_checksum
 from pipeline.worker.worker import run_task
 
 STAGES = """
@@ -21,7 +21,7 @@ RULE_CHANGED = "the rule for code digests changed (1 -> 2); `fls accept` keeps t
 def age_store() -> None:
     """Make the store what an earlier version had written: other digests, so other keys."""
     path = Path(f".fls/runs/{last_run().run_id}/plan.json")
-    plan = unseal(path.read_bytes())
+    plan = verified(path.read_bytes())
     keys: dict[str, str] = {}
     for entry in sorted(plan["cells"].values(), key=lambda e: len(e["ingredients"]["inputs"])):
         made = entry["ingredients"]
@@ -32,9 +32,9 @@ def age_store() -> None:
         keys[new] = entry["key"] = old
         folder = Path(f".fls/stages/{new}").rename(f".fls/stages/{old}")
         if (file := folder / "manifest.json").exists():
-            manifest: dict[str, Any] = unseal(file.read_bytes())
-            file.write_bytes(seal({**manifest, "key": old, "ingredients": made}))
-    path.write_bytes(seal(plan))
+            manifest: dict[str, Any] = verified(file.read_bytes())
+            file.write_bytes(with_checksum({**manifest, "key": old, "ingredients": made}))
+    path.write_bytes(with_checksum(plan))
 
 
 def test_its_results_are_kept_by_accepting_and_the_plan_says_so(toy: Path) -> None:

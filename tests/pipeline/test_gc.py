@@ -31,7 +31,7 @@ from pipeline.running import launch
 from pipeline.spec.load import load_spec
 from pipeline.stage import Context, write_json
 from pipeline.store.attempt import whole_checkpoints
-from pipeline.store.seal import seal, unseal
+from pipeline.store.checksum import verified, with_checksum
 from pipeline.store.store import Store
 from pipeline.upkeep.gc import Garbage, collect, find_garbage
 from pipeline.upkeep.survey import Retention
@@ -133,8 +133,8 @@ def test_all_limits_must_drop_a_run(toy: Path) -> None:
     age()
     runs = Store(".fls").list_runs()
     path = Path(f".fls/runs/{runs[0]}/run.json")
-    request = unseal(path.read_bytes())
-    path.write_bytes(seal({**request, "began": time.time() - 40 * 86400}))
+    request = verified(path.read_bytes())
+    path.write_bytes(with_checksum({**request, "began": time.time() - 40 * 86400}))
     age()
     month = 30 * 86400.0
     assert find(older_than_s=month)[f"runs/{runs[0]}"].startswith("a run of 40.0 days ago")

@@ -26,7 +26,7 @@ from pipeline.running.trust import read_trust
 from pipeline.spec.cells import Registration
 from pipeline.spec.load import load_spec
 from pipeline.stage import Context
-from pipeline.store.seal import seal, seal_lines, unseal
+from pipeline.store.checksum import lines_with_checksum, verified, with_checksum
 from pipeline.store.storage import open_storage
 from pipeline.store.storage.remote import RemoteStorage
 from pipeline.store.store import Store
@@ -41,10 +41,10 @@ SCREEN = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp.exe"
 
 
 def forge(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a document, and seal it again: anyone can."""
-    document = unseal(path.read_bytes())
+    """Change a document, and write it with a valid checksum: anyone can."""
+    document = verified(path.read_bytes())
     change(document)
-    path.write_bytes(seal(document))
+    path.write_bytes(with_checksum(document))
 
 
 # ------------------------------------------------------------------------ paths and links
@@ -332,9 +332,9 @@ def test_damaged_documents_are_one_clear_error(toy: Path) -> None:
     deep: Any = 1
     for _ in range(400):  # Python reads and writes it, but not what does so with its own functions
         deep = [deep]
-    path.write_bytes(seal({"a": deep}))
+    path.write_bytes(with_checksum({"a": deep}))
     assert "run.json is damaged: it is nested too deeply" in fls("status", "last")[2]
-    path.write_bytes(seal({"a": 1}))
+    path.write_bytes(with_checksum({"a": 1}))
     code, output, errors = fls("status", "last")
     assert (code, output) == (1, "")
     assert "run.json is damaged: options: field required" in errors
@@ -372,14 +372,14 @@ READERS = [
 
 @pytest.mark.parametrize("name", ["run", "state", "tracking", "plan", "facts", "manifest"])
 def test_values_of_other_types_in_documents_are_no_defect_of_ours(toy: Path, name: str) -> None:
-    """Sealed again, as whoever writes to the store can; each command ends in order."""
+    """With a valid checksum, as any writer to the store can write it; no command crashes."""
     write_spec("bad: {uses: fail, params: {how: user, counter: c, until: 9}, retries: 0}\n" + TWO)
     run_here()
     run, key = last_run().run_id, last_run().cells["add"].key
     path = Path(f".fls/stages/{key}" if name == "manifest" else f".fls/runs/{run}", f"{name}.json")
     shutil.copytree(".fls", "whole")
     chance = random.Random(name)  # noqa: S311
-    ways = list(places(unseal(path.read_bytes())))
+    ways = list(places(verified(path.read_bytes())))
     for *above, last in chance.sample(ways, min(12, len(ways))):
 
         def change(document: Any) -> None:
@@ -439,14 +439,14 @@ def test_damaged_events_of_before_there_were_logs_are_told_among_the_others(toy:
     segment = next(Path(f".fls/stages/{last_run().cells['start'].key}").rglob("000001.jsonl"))
     Store(".fls").storage.remove(f"{segment.parents[1].relative_to('.fls')}/log")
     deep = b"[" * 100_000
-    sealed = (
-        seal_lines([])
+    checked = (
+        lines_with_checksum([])
         .splitlines()[0]
         .replace(
             hashlib.sha256(b"").hexdigest().encode(), hashlib.sha256(deep).hexdigest().encode()
         )
     )
-    for data in (*map(str.encode, DAMAGES), sealed + b"\n" + deep):
+    for data in (*map(str.encode, DAMAGES), checked + b"\n" + deep):
         segment.write_bytes(data)
         code, output, errors = fls("logs", "start")
         assert (code, errors) == (0, "")

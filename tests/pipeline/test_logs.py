@@ -28,9 +28,9 @@ from pipeline.base.states import CellState
 from pipeline.executors.local import LocalExecutor
 from pipeline.running.record import load_runs
 from pipeline.stage import Resources
+from pipeline.store.checksum import lines_with_checksum
 from pipeline.store.events import EVENTS_AT_ONCE, EventTail, EventWriter
 from pipeline.store.logs import LogStream, LogWriter, last_lines, read_text, segments
-from pipeline.store.seal import seal_lines
 from pipeline.store.storage.local import LocalStorage
 from pipeline.store.store import Store
 from pipeline.worker.worker import run_task
@@ -296,7 +296,7 @@ def test_logs_of_attempts_that_are_older_than_logs_remain_readable(toy: Path) ->
         {"type": "text", "time": 161.0, "text": "as it was said then"},
         {"type": "metrics", "time": 162.0, "step": 3, "values": {"loss": 0.5}},
     ]
-    store.storage.write(f"stages/{key}/attempts/0001/events/000001.jsonl", seal_lines(old))
+    store.storage.write(f"stages/{key}/attempts/0001/events/000001.jsonl", lines_with_checksum(old))
     code, output, _ = fls("logs", "start")
     assert code == 0
     assert output.splitlines()[:3] == [

@@ -11,8 +11,8 @@ from s3_server import BUCKET
 from toy_runs import last_run, run_here, write_spec
 
 from pipeline.store import attempt as attempts
+from pipeline.store.checksum import lines_with_checksum
 from pipeline.store.events import EVENTS_AT_ONCE, EventTail
-from pipeline.store.seal import seal_lines
 from pipeline.store.store import Store
 
 KEY = "ab" * 32
@@ -168,7 +168,7 @@ def test_a_damaged_merged_segment_is_told_once_and_what_follows_is_read(
 def test_a_forged_merged_segment_counts_as_damaged(store: Store, head: dict[str, Any]) -> None:
     list(say(store, [1, 1, 1]))
     events = [{"type": "text", "time": 1.0, "text": "x"}] * 3
-    store.storage.write(attempts.event_segment(KEY, 1, 1), seal_lines([head, *events]))
+    store.storage.write(attempts.event_segment(KEY, 1, 1), lines_with_checksum([head, *events]))
     (start, text), last = store.read_events(KEY, 1)
     assert (start["type"], last) == ("start", 1)
     assert "is damaged (its first line does not fit the others)" in text["text"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from toy_runs import fls, last_run, run_here, write_spec
 
-from pipeline.store.seal import seal_lines
+from pipeline.store.checksum import lines_with_checksum
 from pipeline.store.store import Store
 from pipeline.tracking import TrackerName
 
@@ -84,7 +84,7 @@ def test_an_event_that_is_none_is_said_to_be_and_the_rest_is_read(toy: Path, eve
     segment = Path(".fls/stages/k/attempts/0001/events/000001.jsonl")
     segment.parent.mkdir(parents=True)
     good = {"type": "start", "time": 1.0, "run": "r", "host": "h", "pid": 1}
-    segment.write_bytes(seal_lines([good, event]))
+    segment.write_bytes(lines_with_checksum([good, event]))
     (first, said), last = store.read_events("k", 1)
     assert (first, last) == (good, 1)
     assert said["type"] == "text"

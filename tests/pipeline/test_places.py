@@ -79,7 +79,7 @@ def test_who_has_a_store_at_the_old_place_is_told(toy: Path) -> None:
     file = spec_in("deep")
     code, _, errors = fls("plan", str(file))
     assert code == 0
-    assert f"there is a store at {toy}/.fls, where they went: give that" in errors
+    assert f"version put them into {toy}/.fls: give that" in errors
     assert f"{toy}/mlflow.db" in errors
     assert fls("run", str(file), *RUN)[0] == 0
     assert fls("plan", str(file))[2] == ""

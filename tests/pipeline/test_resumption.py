@@ -15,7 +15,7 @@ from pipeline.planning import acceptance
 from pipeline.planning.acceptance import Acceptances
 from pipeline.planning.planner import RunPlan, make_plan
 from pipeline.spec.load import load_spec
-from pipeline.store.seal import seal, unseal
+from pipeline.store.checksum import verified, with_checksum
 from pipeline.store.store import Store
 
 STAGES = """
@@ -80,9 +80,9 @@ def test_a_run_knows_what_it_was_made_with(toy: Path) -> None:
     assert plan is not None
     assert "toy.operations.plus" in plan.cells["apply"].ingredients["code"]
     path = Path(f".fls/runs/{run}/run.json")
-    request = unseal(path.read_bytes())
+    request = verified(path.read_bytes())
     request["environment"]["packages"]["pydantic"] = "0." + environment["packages"]["pydantic"]
-    path.write_bytes(seal(request))
+    path.write_bytes(with_checksum(request))
     _, output = resume_here(last_run())
     assert "Library versions, which are no part of the keys: pydantic 0." in output
 
@@ -248,7 +248,7 @@ def test_acceptances_in_a_circle_are_told_with_their_files(toy: Path, length: in
         said = {"stage": stage, "code": one, "as": other, "who": "me", "why": "x", "time": 1.0}
         path = Path(".fls/accepted", acceptance._identify(stage, one))
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(seal({**said, "run": "r"}))
+        path.write_bytes(with_checksum({**said, "run": "r"}))
     for command in (("plan",), RUN, ("resume", "last"), ("accept", "apply", "--why", "so")):
         exit_code, _, errors = fls(*command)
         assert (exit_code, "goes round in a circle" in errors) == (1, True), errors

@@ -14,7 +14,7 @@ from pipeline.code.provenance import Provenance
 from pipeline.planning.planner import RunPlan
 from pipeline.stage import Context, StageError
 from pipeline.store.attempt import Attempt
-from pipeline.store.seal import seal
+from pipeline.store.checksum import with_checksum
 from pipeline.store.storage.local import LocalStorage
 from pipeline.store.storage.remote import RemoteStorage
 from pipeline.store.store import Store
@@ -67,7 +67,7 @@ def test_a_published_result_can_be_fetched(store: Store) -> None:
     manifest = store.manifest(KEY)
     assert manifest is not None
     assert (manifest.key, manifest.attempt, manifest.ingredients) == (KEY, 1, INGREDIENTS)
-    assert manifest.facts == {"device": "cpu"}
+    assert manifest.making == {"device": "cpu"}
     assert before <= manifest.time <= time.time()
     assert manifest.outputs["number"]["inner/number.txt"] == {
         "sha256": "ef2d127de37b942baad06145e54b0c619a1f22327b2ebbcfbec78f5564afe39d",
@@ -390,7 +390,7 @@ def test_a_remote_storage_without_exclusive_creation_is_refused(
 
 
 def test_storage_of_another_version_is_refused(store: Store) -> None:
-    store.storage.write("storage.json", seal({"format": 99, "token": ""}))
+    store.storage.write("storage.json", with_checksum({"format": 99, "token": ""}))
     with pytest.raises(StoreError, match="layout of version 99, of a later fls"):
         store.begin_attempt(KEY)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from toy_runs import fls, last_run, run_here, write_spec
 
-from pipeline.store.seal import seal
+from pipeline.store.checksum import with_checksum
 
 COMMANDS = [
     ("run", "--executor", "local"),
@@ -32,9 +32,9 @@ def test_a_store_of_another_version_is_refused_and_left_alone(
     run_here()
     run = last_run().run_id
     about = {
-        "earlier": seal({"format": 1, "token": "t"}),
-        "later": seal({"format": 3, "token": "t", "more": {}}),
-        "earliest": b'{\n "format": 1,\n "token": "t"\n}',  # before there were seals
+        "earlier": with_checksum({"format": 1, "token": "t"}),
+        "later": with_checksum({"format": 3, "token": "t", "more": {}}),
+        "earliest": b'{\n "format": 1,\n "token": "t"\n}',  # before checksums
     }[version]
     Path(".fls/storage.json").write_bytes(about)
     for result in Path(".fls").glob("stages/*/manifest.json"):

@@ -24,8 +24,8 @@ from pipeline.base.places import tracking_uri
 from pipeline.base.states import CellState, RunState
 from pipeline.planning.planner import Selection
 from pipeline.running import driver, sync
+from pipeline.store.checksum import verified, with_checksum
 from pipeline.store.events import Cursor
-from pipeline.store.seal import seal, unseal
 from pipeline.store.storage.local import LocalStorage
 from pipeline.store.store import Store
 from pipeline.tracking import (
@@ -700,7 +700,7 @@ def test_a_run_is_not_resumed_or_synced_under_another_tracking_address(
         resume_here(first, storage, file=toy / "pipeline.yaml")
     assert one_paragraph_about(str(refused.value), first.run_id, other, remedy, "`fls run`")
     path = toy / f".fls/runs/{first.run_id}/tracking.json"
-    path.write_bytes(seal({**unseal(path.read_bytes()), "tracked": False}))
+    path.write_bytes(with_checksum({**verified(path.read_bytes()), "tracked": False}))
     code, output, _ = fls("sync", "last", "--storage", storage)
     assert code == 1
     assert one_paragraph_about(output, first.run_id, other, remedy, "`fls run`")
@@ -717,9 +717,9 @@ def test_a_run_that_an_earlier_version_tracked_at_several_places_goes_on_at_the_
     storage = str(begin_and_fail(toy, monkeypatch))
     first = last_run(storage)
     path = toy / f".fls/runs/{first.run_id}/tracking.json"
-    here = unseal(path.read_bytes())
+    here = verified(path.read_bytes())
     there = {name: value for name, value in here.items() if name != "destination"}
-    path.write_bytes(seal({**here, "elsewhere": {"http://there": there}}))
+    path.write_bytes(with_checksum({**here, "elsewhere": {"http://there": there}}))
     assert fls("status", "last", "--storage", storage)[0] == 0
     assert resume_here(first, storage, file=toy / "pipeline.yaml")[0] == 0
     assert {run.info.status for run in recorded(client, first.run_id).values()} == {"FINISHED"}

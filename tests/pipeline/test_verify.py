@@ -6,7 +6,7 @@ from pathlib import Path
 
 from toy_runs import DIAMOND, fls, last_run, numbers, ran, run_here, write_spec
 
-from pipeline.store.seal import seal, unseal
+from pipeline.store.checksum import verified, with_checksum
 from pipeline.store.store import Store
 from pipeline.upkeep.verify import Damage, find_damage
 
@@ -131,9 +131,9 @@ def test_a_cell_that_gives_other_bytes_is_told(toy: Path) -> None:
     write_spec("fail: {uses: fail, params: {counter: counter, until: 0}}")
     assert run_here()[0] == 0
     manifest = Path(f".fls/stages/{key_of('fail')}/manifest.json")
-    document = unseal(manifest.read_bytes())
+    document = verified(manifest.read_bytes())
     document["facts"]["python"] = "3.10.0"
-    manifest.write_bytes(seal(document))
+    manifest.write_bytes(with_checksum(document))
     code, output, _ = fls("verify", "--rerun", "fail")
     assert code == 1
     assert "fail: number/number.json differs\n" in output

@@ -76,10 +76,10 @@ def test_a_result_is_published_with_the_facts_of_its_making(toy: Path) -> None:
     manifest = Store(".fls").manifest(KEY)
     assert manifest is not None
     assert manifest.ingredients == {"stage": "toy"}
-    assert manifest.facts["run"] == "run-1"
-    assert manifest.facts["device"] == "cpu"
-    assert manifest.facts["threads"] == 1
-    assert manifest.facts["packages"]["pydantic"]
+    assert manifest.making["run"] == "run-1"
+    assert manifest.making["device"] == "cpu"
+    assert manifest.making["threads"] == 1
+    assert manifest.making["packages"]["pydantic"]
     assert [event["type"] for event in events_of()] == [
         "start",
         "metrics",
@@ -265,7 +265,7 @@ def test_what_the_stage_cost_is_in_the_manifest_and_among_the_metrics(toy: Path)
     run_task(start_task())
     manifest = Store(".fls").manifest(KEY)
     assert manifest is not None
-    cost = {name: manifest.facts[name] for name in ("seconds", "cpu_seconds", "peak_bytes")}
+    cost = {name: manifest.making[name] for name in ("seconds", "cpu_seconds", "peak_bytes")}
     assert cost["peak_bytes"] > 2**20
     metrics = [event["values"] for event in events_of() if event["type"] == "metrics"]
     assert metrics[-1] == cost
@@ -277,8 +277,8 @@ def test_a_checkpoint_says_what_the_attempt_has_cost_so_far(toy: Path) -> None:
     (checkpoint,) = (event for event in events_of() if event["type"] == "checkpoint")
     manifest = Store(".fls").manifest(KEY)
     assert manifest is not None
-    assert 0 <= checkpoint["seconds"] <= manifest.facts["seconds"]
-    assert 0 <= checkpoint["cpu_seconds"] <= manifest.facts["cpu_seconds"]
+    assert 0 <= checkpoint["seconds"] <= manifest.making["seconds"]
+    assert 0 <= checkpoint["cpu_seconds"] <= manifest.making["cpu_seconds"]
 
 
 def test_a_node_without_the_drivers_folder_refuses(toy: Path) -> None:

@@ -93,7 +93,7 @@ def test_workers_are_no_part_of_the_key_and_stand_in_the_manifest(toy: Path) -> 
         (status,) = last_run(f"with-{workers}").cells.values()
         manifest = Store(f"with-{workers}").manifest(status.key)
         assert manifest is not None
-        assert manifest.facts["workers"] == workers
+        assert manifest.making["workers"] == workers
         assert numbers(f"with-{workers}") == {"ranks": NUMBER}
         keys.append(status.key)
     assert keys[0] == keys[1]

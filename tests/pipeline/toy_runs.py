@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.__main__ import main
-from pipeline.base.console import PlainConsole
+from pipeline.base.console import RedactingConsole
 from pipeline.base.states import CellState
 from pipeline.cli.run_commands import print_end, run_spec
 from pipeline.executors import ExecutorName, make_executor
@@ -185,7 +185,7 @@ def kill(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> int:
 
 
 def _console(output: io.StringIO) -> Console:
-    return PlainConsole(file=output, width=200)
+    return RedactingConsole(file=output, width=200)
 
 
 @contextmanager
