@@ -16,7 +16,7 @@ from fishleg.blocks.base import AbstractBlock
 from fishleg.errors import CapacityExceeded
 from fishleg.estimators.base import AbstractEstimator
 from fishleg.fisher import fisher_vector_product
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.likelihoods import check_targets, given_targets
 from fishleg.objective import curvature_and_trace, gradient_product, image_square, masked_product
 from fishleg.options import Labels

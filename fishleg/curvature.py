@@ -21,7 +21,7 @@ from fishleg.damping import auto_damping
 from fishleg.drawing import draw_samples
 from fishleg.errors import FishLegError, UnknownName
 from fishleg.estimators import ESTIMATORS, AbstractEstimator, FitProgress, LayerHessian, Magnitude
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.likelihoods import Gaussian, Likelihood, check_targets
 from fishleg.likelihoods.choice import (
     choose_likelihood,

@@ -6,7 +6,7 @@ from math import isfinite
 
 from fishleg.errors import FishLegError
 from fishleg.estimators import AbstractEstimator, LayerHessian, Magnitude
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.moments import input_moments
 
 RELATIVE_DAMPING = 0.3
@@ -61,6 +61,6 @@ def mean_curvature(source: GradientSource) -> float:
 def _mean_input(source: GradientSource) -> float:
     """Return the mean of the diagonals of the layers' Hessians."""
     names = [group.name for group in source.partition.prunable]
-    sums = input_moments(source, [name for name in names if source.heads(name) is not None])
+    sums = input_moments(source, [name for name in names if source.conv_groups(name) is not None])
     means = [float(found[0].diagonal(dim1=1, dim2=2).mean()) for found in sums.values()]
     return sum(means) / max(1, len(means))

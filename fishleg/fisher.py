@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from fishleg.calibration import Batch
-from fishleg.capture import transformable
 from fishleg.errors import FishLegError, UnknownName
 from fishleg.finite import check_finite, ruled_in
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.likelihoods import Likelihood, given_targets
+from fishleg.modes import transformable
 from fishleg.parameters import parameters_like
 from fishleg.precision import in_full, widen
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from fishleg.calibration import Batch
 from fishleg.calling import PLAIN, Calling
-from fishleg.capture import evaluating
 from fishleg.errors import FishLegError
 from fishleg.likelihoods import Likelihood
+from fishleg.modes import evaluating
 from fishleg.nests import Nest, map_tensors, take
 from fishleg.precision import is_narrow, recast, widen, without_autocast
 

@@ -39,7 +39,7 @@ class ParameterGroup:
             dimension, or of the whole (`parametrised.WHOLE`), where one of each slice has to
             survive: 0 / 0 is no number. Else None.
         transposed: the first dimension is the inputs', as in transposed convolutions.
-        heads: how many parts the inputs of a transposed weight are cut into: its layer's groups.
+        conv_groups: convolution groups of a transposed weight, which divide its inputs, else 1.
     """
 
     name: str
@@ -51,7 +51,7 @@ class ParameterGroup:
     used: str = ""
     norm_dim: int | None = None
     transposed: bool = False
-    heads: int = 1
+    conv_groups: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", self.names or (self.weight,))
@@ -351,7 +351,7 @@ def _groups(covered: Sequence[tuple[WeightTensor, bool]]) -> tuple[ParameterGrou
             used=tensor.uses[0],
             norm_dim=tensor.norm_dim,
             transposed=tensor.transposed,
-            heads=tensor.heads,
+            conv_groups=tensor.conv_groups,
         )
         for tensor, prunable in covered
         if tensor.name not in biases.values()

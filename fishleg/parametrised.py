@@ -20,7 +20,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from fishleg.capture import evaluating
+from fishleg.modes import evaluating
 
 WHOLE = -1
 """In place of a dimension: the whole tensor (as in `torch.norm_except_dim`)."""

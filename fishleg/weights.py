@@ -33,7 +33,7 @@ class WeightTensor:
         zeros_lost: why zeros in it are no zeros of what the forward pass reads, or None.
         norm_dim: of slices that must not become zero altogether; see `ParameterGroup`.
         transposed: its first dimension is the inputs'.
-        heads: convolution groups of a transposed weight, else 1.
+        conv_groups: convolution groups of a transposed weight, else 1.
     """
 
     names: tuple[str, ...]
@@ -44,7 +44,7 @@ class WeightTensor:
     zeros_lost: str | None
     norm_dim: int | None
     transposed: bool
-    heads: int
+    conv_groups: int
 
     @property
     def name(self) -> str:
@@ -105,7 +105,7 @@ def find_tensors(model: nn.Module) -> list[WeightTensor]:
                     None,
                 ),
                 transposed=transposed,
-                heads=module.groups if isinstance(module, _TRANSPOSED) else 1,
+                conv_groups=module.groups if isinstance(module, _TRANSPOSED) else 1,
             )
         )
     return out

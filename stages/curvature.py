@@ -45,10 +45,10 @@ def curvature(ctx: Context) -> None:
             with ctx.checkpoint() as folder:
                 save_state(folder, estimator)
 
-    with joined(ctx) as source.team, user_errors():
-        resume = source.team.any(unfinished is not None)
+    with joined(ctx) as source.rank_group, user_errors():
+        resume = source.rank_group.any(unfinished is not None)
         if resume:
-            share_state(source.team, estimator, ctx.device)
+            share_state(source.rank_group, estimator, ctx.device)
         estimator.fit(source, report, resume=resume)
     if ctx.rank > 0:
         return

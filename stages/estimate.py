@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from fishleg.errors import FishLegError
 from fishleg.estimators.base import AbstractEstimator
+from fishleg.gradients.rank_group import RankGroup
 from fishleg.parameters import Partition
-from fishleg.team import Team
 from pipeline.stage import StageError, write_json
 from stages.calibration import CalibrationPlan
 from stages.lineage import Step
@@ -117,10 +117,10 @@ def load_state(folder: Path, estimator: AbstractEstimator, device: str) -> None:
     estimator.load_state_dict({"tensors": tensors, "meta": meta})
 
 
-def share_state(team: Team, estimator: AbstractEstimator, device: str) -> None:
-    """Give all of a team the state that the estimator of its first process has."""
+def share_state(rank_group: RankGroup, estimator: AbstractEstimator, device: str) -> None:
+    """Give all of a rank group the state that the estimator of its first process has."""
     state = estimator.state_dict()
-    tensors, meta = team.share(state["tensors"], state["meta"], device=device)
+    tensors, meta = rank_group.broadcast(state["tensors"], state["meta"], device=device)
     estimator.load_state_dict({"tensors": tensors, "meta": meta})
 
 

@@ -26,7 +26,7 @@ from fishleg.pruning import (
     group_masks,
     mean_divergence,
     refine,
-    settle,
+    search_line,
 )
 from pipeline.stage import Context, write_json
 from stages.data.batches import batches_per_epoch, training_batches
@@ -95,7 +95,7 @@ class MultistepPruning(StepwisePruning):
         self.began = time.monotonic()
 
     def refine(self, step: int) -> None:
-        """Refine the survivors, from the start or from a checkpoint, and settle."""
+        """Refine the survivors, from the start or from a checkpoint, then search the line."""
         steps = self.params.refinement_steps(step)
         if not steps:
             return
@@ -129,7 +129,7 @@ class MultistepPruning(StepwisePruning):
                 )
                 if self.ctx.checkpoint_due():
                     self.checkpoint(step, refinement)
-        report = self._settle(refinement)
+        report = self._search_line(refinement)
         for warning in report.warnings:
             self.warn(step, warning)
         if report.held_out:
@@ -139,10 +139,10 @@ class MultistepPruning(StepwisePruning):
             }
             self.ctx.log(found, step=step + 1)
 
-    def _settle(self, refinement: Refinement) -> RefinementReport:
+    def _search_line(self, refinement: Refinement) -> RefinementReport:
         """Go back to the best point of the way, if samples are held out to tell it by."""
         if len(self.held_out):
-            return settle(
+            return search_line(
                 self.model.network, self.unrefined, lambda _: self._divergence(self.held_out)
             )
         end = self._divergence(self.calibration.train)

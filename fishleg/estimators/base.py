@@ -18,7 +18,8 @@ from fishleg.blocks import BLOCKS, AbstractBlock
 from fishleg.calling import model_device
 from fishleg.checks import check_type
 from fishleg.errors import CapacityExceeded, FishLegError, NotFitted, UnknownName
-from fishleg.gradients import GradientSource
+from fishleg.gradients.memory import pass_bytes
+from fishleg.gradients.source import GradientSource
 from fishleg.memory import Footprint, available_bytes, peak, show_bytes
 from fishleg.options import Distribution, EstimatorOptions
 from fishleg.parameters import Partition
@@ -175,10 +176,10 @@ class AbstractEstimator(ABC):
     def peak_bytes(self, source: GradientSource) -> int:
         """Return about how much a fit needs at its peak, beside the model and the samples.
 
-        The formulas of the class, and the passes of one batch; see `GradientSource.pass_bytes`.
+        The formulas of the class, and the passes of one batch; see `gradients.memory.pass_bytes`.
         """
         footprints = [self.footprint(source, name) for name in self.partition.names]
-        return peak(footprints) + source.pass_bytes
+        return peak(footprints) + pass_bytes(source)
 
     def check_memory(self, source: GradientSource) -> None:
         """Check, before anything is allocated, that a fit to `source` fits the memory.

@@ -11,7 +11,7 @@ from fishleg.blocks.base import AbstractBlock
 from fishleg.blocks.dense import DenseBlock
 from fishleg.blocks.eigen import invert_factors
 from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.linalg import invert_damped
 from fishleg.memory import Footprint
 from fishleg.moments import (
@@ -69,7 +69,7 @@ class KFAC(AbstractOnePassEstimator):
     def _passes(
         self, source: GradientSource, masks: Mapping[str, Tensor] | None
     ) -> Sequence[DataPass]:
-        layers = [name for name in self.partition.names if source.heads(name) is not None]
+        layers = [name for name in self.partition.names if source.conv_groups(name) is not None]
         others = [name for name in self.partition.names if name not in layers]
         passes = [
             DataPass(partial(layer_moments, source, layers), self._invert_factors),
@@ -96,14 +96,14 @@ class KFAC(AbstractOnePassEstimator):
     def footprint(self, source: GradientSource, name: str) -> Footprint:
         """Return what fitting group `name` needs; see the class."""
         group, bytes_each = self.partition[name], source.element_size(name)
-        heads, size = source.heads(name), group.size
-        gradients = 0 if heads else 3 * bytes_each * source.rows_at_once * size
-        if not heads and size <= self.options.dense_size:
+        conv_groups, size = source.conv_groups(name), group.size
+        gradients = 0 if conv_groups else 3 * bytes_each * source.rows_at_once * size
+        if not conv_groups and size <= self.options.dense_size:
             summing = gradients + bytes_each * size**2
             return Footprint(
                 held=bytes_each * size**2, sums=8 * size**2, work=max(summing, 32 * size**2)
             )
-        factors = group.rows**2 // (heads or 1) + (heads or 1) * group.columns**2
+        factors = group.rows**2 // (conv_groups or 1) + (conv_groups or 1) * group.columns**2
         return Footprint(
             held=bytes_each * (factors + size),
             sums=8 * factors,

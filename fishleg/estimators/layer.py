@@ -13,7 +13,7 @@ from fishleg.blocks.diagonal import DiagonalBlock
 from fishleg.blocks.shared import SharedBlock
 from fishleg.errors import FishLegError
 from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.linalg import invert_damped
 from fishleg.memory import Footprint
 from fishleg.moments import input_moments
@@ -72,7 +72,7 @@ class LayerHessian(AbstractOnePassEstimator):
         self, source: GradientSource, masks: Mapping[str, Tensor] | None
     ) -> Sequence[DataPass]:
         for group in self.partition.prunable:
-            if source.heads(group.name) is None:
+            if source.conv_groups(group.name) is None:
                 raise FishLegError(
                     f"{group.name}: expected the weight of one linear or convolution layer, called "
                     "once; a layer's Hessian is known of these only. Leave it dense by `keep=` of "
@@ -90,7 +90,7 @@ class LayerHessian(AbstractOnePassEstimator):
     def _without_data(self, source: GradientSource) -> dict[str, AbstractBlock]:
         blocks: dict[str, AbstractBlock] = {}
         for group in self.partition.groups:
-            if source.heads(group.name) is None:
+            if source.conv_groups(group.name) is None:
                 weight = source.model.get_parameter(group.weight)
                 ones = torch.ones(group.shape, dtype=source.dtype(group.name), device=weight.device)
                 blocks[group.name] = DiagonalBlock(ones / self.damping)
@@ -99,8 +99,8 @@ class LayerHessian(AbstractOnePassEstimator):
     def footprint(self, source: GradientSource, name: str) -> Footprint:
         """Return what fitting group `name` needs; see the class."""
         group, bytes_each = self.partition[name], source.element_size(name)
-        heads = source.heads(name)
-        if heads is None:
+        conv_groups = source.conv_groups(name)
+        if conv_groups is None:
             return Footprint(held=bytes_each * group.size, sums=0, work=0)
-        numbers = heads * group.columns**2
+        numbers = conv_groups * group.columns**2
         return Footprint(held=bytes_each * numbers, sums=8 * numbers, work=32 * numbers)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fishleg.blocks.base import AbstractBlock
 from fishleg.blocks.diagonal import DiagonalBlock
 from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.memory import Footprint
 from fishleg.parameters import used_weight
 from fishleg.precision import widen

@@ -11,12 +11,12 @@ from torch import Tensor
 from fishleg.blocks.base import AbstractBlock
 from fishleg.blocks.low_rank import invert_low_rank
 from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
-from fishleg.gradients import GradientSource
+from fishleg.gradients.running_sums import Progress, RunningSums, Sums
+from fishleg.gradients.source import GradientSource
 from fishleg.memory import Footprint
 from fishleg.options import MfacOptions
 from fishleg.parameters import Partition
 from fishleg.rng import SampleGenerator
-from fishleg.tally import Progress, Sums, Tally
 
 
 class MFAC(AbstractOnePassEstimator):
@@ -78,7 +78,7 @@ class MFAC(AbstractOnePassEstimator):
         groups: Sequence[str],
         masks: Mapping[str, Tensor] | None = None,
         *,
-        tally: Tally | None = None,
+        running: RunningSums | None = None,
         progress: Progress | None = None,
     ) -> Sums:
         """Return group name -> [v], v (m, rows, columns), of the groups asked for.
@@ -87,7 +87,7 @@ class MFAC(AbstractOnePassEstimator):
             source: of scaled gradients.
             groups: names.
             masks: group name -> bool (rows, columns); gradients of removed weights count as zero.
-            tally: of an interrupted pass, which it resumes; it holds the vectors.
+            running: sums of an interrupted pass, which is resumed; holds the vectors.
             progress: told the gradient rows done so far.
         """
         count = min(self.options.gradients, source.rows)
@@ -106,9 +106,9 @@ class MFAC(AbstractOnePassEstimator):
                 sums[name][0].index_add_(0, numbers * count // source.rows, signed)
             return rows
 
-        tally = tally or Tally()
-        tally.run(source, lambda part: part.stream(groups), add, progress)
-        return tally.sums
+        running = running or RunningSums()
+        running.run(source, lambda part: part.stream(groups), add, progress)
+        return running.sums
 
     def _signs(self, numbers: Tensor, count: int, rows: int) -> Tensor:
         """Return the sign of each gradient row; without company it needs none."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fishleg.blocks.dense import DenseBlock, chunk_count
 from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.linalg import invert_damped
 from fishleg.memory import Footprint
 from fishleg.moments import accumulate, chunk_products

@@ -19,10 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fishleg.calibration import Calibration
 from fishleg.calling import PLAIN, Calling
-from fishleg.capture import evaluating
 from fishleg.errors import FishLegError
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.likelihoods import Likelihood
+from fishleg.modes import evaluating
 from fishleg.nests import Nest, as_nest, count_samples, take
 from fishleg.objective import masked_product
 from fishleg.optim.tracking import Evidence, TrackedInverse, update

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from fishleg.blocks import AbstractBlock, DiagonalBlock, KroneckerBlock
-from fishleg.capture import LayerSignals
+from fishleg.blocks.structures import fit_structure
+from fishleg.gradients.layers import LayerSignals
 from fishleg.moments import as_factors, kronecker_products, squares
 from fishleg.objective import (
     gradient_product,
@@ -39,7 +40,7 @@ from fishleg.options import TrackedStructure, TrackingOptions
 from fishleg.parameters import ParameterGroup
 from fishleg.rng import SampleGenerator
 from fishleg.solvers.adam import adam_change, assemble, compose, relative_slope
-from fishleg.warmstart import diagonal_start, factored_start, fit_structure, identity_start
+from fishleg.solvers.starts import diagonal_start, factored_start, identity_start
 
 Evidence = Tensor | LayerSignals
 Tensors = dict[str, Tensor]

@@ -22,7 +22,7 @@ from fishleg.blocks.base import AbstractBlock
 from fishleg.errors import FishLegError, UnknownName
 from fishleg.estimators.base import AbstractEstimator
 from fishleg.fisher import fisher_vector_product
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.linalg import CGReport, conjugate_gradient
 from fishleg.options import Compensation
 from fishleg.parameters import Partition

@@ -21,7 +21,7 @@ from fishleg.calibration import Calibration, each_batch, inputs_and_targets
 from fishleg.calling import PLAIN, Calling
 from fishleg.errors import FishLegError
 from fishleg.estimators.base import AbstractEstimator
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.likelihoods import AbstractLikelihood, given_targets
 from fishleg.loading import check_iterable
 from fishleg.nests import tensors_of

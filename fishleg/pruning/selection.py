@@ -255,7 +255,7 @@ def select_n_of_m(
     """
     inputs = group.weight_columns // group.kernel
     if group.transposed:
-        inputs = group.rows // group.heads
+        inputs = group.rows // group.conv_groups
     if not 1 <= n < m or inputs % m:
         raise FishLegError(
             f"{group.name}: {n}:{m} needs 1 <= n < m and inputs divisible by m, got {inputs} "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fishleg.checks import check_function
 from fishleg.errors import FishLegError, ShapeMismatch, UnknownName
 from fishleg.estimators.base import AbstractEstimator
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.linalg import CGReport
 from fishleg.options import Compensation, Distribution, PruningOptions, Selection, Zeros
 from fishleg.parameters import ParameterGroup, Partition, used_weight

@@ -108,7 +108,7 @@ class AdamSolver(AbstractSolver):
                 now = self._step(now, piece.transpose(0, 1), now.step - begin)
                 if now.step % _STEPS_A_YIELD == 0 and now.step < end:
                     yield now.save()
-            now = self._settle(pieces, now)
+            now = self._end_phase(pieces, now)
             yield now.save()
 
     def _begin(self, pieces: Iterable[Tensor], block: AbstractBlock) -> _Descent:
@@ -162,7 +162,7 @@ class AdamSolver(AbstractSolver):
             block, probes, lambda v: gradient_product(gradients, v), self.damping, self._support
         )
 
-    def _settle(self, pieces: Iterable[Tensor], now: _Descent) -> _Descent:
+    def _end_phase(self, pieces: Iterable[Tensor], now: _Descent) -> _Descent:
         """End a phase: keep its result if J fell, else go back to where it began."""
         curvature, trace, _ = self._measure(pieces, now.block())
         objective = 0.5 * curvature - trace

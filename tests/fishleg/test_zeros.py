@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from fishleg.calibration import Calibration
 from fishleg.errors import FishLegError, UnknownName
 from fishleg.estimators import EKFAC, OBS, DiagonalFisher, FishLeg, Magnitude
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.likelihoods import Categorical
 from fishleg.parameters import partition_parameters
 from fishleg.parametrised import evaluate

@@ -48,7 +48,7 @@ class RefinementReport:
 
 
 @torch.no_grad()
-def settle(
+def search_line(
     model: nn.Module,
     before: Mapping[str, Tensor],
     divergence: Callable[[nn.Module], float],

@@ -20,7 +20,7 @@ from fishleg.checks import check_integer
 
 
 @dataclass(frozen=True)
-class Team:
+class RankGroup:
     """This process's place among those that share a job; by default it is alone, and silent.
 
     Attributes:
@@ -40,7 +40,7 @@ class Team:
         rank = self.rank if rank is None else rank
         return slice(rank * count // self.size, (rank + 1) * count // self.size)
 
-    def deal(self, costs: Mapping[str, float]) -> dict[str, int]:
+    def assign(self, costs: Mapping[str, float]) -> dict[str, int]:
         """Return name -> its rank: the most expensive first, to the least-loaded rank."""
         loads = [0.0] * self.size
         owners = {}
@@ -64,7 +64,7 @@ class Team:
         self.sum([count])
         return bool(count)
 
-    def share(
+    def broadcast(
         self,
         tensors: Mapping[str, Tensor],
         meta: Any = None,
@@ -101,7 +101,7 @@ class Team:
         return found, meta
 
 
-ALONE = Team()
+ALONE = RankGroup()
 
 
 def _broadcast_bytes(tensor: Tensor, owner: int) -> None:
