@@ -1,9 +1,9 @@
 """The FishLeg surgeon: inverse Fisher estimation and second-order pruning for PyTorch.
 
-`prune` does all at once, `fit` one step less. Beneath, in the order of use: cut the parameters into
-groups, say where per-sample gradients come from, fit an estimator, certify it, prune. Needs torch,
-and safetensors for files; torch is imported at the first use of a name, so that `fishleg.options`
-works without it.
+`prune` is one call, `fit` one level below. The classes beneath, in the order of use: cut the
+parameters into groups, make a source of per-sample gradients, fit an estimator, certify it, prune.
+Needs torch, and safetensors for files; torch is imported at the first use of a name, so that
+`fishleg.options` works without it.
 """
 
 from importlib import import_module

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put `model` in evaluation mode with autograd on; restore every module's flag afterwards.
 
-    Recurrent layers do without cuDNN, which takes no gradient in evaluation mode, nor a second one.
+    Recurrent layers run without cuDNN, which has no gradient in evaluation mode, nor a second one.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -41,8 +41,8 @@ def _without_cudnn(model: nn.Module) -> Iterator[None]:
 def transformable() -> Iterator[None]:
     """Keep attention from fused kernels, which have no vmap rule and no forward-mode derivative.
 
-    Where torch loops because an operator has no vmap rule, the result is right, if slower: torch's
-    remark that it does so is not for our users, who are told which path each parameter takes.
+    Where torch loops because an operator has no vmap rule, the result is right, if slower. Torch's
+    warning is hidden: a source's report names the path of each parameter.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

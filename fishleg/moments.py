@@ -30,7 +30,7 @@ def accumulate(
 ) -> Sums:
     """Return group name -> float64 sums of the moments over all gradients, in one pass.
 
-    A rank group shares the pass, and each of its processes gets the sums over all.
+    A rank group shares the pass, and each of its processes gets the sums over all samples.
 
     Args:
         source: of scaled gradients.
@@ -39,7 +39,7 @@ def accumulate(
         groups: names; default all.
         masks: group name -> bool (rows, columns); gradients of removed weights count as zero.
         running: sums of an interrupted pass, which is resumed; holds the sums.
-        progress: told the gradient rows done so far.
+        progress: is given the gradient rows done so far.
     """
 
     def add(sums: Sums, batch: Mapping[str, Tensor], first_row: int) -> int:
@@ -109,7 +109,7 @@ def layer_moments(
         source: of layer signals.
         groups: names; those without signals are missing in the result.
         running: sums of an interrupted pass, which is resumed; holds the sums.
-        progress: told the gradient rows done so far.
+        progress: is given the gradient rows done so far.
 
     Returns:
         Gamma (h, rows / h, rows / h) and A (h, columns, columns).
@@ -166,7 +166,7 @@ def _accumulate_signals(
 
 
 def _inputs(signals: LayerSignals, rows: int) -> Tensor:
-    """Return what a batch adds to A; `rows` are the gradient rows of the whole pass.
+    """Return the contribution of a batch to A; `rows` are the gradient rows of the whole pass.
 
     Every label of a sample has the same input: it is counted by the share of labels here.
     """

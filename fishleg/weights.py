@@ -1,4 +1,4 @@
-"""What a model's parameters are: the names they go by, and what weight of which layer each is."""
+"""A model's parameters: their names, and the weight of which layer each is."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class WeightTensor:
 
     Attributes:
         names: all its state-dict names, in state-dict order.
-        uses: what forward passes read, one for each name: that name, or what a parametrization
-            makes of it.
+        uses: the tensors that forward passes read, one for each name: that name, or the weight that
+            a parametrization makes of it.
         shape: its shape.
         trainable: `requires_grad`.
-        unusual: why it is no weight that is pruned by default, or None if it is one.
-        zeros_lost: why zeros in it are no zeros of what the forward pass reads, or None.
-        norm_dim: of slices that must not become zero altogether; see `ParameterGroup`.
+        unusual: why it is not pruned by default, or None if it is.
+        zeros_lost: why zeros in it are no zeros in the forward pass, or None.
+        norm_dim: of slices that must keep a nonzero weight; see `ParameterGroup`.
         transposed: its first dimension is the inputs'.
         conv_groups: convolution groups of a transposed weight, else 1.
     """
@@ -53,11 +53,11 @@ class WeightTensor:
 
     @property
     def aliases(self) -> tuple[str, ...]:
-        """All that it goes by: its names, and those of what it makes."""
+        """All its names, and those of the weights that it makes."""
         return tuple(dict.fromkeys((*self.names, *self.uses)))
 
     def matches(self, patterns: Iterable[str]) -> bool:
-        """Tell whether one of the names, or `fnmatch` patterns, is meant for it."""
+        """Tell whether one of the names, or `fnmatch` patterns, matches it."""
         return any(
             alias == pattern or fnmatchcase(alias, pattern)
             for pattern in patterns

@@ -14,8 +14,8 @@ from fishleg.errors import ShapeMismatch
 class SharedBlock(AbstractBlock):
     """Q = blockdiag_k( I_(rows / h) (x) C_k ) over h convolution groups: V_k -> V_k C_k.
 
-    Every row of convolution group k (h = 1 for an ordinary layer) has the same inverse C_k, and
-    rows know nothing of each other.
+    Every row of convolution group k (h = 1 for an ordinary layer) has the same inverse C_k, and is
+    independent of the other rows.
 
     Args:
         inverse: C, (h, columns, columns), each symmetric positive definite.

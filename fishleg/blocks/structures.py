@@ -1,4 +1,4 @@
-"""Structures of blocks: the numbers that one holds, and the one nearest to a Kronecker start."""
+"""Structures of blocks: their sizes, and their fits to a Kronecker start."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def fit_structure(
 ) -> AbstractBlock:
     """Return a positive definite block of the given structure near `start`.
 
-    Dense and diagonal structures take their part of Q as it is. The tensor structure takes partial
+    Dense and diagonal structures copy their part of Q. The tensor structure takes partial
     traces of the column factor, exact where that is a product, and the bias's own entry.
 
     Args:
-        start: what a start above returned; unscaled for structures without a scale.
+        start: from `solvers.starts`; unscaled for structures without a scale.
         structure: the structure wanted.
         kernel: positions of the kernel, k k, for the tensor structure; a column beyond in k k is
             the bias.
@@ -50,7 +50,7 @@ def fit_structure(
 def count_numbers(
     structure: Structure, group: ParameterGroup, *, conv_groups: int, block_size: int
 ) -> int:
-    """Return how many numbers a block of the given structure holds, padding included.
+    """Return the count of numbers that a block of a structure holds, padding included.
 
     Args:
         structure: of the block.

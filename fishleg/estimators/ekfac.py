@@ -55,7 +55,7 @@ class EKFAC(KFAC):
         return [*super()._passes(source, masks), DataPass(measure, rescale)]
 
     def footprint(self, source: GradientSource, name: str) -> Footprint:
-        """Return what fitting group `name` needs; see the class."""
+        """Return the memory that fitting group `name` needs; see the class."""
         size, bytes_each = self.partition[name].size, source.element_size(name)
         basis = super().footprint(source, name)
         return Footprint(

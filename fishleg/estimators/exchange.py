@@ -1,4 +1,4 @@
-"""How the processes of a rank group divide the making of blocks, and get each other's."""
+"""The exchange of blocks between the processes of a rank group, which divide their making."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fishleg.parameters import ParameterGroup
 
 
 def block_cost(group: ParameterGroup) -> float:
-    """Return what making a group's block costs, in units that compare groups: r c (r + c)."""
+    """Return the cost of making a group's block, in units that compare groups: r c (r + c)."""
     return float(group.size * (group.rows + group.columns))
 
 

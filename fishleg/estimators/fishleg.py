@@ -27,12 +27,12 @@ from fishleg.solvers.base import AbstractSolver, SolverState
 
 
 class FishLeg(AbstractEstimator):
-    """Learns Q by minimising J; groups are independent of each other, given the data.
+    """Learns Q by minimising J, in each group independently.
 
-    So groups are fitted one after the other, in packs whose gradients are held together: a pack
-    costs one pass of the data, whatever the number of sweeps. A rank group divides the groups: each
-    process takes packs of its own, from all samples, and after each they exchange the blocks. So a
-    state that one of them saves lacks, of the others' work, at most a pack each.
+    Groups are fitted one after the other, in packs whose gradients are held together: a pack
+    costs one pass of the data, for any number of sweeps. A rank group divides the groups: each
+    process fits packs of its own, on all samples, and they exchange the blocks after each pack. So
+    a state saved by one process lacks at most one pack of each other process.
 
     Time: a pass of the gradients a pack (and one of the layers' signals, to start from `kfac`), and
     what the solver takes, N gradients a group: `alternating` 2 N r c (r + c) FLOPs a half-step and
@@ -47,13 +47,13 @@ class FishLeg(AbstractEstimator):
         partition: the groups.
         damping: gamma > 0.
         memory_limit: see `AbstractEstimator`.
-        options: how to fit; None for the defaults.
+        options: of the fit; None for the defaults.
         changes: fields of `FishLegOptions` that differ from `options`.
 
     Attributes:
         options: see `FishLegOptions`.
-        report: group name -> how its fit went, JSON-able: `structure`, `solver`, `objective` and
-            what else the solver tells in `SolverState.numbers`.
+        report: group name -> the report of its fit, JSON-able: `structure`, `solver`, `objective`,
+            the other entries of `SolverState.numbers`.
     """
 
     name = "fishleg"
@@ -76,7 +76,7 @@ class FishLeg(AbstractEstimator):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What a person should know: of all estimates, and where a solver did less than asked."""
+        """Warnings for the user: of all estimates, and where a solver did less than asked."""
         found = list(super().warnings)
         for name, entry in self.report.items():
             if entry.get("rejected"):
@@ -99,10 +99,9 @@ class FishLeg(AbstractEstimator):
     ) -> None:
         """Estimate Q from `source`; see `AbstractEstimator.fit`.
 
-        The callback is told of every half-step (or few steps of Adam); `objective` is the sum of J
-        over the groups so far. It is called, without news, while gradients are gathered, too. With
-        `resume` an interrupted `refine` is resumed, too. A pack's gradients are gathered again:
-        to store them takes longer.
+        The callback is called after every half-step (or few steps of Adam), and while gradients are
+        gathered; `objective` is the sum of J over the groups so far. `resume` resumes an
+        interrupted `refine`, too. A pack's gradients are gathered again: storing them takes longer.
         """
         self.check_memory(source)
         if not (resume and (self._pending or self._blocks)):
@@ -117,7 +116,7 @@ class FishLeg(AbstractEstimator):
         masks: Mapping[str, Tensor],
         callback: Callback | None = None,
     ) -> None:
-        """Go on from the present Q with the weights in `source` and the survivors `masks`.
+        """Continue from the present Q with the weights in `source` and the survivors `masks`.
 
         Afterwards Q is the inverse of the Fisher restricted to the survivors, as far as known:
         products are meaningful between survivors only.
@@ -175,7 +174,7 @@ class FishLeg(AbstractEstimator):
         ]
 
     def _exchange(self, source: GradientSource, due: Sequence[Sequence[str]]) -> None:
-        """Get from each process of the rank group the groups that it has just fitted."""
+        """Exchange the groups that each process of the rank group has just fitted."""
         owners = {name: rank for rank, names in enumerate(due) for name in names}
         mine = {name: self._blocks[name] for name in due[source.rank_group.rank]}
         blocks = self._blocks | exchange_blocks(source, mine, owners)
@@ -193,7 +192,7 @@ class FishLeg(AbstractEstimator):
         state: SolverState,
         callback: Callback | None,
     ) -> None:
-        """Fit one group from `state` on, and tell of every state."""
+        """Fit one group from `state` on, with a call of the callback for every state."""
         for present in solvers[name].run(pieces, state):
             self._partial = (name, present)
             self.report[name] = {
@@ -234,7 +233,7 @@ class FishLeg(AbstractEstimator):
         pieces: Mapping[str, Iterable[Tensor]],
         progress: Progress,
     ) -> dict[str, SolverState]:
-        """Return where each group's solver begins, or goes on."""
+        """Return the state from which each group's solver starts or resumes."""
         starts = {
             name: SolverState(block=block)
             for name, block in self._blocks.items()
@@ -257,7 +256,7 @@ class FishLeg(AbstractEstimator):
     # -- memory
 
     def footprint(self, source: GradientSource, name: str) -> Footprint:
-        """Return what fitting group `name` needs, its gradients in a pack excepted."""
+        """Return the memory that fitting group `name` needs, except its gradients in a pack."""
         return self._fit_of(name).footprint(
             source.element_size(name),
             source.conv_groups(name),
@@ -266,7 +265,7 @@ class FishLeg(AbstractEstimator):
         )
 
     def peak_bytes(self, source: GradientSource) -> int:
-        """Return about how much a fit needs at its peak: all blocks, and one pack at work.
+        """Return about the bytes that a fit needs at its peak: all blocks, and one pack.
 
         Beside the model and the samples, as in `AbstractEstimator`.
         """
@@ -306,7 +305,7 @@ class FishLeg(AbstractEstimator):
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned, damping and options included."""
+        """Restore the state that `state_dict` returned, damping and options included."""
         self._load_common_state(state)
         meta, tensors = state["meta"], state["tensors"]
         self.options = FishLegOptions(**meta["options"])
@@ -325,5 +324,5 @@ class FishLeg(AbstractEstimator):
 
 
 def _survives(mask: Tensor | None) -> bool:
-    """Tell whether anything of a group survives."""
+    """Tell whether a weight of a group survives."""
     return mask is None or bool(mask.any())

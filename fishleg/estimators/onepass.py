@@ -1,4 +1,4 @@
-"""What estimators share that need no iterations: they sum over the gradients, then invert."""
+"""The base of estimators without iterations: they sum over the gradients, then invert."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from fishleg.precision import in_full
 
 
 class Sum(Protocol):
-    """Goes on with a running to the end of its pass; the sums are found in the running."""
+    """Completes the pass of running sums, which then hold the result."""
 
     def __call__(self, *, running: RunningSums, progress: Progress) -> object:
-        """Sum up, and tell `progress` the gradient rows done so far."""
+        """Sum up; `progress` is given the gradient rows done so far."""
 
 
 @dataclass(frozen=True)
 class DataPass:
-    """One pass over the data: what is summed, and the block made of (group name, its sums)."""
+    """One pass over the data: its sums, and the function of (group name, its sums) to a block."""
 
     sum: Sum
     make: Callable[[str, list[Tensor]], AbstractBlock]
 
 
 class AbstractOnePassEstimator(AbstractEstimator):
-    """An estimator without state to assimilate: `refine` estimates afresh.
+    """An estimator that sums over the gradients: `refine` estimates again.
 
     An interrupted fit resumes within its pass over the data, or its inversions: the state of a
     running fit has the blocks so far and the sums of the pass. (In a rank group of another size the
@@ -54,7 +54,7 @@ class AbstractOnePassEstimator(AbstractEstimator):
     def __init__(self, partition: Partition, *, damping: float, memory_limit: int | None = None):
         super().__init__(partition, damping=damping, memory_limit=memory_limit)
         self._passes_done: int | None = None  # None: no fit is under way
-        self._running = RunningSums()  # of the pass at hand
+        self._running = RunningSums()  # of the present pass
 
     @abstractmethod
     def _passes(
@@ -66,7 +66,7 @@ class AbstractOnePassEstimator(AbstractEstimator):
         """
 
     def _without_data(self, source: GradientSource) -> dict[str, AbstractBlock]:
-        """Return the blocks of groups that no pass gives one."""
+        """Return the blocks of groups that no pass makes."""
         return {}
 
     @in_full
@@ -75,7 +75,7 @@ class AbstractOnePassEstimator(AbstractEstimator):
     ) -> None:
         """Estimate Q on the full Fisher; see `AbstractEstimator.fit`.
 
-        With `resume` an interrupted `refine` is resumed, too.
+        `resume` resumes an interrupted `refine`, too.
         """
         self.check_memory(source)
         if not resume or self._passes_done is None:
@@ -89,7 +89,7 @@ class AbstractOnePassEstimator(AbstractEstimator):
         masks: Mapping[str, Tensor],
         callback: Callback | None = None,
     ) -> None:
-        """Estimate Q afresh, on the survivors if the estimator `restricts`."""
+        """Estimate Q again, on the survivors if the estimator `restricts`."""
         self.check_memory(source)
         self._begin(dict(masks) if self.restricts else None)
         self._run(source, callback)
@@ -100,7 +100,7 @@ class AbstractOnePassEstimator(AbstractEstimator):
         self._passes_done, self._running = 0, RunningSums()
 
     def _run(self, source: GradientSource, callback: Callback | None) -> None:
-        """Go on to the end of the fit."""
+        """Complete the fit."""
         passes = self._passes(source, self.masks)
         total = max(1, len(passes)) * source.rows
 
@@ -144,14 +144,14 @@ class AbstractOnePassEstimator(AbstractEstimator):
         return type(block).restore(tensors, group.shape)
 
     def peak_bytes(self, source: GradientSource) -> int:
-        """Return about how much a fit needs at its peak; see `AbstractEstimator.peak_bytes`."""
+        """Return about the peak bytes of a fit; see `AbstractEstimator.peak_bytes`."""
         alone = super().peak_bytes(source)
         if source.rank_group.size == 1:
             return alone
         return alone + sum(self.footprint(source, name).sums for name in self.partition.names)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the blocks and the masks, what is summed of a fit under way, and the options."""
+        """Return the blocks, the masks, the sums of a running fit, and the options."""
         state = self._common_state()
         state["meta"]["options"] = asdict(self.options)
         if self._passes_done is not None:
@@ -171,7 +171,7 @@ class AbstractOnePassEstimator(AbstractEstimator):
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned, damping and options included."""
+        """Restore the state that `state_dict` returned, damping and options included."""
         self._load_common_state(state)
         self.options = type(self.options)(**state["meta"]["options"])
         self._passes_done, self._running = None, RunningSums()

@@ -1,8 +1,8 @@
 """The general path: per-sample gradients of any parameters, by vmap or by a loop over the samples.
 
-`torch.func.vmap` over `torch.func.grad` is right for any parameter (bare, tied, of a module that
-is used twice or through a functional call). Where a model does something that vmap cannot (a GRU,
-choosing rows by their values, sparse gradients, checkpointing), the samples are taken one by one.
+`torch.func.vmap` over `torch.func.grad` is right for any parameter: bare, tied, of a module that
+is used twice or through a functional call. Where vmap fails (a GRU, rows chosen by their values,
+sparse gradients, checkpointing), a loop takes the samples one by one, slower again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class GeneralPath:
     """The gradients of any parameters: by vmap or, once a model has refused it, by a loop.
 
     Attributes:
-        refused: what vmap said, or None.
+        refused: vmap's error, or None.
     """
 
     def __init__(self) -> None:
@@ -46,8 +46,8 @@ class GeneralPath:
         if not names:
             return {}
         if self.refused is None and len(one.batch.indices) > 1:
-            # What vmap, or a model under it, raises is of any type. If it is the model's own
-            # error, the loop raises it again.
+            # vmap, or a model under it, may raise any type. The loop raises the model's own errors
+            # again.
             try:
                 return _finite(_by_vmap(network, names, one), one, network)
             except (MemoryError, torch.OutOfMemoryError) as error:

@@ -1,6 +1,6 @@
 """Whether a model acts on each sample alone, as per-sample gradients need.
 
-Three things look alike in a sum and are told apart: samples that interact; rounding; and a model
+Three causes look alike in a sum and are distinguished: samples that interact; rounding; and a model
 that decides by the values of a batch which operations to run, which gets one sample at a time.
 """
 
@@ -21,12 +21,12 @@ from fishleg.nests import map_tensors, take
 from fishleg.network import Network
 from fishleg.precision import widest
 
-_DATA_DEPENDENT = "data-dependent control flow"  # what vmap says of `if x.sum() > 0`
+_DATA_DEPENDENT = "data-dependent control flow"  # vmap's error for `if x.sum() > 0`
 _EXACT, _ROUNDED, _HALF = 1e-8, 1e-4, 0.3
 
 
 def check_samples(network: Network, batch: Batch) -> str | None:
-    """Return why the model has to be given one sample at a time, or None.
+    """Return why the model needs one sample at a time, or None.
 
     Args:
         network: gives the outputs.
@@ -42,9 +42,9 @@ def check_samples(network: Network, batch: Batch) -> str | None:
 
 
 def _decides(network: Network, batch: Batch) -> str | None:
-    """Return what shows that the model looks at values to decide what to compute, or None.
+    """Return vmap's error if the model decides by values which operations to run, or None.
 
-    What it decides holds for all samples of a batch, and may be another for one of them alone.
+    Its decision holds for all samples of a batch, and may differ for a single one.
     """
 
     def alone(x: object) -> Tensor:
@@ -53,7 +53,7 @@ def _decides(network: Network, batch: Batch) -> str | None:
     with network.computing(), transformable(), torch.no_grad():
         try:
             vmap(alone, randomness="same")(batch.inputs)
-        except Exception as error:  # of any type; other refusals are the general path's business
+        except Exception as error:  # of any type; the general path handles other refusals
             return shorten(error) if _DATA_DEPENDENT in str(error) else None
     return None
 
@@ -68,7 +68,7 @@ def _check_alone(network: Network, batch: Batch) -> None:
         apart = _apart(network, batch)
     except FishLegError as error:
         with network.computing(), torch.no_grad():
-            network.outputs(batch)  # does not return if it is not being alone that is wrong
+            network.outputs(batch)  # raises if it fails on the whole batch, too
         raise FishLegError(
             f"The samples of a batch interact{_culprit(network)}: the model fails where a sample "
             f"comes alone, and not on {len(batch.indices)} of them. Expected a model that acts on "
@@ -91,8 +91,8 @@ def _check_alone(network: Network, batch: Batch) -> None:
     if apart > allowed:
         raise FishLegError(
             f"The samples of a batch interact{_culprit(network)}: a sample's outputs differ by "
-            f"{apart:.1e} of their size from what they are when it comes alone. Expected a model "
-            "that acts on each sample alone, which per-sample gradients and the Fisher are of. "
+            f"{apart:.1e} of their size from those when it comes alone. Expected a model that acts "
+            "on each sample alone, as per-sample gradients and the Fisher need. "
             "Give a batch norm running statistics, or replace it by a layer or group norm; a "
             "model that decides about a batch as a whole needs batch_size=1."
         )
@@ -103,7 +103,7 @@ def _is_double(network: Network) -> bool:
 
 
 def _apart(network: Network, batch: Batch, *, whole: bool = False) -> float:
-    """Return how far outputs are from those of the samples alone, in units of their size.
+    """Return the distance of outputs from those of the samples alone, in units of their size.
 
     Args:
         network: gives the outputs.
@@ -127,7 +127,7 @@ def _apart(network: Network, batch: Batch, *, whole: bool = False) -> float:
 
 
 def _culprit(network: Network) -> str:
-    """Return the batch norms that take their statistics from the batch, for the message."""
+    """Return, for the message, the batch norms that take their statistics from the batch."""
     norms = [
         name
         for name, module in network.model.named_modules()

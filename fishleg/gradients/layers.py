@@ -25,7 +25,7 @@ _FORWARDS = {
 
 @dataclass(frozen=True)
 class LayerSignals:
-    """What a linear or convolution layer saw and got back.
+    """The inputs of a linear or convolution layer, and the gradients of its outputs.
 
     For sample n, draw d and the rows of convolution group k (h = 1 where there are no groups) the
     gradient is G = sum_t output_gradients[n, d, k, t] activations[n, k, t]^T.

@@ -1,9 +1,4 @@
-"""Which path the per-sample gradients of each parameter take, and whether a model has any.
-
-The model has to act on each sample alone: a gradient of one sample means nothing else. Three
-things are told apart that look alike in a sum: samples that interact, rounding, and a model that
-looks at the values of a batch to decide what to compute, which is given one sample at a time.
-"""
+"""The choice of the path that each parameter's per-sample gradients take."""
 
 from __future__ import annotations
 
@@ -32,15 +27,15 @@ def find_paths(
 ) -> dict[str, str]:
     """Return the paths of the parameters `names`, by the graph and by a trial on `batch`.
 
-    The graph says which parameters nothing but a hooked module uses. For these the trial is a
-    second line, and for the others the only one: with random numbers c_n, sum_n c_n g_n over the
-    samples is compared with autograd's gradient of sum_n c_n loss_n. The random factors also
-    unmask gradients given to the wrong sample.
+    The graph shows which parameters are used by a hooked module alone. The trial checks these
+    again, and is the only check of the others: with random numbers c_n it compares sum_n c_n g_n
+    over the samples with autograd's gradient of sum_n c_n loss_n. The random factors also reveal
+    gradients given to the wrong sample.
 
     Args:
         network: gives outputs and losses.
         general: the general path.
-        names: all parameters in question.
+        names: the parameters.
         batch: some samples, prepared.
         run: gives the passes of a batch with modules hooked; the first label is used.
 
@@ -63,14 +58,14 @@ def find_paths(
 
 
 def _comparison(network: Network, names: Sequence[str], one: Pass) -> Callable[[str, Tensor], bool]:
-    """Return a test of per-sample gradients (n, *shape) of a parameter against autograd."""
+    """Return a test that compares per-sample gradients (n, *shape) of a parameter with autograd."""
     scale = one.scales[:, 0]
     factors = SampleGenerator(0, one.batch.indices).uniform().to(scale.dtype) + 0.5
     with network.computing():
         losses = network.likelihood.nll(network.outputs(one.batch), one.targets[0])
         reference = _autograd(network, names, (factors * scale * losses).sum())
-    # A gradient may also be zero but for rounding (a key's bias in attention); so a share of the
-    # largest one counts as zero.
+    # A gradient may be zero up to rounding (a key's bias in attention), so a share of the largest
+    # one counts as zero.
     tolerance = _EXACT if scale.dtype == torch.float64 else _ROUNDED
     negligible = 0.01 * max((float(value.norm()) for value in reference.values()), default=0.0)
 
@@ -113,7 +108,7 @@ def _check_rounding(
     except FishLegError as error:
         raise FishLegError(
             f"{names[0]}: the samples' gradients do not add up to the gradient of the batch, and "
-            f"the model cannot be computed in float64 to tell whether that is rounding ({error})."
+            f"the model cannot be computed in float64 to exclude rounding ({error})."
         ) from error
     for name, value in found.items():
         if not agrees(name, value[:, 0]):

@@ -1,11 +1,8 @@
-"""Per-sample gradients of one batch, on two paths.
+"""Passes of one batch, and the fast path of per-sample gradients.
 
 The fast path takes the gradients of linear, convolution and normalisation layers from hooks: one
-forward and one backward pass for a whole batch. The general path is `torch.func.vmap` over
-`torch.func.grad`: right for any parameter (bare, tied, of a module that is used twice or through
-a functional call), and several times slower. Where a model does something that vmap cannot (a GRU,
-choosing rows by their values, sparse gradients, checkpointing), the general path is a loop over the
-samples, slower again. Parameters go by their state-dict names. `fishleg.paths` chooses.
+forward and one backward pass for a whole batch. The general path (`general_path`) is right for any
+parameter, and several times slower; `paths` chooses. Parameters have their state-dict names.
 """
 
 from __future__ import annotations
@@ -41,8 +38,8 @@ class Pass:
         inputs: name of a hooked module -> its input (n, ...). Modules that were not called exactly
             once, with the samples in the first dimension, are missing here and in `gradients`.
         gradients: name of a hooked module -> scaled gradients of its output, (n, D, ...).
-        fast: parameters that these tell the gradients of, as far as the graph of this batch goes:
-            nothing but the one call of a hooked module uses them.
+        fast: parameters whose gradients follow from these: in the graph of this batch, only the one
+            call of a hooked module uses them.
     """
 
     batch: Batch
@@ -69,8 +66,8 @@ def run_passes(
         batch: the samples, prepared.
         hooked: module names.
         label: returns targets (D, n, ...) and scales (n, D) for the outputs.
-        draws_at_once: how many of the D labels go into one pass, for memory's sake.
-        thorough: check what layers see and get back, too, which takes up to a fifth of a pass.
+        draws_at_once: labels of the D in one pass, which limits the memory.
+        thorough: check inputs and gradients of layers, too, which takes up to a fifth of a pass.
 
     Raises:
         FishLegError: a part of the model hides its parameters from autograd; or an output or loss
@@ -128,7 +125,7 @@ def _used_once(
 ) -> dict[str, str]:
     """Return parameter name -> module, of those that only the module's one call uses.
 
-    A call whose output the model drops is no use, and everything else that uses the parameter is.
+    A call whose output the model drops is no use; any other operation on the parameter is one.
     """
     found = {}
     for module, made in calls.items():
@@ -155,7 +152,7 @@ def fast_gradients(model: nn.Module, one: Pass, module: str) -> dict[str, Tensor
 
 
 def candidates(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
-    """Return parameter name -> module whose hook may give its gradients, where there is one."""
+    """Return parameter name -> module whose hook may give its gradients."""
     known = {name for name, module in model.named_modules() if is_supported(module)}
     found = {}
     for name in names:

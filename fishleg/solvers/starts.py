@@ -1,4 +1,4 @@
-"""Where the solvers start: a first Q from cheap statistics."""
+"""Starts of the solvers: a first Q from cheap statistics."""
 
 from __future__ import annotations
 

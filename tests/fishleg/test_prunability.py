@@ -109,7 +109,7 @@ def test_what_is_listed_as_prunable_when_named_is():
         if reason.endswith("prunable when named"):
             assert name in prunable(partition_parameters(model, prunable=[name]))
         else:
-            with pytest.raises(FishLegError, match=f"names nothing that can be pruned: {name}"):
+            with pytest.raises(FishLegError, match=f"names no weight that can be pruned: {name}"):
                 partition_parameters(model, prunable=[name])
 
 
