@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fishleg.gradients import GradientSource, Labels
+from fishleg.gradients.source import GradientSource
+from fishleg.options import Labels
 from fishleg.parameters import Partition
 from pipeline.stage import Artifact, Context, Params
 from stages.calibration import CalibrationPlan

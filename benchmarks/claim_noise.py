@@ -31,7 +31,7 @@ from fishleg import (
 )
 from fishleg.blocks import AbstractBlock
 from fishleg.options import Structure
-from fishleg.warmstart import factored_start
+from fishleg.solvers.starts import factored_start
 from stages.model_folder import Model
 
 TITLE = "Claim 2, robustness to noise: Q learned, or the estimated Fisher inverted"
@@ -53,7 +53,7 @@ class _FactoredKFAC(KFAC):
     """K-FAC with its factors damped one by one, so that Q is a single Kronecker product.
 
     That is the structure which the alternating solver learns in; `KFAC` itself, damped exactly, has
-    free eigenvalues and belongs beside the structure eigen. See `warmstart.factored_start`.
+    free eigenvalues and belongs beside the structure eigen. See `solvers.starts.factored_start`.
     """
 
     def _invert_factors(self, name: str, sums: list[Tensor]) -> AbstractBlock:

@@ -1,9 +1,9 @@
 """The FishLeg surgeon: inverse Fisher estimation and second-order pruning for PyTorch.
 
-`prune` does all at once, `fit` one step less. Beneath, in the order of use: cut the parameters into
-groups, say where per-sample gradients come from, fit an estimator, certify it, prune. Needs torch,
-and safetensors for files; torch is imported at the first use of a name, so that `fishleg.options`
-works without it.
+`prune` is one call, `fit` one level below. The classes beneath, in the order of use: cut the
+parameters into groups, make a source of per-sample gradients, fit an estimator, certify it, prune.
+Needs torch, and safetensors for files; torch is imported at the first use of a name, so that
+`fishleg.options` works without it.
 """
 
 from importlib import import_module
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from fishleg.estimators import LayerHessian as LayerHessian
     from fishleg.estimators import Magnitude as Magnitude
     from fishleg.fisher import fisher_vector_product as fisher_vector_product
-    from fishleg.gradients import GradientSource as GradientSource
+    from fishleg.gradients.rank_group import RankGroup as RankGroup
+    from fishleg.gradients.source import GradientSource as GradientSource
     from fishleg.likelihoods import AbstractLikelihood as AbstractLikelihood
     from fishleg.likelihoods import Bernoulli as Bernoulli
     from fishleg.likelihoods import Categorical as Categorical
@@ -64,7 +65,6 @@ if TYPE_CHECKING:
     from fishleg.pruning import weight_masks as weight_masks
     from fishleg.pruning import zero_masks as zero_masks
     from fishleg.streaming import StreamedCalibration as StreamedCalibration
-    from fishleg.team import Team as Team
 
 _HOMES = {
     # in one call, and one step below
@@ -84,10 +84,10 @@ _HOMES = {
     "Calling": "fishleg.calling",
     "Categorical": "fishleg.likelihoods",
     "Gaussian": "fishleg.likelihoods",
-    "GradientSource": "fishleg.gradients",
+    "GradientSource": "fishleg.gradients.source",
     "Likelihood": "fishleg.likelihoods",
     "StreamedCalibration": "fishleg.streaming",
-    "Team": "fishleg.team",
+    "RankGroup": "fishleg.gradients.rank_group",
     "fisher_vector_product": "fishleg.fisher",
     # estimators
     "ESTIMATORS": "fishleg.estimators",

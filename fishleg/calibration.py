@@ -1,4 +1,4 @@
-"""The samples that curvature is averaged over, and the labels that they are given."""
+"""The samples that curvature is averaged over, and their labels."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fishleg.options import Labels
 from fishleg.rng import SampleGenerator
 
 Transform = Callable[[Nest], Nest]
-_TRIED = 64  # samples that tell whether a transform is random
+_TRIED = 64  # samples that show whether a transform is random
 
 
 class Batch(NamedTuple):
@@ -45,7 +45,7 @@ class Batch(NamedTuple):
 
 
 class Samples(Protocol):
-    """What curvature is averaged over: a `Calibration`, or a `StreamedCalibration`."""
+    """Samples that curvature is averaged over: a `Calibration`, or a `StreamedCalibration`."""
 
     @property
     def has_targets(self) -> bool:
@@ -65,16 +65,16 @@ class Calibration:
     """The samples that curvature is averaged over.
 
     Attributes:
-        inputs: (N, ...), any dtype, a tensor or array, or dicts, tuples and lists of them; how they
-            are passed to the model, `Calling` says. Batches are moved to the model's device. Or an
-            iterable of batches such as a DataLoader: see `from_batches`, which has options.
+        inputs: (N, ...), any dtype, a tensor or array, or dicts, tuples and lists of them, which
+            `Calling` passes to the model. Batches are moved to the model's device. Or an iterable
+            of batches such as a DataLoader: see `from_batches`, which has options.
         targets: (N, ...), needed for empirical labels only.
         indices: (N,) int64, the samples' own numbers, which key their labels; default 0 ... N - 1.
         transform: turns a batch of inputs into the model's input, so that uint8 data stay uint8;
             into the same one in each pass, not augmented at random.
 
     Raises:
-        ShapeMismatch: there is no sample, the tensors' lengths differ, or something is no tensor.
+        ShapeMismatch: there is no sample, the tensors' lengths differ, or a value is no tensor.
     """
 
     inputs: Nest
@@ -134,16 +134,16 @@ class Calibration:
     ) -> Calibration:
         """Return the samples of an iterable of batches, which is read once and held in memory.
 
-        So each pass sees the same samples, though the iterable shuffles or augments, or is a
-        generator. `StreamedCalibration` is for those that do not fit.
+        Each pass sees the same samples, even if the iterable shuffles or augments, or is a
+        generator. `StreamedCalibration` is for samples that do not fit the memory.
 
         Args:
             batches: such as a DataLoader; or a data set, whose items are (inputs, targets).
             split: maps a batch to its inputs, and its targets or None. By default a tuple or list
                 of two is (inputs, targets), and all else inputs alone.
-            samples: the most that are taken, the first ones; None for all.
-            transform: see above.
-            memory_bytes: the most that the samples may take; None for what there is.
+            samples: the number of samples taken, the first ones; None for all.
+            transform: see the class.
+            memory_bytes: the most that the samples may take; None for the free memory.
 
         Raises:
             ValueError: `samples` is not positive.
@@ -195,7 +195,7 @@ class Calibration:
 
     def _take(self, part: slice, device: torch.device) -> Nest:
         """Return the model's inputs for a run of samples."""
-        own = self.transform is not None  # a transform may write into what it is given
+        own = self.transform is not None  # a transform may write into its input
         inputs = map_tensors(lambda leaf: leaf.to(device, copy=own), take(self.inputs, part))
         return inputs if self.transform is None else apply_transform(self.transform, inputs)
 
@@ -210,7 +210,7 @@ def inputs_and_targets(batch: Any) -> tuple[Nest, Tensor | None]:
     """Return the inputs of a batch, and its targets if it has any.
 
     Args:
-        batch: a `Batch`, or what a loader gives; see `fishleg.loading`.
+        batch: a `Batch`, or a loader's; see `fishleg.loading`.
 
     Raises:
         ShapeMismatch: it has no sample; other errors are those of `read_batch`.
@@ -230,7 +230,7 @@ def each_batch(batches: Iterable[Any]) -> Iterator[tuple[Nest, Tensor | None]]:
 
 
 def apply_transform(transform: Transform, inputs: Nest) -> Nest:
-    """Return what the transform makes of a batch.
+    """Return the transform of a batch.
 
     Raises:
         ShapeMismatch: it is no nest of as many samples.
@@ -239,7 +239,7 @@ def apply_transform(transform: Transform, inputs: Nest) -> Nest:
     samples, given = count_samples(inputs, "inputs"), describe(inputs)
     try:
         made = transform(inputs)
-    except Exception as error:  # a user's function may raise whatever it likes
+    except Exception as error:  # a user's function may raise any type
         raise FishLegError(
             f"transform(inputs) raised {type(error).__name__} for {given}: "
             f"{str(error).rstrip('.')}. It is given a batch of inputs on the model's device."
@@ -254,7 +254,7 @@ def apply_transform(transform: Transform, inputs: Nest) -> Nest:
 
 
 def check_steady(transform: Transform, inputs: Nest, device: torch.device) -> None:
-    """Check that a transform makes the same of the same samples each time.
+    """Check that a transform returns the same for the same samples each time.
 
     Raises:
         FishLegError: it does not.
@@ -269,9 +269,9 @@ def check_steady(transform: Transform, inputs: Nest, device: torch.device) -> No
         a, b = a.double(), b.double()
         if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-3, atol=1e-3, equal_nan=True):
             raise FishLegError(
-                "transform(inputs): expected the same of the same samples each time, got something "
-                "else when called again. A fit takes several passes, and each has to see the same "
-                "samples: augment them before, and hold them, `Calibration.from_batches`."
+                "transform(inputs): expected the same result for the same samples each time, got "
+                "another in a second call. A fit takes several passes, and each has to see the "
+                "same samples: augment them before, and hold them, `Calibration.from_batches`."
             )
 
 
@@ -291,7 +291,7 @@ def label(
     Args:
         outputs: the model's outputs, (n, ...).
         batch: the samples that they belong to.
-        likelihood: what the outputs mean.
+        likelihood: the meaning of the outputs.
         labels: "sampled" from the model (D = draws, weights 1/D), "matched" (drawn targets that
             share mean and covariance with the model's labels), "enumerated" (all labels, weighted
             by their probabilities) or "empirical" (D = 1, the data's).
@@ -302,8 +302,8 @@ def label(
         targets (D, n, ...) and weights (n, D).
 
     Raises:
-        FishLegError: the likelihood cannot enumerate or match, the data have no targets where
-            they are needed, or ones that are none of the likelihood's.
+        FishLegError: the likelihood cannot enumerate or match, or the data lack targets that are
+            needed, or have ones that the likelihood refuses.
     """
     outputs = outputs.detach()
     if labels == "empirical":
@@ -311,7 +311,7 @@ def label(
             raise FishLegError(
                 "Empirical labels need targets; the calibration set has none. Give them, "
                 "`Calibration(inputs=..., targets=...)`; of a loader, `from_batches(split=...)` "
-                "says which they are."
+                "separates them."
             )
         check_targets(likelihood, outputs, batch.targets)
         return batch.targets[None], outputs.new_ones(len(outputs), 1)

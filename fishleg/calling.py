@@ -1,4 +1,4 @@
-"""How a model is called: what it is given of a batch, and which of its outputs counts.
+"""How a model is called: its arguments from a batch, and which of its outputs counts.
 
 This is the one place where the library calls a model.
 """
@@ -23,16 +23,16 @@ from fishleg.nests import Nest, count_samples, describe, map_tensors
 class Calling:
     """How a model is called, and which of its outputs counts.
 
-    By default a batch's inputs are passed as `forward` is declared to take them: a dict whose keys
+    By default a batch's inputs are passed as the signature of `forward` demands: a dict whose keys
     are all names of its arguments (or some of them, if it takes any others, too), as keywords; a
-    tuple or list, as positional arguments if `forward` cannot do with fewer than two and takes that
-    many; anything else, a lone tensor above all, as the one argument.
+    tuple or list, as positional arguments if `forward` requires at least two and accepts that many;
+    any other nest, such as a single tensor, as the only argument.
 
     Attributes:
-        call: called as call(model, inputs) in place of all that.
-        output: what of the model's result counts, where it is more than a tensor: an index or name
-            in it, or a function of it. A result that is a lone tensor counts whatever the index
-            or name: a network may have auxiliary outputs in training alone.
+        call: a function call(model, inputs) in place of that.
+        output: the part of the model's result that counts, where it is more than a tensor: an
+            index or name in it, or a function of it. A single tensor counts for any index or name:
+            a network may have auxiliary outputs in training only.
     """
 
     call: Callable[[nn.Module, Nest], Any] | None = None
@@ -62,18 +62,18 @@ class Calling:
                 f"The model ran out of memory on a batch of {samples} samples; lower batch_size. "
                 f"({error})"
             ) from error
-        except Exception as error:  # a model may raise whatever it likes
+        except Exception as error:  # a model may raise any type
             raise FishLegError(
                 f"{type(model).__name__} raised {type(error).__name__} when it was called as "
                 f"{self._describe(model, inputs)}: {str(error).rstrip('.')}. Check that the inputs "
-                "are what the model takes, and lie on its device; `Calling(call=...)` says how "
-                "else to call it."
+                "have the form that the model takes, and lie on its device; `Calling(call=...)` "
+                "calls it in another way."
             ) from error
         if not isinstance(found, Tensor) or found.shape[:1] != (samples,):
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ShapeMismatch(
-                f"The model's outputs: expected a tensor of {samples} samples, got {got}; say with "
-                "`Calling(output=...)` what of the result counts, or wrap the model so that it "
+                f"The model's outputs: expected a tensor of {samples} samples, got {got}; choose "
+                "a part of the result with `Calling(output=...)`, or wrap the model so that it "
                 "returns one row of outputs a sample."
             )
         _check_usable(model, found)
@@ -82,14 +82,14 @@ class Calling:
     def run(
         self, model: nn.Module, inputs: Nest, parameters: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """Return the model's outputs, unchecked, errors as they come; torch.func may transform it.
+        """Return the model's outputs, unchecked; raises as the model; torch.func may transform it.
 
         Args:
             model: the model.
             inputs: of a batch.
             parameters: state-dict name -> a value in place of the model's own.
         """
-        # A model may write into what it is given; the samples must be the same in every pass.
+        # A model may write into its inputs; the samples must be the same in every pass.
         inputs = map_tensors(torch.clone, inputs)
         if parameters is None:
             return self._pick(self._call(model, inputs))
@@ -103,10 +103,10 @@ class Calling:
         return model(*args, **kwargs)
 
     def _pick(self, result: Any) -> Tensor:
-        """Return what counts of a model's result.
+        """Return the part of a model's result that counts.
 
         Raises:
-            ShapeMismatch: nothing says which of several outputs it is.
+            ShapeMismatch: the choice among several outputs is not given.
             UnknownName: there is no such output.
         """
         if callable(self.output):
@@ -117,12 +117,12 @@ class Calling:
         if self.output is None:
             if not known:
                 raise ShapeMismatch(
-                    f"The model's outputs: expected a tensor, got {type(result).__name__}; say "
-                    "with `Calling(output=...)`, a function of it, what counts."
+                    f"The model's outputs: expected a tensor, got {type(result).__name__}; take "
+                    "it from the result with `Calling(output=...)`, a function."
                 )
             raise ShapeMismatch(
                 f"The model's outputs: expected a tensor, got {type(result).__name__} with "
-                f"{', '.join(map(repr, known))}; say with `Calling(output=...)` which one counts."
+                f"{', '.join(map(repr, known))}; choose one with `Calling(output=...)`."
             )
         if self.output not in known:
             raise UnknownName("output", str(self.output), map(str, known))
@@ -155,8 +155,8 @@ def _check_usable(model: nn.Module, outputs: Tensor) -> None:
     if outputs.is_meta or not outputs.is_floating_point():
         got = "none (device meta)" if outputs.is_meta else str(outputs.dtype)
         raise ShapeMismatch(
-            f"The model's outputs: expected real numbers, got {got}; load the weights, or say with "
-            "`Calling(output=...)` what of the result counts."
+            f"The model's outputs: expected real numbers, got {got}; load the weights, or choose "
+            "another part of the result with `Calling(output=...)`."
         )
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     if torch.is_grad_enabled() and not outputs.requires_grad and trained:

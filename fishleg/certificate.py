@@ -1,4 +1,4 @@
-"""How good an estimate is: of Q on data it has not seen, and of the pruning it led to.
+"""Certificates: the quality of Q on held-out data, and of a pruning step.
 
 For any estimator, group by group and beside the best diagonal Q. All numbers are plain floats.
 """
@@ -16,7 +16,7 @@ from fishleg.blocks.base import AbstractBlock
 from fishleg.errors import CapacityExceeded
 from fishleg.estimators.base import AbstractEstimator
 from fishleg.fisher import fisher_vector_product
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.likelihoods import check_targets, given_targets
 from fishleg.objective import curvature_and_trace, gradient_product, image_square, masked_product
 from fishleg.options import Labels
@@ -38,12 +38,12 @@ def certify(
     - `objective`: J(Q) = 1/2 tr(Q F_g Q) - tr Q. Lower is better; its least value is
       -1/2 tr F_g^-1.
     - `diagonal_objective`: J of the best diagonal Q there is, 1 / (F_ii + gamma) of these very
-      data, so that no diagonal estimate does better.
+      data, the least of all diagonal estimates.
     - `best_scale`: a* = tr Q / tr(Q F_g Q): 1 when the scale of Q is right, below 1 when Q is too
       large on these data.
     - `rescaled_objective`: J(a* Q).
     - `residual`: ||F_g Q u - u|| / ||u|| over Gaussian u. Q = 0 scores 1, so that a value above 1
-      says nothing by itself.
+      has no meaning by itself.
 
     Args:
         estimator: fitted.
@@ -83,7 +83,7 @@ def certify(
 
 @dataclass(frozen=True, kw_only=True)
 class _Sums:
-    """What J needs of a group: tr(Q F_g Q), tr Q, and the J of the best diagonal."""
+    """The terms of J for a group: tr(Q F_g Q), tr Q, and the J of the best diagonal."""
 
     curvature: float
     trace: float
@@ -109,7 +109,7 @@ class _Audit:
         self._fisher = torch.zeros_like(probes[0], dtype=torch.float64)
 
     def add(self, gradients: Tensor) -> None:
-        """Take in scaled gradients (n, rows, columns)."""
+        """Add scaled gradients (n, rows, columns)."""
         self._quadratic += float(image_square(self.block, gradients, self.mask))
         self._products += gradient_product(gradients, self.images)
         self._fisher += gradients.square().sum(0)
@@ -166,7 +166,7 @@ def _network_residual(
 
 @in_full
 def pruning_certificate(source: GradientSource, after: Mapping[str, Tensor]) -> Numbers:
-    """Compare what the quadratic model says of a change of the weights with what it did.
+    """Compare the quadratic model's prediction for a change of the weights with its effect.
 
     The model of `source` stands at the weights before; d is the change. No damping enters.
     - `predicted_kl`: 1/2 d^T F d with the whole, exact F.
@@ -185,7 +185,7 @@ def pruning_certificate(source: GradientSource, after: Mapping[str, Tensor]) -> 
 
     Errors are those of `parameters_like` and `Calling.outputs`.
 
-    Cost: one exact F-vector product, a pass of gradients, and some three forwards and backwards.
+    Cost: one exact F-vector product, a pass of gradients, and about three forwards and backwards.
     """
     parameters_like(source.model, after)
     first = {parameter: name for name, parameter in source.model.named_parameters()}
@@ -258,7 +258,7 @@ def _measure(
 
 
 def _enumerates(source: GradientSource) -> bool:
-    """Tell whether the likelihood can enumerate its labels, in the memory that there is."""
+    """Tell whether the likelihood can enumerate its labels, in the free memory."""
     batch = next(source.batches())
     with source.computing(), torch.no_grad():
         outputs = source.outputs(batch)

@@ -1,6 +1,6 @@
-"""The curvature of a model in one object: fitted, certified, saved, and pruned by.
+"""The curvature of a model in one object, which is fitted, certified, saved, and used to prune.
 
-`fit` chooses everything that the classes beneath ask for, by the defaults that measured best.
+`fit` chooses the arguments of the classes beneath, by the defaults that measured best.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fishleg.damping import auto_damping
 from fishleg.drawing import draw_samples
 from fishleg.errors import FishLegError, UnknownName
 from fishleg.estimators import ESTIMATORS, AbstractEstimator, FitProgress, LayerHessian, Magnitude
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.likelihoods import Gaussian, Likelihood, check_targets
 from fishleg.likelihoods.choice import (
     choose_likelihood,
@@ -40,18 +40,18 @@ BEST_OPTIONS: Mapping[str, Mapping[str, Any]] = {
 }
 """Method -> options that measured best, where they are others than the class's own."""
 _LABELS: Labels = "matched"
-_TRIED = 8  # samples whose outputs tell the likelihood
+_TRIED = 8  # samples whose outputs determine the likelihood
 
 
 class Curvature:
-    """An estimate of a model's inverse curvature, with all that it takes to use it.
+    """An estimate of a model's inverse curvature, with all that its use needs.
 
     `fit` and `Curvature.load` make one.
 
     Attributes:
         model: the network, at the weights that the estimate is for.
         estimator: fitted; one of the classes in `ESTIMATORS`.
-        likelihood: the meaning of the outputs; None where a file did not tell.
+        likelihood: the meaning of the outputs; None where a file does not have it.
         samples: those of the fit; None after `load`.
         keep: as `fit` was given it.
         also_prune: likewise.
@@ -91,7 +91,7 @@ class Curvature:
 
     @property
     def partition(self) -> Partition:
-        """The groups that the estimate covers, and what it leaves out, with the reasons."""
+        """The groups that the estimate covers, and the parameters left out, with the reasons."""
         return self.estimator.partition
 
     def certify(self, held_out: Any, *, samples: int | None = 1000) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class Curvature:
             selection: "single", "greedy", or a function that scores the weights.
             distribution: "global" or "uniform"; None is the method's own, which is uniform for the
                 layer Hessian and global for all others.
-            min_kept: fraction of each layer that survives at the least, in [0, 1].
+            min_kept: least fraction of each layer that survives, in [0, 1].
             compensation: "none", "independent", "joint" or "fisher".
 
         A FishLegError if the weights have moved since the fit, as by pruning: fit again.
@@ -219,10 +219,10 @@ class Curvature:
         )
 
     def _check_weights(self) -> None:
-        """Check that the model is where it was fitted.
+        """Check that the model has the weights of the fit.
 
         Raises:
-            FishLegError: it is not.
+            FishLegError: it has others.
         """
         if _checksum(self.model) != self._weights:
             raise FishLegError(

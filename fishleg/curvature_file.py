@@ -21,13 +21,13 @@ def write_curvature(path: Path, state: Mapping[str, Any], facts: Mapping[str, An
 
     Args:
         path: of the file; another file there is replaced.
-        state: what `state_dict` of an estimator returned.
+        state: from an estimator's `state_dict`.
         facts: JSON-able.
 
     Raises:
-        FishLegError: its folder is not there.
+        FishLegError: its folder does not exist.
     """
-    from safetensors import TensorSpec, serialize_file  # a file is all that needs it
+    from safetensors import TensorSpec, serialize_file  # only files need it
 
     if not path.parent.is_dir():
         raise FishLegError(f"{path}: expected a folder {path.parent}, got none; make it first.")

@@ -1,4 +1,4 @@
-"""The damping that is chosen for a network: a fraction of its own mean curvature."""
+"""Automatic damping: a fraction of the network's own mean curvature."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from math import isfinite
 
 from fishleg.errors import FishLegError
 from fishleg.estimators import AbstractEstimator, LayerHessian, Magnitude
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.moments import input_moments
 
 RELATIVE_DAMPING = 0.3
@@ -17,14 +17,13 @@ _LAYER_FLOOR = 1e-6  # beside `relative_damping`, which is the layer Hessian's o
 def auto_damping(kind: type[AbstractEstimator], source: GradientSource) -> float:
     """Return a damping for an estimator, relative to the mean curvature of the network.
 
-    It is 0.3 times the mean of the Fisher's diagonal over the prunable weights. A multiple of the
-    loss has that multiple, squared, of curvature and damping alike, so that no mask changes. One
-    number for the network keeps the layers comparable: docs/log.md has the measurements against
-    a damping relative to each layer's own curvature, and one chosen by the objective on held-out
-    samples.
+    It is 0.3 times the mean of the Fisher's diagonal over the prunable weights. A factor of the
+    loss multiplies curvature and damping by its square, so that no mask changes. One number for
+    the network keeps the layers comparable: docs/log.md has the measurements against a damping
+    relative to each layer's own curvature, and one chosen by the objective on held-out samples.
 
     Args:
-        kind: of the estimator. Magnitude takes any damping, 1 say; the layer Hessian has a damping
+        kind: of the estimator. Magnitude takes any damping, here 1; the layer Hessian has a damping
             of its own relative to each layer, and gets 1e-6 of the mean of its diagonals.
         source: of scaled gradients, on the samples of the fit.
 
@@ -61,6 +60,6 @@ def mean_curvature(source: GradientSource) -> float:
 def _mean_input(source: GradientSource) -> float:
     """Return the mean of the diagonals of the layers' Hessians."""
     names = [group.name for group in source.partition.prunable]
-    sums = input_moments(source, [name for name in names if source.heads(name) is not None])
+    sums = input_moments(source, [name for name in names if source.conv_groups(name) is not None])
     means = [float(found[0].diagonal(dim1=1, dim2=2).mean()) for found in sums.values()]
     return sum(means) / max(1, len(means))

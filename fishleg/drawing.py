@@ -1,7 +1,7 @@
 """Calibration samples drawn by seed, from a tensor, a batch, a loader or any iterable of batches.
 
 Sample i of the data has a random key that depends on the seed and on i alone, and the samples with
-the lowest keys are drawn, in the order of their keys. So the draw is the same whatever the batches,
+the lowest keys are drawn, in the order of their keys. So the draw does not depend on the batches,
 and the first samples of a draw are a smaller draw.
 """
 

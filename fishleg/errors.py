@@ -1,13 +1,13 @@
 """The exception tree.
 
 FishLegError
-|-- ShapeMismatch        a tensor's shape, dtype or device is not what the callee needs
+|-- ShapeMismatch        a tensor's shape, dtype or device is not the one that the callee needs
 |-- WrongType            an argument is of another type than the callee takes
-|-- UnknownName          a name that is not among the choices
+|-- UnknownName          a name is not among the choices
 |-- InvalidOption        an option's value is out of range, or does not fit another option's
 |   `-- WrongOptionType  it has the wrong type, and is a WrongType as well
 |-- NotPositiveDefinite  a factor lost positive definiteness and could not be corrected
-|-- CapacityExceeded     the job does not fit the memory it was given
+|-- CapacityExceeded     the job does not fit the available memory
 |-- NotFitted            an estimator was used before `fit`
 """
 
@@ -22,7 +22,7 @@ class FishLegError(Exception):
 
 
 class ShapeMismatch(FishLegError, ValueError):
-    """A tensor's shape, dtype or device is not what the callee needs."""
+    """A tensor's shape, dtype or device is not the one that the callee needs."""
 
 
 class WrongType(FishLegError, TypeError):
@@ -51,7 +51,7 @@ class InvalidOption(FishLegError, ValueError):
 
     Attributes:
         option: the option's name.
-        reason: what was expected, and what was given.
+        reason: the expected value, and the given one.
     """
 
     def __init__(self, option: str, reason: str):
@@ -69,7 +69,7 @@ class NotPositiveDefinite(FishLegError, ArithmeticError):
 
 
 class CapacityExceeded(FishLegError, MemoryError):
-    """The job does not fit the memory it was given; the message says what would."""
+    """The job does not fit the available memory; the message names a job that would."""
 
 
 class NotFitted(FishLegError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Numbers that are not finite, and where they come from."""
+"""Numbers that are not finite, and their origin."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ def check_finite(values: Mapping[str, Tensor], batch: Batch, model: nn.Module) -
     """Check that all values of all samples are finite.
 
     Args:
-        values: what it is, for people -> (n, ...), a row a sample.
+        values: description for the message -> (n, ...), a row a sample.
         batch: the samples.
-        model: where the values are from.
+        model: the origin of the values.
 
     Raises:
-        FishLegError: a value is not, with the sample's number, and where it may come from.
+        FishLegError: a value is not; the message names the sample, and a possible origin.
 
     Cost: the values are read once, and a GPU is waited for once.
     """
     if not values:
         return
-    # NaN and inf outlast a sum; a sum that overflows is looked at more closely
+    # NaN and inf survive a sum; a sum that overflows is examined below
     totals = [one.detach().sum() for one in values.values()]
     if bool(torch.stack([one.to(totals[0].device) for one in totals]).isfinite().all()):
         return
@@ -43,12 +43,12 @@ def check_finite(values: Mapping[str, Tensor], batch: Batch, model: nn.Module) -
 
 
 def ruled_in(outputs: Tensor) -> Tensor:
-    """Return the outputs with 0 for -inf, by which a model rules a class out."""
+    """Return the outputs with 0 for -inf, which excludes a class."""
     return outputs.detach().masked_fill(outputs.detach() == -torch.inf, 0.0)
 
 
 def _origin(batch: Batch, row: int, model: nn.Module) -> str:
-    """Return the end of the message: where the number may come from, and what to do."""
+    """Return the end of the message: the possible origin of the number, and the remedy."""
     tensors = (*model.named_parameters(), *model.named_buffers())
     for name, tensor in tensors:
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):

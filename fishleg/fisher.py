@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from fishleg.calibration import Batch
-from fishleg.capture import transformable
 from fishleg.errors import FishLegError, UnknownName
 from fishleg.finite import check_finite, ruled_in
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.likelihoods import Likelihood, given_targets
+from fishleg.modes import transformable
 from fishleg.parameters import parameters_like
 from fishleg.precision import in_full, widen
 
@@ -36,7 +36,7 @@ def fisher_vector_product(
         source: gives model, likelihood, samples, and (for sampled labels) draws and seed.
         v: state-dict name -> tensor of the parameter's shape, taken in the dtype that the model is
             computed in, and on its device.
-            Parameters that are not named count as fixed: F is restricted to those that are.
+            Parameters that are not named count as fixed: F is restricted to the named ones.
         form: of the label expectation. "exact": by the likelihood's output Fisher H;
             "sampled": sum_k g_k (g_k . v) / K over drawn labels, g a single sample's gradient;
             "enumerated": the same over all labels, weighted by p_c, equal to "exact";
@@ -52,7 +52,7 @@ def fisher_vector_product(
 
     Cost: about six forward passes (three for J v, three for J^T u) over the calibration set; twice
     the memory of an ordinary training step with `source.batch_size` samples. More where the model
-    supports no forward-mode derivative, which is said once.
+    supports no forward-mode derivative; one warning says so.
     """
     if form not in get_args(Form):
         raise UnknownName("form", form, get_args(Form))
@@ -81,7 +81,7 @@ def fisher_vector_product(
 
 
 def _check_finite(source: GradientSource, product: Mapping[str, Tensor]) -> None:
-    """Check a product, and look for the sample that spoils it.
+    """Check a product, and find the sample that causes an error.
 
     Raises:
         FishLegError: it is not finite; or as `check_finite`, where the outputs are not.
@@ -105,7 +105,7 @@ def _labelled_product(
     """Return sum_d w_d u_d (u_d . J v) for each sample, u_d = d nll_d / d outputs.
 
     J^T of it is sum_d w_d g_d (g_d . v), since g_d = J^T u_d: the per-sample gradients need not be
-    formed. Note what stands outside the bracket: g, and of one sample, not v or a batch mean.
+    formed. Outside the bracket stands g of one sample, not v or a batch mean.
     """
     images = torch.zeros_like(outputs)
     for target, weight in zip(targets, weights.unbind(1), strict=True):

@@ -1,8 +1,8 @@
 """Products with J, the derivative of a batch's outputs by parameters: J v, and J^T u.
 
 Forward mode gives J v where every operation of the model has a rule for it. Where one has none
-(a weight under `weight_norm`, checkpointing, a custom function), the derivative of J^T u by u does,
-u being anything: J v = d(<J^T u, v>)/du, two backward passes. And where backward passes cannot be
+(a weight under `weight_norm`, checkpointing, a custom function), the derivative of J^T u by u gives
+it, for any u: J v = d(<J^T u, v>)/du, two backward passes. Where backward passes cannot be
 differentiated (an EmbeddingBag), J v is made number by number, with a backward pass for each.
 """
 
@@ -29,9 +29,9 @@ _log = logging.getLogger(__name__)
 
 
 class Jacobian:
-    """Products with the Jacobian of one model, by the first way that it supports.
+    """Products with the Jacobian of one model, by the first method that it supports.
 
-    A way that has failed is not tried again.
+    A method that has failed is not tried again.
     """
 
     def __init__(self) -> None:
@@ -50,14 +50,14 @@ class Jacobian:
 
         Args:
             run: the model.
-            parameters: name -> value at which J is taken, those that J is by.
+            parameters: name -> value at which J is taken, of the parameters of J.
             inputs: of a batch.
             v: name -> tensor of the parameter's shape.
-            image: maps the outputs and J v to something of the outputs' shape.
-            check: raises an error if the model cannot even be called.
+            image: maps the outputs and J v to a tensor of the outputs' shape.
+            check: raises an error if the model cannot be called at all.
         """
         while True:
-            # What a model or torch raises for want of a derivative is of any type.
+            # For want of a derivative a model or torch may raise any type.
             try:
                 outputs, tangents, pull_back = self._ways[0](run, parameters, inputs, v)
             except Exception as error:
@@ -71,7 +71,7 @@ class Jacobian:
                 self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        """Go over to the next way.
+        """Switch to the next method.
 
         Raises:
             FishLegError: the model supports none.
@@ -102,7 +102,7 @@ def _forward_mode(run: Run, parameters: Tensors, inputs: Nest, v: Mapping[str, T
         return run(values, inputs)
 
     with warnings.catch_warnings():
-        # On first use torch 2.13 scripts some decompositions of its own, and warns of doing so.
+        # At the first use torch 2.13 scripts some decompositions of its own, with a warning.
         warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is", DeprecationWarning)
         outputs, tangents = jvp(bound, (parameters,), (dict(v),))[:2]
 
@@ -119,7 +119,7 @@ def _double_backward(
 
     Raises:
         RuntimeError: the derivative is missing, as of a sparse embedding's gradient, or wrong, as
-            where a function's backward pass is not for differentiating: the check is
+            where a function's backward pass cannot be differentiated: the check is
             <J^T w, v> = <w, J v> for random w.
     """
     outputs, back = _reverse(run, parameters, inputs)

@@ -1,8 +1,8 @@
-"""Batches as a loader gives them: inputs and targets told apart, and samples put together.
+"""A loader's batches: inputs and targets separated, and samples joined.
 
 A batch that is a tuple or list of two is (inputs, targets), and one of one is its inputs; a tensor,
-an array, a dict or a named tuple is inputs alone. Whatever else it is, a function `split` of the
-user's tells inputs and targets apart.
+an array, a dict or a named tuple is inputs alone. For any other batch a function `split` of the
+user's separates inputs and targets.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Pair = tuple[Nest, Tensor | None]
 Split = Callable[[Any], tuple[Any, Any]]
 """Tells the inputs of a batch from its targets, which may be None."""
 
-_AT_ONCE = 256  # samples that a data set is read by, where it comes without a loader
+_AT_ONCE = 256  # samples read at once from a data set without a loader
 _log = logging.getLogger(__name__)
 
 
@@ -41,7 +41,7 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
     if len(batch) > 2:
         raise ShapeMismatch(
             f"expected inputs, or (inputs, targets), got {describe(batch)}, {len(batch)} things; "
-            "say which are which: `split=lambda batch: (inputs, targets)`."
+            "separate them: `split=lambda batch: (inputs, targets)`."
         )
     return (batch[0], batch[1] if len(batch) == 2 else None) if len(batch) else (batch, None)
 
@@ -50,16 +50,16 @@ def read_batch(batch: Any, split: Split, what: str) -> Pair:
     """Return the inputs and targets of a batch, as tensors.
 
     Args:
-        batch: what a loader gave.
-        split: tells inputs and targets apart.
-        what: it is, for messages.
+        batch: a loader's.
+        split: separates inputs and targets.
+        what: its name, for messages.
 
     Raises:
         ShapeMismatch: it is no nest of samples.
     """
     try:
         given, wanted = split(batch)
-    except Exception as error:  # a user's function may raise whatever it likes
+    except Exception as error:  # a user's function may raise any type
         own = isinstance(error, ShapeMismatch)
         why = str(error) if own else f"split raised {type(error).__name__}: {error}"
         raise ShapeMismatch(
@@ -70,7 +70,7 @@ def read_batch(batch: Any, split: Split, what: str) -> Pair:
     targets = None if wanted is None else as_nest(wanted, f"{what}, targets")
     if targets is not None and not isinstance(targets, Tensor):
         raise ShapeMismatch(
-            f"{what}, targets: expected one tensor, got {describe(targets)}; say which they are: "
+            f"{what}, targets: expected one tensor, got {describe(targets)}; choose it: "
             "`split=lambda batch: (inputs, targets)`."
         )
     count_samples(inputs if targets is None else (inputs, targets), what)
@@ -78,7 +78,7 @@ def read_batch(batch: Any, split: Split, what: str) -> Pair:
 
 
 def check_iterable(batches: Any) -> None:
-    """Check that something is an iterable of batches, and not a batch itself.
+    """Check that an object is an iterable of batches, and not a batch itself.
 
     Raises:
         ShapeMismatch: it is not.
@@ -96,7 +96,7 @@ def read_batches(batches: Iterable[Any], split: Split) -> Iterator[Pair]:
 
     Args:
         batches: such as a DataLoader; a data set is read through one.
-        split: tells inputs and targets apart.
+        split: separates inputs and targets.
 
     A ShapeMismatch if a batch is no nest of samples, or not like the first one.
     """
@@ -124,15 +124,15 @@ def hold_batches(
 
     Args:
         batches: see `read_batches`.
-        split: tells inputs and targets apart.
-        samples: the most that are read; None for all.
-        memory_bytes: the most that they may take; None for what there is.
+        split: separates inputs and targets.
+        samples: the most samples that are read; None for all.
+        memory_bytes: the most that they may take; None for the free memory.
 
     Raises:
-        CapacityExceeded: they would take more.
+        CapacityExceeded: the samples would take more.
         ShapeMismatch: there is no sample.
 
-    Memory: of the samples, twice that while they are put together. It is forecast from the first
+    Memory: of the samples, twice that while they are joined. It is forecast from the first
     batch and the number of batches, where that is known.
     """
     held: list[Pair] = []
@@ -192,7 +192,7 @@ def checksum(nest: Any) -> int:
         raw = leaf.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
         padded = torch.nn.functional.pad(raw, (0, -len(raw) % 8))
         words = padded.view(torch.int64)
-        # As splitmix64, but that its shifts keep the sign.
+        # As splitmix64, except that its shifts keep the sign.
         mixed = words + torch.arange(1, len(words) + 1, device=words.device) * _STEP
         mixed = (mixed ^ (mixed >> 30)) * _FIRST
         mixed = (mixed ^ (mixed >> 27)) * _SECOND
@@ -205,7 +205,7 @@ _STEP, _FIRST, _SECOND = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9, 0x14D049BB13311
 
 
 def _check_alike(first: Pair, other: Pair, what: str) -> None:
-    """Check that two batches differ in their number of samples alone.
+    """Check that two batches differ in their number of samples only.
 
     Raises:
         ShapeMismatch: they do not.
@@ -225,7 +225,7 @@ def _check_alike(first: Pair, other: Pair, what: str) -> None:
 
 
 def _forecast(batches: Iterable[Any], here: int, samples: int | None) -> float:
-    """Return how many times the first batch all samples are; 1 where that is not known."""
+    """Return the ratio of all samples to the first batch; 1 where it is not known."""
     try:
         count = float(len(batches))  # type: ignore[arg-type] # TypeError where there is none
     except TypeError:

@@ -1,4 +1,4 @@
-"""Memory: how much the fit of a group needs, and how much there is."""
+"""Memory: the needs of a group's fit, and the memory available."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Footprint:
 
     Attributes:
         held: of its block, once it is fitted.
-        sums: of what is summed or held for it all along the fit, until its block takes its place.
-        work: beside both, for a moment: of its share of a batch, or while its block is made.
+        sums: of the sums or gradients held for it during the fit, until its block replaces them.
+        work: beside both, temporarily: its share of a batch, or workspace while its block is made.
     """
 
     held: int
@@ -34,8 +34,8 @@ def peak(footprints: Iterable[Footprint]) -> int:
 def available_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
     """Return the bytes that can still be allocated on `device`; None where that is not known.
 
-    On a GPU what is free and what torch has cached. Elsewhere MemAvailable of Linux or, if that is
-    less, what the limits of the control groups (version 1 or 2) leave.
+    On a GPU the free memory and torch's cache. Elsewhere MemAvailable of Linux or, if that is less,
+    the room under the limits of the control groups (version 1 or 2).
 
     Args:
         device: where the fit computes.
@@ -49,7 +49,7 @@ def available_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
 
 
 def _machine(root: Path) -> Iterator[int]:
-    """Yield the machine's available memory, if it tells."""
+    """Yield the machine's available memory, if known."""
     for line in _lines(root / "proc/meminfo"):
         name, _, value = line.partition(":")
         if name == "MemAvailable":
@@ -57,7 +57,7 @@ def _machine(root: Path) -> Iterator[int]:
 
 
 def _control_groups(root: Path) -> Iterator[int]:
-    """Yield what is left of each memory limit above this process; cached files count as free."""
+    """Yield the room under each memory limit above this process; cached files count as free."""
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         if not controllers:
@@ -85,5 +85,5 @@ def _lines(path: Path) -> list[str]:
 
 
 def show_bytes(count: int) -> str:
-    """Return a number of bytes for people, in MB or GB (decimal)."""
+    """Return a number of bytes as text, in MB or GB (decimal)."""
     return f"{count / 1e9:.3g} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fishleg.blocks.dense import cut_chunks
-from fishleg.gradients import GradientSource, LayerSignals
-from fishleg.tally import Progress, Sums, Tally, add_parts
+from fishleg.gradients.layers import LayerSignals
+from fishleg.gradients.running_sums import Progress, RunningSums, Sums, add_parts
+from fishleg.gradients.source import GradientSource
 
 Moments = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -24,12 +25,12 @@ def accumulate(
     *,
     groups: Sequence[str] | None = None,
     masks: Mapping[str, Tensor] | None = None,
-    tally: Tally | None = None,
+    running: RunningSums | None = None,
     progress: Progress | None = None,
 ) -> Sums:
     """Return group name -> float64 sums of the moments over all gradients, in one pass.
 
-    A team shares the pass, and each of its processes gets the sums over all.
+    A rank group shares the pass, and each of its processes gets the sums over all samples.
 
     Args:
         source: of scaled gradients.
@@ -37,8 +38,8 @@ def accumulate(
             such a map.
         groups: names; default all.
         masks: group name -> bool (rows, columns); gradients of removed weights count as zero.
-        tally: of an interrupted pass, which it resumes; it holds the sums.
-        progress: told the gradient rows done so far.
+        running: sums of an interrupted pass, which is resumed; holds the sums.
+        progress: is given the gradient rows done so far.
     """
 
     def add(sums: Sums, batch: Mapping[str, Tensor], first_row: int) -> int:
@@ -50,9 +51,9 @@ def accumulate(
             add_parts(sums, name, (moments if callable(moments) else moments[name])(gradients))
         return rows
 
-    tally = tally or Tally()
-    tally.run(source, lambda part: part.stream(groups), add, progress)
-    return tally.sums
+    running = running or RunningSums()
+    running.run(source, lambda part: part.stream(groups), add, progress)
+    return running.sums
 
 
 def squares(gradients: Tensor) -> tuple[Tensor]:
@@ -95,7 +96,7 @@ def layer_moments(
     source: GradientSource,
     groups: Sequence[str],
     *,
-    tally: Tally | None = None,
+    running: RunningSums | None = None,
     progress: Progress | None = None,
 ) -> Sums:
     """Return group name -> K-FAC factors [Gamma, A] of linear and convolution layers, float64.
@@ -107,8 +108,8 @@ def layer_moments(
     Args:
         source: of layer signals.
         groups: names; those without signals are missing in the result.
-        tally: of an interrupted pass, which it resumes; it holds the sums.
-        progress: told the gradient rows done so far.
+        running: sums of an interrupted pass, which is resumed; holds the sums.
+        progress: is given the gradient rows done so far.
 
     Returns:
         Gamma (h, rows / h, rows / h) and A (h, columns, columns).
@@ -120,14 +121,14 @@ def layer_moments(
         g = signals.output_gradients
         return _second_moments(g.flatten(0, 1)) / g.shape[3], _inputs(signals, source.rows)
 
-    return _accumulate_signals(source, moments, groups, tally, progress)
+    return _accumulate_signals(source, moments, groups, running, progress)
 
 
 def input_moments(
     source: GradientSource,
     groups: Sequence[str],
     *,
-    tally: Tally | None = None,
+    running: RunningSums | None = None,
     progress: Progress | None = None,
 ) -> Sums:
     """Return group name -> [A] with A = E[sum_t a_t a_t^T], (h, columns, columns).
@@ -139,14 +140,14 @@ def input_moments(
     def moments(signals: LayerSignals) -> tuple[Tensor, ...]:
         return (_inputs(signals, source.rows),)
 
-    return _accumulate_signals(source, moments, groups, tally, progress)
+    return _accumulate_signals(source, moments, groups, running, progress)
 
 
 def _accumulate_signals(
     source: GradientSource,
     moments: Callable[[LayerSignals], tuple[Tensor, ...]],
     groups: Sequence[str],
-    tally: Tally | None,
+    running: RunningSums | None,
     progress: Progress | None,
 ) -> Sums:
     """Return group name -> float64 sums of the moments of layer signals; shared as above."""
@@ -159,13 +160,13 @@ def _accumulate_signals(
                 add_parts(sums, name, moments(signals))
         return rows
 
-    tally = tally or Tally()
-    tally.run(source, lambda part: part.layers(groups), add, progress)
-    return tally.sums
+    running = running or RunningSums()
+    running.run(source, lambda part: part.layers(groups), add, progress)
+    return running.sums
 
 
 def _inputs(signals: LayerSignals, rows: int) -> Tensor:
-    """Return what a batch adds to A; `rows` are the gradient rows of the whole pass.
+    """Return the contribution of a batch to A; `rows` are the gradient rows of the whole pass.
 
     Every label of a sample has the same input: it is counted by the share of labels here.
     """
@@ -179,4 +180,4 @@ def _second_moments(x: Tensor) -> Tensor:
         return rows.mT @ rows
     # Sample by sample: patches (n, T, c) are a transposed view, which one large product would copy.
     zero = x.new_zeros(x.shape[3], x.shape[3])
-    return torch.stack([torch.addbmm(zero, head.mT, head) for head in x.unbind(1)])
+    return torch.stack([torch.addbmm(zero, part.mT, part) for part in x.unbind(1)])

@@ -1,6 +1,6 @@
 """Nests: tensors in dicts, tuples and lists, each with the samples in its first dimension.
 
-A lone tensor is the simplest nest. Arrays (whatever offers `__array__`) become tensors, which share
+A lone tensor is the simplest nest. Arrays (anything with `__array__`) become tensors, which share
 their memory where they can; mappings become dicts.
 """
 
@@ -24,12 +24,11 @@ def as_nest(value: Any, what: str) -> Nest:
     """Return `value` with tensors for arrays and dicts for mappings, detached from any graph.
 
     Args:
-        value: what a user gave.
-        what: it is, for messages.
+        value: the user's.
+        what: its name, for messages.
 
     Raises:
-        ShapeMismatch: it holds something that is no dense tensor with a first dimension, or
-            nothing at all.
+        ShapeMismatch: it is empty, or a value is no dense tensor with a first dimension.
     """
     found = pytree.tree_map_with_path(
         lambda path, leaf: _as_tensors(leaf, what + pytree.keystr(path)), value
@@ -40,7 +39,7 @@ def as_nest(value: Any, what: str) -> Nest:
 
 
 def count_samples(nest: Nest, what: str) -> int:
-    """Return how many samples a nest holds: the first dimension of all its tensors.
+    """Return the number of samples in a nest: the first dimension of all its tensors.
 
     Raises:
         ShapeMismatch: two of them differ.
@@ -82,7 +81,7 @@ def nest_bytes(nest: Nest) -> int:
 
 
 def describe(nest: Any) -> str:
-    """Return the nest with shapes and dtypes for tensors, for people."""
+    """Return the nest with shapes and dtypes for tensors, for messages."""
     if isinstance(nest, Tensor):
         return f"{str(nest.dtype).removeprefix('torch.')}{list(nest.shape)}"
     if isinstance(nest, Mapping):

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from fishleg.calibration import Batch
 from fishleg.calling import PLAIN, Calling
-from fishleg.capture import evaluating
 from fishleg.errors import FishLegError
 from fishleg.likelihoods import Likelihood
+from fishleg.modes import evaluating
 from fishleg.nests import Nest, map_tensors, take
 from fishleg.precision import is_narrow, recast, widen, without_autocast
 
@@ -23,11 +23,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """A model with all that it takes to compute its losses.
+    """A model with all that computing its losses needs.
 
     Attributes:
         model: maps (n, ...) to (n, ...).
-        likelihood: what the outputs mean.
+        likelihood: the meaning of the outputs.
         calling: how the model is called.
         cast: of its parameters, buffers and inputs while it computes; None where they are wide
             enough, or where its code converts to half precision by itself and fails otherwise.
@@ -66,7 +66,7 @@ class Network:
         return widen(self.calling.outputs(self.model, batch.inputs))
 
     def run(self, parameters: Mapping[str, Tensor] | None, inputs: Nest) -> Tensor:
-        """Return the outputs with other values of some parameters, errors as they come."""
+        """Return the outputs with other values of some parameters; raises as the model."""
         return widen(self.calling.run(self.model, inputs, parameters))
 
 
@@ -78,11 +78,11 @@ def has_narrow(model: nn.Module) -> bool:
 def find_network(
     model: nn.Module, likelihood: Likelihood, calling: Calling, sample: Callable[[], Batch]
 ) -> Network:
-    """Return the network that computes in float32 at least, if the model's code lets it.
+    """Return the network that computes in float32 at least, if the model's code permits it.
 
     Args:
         model: any module.
-        likelihood: what its outputs mean.
+        likelihood: the meaning of its outputs.
         calling: how it is called.
         sample: gives some sample.
 
@@ -98,7 +98,7 @@ def find_network(
             wide.outputs(wide.prepare(batch))
     except FishLegError as error:
         with network.computing(), torch.no_grad():
-            network.outputs(batch)  # does not return if it is not the dtype that is wrong
+            network.outputs(batch)  # raises if the cause is not the dtype
         _log.warning(
             "The network cannot be computed in float32 (%s): its code converts to half precision "
             "by itself. Its activations are rounded to that, sums over samples are not.",
@@ -109,10 +109,10 @@ def find_network(
 
 
 class WideModels:
-    """Lets models compute in float32 at least, as `find_network` finds they can, and in no mode.
+    """Lets models compute in float32 at least where `find_network` permits, in their own mode.
 
     Args:
-        likelihood: what the models' outputs mean.
+        likelihood: the meaning of the models' outputs.
         calling: how they are called.
     """
 
@@ -123,11 +123,11 @@ class WideModels:
 
     @contextmanager
     def computing(self, model: nn.Module, inputs: Nest) -> Iterator[None]:
-        """Let a model's parameters and buffers be wide copies; what buffers become is kept.
+        """Let a model's parameters and buffers be wide copies; the buffers keep their final values.
 
         Args:
-            model: one that outlives this.
-            inputs: of some samples, for the trial when a model is first met.
+            model: one that outlives this object.
+            inputs: of some samples, for the trial at a model's first use.
         """
         if id(model) not in self._casts:
             one = Batch(take(inputs, slice(0, 1)), None, torch.zeros(1, dtype=torch.int64))

@@ -3,7 +3,7 @@
     J = E_u[ 1/2 (Qu)^T F_g (Qu) - u^T Q u ],   u ~ N(0, I),   F_g = F + gamma I,
 
 is least, over all symmetric Q, at Q = F_g^-1, where J = -1/2 tr F_g^-1 (Garcia et al., ICLR 2023;
-McGowan et al., arXiv 2412.02328). Given a mask M of survivors, Q stands for M o Q o M throughout:
+McGowan et al., arXiv 2412.02328). Given a mask M of survivors, Q means M o Q o M throughout:
 J_M is least where Q inverts F_g restricted to the survivors.
 
 Gradients are scaled, so that F = sum_n vec(G_n) vec(G_n)^T. Everything here is differentiable in
@@ -24,7 +24,7 @@ from fishleg.errors import ShapeMismatch
 def expected_objective(
     block: AbstractBlock, gradients: Tensor, damping: float, mask: Tensor | None = None
 ) -> Tensor:
-    """Return J with the expectation over u taken: no probe noise.
+    """Return J with the exact expectation over u, without probe noise.
 
         J = 1/2 sum_n ||Q g_n||^2 + gamma/2 ||Q||_F^2 - tr Q
 

@@ -1,4 +1,4 @@
-"""One call from a trained model to a pruned one."""
+"""From a trained model to a pruned one in one call."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def prune(
     calling: Calling = PLAIN,
     progress: bool | None = None,
 ) -> PruneReport:
-    """Remove weights of a model in place, the others moving to make up for them.
+    """Remove weights of a model in place, and move the others to compensate.
 
     Args:
         model: a trained network; its weights are changed, and nothing else.

@@ -1,8 +1,8 @@
-"""How a model's parameters are cut into groups, each seen as one matrix.
+"""The partition of a model's parameters into groups, each seen as one matrix.
 
 Convention for the whole library: a group is a matrix V of shape (rows, columns) = (out, in),
 vectorised row-major. A weight of shape (out, ...) is flattened to (out, prod(...)), so a conv
-kernel is out x (in/groups k k); a 1-D weight is (d, 1). A bias that goes with the weight is the
+kernel is out x (in/groups k k); a 1-D weight is (d, 1). The weight's bias is the
 last column. Tensors may carry leading batch dimensions: (..., rows, columns).
 """
 
@@ -33,13 +33,13 @@ class ParameterGroup:
         weight_shape: the weight's own shape.
         prunable: whether weights (never the bias column) may be removed.
         names: all state-dict names of the weight, more than one where it is tied; `weight` first.
-        used: what the forward pass reads: `weight`, or what a parametrization makes of it, such as
-            `fc.weight` of `fc.parametrizations.weight.original1`.
+        used: the tensor that the forward pass reads: `weight`, or the weight that a parametrization
+            makes of it, such as `fc.weight` of `fc.parametrizations.weight.original1`.
         norm_dim: of a parametrised weight that is divided by the norms of slices along this
             dimension, or of the whole (`parametrised.WHOLE`), where one of each slice has to
             survive: 0 / 0 is no number. Else None.
         transposed: the first dimension is the inputs', as in transposed convolutions.
-        heads: how many parts the inputs of a transposed weight are cut into: its layer's groups.
+        conv_groups: convolution groups of a transposed weight, which divide its inputs, else 1.
     """
 
     name: str
@@ -51,7 +51,7 @@ class ParameterGroup:
     used: str = ""
     norm_dim: int | None = None
     transposed: bool = False
-    heads: int = 1
+    conv_groups: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", self.names or (self.weight,))
@@ -139,7 +139,7 @@ class ParameterGroup:
 
 @dataclass(frozen=True)
 class Partition:
-    """The groups that curvature is estimated for, and what is left out.
+    """The groups that curvature is estimated for, and the parameters left out.
 
     Attributes:
         groups: in state-dict order of their weights.
@@ -192,11 +192,11 @@ class Partition:
 def parameters_like(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the model's parameters under the names of `tensors`, detached.
 
-    A tied parameter goes by each of its names.
+    A tied parameter has all its names.
 
     Raises:
-        UnknownName: there is none of a name.
-        ShapeMismatch: a tensor has not its parameter's shape, or two are of one parameter.
+        UnknownName: there is no parameter of a name.
+        ShapeMismatch: a tensor differs from its parameter's shape, or two are of one parameter.
     """
     known = dict(model.named_parameters(remove_duplicate=False))
     found: dict[nn.Parameter, str] = {}
@@ -227,13 +227,13 @@ def partition_parameters(
 
     Prunable by default are the weights of linear, bilinear, (transposed) convolutional, recurrent
     and attention layers, parametrised ones (see `find_parametrised`) included; not so embeddings
-    and what is tied to one. Biases, normalisation and 1-D parameters never are.
+    and weights tied to one. Biases, normalisation and 1-D parameters never are.
 
     Args:
         model: any module.
         prunable: names, or `fnmatch` patterns, of further parameters (2-D or more) to make
-            prunable. A tied weight goes by each of its names, and a parametrised one also by that
-            of the weight that it makes.
+            prunable. A tied weight has all its names, and a parametrised one also that of the
+            weight that it makes.
         keep: likewise, weights that stay dense (curvature is still estimated).
         skip: likewise, parameters left without curvature; they are reported as uncovered.
 
@@ -270,7 +270,7 @@ def partition_parameters(
 def used_weight(model: nn.Module, group: ParameterGroup) -> Tensor:
     """Return a group's weight as the forward pass in evaluation mode reads it, without a graph.
 
-    That is the parameter itself, or what a parametrization makes of it.
+    That is the parameter itself, or the weight that a parametrization makes of it.
     """
     if group.used == group.weight:
         return model.get_parameter(group.weight).detach()
@@ -309,7 +309,7 @@ def _check_prunable(
     }
     if not any(reason in (None, _KEPT) for reason in reasons.values()):
         found = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:5])
-        raise FishLegError(f"prunable={pattern!r} names nothing that can be pruned: {found}.")
+        raise FishLegError(f"prunable={pattern!r} names no weight that can be pruned: {found}.")
 
 
 def _why_uncovered(tensor: WeightTensor, skip: Sequence[str]) -> str | None:
@@ -351,7 +351,7 @@ def _groups(covered: Sequence[tuple[WeightTensor, bool]]) -> tuple[ParameterGrou
             used=tensor.uses[0],
             norm_dim=tensor.norm_dim,
             transposed=tensor.transposed,
-            heads=tensor.heads,
+            conv_groups=tensor.conv_groups,
         )
         for tensor, prunable in covered
         if tensor.name not in biases.values()

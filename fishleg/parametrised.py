@@ -1,9 +1,9 @@
-"""Weights that a module makes of other tensors before it uses them, and whose zeros are whose.
+"""Weights that a module makes of other tensors, and the stored tensors that share their zeros.
 
 A weight-normalised layer has no parameter `weight`: it has norms g and directions v, and uses
-w = g v / ||v||. What can be pruned is the stored tensor whose zeros are zeros of the used one, at
-the same places: v here. For the types that torch has it is known which one that is; for others it
-is tried out on random numbers, and a weight that fails is not prunable.
+w = g v / ||v||. Prunable is the stored tensor whose zeros are zeros of the used one, at the same
+places: v here. For torch's own types it is known; for others a trial on random numbers finds it,
+and a weight that fails is not prunable.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from fishleg.capture import evaluating
+from fishleg.modes import evaluating
 
 WHOLE = -1
 """In place of a dimension: the whole tensor (as in `torch.norm_except_dim`)."""
@@ -38,7 +38,7 @@ class Parametrised:
         parts: names of the parameters that it is made of.
         stored: the one of them whose zeros are zeros of the used weight at the same places, or
             None where there is none.
-        by: what makes it, for people.
+        by: name of the parametrization, for messages.
         norm_dim: the stored tensor is divided by the norm of each slice along this dimension, and
             0 / 0 is no number; `WHOLE`; or None where nothing is divided by.
         norms: the part that multiplies the slices again, w = norms * stored / ||stored||, or None
@@ -57,11 +57,11 @@ def find_parametrised(model: nn.Module) -> list[Parametrised]:
     """Return the parametrised weights of a model, in module order, under all their names.
 
     Known are `torch.nn.utils.parametrizations.weight_norm` and `spectral_norm`, the older hooks of
-    the same names, and `torch.nn.utils.prune`. Any other parametrization is tried: of random
-    numbers with random zeros for each stored tensor in turn, four times, the zeros have to come
-    out at the same places. Neither the model nor torch's generator is touched.
+    the same names, and `torch.nn.utils.prune`. Any other parametrization is tried four times on
+    random numbers with random zeros for each stored tensor in turn, and the zeros have to keep
+    their places. Neither the model nor torch's generator changes.
 
-    Cost: for an unknown one some ten evaluations.
+    Cost: for an unknown one about ten evaluations.
     """
     found = []
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -93,7 +93,7 @@ def evaluate(model: nn.Module, used: str) -> Tensor:
 
 @torch.no_grad()
 def refresh(model: nn.Module, used: str) -> None:
-    """Bring the attribute `used` up to date, where a hook sets it in front of each forward pass."""
+    """Update the attribute `used`, where a hook sets it before each forward pass."""
     prefix, _, leaf = used.rpartition(".")
     module = model.get_submodule(prefix)
     for hook in _hooks(module):
@@ -128,7 +128,7 @@ def _describe_chain(stem: str, leaf: str, chain: ParametrizationList) -> Paramet
 
 
 def _known_chain(chain: ParametrizationList) -> tuple[str, int] | None:
-    """Return what `_try_out` would, of weight and spectral norms, or None for others."""
+    """Return the result of `_try_out` for weight and spectral norms, or None for others."""
     if not all(isinstance(one, _WeightNorm | _SpectralNorm) for one in chain):
         return None
     first = chain[0]
@@ -145,7 +145,7 @@ def _try_out(chain: ParametrizationList) -> tuple[str | None, int | None]:
             for name, _ in chain.named_parameters(recurse=False):
                 if all(_keeps_zeros(copy, name, trial) for trial in range(_TRIALS)):
                     return name, _norm_dim(copy, name)
-        except Exception:  # a user's own code may raise anything on random numbers
+        except Exception:  # a user's own code may raise any error on random numbers
             return None, None
     return None, None
 
@@ -153,8 +153,8 @@ def _try_out(chain: ParametrizationList) -> tuple[str | None, int | None]:
 def _keeps_zeros(chain: ParametrizationList, name: str, trial: int) -> bool:
     """Tell whether zeros in the stored tensor `name` come out as zeros at the same places.
 
-    The first trial takes the other numbers as they are, the others draw them all. Where a slice of
-    zeros is divided by its norm, the result may be not a number.
+    The first trial keeps the other numbers, later ones draw them all. Where a slice of zeros is
+    divided by its norm, the result may be NaN.
     """
     if trial:
         for parameter in chain.parameters():
@@ -187,7 +187,7 @@ def _norm_dim(chain: ParametrizationList, name: str) -> int | None:
 
 
 def _hooks(module: nn.Module) -> Iterator[_Hook]:
-    """Yield the hooks that set a weight of the module in front of each forward pass."""
+    """Yield the hooks that set a weight of the module before each forward pass."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, _Hook):
             yield hook

@@ -1,10 +1,10 @@
-"""The dtype that curvature is computed in: float32 at least, whatever that of the weights.
+"""The dtype that curvature is computed in: float32 at least, for weights of any dtype.
 
 Half precision is for weights at rest and for training. Sums over thousands of gradients, inverses
 and conjugate gradients need more, and so does a backward pass whose gradients would underflow. So
 a model is computed with copies of its weights in `compute_dtype`, and results are rounded once,
-when weights are written. What a model computes in half precision by itself, under an autocast of
-its own or by casts in its code, has the rounding of single activations, but no sum of it.
+when weights are written. Where a model's own autocast or casts compute in half precision, single
+activations are rounded, and sums are not.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _Result = TypeVar("_Result")
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype to compute in with tensors of `dtype`: float32 for narrower floats.
 
-    All others are their own: float64 stays, and numbers of samples and tokens stay integers.
+    Other dtypes stay: float64, and the integers of sample and token numbers.
     """
     return torch.float32 if is_narrow(dtype) else dtype
 
@@ -35,12 +35,12 @@ def is_narrow(dtype: torch.dtype) -> bool:
 
 
 def widen(tensor: Tensor) -> Tensor:
-    """Return the tensor in its `compute_dtype`; itself where that is its own."""
+    """Return the tensor in its `compute_dtype`; itself where it has that dtype."""
     return tensor.to(compute_dtype(tensor.dtype))
 
 
 def widest(tensor: Tensor) -> Tensor:
-    """Return a floating-point tensor in float64, any other as it is."""
+    """Return a floating-point tensor in float64, any other unchanged."""
     return tensor.double() if tensor.dtype.is_floating_point else tensor
 
 
@@ -50,13 +50,13 @@ def recast(
 ) -> Iterator[None]:
     """Let the parameters and buffers of `model` be `cast` copies while the block runs.
 
-    Those that the cast leaves as they are stay the same tensors. Tied ones stay tied. The copies
-    are leaves, so gradients are taken by them, and what is written to them is lost.
+    Those that the cast does not change stay the same tensors. Tied ones stay tied. The copies
+    are leaves, so gradients are taken by them, and writes to them are lost.
 
     Args:
         model: any module.
         cast: of one tensor.
-        keep_buffers: what is written to copies of buffers is rounded into these in the end.
+        keep_buffers: whether the final values of copied buffers are rounded into the buffers.
     """
     kept: list[tuple[nn.Module, str, Tensor]] = []
     copies: dict[int, Tensor] = {}
@@ -88,7 +88,7 @@ def recast(
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Keep an autocast that the caller is under from the block."""
+    """Disable the caller's autocast in the block."""
     with ExitStack() as stack:
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
@@ -97,7 +97,7 @@ def without_autocast() -> Iterator[None]:
 
 
 def in_full(function: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
-    """Return `function` computing as if the caller were under no autocast."""
+    """Return `function` without the caller's autocast."""
 
     @wraps(function)
     def inner(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:

@@ -11,7 +11,7 @@ _WIDTH = 79
 
 
 class ProgressLine:
-    """One line of standard error that is written over, where that is a terminal; nothing elsewhere.
+    """One line of standard error, overwritten on a terminal, and absent elsewhere.
 
     Args:
         shown: whether to show it; None: where standard error is a terminal.
@@ -36,7 +36,7 @@ class ProgressLine:
             self._write("")
 
     def tell(self, what: str, done: int = 0, total: int = 0) -> None:
-        """Show what is done: a phrase, and how much of it (nothing where `total` is 0)."""
+        """Show the present work: a phrase, and its share done (nothing where `total` is 0)."""
         now_s = time.monotonic()
         if not self._shown or (what == self._what and now_s - self._last_s < _EVERY_S):
             return

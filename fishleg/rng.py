@@ -1,8 +1,8 @@
-"""Random numbers that depend on what they are for, not on when they are drawn.
+"""Random numbers that depend on their purpose, not on when they are drawn.
 
 A counter-based generator, Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as
 1, 2, 3", SC 2011): number j of draw k for sample i under seed s is a fixed function of
-(s, i, k, j). So every pass, worker and resumed run sees the same labels, whatever the batching.
+(s, i, k, j). So every pass, worker and resumed run sees the same labels, for any batching.
 Written in 64-bit integer tensor operations, hence the same bits on every device.
 """
 
@@ -22,7 +22,7 @@ _ROUNDS = 10
 class SampleGenerator:
     """Draws random numbers for a batch of samples, each from its own stream.
 
-    Successive calls go on in each sample's stream; a new object with equal arguments starts over.
+    Successive calls continue each sample's stream; a new object with equal arguments starts over.
 
     Args:
         seed: any Python integer; its lowest 64 bits are the key.

@@ -27,19 +27,19 @@ class StreamedCalibration:
 
     A fit takes several passes, and each has to see the same samples in the same order: neither
     shuffled, nor augmented at random. So a number that depends on each byte is kept of each batch,
-    and a batch that differs in a later pass is an error. What shuffles or augments can be held
-    instead, `Calibration.from_batches`.
+    and a batch that differs in a later pass is an error. `Calibration.from_batches` holds the
+    samples of a loader that shuffles or augments.
 
     Args:
         batches: such as a DataLoader, or a data set; may be iterated over any number of times.
-        split: tells a batch's inputs from its targets; see `fishleg.loading`.
+        split: separates a batch's inputs and targets; see `fishleg.loading`.
         transform: turns a batch of inputs into the model's input.
 
     Raises:
-        FishLegError: it may be iterated over but once.
+        FishLegError: it may be iterated over only once.
         ShapeMismatch: there is no sample, or a batch is not like the first one.
 
-    Cost: a pass over the data, here. Memory: some three of its batches.
+    Cost: the constructor takes a pass over the data. Memory: about three of its batches.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class StreamedCalibration:
         check_iterable(batches)
         if isinstance(batches, Iterator):
             raise FishLegError(
-                f"batches: expected what may be iterated over in each pass, got "
+                f"batches: expected an iterable that each pass may read again, got "
                 f"{type(batches).__name__}, which gives its samples once; hold them instead, "
                 "`Calibration.from_batches`."
             )
-        self._source = batches
+        self._loader = batches
         self._split = split
         self._transform = transform
         self._checksums: list[int] = []
@@ -80,9 +80,9 @@ class StreamedCalibration:
     def batches(
         self, batch_size: int, device: torch.device, among: slice = slice(None)
     ) -> Iterator[Batch]:
-        """Yield the samples in order; as `Calibration.batches`, whatever the loader's batches.
+        """Yield the samples in order, as `Calibration.batches`, for any batches of the loader.
 
-        A FishLegError if they are not what they were.
+        A FishLegError if the samples have changed.
         """
         first, end, _ = among.indices(len(self))
         starts = range(first, end, batch_size)
@@ -103,14 +103,14 @@ class StreamedCalibration:
         """Yield the loader's own batches, to a reader that stops after the last sample.
 
         Raises:
-            FishLegError: one is not what it was when they were read first, or missing.
+            FishLegError: one differs from the first pass, or is missing.
         """
         known = enumerate(self._checksums)
-        pairs = read_batches(self._source, self._split)
+        pairs = read_batches(self._loader, self._split)
         for (number, kept), pair in zip(known, pairs, strict=False):
             if checksum(pair) != kept:
                 raise FishLegError(
-                    f"Calibration samples: batch {number} is not what it was in the first pass. A "
+                    f"Calibration samples: batch {number} differs from that of the first pass. A "
                     "fit takes several passes, and each has to see the same samples: read them "
                     "with shuffle=False and without random augmentation, or hold those of one "
                     "pass, `Calibration.from_batches`."
@@ -118,7 +118,7 @@ class StreamedCalibration:
             yield pair
         raise FishLegError(
             f"Calibration samples: expected {len(self)} as in the first pass, but the batches have "
-            "ended before; hold those of one pass, `Calibration.from_batches`."
+            "ended earlier; hold those of one pass, `Calibration.from_batches`."
         )
 
 

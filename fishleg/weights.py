@@ -1,4 +1,4 @@
-"""What a model's parameters are: the names they go by, and what weight of which layer each is."""
+"""A model's parameters: their names, and the weight of which layer each is."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class WeightTensor:
 
     Attributes:
         names: all its state-dict names, in state-dict order.
-        uses: what forward passes read, one for each name: that name, or what a parametrization
-            makes of it.
+        uses: the tensors that forward passes read, one for each name: that name, or the weight that
+            a parametrization makes of it.
         shape: its shape.
         trainable: `requires_grad`.
-        unusual: why it is no weight that is pruned by default, or None if it is one.
-        zeros_lost: why zeros in it are no zeros of what the forward pass reads, or None.
-        norm_dim: of slices that must not become zero altogether; see `ParameterGroup`.
+        unusual: why it is not pruned by default, or None if it is.
+        zeros_lost: why zeros in it are no zeros in the forward pass, or None.
+        norm_dim: of slices that must keep a nonzero weight; see `ParameterGroup`.
         transposed: its first dimension is the inputs'.
-        heads: convolution groups of a transposed weight, else 1.
+        conv_groups: convolution groups of a transposed weight, else 1.
     """
 
     names: tuple[str, ...]
@@ -44,7 +44,7 @@ class WeightTensor:
     zeros_lost: str | None
     norm_dim: int | None
     transposed: bool
-    heads: int
+    conv_groups: int
 
     @property
     def name(self) -> str:
@@ -53,11 +53,11 @@ class WeightTensor:
 
     @property
     def aliases(self) -> tuple[str, ...]:
-        """All that it goes by: its names, and those of what it makes."""
+        """All its names, and those of the weights that it makes."""
         return tuple(dict.fromkeys((*self.names, *self.uses)))
 
     def matches(self, patterns: Iterable[str]) -> bool:
-        """Tell whether one of the names, or `fnmatch` patterns, is meant for it."""
+        """Tell whether one of the names, or `fnmatch` patterns, matches it."""
         return any(
             alias == pattern or fnmatchcase(alias, pattern)
             for pattern in patterns
@@ -105,7 +105,7 @@ def find_tensors(model: nn.Module) -> list[WeightTensor]:
                     None,
                 ),
                 transposed=transposed,
-                heads=module.groups if isinstance(module, _TRANSPOSED) else 1,
+                conv_groups=module.groups if isinstance(module, _TRANSPOSED) else 1,
             )
         )
     return out

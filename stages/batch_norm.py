@@ -16,18 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fishleg.team import Team
+from fishleg.gradients.rank_group import RankGroup
 
 
 @contextmanager
-def whole_batches(network: nn.Module, team: Team) -> Iterator[None]:
-    """Let the network's batch norms, in training mode, take statistics over all of the team."""
+def whole_batches(network: nn.Module, rank_group: RankGroup) -> Iterator[None]:
+    """Let the network's batch norms, in training mode, take statistics over the rank group."""
     norms = [one for one in network.modules() if isinstance(one, _BatchNorm)]
-    if team.size == 1 or not norms:
+    if rank_group.size == 1 or not norms:
         yield
         return
     for norm in norms:
-        norm.forward = partial(_forward, norm, team)  # type: ignore[method-assign]
+        norm.forward = partial(_forward, norm, rank_group)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -35,13 +35,13 @@ def whole_batches(network: nn.Module, team: Team) -> Iterator[None]:
             del norm.forward
 
 
-def _forward(norm: _BatchNorm, team: Team, inputs: Tensor) -> Tensor:
-    """Do what the module's own `forward` does, over the team's inputs."""
+def _forward(norm: _BatchNorm, rank_group: RankGroup, inputs: Tensor) -> Tensor:
+    """Do what the module's own `forward` does, over the rank group's inputs."""
     if not norm.training:
         return type(norm).forward(norm, inputs)
     norm._check_input_dim(inputs)
     outputs, mean, variance, count = _Normalise.apply(
-        inputs, norm.weight, norm.bias, norm.eps, team
+        inputs, norm.weight, norm.bias, norm.eps, rank_group
     )
     if norm.running_mean is not None and norm.running_var is not None:
         rate = norm.momentum
@@ -55,9 +55,9 @@ def _forward(norm: _BatchNorm, team: Team, inputs: Tensor) -> Tensor:
 
 
 class _Normalise(torch.autograd.Function):
-    """y = w (x - mean) / sqrt(variance + eps) + b, mean and variance over all of the team.
+    """y = w (x - mean) / sqrt(variance + eps) + b, mean and variance over the rank group.
 
-    With n values a channel in all, s = 1 / sqrt(variance + eps) and sums over all of the team,
+    With n values a channel in all, s = 1 / sqrt(variance + eps) and sums over the rank group,
     dx = w s (dy - sum(dy) / n - (x - mean) s^2 sum(dy (x - mean)) / n) (S. Ioffe and C. Szegedy,
     arXiv 1502.03167). The gradients of w and b are this process's share, as all others are. Sums
     are kept in float64, as torch does on a CPU, so that hardly a bit depends on the parts.
@@ -65,25 +65,30 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, team: Team
+        ctx: Any,
+        inputs: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        rank_group: RankGroup,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         axes = [axis for axis in range(inputs.ndim) if axis != 1]
         wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
         total = wide.sum(axes, dtype=torch.float64)
         sums = torch.cat([total, total.new_tensor([inputs[:, 0].numel()])])
-        team.sum([sums])
+        rank_group.sum([sums])
         count = sums[-1].clone()
         mean = sums[:-1] / count
         centred = wide - _along(mean, wide)
         squares = centred.square().sum(axes, dtype=torch.float64)
-        team.sum([squares])
+        rank_group.sum([squares])
         variance = squares / count
         scale = torch.rsqrt(variance + eps)
         slope = scale if weight is None else scale * weight
         shift = -mean * slope if bias is None else bias - mean * slope
         outputs = torch.addcmul(_along(shift, wide), wide, _along(slope, wide))
         ctx.save_for_backward(inputs, mean, scale, weight, count)
-        ctx.team, ctx.axes = team, axes
+        ctx.rank_group, ctx.axes = rank_group, axes
         ctx.mark_non_differentiable(mean, variance, count)
         return outputs.to(inputs.dtype), mean, variance, count
 
@@ -95,7 +100,7 @@ class _Normalise(torch.autograd.Function):
         plain = wide.sum(ctx.axes, dtype=torch.float64)
         along = (wide * centred).sum(ctx.axes, dtype=torch.float64)
         sums = torch.stack([plain, along])
-        ctx.team.sum([sums])
+        ctx.rank_group.sum([sums])
         means = sums / count
         rest = wide - _along(means[0], wide) - centred * _along(means[1] * scale.square(), wide)
         factor = scale if weight is None else scale * weight

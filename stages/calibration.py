@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fishleg.gradients import Calibration, GradientSource
+from fishleg.calibration import Calibration
+from fishleg.gradients.source import GradientSource
 from fishleg.likelihoods import Categorical
 from fishleg.options import CalibrationOptions
 from fishleg.parameters import Partition

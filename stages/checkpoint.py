@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fishleg.team import Team
+from fishleg.gradients.rank_group import RankGroup
 from pipeline.stage import Context, write_json
 from stages.tensor_files import load_tensors, save_tensors, with_prefix, without_prefix
 
@@ -94,13 +94,13 @@ class Checkpoint:
         return {**self.states[name], "tensors": self.tensors(name, device)}
 
 
-def share(team: Team, state: State, device: str = "cpu") -> State:
-    """Return the state that the first process of a team gives, with its tensors on `device`.
+def share(rank_group: RankGroup, state: State, device: str = "cpu") -> State:
+    """Return the state that the first process of a rank group gives, with its tensors on `device`.
 
     Every process must call this; the states of the others are ignored.
     """
     tensors = {name: one.to(device) for name, one in state["tensors"].items()}
-    found, meta = team.share(tensors, state.get("meta"), device=device)
+    found, meta = rank_group.broadcast(tensors, state.get("meta"), device=device)
     return {"tensors": found, "meta": meta}
 
 

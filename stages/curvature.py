@@ -45,10 +45,10 @@ def curvature(ctx: Context) -> None:
         if ctx.rank == 0 and ctx.checkpoint_due():
             Checkpoint(states={"estimator": estimator.state_dict()}).write(ctx)
 
-    with joined(ctx) as source.team, user_errors():
-        resume = source.team.any(last is not None)
+    with joined(ctx) as source.rank_group, user_errors():
+        resume = source.rank_group.any(last is not None)
         if resume:
-            estimator.load_state_dict(share(source.team, estimator.state_dict(), ctx.device))
+            estimator.load_state_dict(share(source.rank_group, estimator.state_dict(), ctx.device))
         estimator.fit(source, report, resume=resume)
     if ctx.rank > 0:
         return

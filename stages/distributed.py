@@ -1,6 +1,6 @@
 """The ranks of a stage that runs in several processes: how they meet, and what must be equal.
 
-A stage does its work in `with joined(ctx) as team:`; alone, that costs nothing and does nothing.
+A stage does its work in `with joined(ctx) as rank_group:`, which does nothing in one process.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from fishleg.team import ALONE, Team
+from fishleg.gradients.rank_group import ALONE, RankGroup
 from pipeline.stage import Context
 
 # How long a rank waits for the others, such as for one that measures the validation split. A rank
@@ -25,8 +25,8 @@ _PATIENCE = timedelta(hours=1)
 
 
 @contextmanager
-def joined(ctx: Context) -> Iterator[Team]:
-    """Connect this process with the stage's other ranks, and yield the team that they are.
+def joined(ctx: Context) -> Iterator[RankGroup]:
+    """Connect this process with the stage's other ranks, and yield the rank group that they are.
 
     Tensors on a GPU travel by NCCL, those on a CPU by gloo. After an error the connections stay:
     the others wait where they are until the executor ends them, instead of failing for want of this
@@ -45,18 +45,18 @@ def joined(ctx: Context) -> Iterator[Team]:
             world_size=ctx.world_size,
             timeout=_PATIENCE,
         )
-    yield Team(ctx.rank, ctx.world_size)
+    yield RankGroup(ctx.rank, ctx.world_size)
     if ctx.rendezvous:
         dist.destroy_process_group()
 
 
-def require_equal(team: Team, tensors: Mapping[str, Tensor]) -> None:
+def require_equal(rank_group: RankGroup, tensors: Mapping[str, Tensor]) -> None:
     """Check that all ranks hold the same bits; every rank must call this.
 
     Raises:
         RuntimeError: on all ranks, if they do not.
     """
-    if team.size == 1:
+    if rank_group.size == 1:
         return
     mine = torch.tensor(_digest(tensors))
     lowest, highest = mine.clone(), mine.clone()
@@ -64,9 +64,9 @@ def require_equal(team: Team, tensors: Mapping[str, Tensor]) -> None:
     dist.all_reduce(highest, dist.ReduceOp.MAX)
     if not torch.equal(lowest, highest):
         raise RuntimeError(
-            f"The {team.size} workers no longer hold the same weights and masks: their digests are "
-            f"between {int(lowest):x} and {int(highest):x}, expected one. The last checkpoint, at "
-            "which they were equal, is kept."
+            f"The {rank_group.size} workers no longer hold the same weights and masks: their "
+            f"digests lie between {int(lowest):x} and {int(highest):x}, expected one. The last "
+            "checkpoint, at which they were equal, is kept."
         )
 
 

@@ -25,9 +25,14 @@ def finetune(ctx: Context) -> None:
     model = input_model(ctx, "model")
     dataset, _ = load_data(model.facts.data)
     teacher = _teacher(ctx, params)
-    with joined(ctx) as team:
+    with joined(ctx) as rank_group:
         training = Training(
-            model.network, dataset, params, masks=model.masks, teacher=teacher, team=team
+            model.network,
+            dataset,
+            params,
+            masks=model.masks,
+            teacher=teacher,
+            rank_group=rank_group,
         )
         training.resume(ctx)
         training.run(ctx)

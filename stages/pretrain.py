@@ -30,8 +30,8 @@ def pretrain(ctx: Context) -> None:
     network = facts.build().to(ctx.device)
     require_classifier(network, dataset)
     facts.partition(network)  # a pattern that matches nothing is an error now, not after hours
-    with joined(ctx) as team:
-        training = Training(network, dataset, params, team=team)
+    with joined(ctx) as rank_group:
+        training = Training(network, dataset, params, rank_group=rank_group)
         training.resume(ctx)
         training.run(ctx)
     if ctx.rank == 0:

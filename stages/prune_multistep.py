@@ -25,7 +25,7 @@ from fishleg.pruning import (
     group_masks,
     mean_divergence,
     refine,
-    settle,
+    search_line,
 )
 from pipeline.stage import Context, write_json
 from stages.checkpoint import Checkpoint, State
@@ -112,7 +112,7 @@ class MultistepPruning(StepwisePruning):
                 self.ctx.progress(done, steps, f"refinement step, pruning step {step + 1}")
                 if self.ctx.checkpoint_due():
                     checkpoint()
-        self._report(step, self._settle(refinement))
+        self._report(step, self._search_line(refinement))
 
     def _refinement(self, steps: int) -> Refinement:
         """Return the refinement of the present network, at its start."""
@@ -143,10 +143,10 @@ class MultistepPruning(StepwisePruning):
             }
             self.ctx.log(found, step=step + 1)
 
-    def _settle(self, refinement: Refinement) -> RefinementReport:
+    def _search_line(self, refinement: Refinement) -> RefinementReport:
         """Return to the best point between start and end, if samples are held out to judge it."""
         if len(self.held_out):
-            return settle(
+            return search_line(
                 self.model.network, self.unrefined, lambda _: self._divergence(self.held_out)
             )
         end = self._divergence(self.calibration.train)

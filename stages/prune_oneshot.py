@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 from fishleg.certificate import pruning_certificate
 from fishleg.estimators.base import AbstractEstimator
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.pruning import count_masks, group_masks
 from pipeline.stage import Context, StageError
 from stages.data.dataset import DataSet

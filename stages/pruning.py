@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fishleg.estimators.base import AbstractEstimator
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.parameters import Partition
 from fishleg.pruning import group_masks, prune_once, reestimate_norms, weight_masks
 from pipeline.stage import Context, StageError

@@ -2,8 +2,8 @@
 
 A run's whole state is the network, the optimiser's moments and a cursor (epoch, batch). Learning
 rate, batches, crops and dropout are functions of the cursor, so a resumed run reaches the same bits
-as an undisturbed one (equal device and thread count). In a team each process takes its part of
-every batch and sums gradients and losses over the team, so that all take the step of the whole
+as an undisturbed one (equal device and thread count). In a rank group each process takes its part
+of every batch and sums gradients and losses over the group, so that all take the step of the whole
 batch. Only dropout differs from the one that a single process would draw.
 """
 
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fishleg.gradients.rank_group import ALONE, RankGroup
 from fishleg.likelihoods import Categorical
 from fishleg.optim import FishLeg
 from fishleg.pruning import HeldMasks
-from fishleg.team import ALONE, Team
 from pipeline.stage import Context, StageError
 from stages.batch_norm import whole_batches
 from stages.checkpoint import Checkpoint, State, share
@@ -63,7 +63,7 @@ class Training:
         masks: weight name -> bool in the weight's shape; weights outside are zero after each step.
         teacher: for distillation, or None.
         purpose: tells apart the runs of one stage; different purposes see different batches.
-        team: the processes that train together, each with the same arguments.
+        rank_group: the processes that train together, each with the same arguments.
 
     Raises:
         StageError: a batch has fewer samples than there are processes.
@@ -78,7 +78,7 @@ class Training:
         masks: Mapping[str, Tensor] | None = None,
         teacher: Teacher | None = None,
         purpose: str = "training",
-        team: Team = ALONE,
+        rank_group: RankGroup = ALONE,
     ):
         self.device = str(next(network.parameters()).device.type)
         self.network = network
@@ -88,11 +88,11 @@ class Training:
         self.params = params
         self.teacher = teacher
         self.seed = derive_seed(params.seed, purpose)
-        self.team = team
-        if min(params.batch_size, len(dataset.train)) < team.size:
+        self.rank_group = rank_group
+        if min(params.batch_size, len(dataset.train)) < rank_group.size:
             raise StageError(
-                f"batch_size: expected at least a sample for each of the {team.size} workers, got "
-                f"{min(params.batch_size, len(dataset.train))}."
+                f"batch_size: expected at least a sample for each of the {rank_group.size} "
+                f"workers, got {min(params.batch_size, len(dataset.train))}."
             )
         self.masks = HeldMasks(network, masks or {})
         self.optimizer = _optimizer(network, params, masks or {}, self.seed)
@@ -128,14 +128,16 @@ class Training:
         self.epoch, self.batch = state["meta"]["epoch"], state["meta"]["batch"]
 
     def resume(self, ctx: Context) -> None:
-        """Resume from the cell's last checkpoint, if any; a team begins as its first rank."""
+        """Resume from the cell's last checkpoint, if any; all ranks begin as the first."""
         last = Checkpoint.last(ctx)
         if last is not None:
             self._restore(last.states)
             ctx.say(f"resuming from epoch {self.epoch}, batch {self.batch}")
-        if self.team.size > 1:
-            self._restore({name: share(self.team, one) for name, one in self._states().items()})
-            require_equal(self.team, self._bits())
+        if self.rank_group.size > 1:
+            self._restore(
+                {name: share(self.rank_group, one) for name, one in self._states().items()}
+            )
+            require_equal(self.rank_group, self._bits())
 
     def _states(self) -> dict[str, State]:
         network = {"tensors": self.network.state_dict()}
@@ -191,16 +193,16 @@ class Training:
                     shown = time.monotonic()
                     done = self.epoch + self.batch / self.batches
                     ctx.progress(first_step + done, first_step + self.params.epochs, "epoch")
-                if self.team.any(ctx.rank == 0 and ctx.checkpoint_due()):
+                if self.rank_group.any(ctx.rank == 0 and ctx.checkpoint_due()):
                     self._require_finite()
-                    require_equal(self.team, self._bits())
+                    require_equal(self.rank_group, self._bits())
                     if ctx.rank == 0:
                         write()
         self.network.eval()
 
     def _step(self, inputs: Tensor, labels: Tensor) -> None:
         """Take one optimiser step; dropout and the like draw from a seed of this very batch."""
-        rank = (self.team.rank,) if self.team.rank else ()
+        rank = (self.rank_group.rank,) if self.rank_group.rank else ()
         torch.manual_seed(derive_seed(self.seed, "batch", self.epoch, self.batch, *rank))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(
@@ -218,18 +220,18 @@ class Training:
 
     def _descend(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Leave the gradients of the batch's mean loss in the parameters, and return that loss."""
-        if self.team.size == 1:
+        if self.rank_group.size == 1:
             loss = self._loss(inputs, labels)
             loss.backward()
             return loss.detach()
-        part = self.team.part(len(labels))
+        part = self.rank_group.part(len(labels))
         share = len(labels[part]) / len(labels)
-        with whole_batches(self.network, self.team):
+        with whole_batches(self.network, self.rank_group):
             loss = self._loss(inputs[part], labels[part]) * share
             loss.backward()
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
         summed = torch.cat([loss.detach().reshape(1), *(one.flatten() for one in gradients)])
-        self.team.sum([summed])
+        self.rank_group.sum([summed])
         loss, *parts = summed.split([1, *(one.numel() for one in gradients)])
         for gradient, one in zip(gradients, parts, strict=True):
             gradient.copy_(one.view_as(gradient))

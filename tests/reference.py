@@ -239,15 +239,15 @@ def kfac_fisher(model: nn.Module, layer: str, inputs: Tensor) -> Tensor:
         return output.clone()  # an in-place activation must not change what is kept
 
     module.register_forward_hook(keep)
-    heads = module.groups if isinstance(module, nn.Conv2d) else 1
-    rows = module.weight.shape[0] // heads
+    conv_groups = module.groups if isinstance(module, nn.Conv2d) else 1
+    rows = module.weight.shape[0] // conv_groups
     fishers = []
-    for head in range(heads):
+    for k in range(conv_groups):
         gamma = a = 0.0
         for x in inputs:
             outputs = model(x[None])[0]
             if isinstance(module, nn.Conv2d):
-                patches = conv_patches(seen["input"], module, head)
+                patches = conv_patches(seen["input"], module, k)
             else:
                 patches = seen["input"].reshape(-1, module.in_features)
             for patch in patches:
@@ -257,7 +257,7 @@ def kfac_fisher(model: nn.Module, layer: str, inputs: Tensor) -> Tensor:
                 loss = torch.logsumexp(outputs, 0) - outputs[label]
                 (g,) = torch.autograd.grad(loss, seen["output"], retain_graph=True)
                 g = g[0].flatten(1) if isinstance(module, nn.Conv2d) else g[0].reshape(-1, rows).T
-                for position in g[head * rows : (head + 1) * rows].T:
+                for position in g[k * rows : (k + 1) * rows].T:
                     part = torch.outer(position, position) / g.shape[1]
                     gamma = gamma + p * part / len(inputs)
         fishers.append(torch.kron(gamma, a))

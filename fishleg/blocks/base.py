@@ -1,4 +1,4 @@
-"""What every block of Q offers: a symmetric positive definite operator on one group's matrix.
+"""The interface of blocks of Q: symmetric positive definite operators on one group's matrix.
 
 V has the shape (..., rows, columns) and is vectorised row-major; Q acts on vec(V).
 """
@@ -34,7 +34,7 @@ class AbstractBlock(ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that define the block (what is saved and counted)."""
+        """Return the tensors that define the block, which are saved and counted."""
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> AbstractBlock:

@@ -73,7 +73,7 @@ class DenseBlock(AbstractBlock):
 
 
 def chunk_count(size: int, block_size: int) -> int:
-    """Return how many chunks of `block_size` cover `size` entries."""
+    """Return the number of chunks of `block_size` that cover `size` entries."""
     return -(-size // block_size)
 
 

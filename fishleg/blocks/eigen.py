@@ -26,21 +26,22 @@ class EigenBlock(AbstractBlock):
     """
 
     def __init__(self, left: Tensor, right: Tensor, values: Tensor):
-        heads, rows, columns = values.shape
-        if left.shape != (heads, rows, rows) or right.shape != (heads, columns, columns):
+        conv_groups, rows, columns = values.shape
+        expected = (conv_groups, rows, rows), (conv_groups, columns, columns)
+        if (left.shape, right.shape) != expected:
             raise ShapeMismatch(
-                f"For values {tuple(values.shape)}: expected left {(heads, rows, rows)} and right "
-                f"{(heads, columns, columns)}, got {tuple(left.shape)} and {tuple(right.shape)}."
+                f"For values {tuple(values.shape)}: expected left {expected[0]} and right "
+                f"{expected[1]}, got {tuple(left.shape)} and {tuple(right.shape)}."
             )
         self.left = left
         self.right = right
         self.values = values
-        self.shape = (heads * rows, columns)
+        self.shape = (conv_groups * rows, columns)
 
     def matvec(self, v: Tensor) -> Tensor:
         """Return Q vec(V), V (..., rows, columns). Cost O(rows columns (rows/h + columns))."""
-        heads = v.unflatten(-2, (self.values.shape[0], -1))
-        inner = self.values * (self.left.mT @ heads @ self.right)
+        parts = v.unflatten(-2, (self.values.shape[0], -1))
+        inner = self.values * (self.left.mT @ parts @ self.right)
         return (self.left @ inner @ self.right.mT).flatten(-3, -2)
 
     def diagonal(self) -> Tensor:
@@ -50,8 +51,8 @@ class EigenBlock(AbstractBlock):
 
     def energies(self, gradients: Tensor) -> Tensor:
         """Return sum_n (U^T G_n W)^o2, (h, rows / h, columns), of gradients (n, rows, columns)."""
-        heads = gradients.unflatten(-2, (self.values.shape[0], -1))
-        return (self.left.mT @ heads @ self.right).square().sum(0)
+        parts = gradients.unflatten(-2, (self.values.shape[0], -1))
+        return (self.left.mT @ parts @ self.right).square().sum(0)
 
     def submatrix(self, index: Tensor) -> Tensor:
         """Return Q[index, index], (..., n, n), for flat positions `index` (..., n).
@@ -61,10 +62,10 @@ class EigenBlock(AbstractBlock):
         """
         row, column = index // self.shape[1], index % self.shape[1]
         size = self.values.shape[1]
-        head, row = row // size, row % size
+        part, row = row // size, row % size
         entries = self.values.new_zeros(*index.shape, index.shape[-1])
-        for k in head.unique().tolist():
-            u = self.left[k][row] * (head == k).unsqueeze(-1)
+        for k in part.unique().tolist():
+            u = self.left[k][row] * (part == k).unsqueeze(-1)
             w = self.right[k][column]
             pairs = (w.unsqueeze(-2) * w.unsqueeze(-3)) @ self.values[k].mT
             entries += (u.unsqueeze(-2) * u.unsqueeze(-3) * pairs).sum(-1)
@@ -76,10 +77,10 @@ class EigenBlock(AbstractBlock):
         Cost: 2 n columns^3 FLOPs.
         """
         size = self.values.shape[1]
-        head, row = rows // size, rows % size
-        squares = self.left[head, row].square().unsqueeze(1)
-        basis = self.right[head]
-        return (basis * (squares @ self.values[head])) @ basis.mT
+        part, row = rows // size, rows % size
+        squares = self.left[part, row].square().unsqueeze(1)
+        basis = self.right[part]
+        return (basis * (squares @ self.values[part])) @ basis.mT
 
     def trace(self) -> Tensor:
         """Return tr Q = sum S."""

@@ -72,8 +72,8 @@ def invert_low_rank(gradients: Tensor, damping: float) -> LowRankBlock:
         damping: gamma > 0.
 
     Raises:
-        NotPositiveDefinite: the largest curvature exceeds the damping by more than the dtype of the
-            gradients can tell, or a gradient is not finite.
+        NotPositiveDefinite: the ratio of the largest curvature to the damping exceeds the precision
+            of the gradients' dtype, or a gradient is not finite.
 
     Cost: O(m^2 rows columns + m^3), in float64; 24 (m^2 + 8192 m) bytes beside the gradients.
     """

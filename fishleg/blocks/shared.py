@@ -14,8 +14,8 @@ from fishleg.errors import ShapeMismatch
 class SharedBlock(AbstractBlock):
     """Q = blockdiag_k( I_(rows / h) (x) C_k ) over h convolution groups: V_k -> V_k C_k.
 
-    Every row of convolution group k (h = 1 for an ordinary layer) has the same inverse C_k, and
-    rows know nothing of each other.
+    Every row of convolution group k (h = 1 for an ordinary layer) has the same inverse C_k, and is
+    independent of the other rows.
 
     Args:
         inverse: C, (h, columns, columns), each symmetric positive definite.
@@ -26,8 +26,8 @@ class SharedBlock(AbstractBlock):
     """
 
     def __init__(self, inverse: Tensor, shape: tuple[int, int]):
-        heads = inverse.shape[0] if inverse.ndim == 3 else 0
-        if not heads or inverse.shape[1:] != (shape[1], shape[1]) or shape[0] % heads:
+        conv_groups = inverse.shape[0] if inverse.ndim == 3 else 0
+        if not conv_groups or inverse.shape[1:] != (shape[1], shape[1]) or shape[0] % conv_groups:
             raise ShapeMismatch(
                 f"inverse: expected (h, {shape[1]}, {shape[1]}) with h a divisor of {shape[0]}, "
                 f"got {tuple(inverse.shape)}."
@@ -52,8 +52,8 @@ class SharedBlock(AbstractBlock):
     def submatrix(self, index: Tensor) -> Tensor:
         """Return Q[index, index], (..., n, n), for flat positions `index` (..., n)."""
         row, column = index // self.shape[1], index % self.shape[1]
-        head = (row // self._rows).unsqueeze(-1)
-        entries = self.inverse[head, column.unsqueeze(-1), column.unsqueeze(-2)]
+        part = (row // self._rows).unsqueeze(-1)
+        entries = self.inverse[part, column.unsqueeze(-1), column.unsqueeze(-2)]
         return entries * (row.unsqueeze(-1) == row.unsqueeze(-2))
 
     def squared_norm(self, mask: Tensor | None = None) -> Tensor:

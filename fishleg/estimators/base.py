@@ -1,8 +1,7 @@
 """The one interface of all curvature estimators.
 
-An estimator holds Q ~ (F + damping I)^-1 as one block a parameter group. How the blocks come
-about is its own business; everything downstream (saliency, compensation, certificate) sees only
-this interface.
+An estimator holds Q ~ (F + damping I)^-1 as one block a parameter group, and makes the blocks in
+its own way; everything downstream (saliency, compensation, certificate) sees only this interface.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ from fishleg.blocks import BLOCKS, AbstractBlock
 from fishleg.calling import model_device
 from fishleg.checks import check_type
 from fishleg.errors import CapacityExceeded, FishLegError, NotFitted, UnknownName
-from fishleg.gradients import GradientSource
+from fishleg.gradients.memory import pass_bytes
+from fishleg.gradients.source import GradientSource
 from fishleg.memory import Footprint, available_bytes, peak, show_bytes
 from fishleg.options import Distribution, EstimatorOptions
 from fishleg.parameters import Partition
@@ -26,12 +26,12 @@ from fishleg.parameters import Partition
 
 @dataclass(frozen=True, kw_only=True)
 class FitProgress:
-    """What a running fit tells its callback.
+    """The argument of a fit's callback.
 
     Attributes:
         done: units of work finished.
         total: units of work in all.
-        metrics: name -> value, such as the objective so far.
+        metrics: name -> value, such as the objective.
     """
 
     done: int
@@ -50,8 +50,8 @@ class AbstractEstimator(ABC):
         damping: gamma > 0, absolute, in units of the Fisher.
         masks: group name -> bool (rows, columns), True for survivors, of the fit's support; None
             when Q was fitted on the full Fisher. Products are meaningful on the support only.
-        memory_limit: bytes that a fit may need at its peak; None for what is free when it begins.
-        remedy: what to choose instead when a fit does not fit.
+        memory_limit: bytes that a fit may need at its peak; None for the free memory at the start.
+        remedy: the alternative that the error names when a fit does not fit the memory.
         distribution: how its saliencies compare, which pruning follows by default: "global", or
             "uniform" where the units differ from layer to layer; see `select`.
 
@@ -86,9 +86,9 @@ class AbstractEstimator(ABC):
 
         Args:
             source: per-sample gradients at the weights to expand around.
-            callback: told of progress; may call `state_dict`, whose result can be saved.
-            resume: go on from a loaded state of an unfinished fit, to the bits that the
-                undisturbed fit reaches, instead of starting afresh.
+            callback: is given the progress; may call `state_dict`, whose result can be saved.
+            resume: continue from a loaded state of an unfinished fit, to the bits that the
+                undisturbed fit reaches, instead of starting over.
         """
 
     @abstractmethod
@@ -98,9 +98,9 @@ class AbstractEstimator(ABC):
         masks: Mapping[str, Tensor],
         callback: Callback | None = None,
     ) -> None:
-        """Go on from the present state with new weights (in `source`) and survivors `masks`.
+        """Continue from the present state with new weights (in `source`) and survivors `masks`.
 
-        An estimator without state to assimilate re-estimates, on the Fisher restricted to the
+        An estimator without a state to continue from re-estimates, on the Fisher restricted to the
         survivors or on the full one, and sets `self.masks` accordingly.
         """
 
@@ -135,17 +135,17 @@ class AbstractEstimator(ABC):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What a person should know of the fitted estimate, a sentence each.
+        """Warnings about the fitted estimate, a sentence each.
 
-        Prunable groups of which no sample's gradient is left beside the damping: their weights are
-        judged by magnitude alone.
+        Prunable groups whose gradients vanish beside the damping: their weights are judged by
+        magnitude alone.
         """
         blind = [group.name for group in self.partition.prunable if self._is_blind(group.name)]
         if not blind:
             return ()
         return (
-            f"No curvature is left beside the damping of {self.damping:g} in {', '.join(blind)}: "
-            "their weights are judged by magnitude alone. Lower the damping, or look whether the "
+            f"The curvature vanishes beside the damping of {self.damping:g} in {', '.join(blind)}: "
+            "their weights are judged by magnitude alone. Lower the damping, or check whether the "
             "network uses them, and whether its outputs are saturated.",
         )
 
@@ -166,26 +166,26 @@ class AbstractEstimator(ABC):
 
     @abstractmethod
     def footprint(self, source: GradientSource, name: str) -> Footprint:
-        """Return what fitting group `name` to `source` needs, from shapes alone."""
+        """Return the memory that fitting group `name` to `source` needs, from shapes alone."""
 
     def required_bytes(self, source: GradientSource) -> int:
-        """Return what `memory_bytes` will be after a fit to `source`."""
+        """Return the value of `memory_bytes` after a fit to `source`."""
         return sum(self.footprint(source, name).held for name in self.partition.names)
 
     def peak_bytes(self, source: GradientSource) -> int:
-        """Return about how much a fit needs at its peak, beside the model and the samples.
+        """Return about the bytes that a fit needs at its peak, beside the model and the samples.
 
-        The formulas of the class, and the passes of one batch; see `GradientSource.pass_bytes`.
+        The formulas of the class, and the passes of one batch; see `gradients.memory.pass_bytes`.
         """
         footprints = [self.footprint(source, name) for name in self.partition.names]
-        return peak(footprints) + source.pass_bytes
+        return peak(footprints) + pass_bytes(source)
 
     def check_memory(self, source: GradientSource) -> None:
         """Check, before anything is allocated, that a fit to `source` fits the memory.
 
         Raises:
             FishLegError: the source is of another partition.
-            CapacityExceeded: the peak exceeds `memory_limit`, or what is free on the device.
+            CapacityExceeded: the peak exceeds `memory_limit`, or the free memory of the device.
         """
         groups = [(group.name, group.shape) for group in self.partition.groups]
         if groups != [(group.name, group.shape) for group in source.partition.groups]:
@@ -209,11 +209,11 @@ class AbstractEstimator(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Return `{"tensors": {name: Tensor}, "meta": JSON-able dict}`, complete for going on."""
+        """Return `{"tensors": {name: Tensor}, "meta": JSON-able dict}`, complete for resuming."""
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned.
+        """Restore the state that `state_dict` returned.
 
         Raises:
             FishLegError: the state is another estimator's, or of another partition.
@@ -237,7 +237,7 @@ class AbstractEstimator(ABC):
         return {"tensors": tensors, "meta": meta}
 
     def _load_common_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what `_common_state` returned, damping included.
+        """Restore the state that `_common_state` returned, damping included.
 
         Raises:
             FishLegError: the state is another estimator's, or of another partition.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fishleg.blocks.diagonal import DiagonalBlock
 from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.memory import Footprint
 from fishleg.moments import accumulate, squares
 
@@ -38,7 +38,7 @@ class DiagonalFisher(AbstractOnePassEstimator):
         return [DataPass(partial(accumulate, source, squares, masks=masks), invert)]
 
     def footprint(self, source: GradientSource, name: str) -> Footprint:
-        """Return what fitting group `name` needs; see the class."""
+        """Return the memory that fitting group `name` needs; see the class."""
         size = self.partition[name].size
         held = source.element_size(name) * size
         return Footprint(held=held, sums=8 * size + held, work=2 * source.rows_at_once * held)

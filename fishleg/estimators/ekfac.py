@@ -10,10 +10,10 @@ from torch import Tensor
 from fishleg.blocks.eigen import EigenBlock
 from fishleg.estimators.kfac import KFAC
 from fishleg.estimators.onepass import DataPass
-from fishleg.gradients import GradientSource
+from fishleg.gradients.running_sums import Progress, RunningSums
+from fishleg.gradients.source import GradientSource
 from fishleg.memory import Footprint
 from fishleg.moments import accumulate
-from fishleg.tally import Progress, Tally
 
 
 class EKFAC(KFAC):
@@ -43,10 +43,10 @@ class EKFAC(KFAC):
     ) -> Sequence[DataPass]:
         bases: dict[str, EigenBlock] = {}
 
-        def measure(*, tally: Tally, progress: Progress) -> None:
+        def measure(*, running: RunningSums, progress: Progress) -> None:
             bases.update((n, b) for n, b in self._blocks.items() if isinstance(b, EigenBlock))
             moments = {name: partial(_energies, basis) for name, basis in bases.items()}
-            accumulate(source, moments, groups=list(bases), tally=tally, progress=progress)
+            accumulate(source, moments, groups=list(bases), running=running, progress=progress)
 
         def rescale(name: str, sums: list[Tensor]) -> EigenBlock:
             basis = bases[name]
@@ -55,7 +55,7 @@ class EKFAC(KFAC):
         return [*super()._passes(source, masks), DataPass(measure, rescale)]
 
     def footprint(self, source: GradientSource, name: str) -> Footprint:
-        """Return what fitting group `name` needs; see the class."""
+        """Return the memory that fitting group `name` needs; see the class."""
         size, bytes_each = self.partition[name].size, source.element_size(name)
         basis = super().footprint(source, name)
         return Footprint(

@@ -2,48 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import zip_longest
 from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 
-from fishleg.blocks import BLOCKS, AbstractBlock, EigenBlock, KroneckerBlock
-from fishleg.blocks.eigen import invert_factors
+from fishleg.blocks import BLOCKS, EigenBlock
 from fishleg.estimators.base import AbstractEstimator, Callback, FitProgress, tensors_below
 from fishleg.estimators.exchange import block_cost, exchange_blocks
-from fishleg.gradients import GradientSource
+from fishleg.estimators.group_fit import GroupFit
+from fishleg.estimators.pieces import gather_pieces
+from fishleg.gradients.memory import held_bytes, pack_groups, pass_bytes
+from fishleg.gradients.running_sums import Progress, Sums
+from fishleg.gradients.source import GradientSource
 from fishleg.memory import Footprint
-from fishleg.moments import as_factors, kronecker_products, layer_moments, squares
-from fishleg.options import CLOSED_FORM, FishLegChanges, FishLegOptions, Structure
-from fishleg.parameters import ParameterGroup, Partition
+from fishleg.moments import layer_moments
+from fishleg.options import CLOSED_FORM, FishLegChanges, FishLegOptions
+from fishleg.parameters import Partition
 from fishleg.precision import in_full
-from fishleg.solvers.adam import AdamOptions, AdamSolver
-from fishleg.solvers.alternating import AlternatingSolver
-from fishleg.solvers.base import AbstractSolver, SolverState, total
-from fishleg.solvers.closed import ClosedFormSolver
-from fishleg.tally import Progress, Sums
-from fishleg.warmstart import (
-    count_numbers,
-    diagonal_start,
-    factored_start,
-    fit_structure,
-    identity_start,
-)
-
-_SMALL_VECTOR = 1024  # parameters up to which a vector's block is dense
-_WARM_SWEEPS = 2  # alternating ones, before Adam begins to fit a scale too; cheaper than its steps
+from fishleg.solvers.adam import AdamSolver
+from fishleg.solvers.base import AbstractSolver, SolverState
 
 
 class FishLeg(AbstractEstimator):
-    """Learns Q by minimising J; groups are independent of each other, given the data.
+    """Learns Q by minimising J, in each group independently.
 
-    So groups are fitted one after the other, in packs whose gradients are held together: a pack
-    costs one pass of the data, whatever the number of sweeps. A team divides the groups: each
-    process takes packs of its own, from all samples, and after each they exchange the blocks. So a
-    state that one of them saves lacks, of the others' work, at most a pack each.
+    Groups are fitted one after the other, in packs whose gradients are held together: a pack
+    costs one pass of the data, for any number of sweeps. A rank group divides the groups: each
+    process fits packs of its own, on all samples, and they exchange the blocks after each pack. So
+    a state saved by one process lacks at most one pack of each other process.
 
     Time: a pass of the gradients a pack (and one of the layers' signals, to start from `kfac`), and
     what the solver takes, N gradients a group: `alternating` 2 N r c (r + c) FLOPs a half-step and
@@ -58,13 +47,13 @@ class FishLeg(AbstractEstimator):
         partition: the groups.
         damping: gamma > 0.
         memory_limit: see `AbstractEstimator`.
-        options: how to fit; None for the defaults.
+        options: of the fit; None for the defaults.
         changes: fields of `FishLegOptions` that differ from `options`.
 
     Attributes:
         options: see `FishLegOptions`.
-        report: group name -> how its fit went, JSON-able: `structure`, `solver`, `objective` and
-            what else the solver tells in `SolverState.numbers`.
+        report: group name -> the report of its fit, JSON-able: `structure`, `solver`, `objective`,
+            the other entries of `SolverState.numbers`.
     """
 
     name = "fishleg"
@@ -87,7 +76,7 @@ class FishLeg(AbstractEstimator):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What a person should know: of all estimates, and where a solver did less than asked."""
+        """Warnings for the user: of all estimates, and where a solver did less than asked."""
         found = list(super().warnings)
         for name, entry in self.report.items():
             if entry.get("rejected"):
@@ -110,10 +99,9 @@ class FishLeg(AbstractEstimator):
     ) -> None:
         """Estimate Q from `source`; see `AbstractEstimator.fit`.
 
-        The callback is told of every half-step (or few steps of Adam); `objective` is the sum of J
-        over the groups so far. It is called, without news, while gradients are gathered, too. With
-        `resume` an interrupted `refine` is resumed, too. A pack's gradients are gathered again:
-        to store them takes longer.
+        The callback is called after every half-step (or few steps of Adam), and while gradients are
+        gathered; `objective` is the sum of J over the groups so far. `resume` resumes an
+        interrupted `refine`, too. A pack's gradients are gathered again: storing them takes longer.
         """
         self.check_memory(source)
         if not (resume and (self._pending or self._blocks)):
@@ -128,7 +116,7 @@ class FishLeg(AbstractEstimator):
         masks: Mapping[str, Tensor],
         callback: Callback | None = None,
     ) -> None:
-        """Go on from the present Q with the weights in `source` and the survivors `masks`.
+        """Continue from the present Q with the weights in `source` and the survivors `masks`.
 
         Afterwards Q is the inverse of the Fisher restricted to the survivors, as far as known:
         products are meaningful between survivors only.
@@ -154,44 +142,46 @@ class FishLeg(AbstractEstimator):
         mine = source.alone().thorough()
         for packs in zip_longest(*self._deal(source, budget), fillvalue=()):
             due = [[name for name in pack if name in self._pending] for pack in packs]
-            pack, names = packs[source.team.rank], due[source.team.rank]
+            pack, names = packs[source.rank_group.rank], due[source.rank_group.rank]
             if names:
 
                 def gathering(rows: int) -> None:
                     if callback is not None:
                         callback(replace(self._progress(solvers), metrics={}))
 
-                held = source.fits(pack[0], budget)
-                pieces = _pieces(mine, pack, solvers, names, held, gathering)
+                held = held_bytes(source, pack[0]) <= budget
+                pieces = gather_pieces(mine, pack, solvers, names, held, gathering)
                 starts = self._starts(mine, names, pieces, gathering)
                 for name in names:
                     self._solve(name, solvers, pieces.pop(name), starts[name], callback)
-            if source.team.size > 1 and any(due):
+            if source.rank_group.size > 1 and any(due):
                 self._exchange(source, due)
                 if callback is not None:
                     callback(self._progress(solvers))
 
     def _deal(self, source: GradientSource, budget: int) -> list[list[list[str]]]:
-        """Return the packs of each process of the source's team.
+        """Return the packs of each process of the source's rank group.
 
         All groups are cut, so that a resumed fit streams the same packs, to the same bits.
         """
         names = self.partition.names
-        owners = source.team.deal({name: block_cost(self.partition[name]) for name in names})
+        owners = source.rank_group.assign(
+            {name: block_cost(self.partition[name]) for name in names}
+        )
         return [
-            source.cut([name for name in names if owners[name] == rank], budget)
-            for rank in range(source.team.size)
+            pack_groups(source, [name for name in names if owners[name] == rank], budget)
+            for rank in range(source.rank_group.size)
         ]
 
     def _exchange(self, source: GradientSource, due: Sequence[Sequence[str]]) -> None:
-        """Get from each process of the team the groups that it has just fitted."""
+        """Exchange the groups that each process of the rank group has just fitted."""
         owners = {name: rank for rank, names in enumerate(due) for name in names}
-        mine = {name: self._blocks[name] for name in due[source.team.rank]}
+        mine = {name: self._blocks[name] for name in due[source.rank_group.rank]}
         blocks = self._blocks | exchange_blocks(source, mine, owners)
         self._blocks = {name: blocks[name] for name in self.partition.names if name in blocks}
         for rank, names in enumerate(due):
             report = {name: self.report.get(name) for name in names}
-            self.report |= source.team.share({}, report, owner=rank)[1]
+            self.report |= source.rank_group.broadcast({}, report, owner=rank)[1]
         self._pending = [name for name in self._pending if name not in owners]
 
     def _solve(
@@ -202,11 +192,11 @@ class FishLeg(AbstractEstimator):
         state: SolverState,
         callback: Callback | None,
     ) -> None:
-        """Fit one group from `state` on, and tell of every state."""
+        """Fit one group from `state` on, with a call of the callback for every state."""
         for present in solvers[name].run(pieces, state):
             self._partial = (name, present)
             self.report[name] = {
-                "structure": self._structure(self.partition[name]),
+                "structure": self._fit_of(name).structure,
                 "solver": type(solvers[name]).__name__,
                 **present.numbers,
             }
@@ -225,45 +215,16 @@ class FishLeg(AbstractEstimator):
         objective = sum(entry["objective"] for entry in self.report.values())
         return FitProgress(done=done, total=sum(units.values()), metrics={"objective": objective})
 
-    # -- what each group gets
+    # -- each group
 
-    def _structure(self, group: ParameterGroup) -> Structure:
-        """Return the structure of a group's block."""
-        wanted = self.options.structure
-        if wanted in CLOSED_FORM:
-            return wanted
-        if len(group.weight_shape) < 2 and group.size <= _SMALL_VECTOR:
-            return "full"
-        if wanted.startswith("tensor") and group.kernel == 1:
-            return "kronecker_scaled" if wanted.endswith("_scaled") else "kronecker"
-        return wanted
+    def _fit_of(self, name: str) -> GroupFit:
+        return GroupFit(self.options, self.partition[name], self.damping)
 
     def _solver(self, name: str, source: GradientSource) -> AbstractSolver:
-        options, structure = self.options, self._structure(self.partition[name])
-        mask = None if self.masks is None else self.masks.get(name)
-        wants_adam = options.solver == "adam" or options.objective == "probe"
-        if structure in CLOSED_FORM and not (wants_adam and structure == options.structure):
-            return ClosedFormSolver(self.damping, mask)
-        if structure == "eigen":
-            return ClosedFormSolver(self.damping, mask, shrinkage=options.shrinkage)
-        if structure == "kronecker" and not wants_adam:
-            return AlternatingSolver(
-                self.damping,
-                options.sweeps if self.masks is None else options.refine_sweeps,
-                mask,
-                mask_fit=options.mask_fit,
-                iterations=options.cg_iterations,
-            )
-        adam = AdamOptions(
-            steps=options.steps if self.masks is None else options.refine_steps,
-            preconditioned=options.preconditioned_steps,
-            learning_rate=options.learning_rate,
-            objective=options.objective,
-            probes=options.probes,
-            seed=options.seed,
+        masks = self.masks or {}
+        return self._fit_of(name).solver(
+            source.rows, refines=self.masks is not None, mask=masks.get(name)
         )
-        restrict = options.mask_fit == "exact"
-        return AdamSolver(self.damping, adam, source.rows, mask, restrict=restrict)
 
     def _starts(
         self,
@@ -272,7 +233,7 @@ class FishLeg(AbstractEstimator):
         pieces: Mapping[str, Iterable[Tensor]],
         progress: Progress,
     ) -> dict[str, SolverState]:
-        """Return where each group's solver begins, or goes on."""
+        """Return the state from which each group's solver starts or resumes."""
         starts = {
             name: SolverState(block=block)
             for name, block in self._blocks.items()
@@ -283,70 +244,28 @@ class FishLeg(AbstractEstimator):
         fresh = [name for name in names if name not in starts]
         factors: Sums = {}
         if self.options.warm_start == "kfac" and self.masks is None:
-            structures = {name: self._structure(self.partition[name]) for name in fresh}
-            wanted = [name for name in fresh if structures[name] not in CLOSED_FORM]
+            wanted = [name for name in fresh if self._fit_of(name).structure not in CLOSED_FORM]
             factors = layer_moments(source, wanted, progress=progress) if wanted else {}
         for name in fresh:
             weight = source.model.get_parameter(self.partition[name].weight)
             like = weight.new_empty(0, dtype=source.dtype(name))
-            block = self._warm_start(self.partition[name], pieces[name], factors.get(name), like)
+            block = self._fit_of(name).warm_start(pieces[name], factors.get(name), like)
             starts[name] = SolverState(block=block)
         return starts
-
-    def _warm_start(
-        self,
-        group: ParameterGroup,
-        pieces: Iterable[Tensor],
-        factors: Sequence[Tensor] | None,
-        like: Tensor,
-    ) -> AbstractBlock:
-        """Return the first block of a group, in the dtype and on the device of `like`."""
-        structure, kind = self._structure(group), self.options.warm_start
-        if kind == "identity" or (structure in CLOSED_FORM and kind in {"kfac", "moments"}):
-            start = identity_start(group.shape, self.damping, like)
-        elif kind == "diagonal":
-            scaled = structure.endswith("_scaled") or structure in CLOSED_FORM
-            (fisher,) = total(pieces, squares)
-            start = diagonal_start(fisher, self.damping, scaled=scaled)
-        else:
-            # of each convolution group
-            gamma, a = factors or as_factors(*total(pieces, kronecker_products))
-            if structure == "eigen":
-                return _cast(invert_factors(gamma, a, self.damping), like)
-            # elsewhere the convolution groups share one column factor
-            start = factored_start(torch.block_diag(*gamma), a.mean(0), self.damping)
-        if structure == "kronecker_scaled" and start.scale is None:
-            solver = AlternatingSolver(self.damping, _WARM_SWEEPS)
-            *_, swept = solver.run(pieces, SolverState(block=_cast(start, like)))
-            start = KroneckerBlock(**swept.block.tensors())
-        block = fit_structure(
-            start, structure, kernel=group.kernel, block_size=self.options.block_size
-        )
-        return _cast(block, like)
 
     # -- memory
 
     def footprint(self, source: GradientSource, name: str) -> Footprint:
-        """Return what fitting group `name` needs, its gradients in a pack excepted."""
-        group, bytes_each = self.partition[name], source.element_size(name)
-        structure, from_layers = self._structure(group), self.options.warm_start == "kfac"
-        heads = (source.heads(name) if from_layers else None) or 1
-        numbers = count_numbers(structure, group, heads=heads, block_size=self.options.block_size)
-        dense = structure in CLOSED_FORM
-        uses_adam = isinstance(self._solver(name, source), AdamSolver)
-        squares_of_sides = group.rows**2 + group.columns**2
-        inverting = 40 * numbers if dense else 64 * squares_of_sides + 24 * group.size
-        descending = 12 * bytes_each * numbers if uses_adam else 0
-        factors = group.rows**2 // heads + heads * group.columns**2
-        return Footprint(
-            held=bytes_each * numbers,
-            sums=bytes_each * numbers + (8 * factors if from_layers and not dense else 0),
-            work=max(inverting, descending)
-            + (8 if uses_adam else 3) * bytes_each * source.rows_at_once * group.size,
+        """Return the memory that fitting group `name` needs, except its gradients in a pack."""
+        return self._fit_of(name).footprint(
+            source.element_size(name),
+            source.conv_groups(name),
+            source.rows_at_once,
+            uses_adam=isinstance(self._solver(name, source), AdamSolver),
         )
 
     def peak_bytes(self, source: GradientSource) -> int:
-        """Return about how much a fit needs at its peak: all blocks, and one pack at work.
+        """Return about the bytes that a fit needs at its peak: all blocks, and one pack.
 
         Beside the model and the samples, as in `AbstractEstimator`.
         """
@@ -354,12 +273,12 @@ class FishLeg(AbstractEstimator):
         footprints = {name: self.footprint(source, name) for name in self.partition.names}
         packs = [
             sum(footprints[name].sums for name in pack)
-            + sum(source.held_bytes(name) for name in pack if source.fits(name, budget))
-            for pack in self._deal(source, budget)[source.team.rank]
+            + sum(size for size in (held_bytes(source, name) for name in pack) if size <= budget)
+            for pack in self._deal(source, budget)[source.rank_group.rank]
         ]
         work = max(one.work for one in footprints.values())
         held = sum(one.held for one in footprints.values())
-        return held + max(packs, default=0) + work + source.pass_bytes
+        return held + max(packs, default=0) + work + pass_bytes(source)
 
     # -- state
 
@@ -386,7 +305,7 @@ class FishLeg(AbstractEstimator):
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned, damping and options included."""
+        """Restore the state that `state_dict` returned, damping and options included."""
         self._load_common_state(state)
         meta, tensors = state["meta"], state["tensors"]
         self.options = FishLegOptions(**meta["options"])
@@ -404,50 +323,6 @@ class FishLeg(AbstractEstimator):
             self._partial = (partial["group"], now)
 
 
-class _Streamed:
-    """The pieces of one group, made again by a pass of the data in each iteration over them."""
-
-    def __init__(self, source: GradientSource, name: str, solver: AbstractSolver):
-        self._source = source
-        self._name = name
-        self._solver = solver
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for batch in self._source.stream([self._name]):
-            yield self._solver.prepare(batch[self._name])
-
-
-def _pieces(
-    source: GradientSource,
-    pack: Sequence[str],
-    solvers: Mapping[str, AbstractSolver],
-    names: Sequence[str],
-    held: bool,
-    progress: Progress,
-) -> dict[str, Iterable[Tensor]]:
-    """Return the pieces of the groups `names` of a pack, held or streamed.
-
-    `progress` is told the gradient rows that are held.
-    """
-    if not held:
-        return {name: _Streamed(source, name, solvers[name]) for name in names}
-    pieces: dict[str, list[Tensor]] = {name: [] for name in names}
-    rows = 0
-    for batch in source.stream(pack):
-        for name in names:
-            gradients = batch[name]
-            pieces[name].append(solvers[name].prepare(gradients))
-        rows += len(gradients)
-        progress(rows)
-    return dict(pieces)
-
-
-def _cast(block: AbstractBlock, like: Tensor) -> AbstractBlock:
-    """Return the block in the dtype and on the device of `like`, its tensors contiguous."""
-    tensors = {name: tensor.to(like).contiguous() for name, tensor in block.tensors().items()}
-    return type(block).restore(tensors, block.shape)
-
-
 def _survives(mask: Tensor | None) -> bool:
-    """Tell whether anything of a group survives."""
+    """Tell whether a weight of a group survives."""
     return mask is None or bool(mask.any())

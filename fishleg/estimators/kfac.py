@@ -11,7 +11,7 @@ from fishleg.blocks.base import AbstractBlock
 from fishleg.blocks.dense import DenseBlock
 from fishleg.blocks.eigen import invert_factors
 from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.linalg import invert_damped
 from fishleg.memory import Footprint
 from fishleg.moments import (
@@ -29,10 +29,10 @@ class KFAC(AbstractOnePassEstimator):
     """Q = (Gamma (x) A + damping I)^-1, the damping exact, one pair a convolution group.
 
     Gamma is the second moment of the gradients with respect to a layer's outputs, A that of its
-    inputs, a bias being one more input of ones; see `moments.layer_moments`. The factors describe
-    the full Fisher, so `refine` estimates them afresh on the full Fisher.
+    inputs, a bias being one more input of ones; see `moments.layer_moments`. The factors are of the
+    full Fisher, so `refine` estimates them again on the full Fisher.
 
-    Groups without a linear or convolution layer (norms, bare, tied) are not left out:
+    Groups without a linear or convolution layer (norms, bare, tied):
     - up to `dense_size` entries, their full Fisher is summed and inverted, exactly;
     - beyond, F ~ E[G G^T] (x) E[G^T G] / tr F, from per-sample gradients, damped as above. This is
       F itself for vectors and wherever F is a Kronecker product.
@@ -69,7 +69,7 @@ class KFAC(AbstractOnePassEstimator):
     def _passes(
         self, source: GradientSource, masks: Mapping[str, Tensor] | None
     ) -> Sequence[DataPass]:
-        layers = [name for name in self.partition.names if source.heads(name) is not None]
+        layers = [name for name in self.partition.names if source.conv_groups(name) is not None]
         others = [name for name in self.partition.names if name not in layers]
         passes = [
             DataPass(partial(layer_moments, source, layers), self._invert_factors),
@@ -82,7 +82,7 @@ class KFAC(AbstractOnePassEstimator):
         return invert_factors(gamma, a, self.damping)
 
     def _products(self, gradients: Tensor) -> tuple[Tensor, ...]:
-        """Return what is summed for a group without a layer."""
+        """Return the statistics of a batch for a group without a layer."""
         if gradients[0].numel() <= self.options.dense_size:
             return chunk_products(gradients, self.options.dense_size)
         return kronecker_products(gradients)
@@ -94,16 +94,16 @@ class KFAC(AbstractOnePassEstimator):
         return invert_factors(*as_factors(*sums), self.damping)
 
     def footprint(self, source: GradientSource, name: str) -> Footprint:
-        """Return what fitting group `name` needs; see the class."""
+        """Return the memory that fitting group `name` needs; see the class."""
         group, bytes_each = self.partition[name], source.element_size(name)
-        heads, size = source.heads(name), group.size
-        gradients = 0 if heads else 3 * bytes_each * source.rows_at_once * size
-        if not heads and size <= self.options.dense_size:
+        conv_groups, size = source.conv_groups(name), group.size
+        gradients = 0 if conv_groups else 3 * bytes_each * source.rows_at_once * size
+        if not conv_groups and size <= self.options.dense_size:
             summing = gradients + bytes_each * size**2
             return Footprint(
                 held=bytes_each * size**2, sums=8 * size**2, work=max(summing, 32 * size**2)
             )
-        factors = group.rows**2 // (heads or 1) + (heads or 1) * group.columns**2
+        factors = group.rows**2 // (conv_groups or 1) + (conv_groups or 1) * group.columns**2
         return Footprint(
             held=bytes_each * (factors + size),
             sums=8 * factors,

@@ -13,7 +13,7 @@ from fishleg.blocks.diagonal import DiagonalBlock
 from fishleg.blocks.shared import SharedBlock
 from fishleg.errors import FishLegError
 from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.linalg import invert_damped
 from fishleg.memory import Footprint
 from fishleg.moments import input_moments
@@ -24,18 +24,18 @@ from fishleg.parameters import Partition
 class LayerHessian(AbstractOnePassEstimator):
     """Q = I_rows (x) (H + mu I)^-1 with H = E[sum_t x_t x_t^T] of a layer's inputs x_t.
 
-    1/2 d H d^T is what a move d of one row changes the layer's outputs by, squared, halved, summed
+    1/2 d H d^T is half the squared change of the layer's outputs by a move d of one row, summed
     over the T positions and averaged over the samples. So H, up to the factor 2 of OBC (arXiv
-    2208.11580) and SparseGPT (arXiv 2301.00774), is the curvature of each row alike: the
-    one of `KFAC` with Gamma = I. The inputs of a convolution are its patches, those of a bias are
-    ones. No label enters. mu = damping + relative_damping mean(diag H); SparseGPT takes one percent
+    2208.11580) and SparseGPT (arXiv 2301.00774), is the curvature of every row: the one of `KFAC`
+    with Gamma = I. The inputs of a convolution are its patches, those of a bias are ones. No label
+    enters. mu = damping + relative_damping mean(diag H); SparseGPT takes one percent
     of the mean. Saliencies are output errors, whose units differ from layer to layer; to compare
     them in one layer only, select with the distribution `uniform`.
 
-    `refine` takes the inputs afresh, which the pruning has changed, for the full H.
+    `refine` estimates the full H again, from the inputs that the pruning has changed.
 
-    Groups that are no layer's weight have no inputs: H = 0, and Q = I / damping. That only passes
-    them by; a prunable group of that kind is refused.
+    Groups that are no layer's weight have no inputs: H = 0, and Q = I / damping. A prunable group
+    of that kind is refused.
 
     Time: a pass of the layers' signals, 2 N T h c^2 FLOPs a layer of T positions, and O(h c^3).
     Memory: s h c^2 bytes a layer, s r c for another group; while fitting 8 h c^2 of float64 sums in
@@ -72,7 +72,7 @@ class LayerHessian(AbstractOnePassEstimator):
         self, source: GradientSource, masks: Mapping[str, Tensor] | None
     ) -> Sequence[DataPass]:
         for group in self.partition.prunable:
-            if source.heads(group.name) is None:
+            if source.conv_groups(group.name) is None:
                 raise FishLegError(
                     f"{group.name}: expected the weight of one linear or convolution layer, called "
                     "once; a layer's Hessian is known of these only. Leave it dense by `keep=` of "
@@ -90,17 +90,17 @@ class LayerHessian(AbstractOnePassEstimator):
     def _without_data(self, source: GradientSource) -> dict[str, AbstractBlock]:
         blocks: dict[str, AbstractBlock] = {}
         for group in self.partition.groups:
-            if source.heads(group.name) is None:
+            if source.conv_groups(group.name) is None:
                 weight = source.model.get_parameter(group.weight)
                 ones = torch.ones(group.shape, dtype=source.dtype(group.name), device=weight.device)
                 blocks[group.name] = DiagonalBlock(ones / self.damping)
         return blocks
 
     def footprint(self, source: GradientSource, name: str) -> Footprint:
-        """Return what fitting group `name` needs; see the class."""
+        """Return the memory that fitting group `name` needs; see the class."""
         group, bytes_each = self.partition[name], source.element_size(name)
-        heads = source.heads(name)
-        if heads is None:
+        conv_groups = source.conv_groups(name)
+        if conv_groups is None:
             return Footprint(held=bytes_each * group.size, sums=0, work=0)
-        numbers = heads * group.columns**2
+        numbers = conv_groups * group.columns**2
         return Footprint(held=bytes_each * numbers, sums=8 * numbers, work=32 * numbers)

@@ -10,17 +10,17 @@ from torch import Tensor
 from fishleg.blocks.base import AbstractBlock
 from fishleg.blocks.diagonal import DiagonalBlock
 from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.memory import Footprint
 from fishleg.parameters import used_weight
 from fishleg.precision import widen
 
 
 class Magnitude(AbstractOnePassEstimator):
-    """Q = I, whatever the damping: saliency w^2 / 2, and no compensation. Reads no data.
+    """Q = I, for any damping: saliency w^2 / 2, and no compensation. Reads no data.
 
-    A parametrised weight w(v) is judged by what the forward pass reads: Q = (v / w)^2 entry by
-    entry, so that v^2 / 2Q = w^2 / 2, whatever the scale of what is stored.
+    A parametrised weight w(v) is judged by the values of the forward pass: Q = (v / w)^2 entry by
+    entry, so that v^2 / 2Q = w^2 / 2, for any scale of the stored tensor.
 
     Time: O(P). Memory: s P bytes.
 
@@ -53,7 +53,7 @@ class Magnitude(AbstractOnePassEstimator):
         return blocks
 
     def footprint(self, source: GradientSource, name: str) -> Footprint:
-        """Return what group `name` needs: one number a parameter."""
+        """Return the memory that group `name` needs: one number a parameter."""
         return Footprint(held=source.element_size(name) * self.partition[name].size, sums=0, work=0)
 
     def peak_bytes(self, source: GradientSource) -> int:

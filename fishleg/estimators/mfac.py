@@ -11,12 +11,12 @@ from torch import Tensor
 from fishleg.blocks.base import AbstractBlock
 from fishleg.blocks.low_rank import invert_low_rank
 from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
-from fishleg.gradients import GradientSource
+from fishleg.gradients.running_sums import Progress, RunningSums, Sums
+from fishleg.gradients.source import GradientSource
 from fishleg.memory import Footprint
 from fishleg.options import MfacOptions
 from fishleg.parameters import Partition
 from fishleg.rng import SampleGenerator
-from fishleg.tally import Progress, Sums, Tally
 
 
 class MFAC(AbstractOnePassEstimator):
@@ -27,10 +27,11 @@ class MFAC(AbstractOnePassEstimator):
     cut into m runs, and v_k = sum +-g over the scaled gradients of run k with random signs. Then
     E[v_k v_k^T] is the sum of g g^T over the run, so that the Fisher is estimated without bias
     from all samples. This differs from the paper, which takes the mean of a mini-batch of B: the
-    cross terms of a mean vanish only for labels drawn from the model, and what is left is F / B,
-    which no damping makes good. Random signs do without either.
+    cross terms of a mean vanish only for labels drawn from the model, and the rest is F / B, which
+    no damping corrects. Random signs avoid both.
 
-    What the m vectors do not span has the inverse curvature 1 / damping, the largest.
+    Directions outside the span of the m vectors have the inverse curvature 1 / damping, the
+    largest.
 
     Time: a pass of the gradients, 2 N P FLOPs, 3 m^2 P in float64 for the inverse, 4 m P for a
     product with Q and 2 m P for its diagonal. Memory: s (m P + 1 a group) bytes; while fitting
@@ -78,7 +79,7 @@ class MFAC(AbstractOnePassEstimator):
         groups: Sequence[str],
         masks: Mapping[str, Tensor] | None = None,
         *,
-        tally: Tally | None = None,
+        running: RunningSums | None = None,
         progress: Progress | None = None,
     ) -> Sums:
         """Return group name -> [v], v (m, rows, columns), of the groups asked for.
@@ -87,8 +88,8 @@ class MFAC(AbstractOnePassEstimator):
             source: of scaled gradients.
             groups: names.
             masks: group name -> bool (rows, columns); gradients of removed weights count as zero.
-            tally: of an interrupted pass, which it resumes; it holds the vectors.
-            progress: told the gradient rows done so far.
+            running: sums of an interrupted pass, which is resumed; holds the vectors.
+            progress: is given the gradient rows done so far.
         """
         count = min(self.options.gradients, source.rows)
 
@@ -106,19 +107,19 @@ class MFAC(AbstractOnePassEstimator):
                 sums[name][0].index_add_(0, numbers * count // source.rows, signed)
             return rows
 
-        tally = tally or Tally()
-        tally.run(source, lambda part: part.stream(groups), add, progress)
-        return tally.sums
+        running = running or RunningSums()
+        running.run(source, lambda part: part.stream(groups), add, progress)
+        return running.sums
 
     def _signs(self, numbers: Tensor, count: int, rows: int) -> Tensor:
-        """Return the sign of each gradient row; without company it needs none."""
+        """Return the sign of each gradient row; 1 where each vector is one row."""
         if count == rows:
             return torch.ones_like(numbers)
         coins = SampleGenerator(self.options.seed, numbers).uniform(1).squeeze(1)
         return torch.where(coins < 0.5, -1, 1)
 
     def footprint(self, source: GradientSource, name: str) -> Footprint:
-        """Return what fitting group `name` needs; see the class."""
+        """Return the memory that fitting group `name` needs; see the class."""
         size, bytes_each = self.partition[name].size, source.element_size(name)
         count = min(self.options.gradients, source.rows)
         summing = 3 * bytes_each * source.rows_at_once * size

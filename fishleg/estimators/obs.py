@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fishleg.blocks.dense import DenseBlock, chunk_count
 from fishleg.estimators.onepass import AbstractOnePassEstimator, DataPass
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.linalg import invert_damped
 from fishleg.memory import Footprint
 from fishleg.moments import accumulate, chunk_products
@@ -68,7 +68,7 @@ class OBS(AbstractOnePassEstimator):
         return [DataPass(partial(accumulate, source, products, masks=masks), invert)]
 
     def footprint(self, source: GradientSource, name: str) -> Footprint:
-        """Return what fitting group `name` needs; see the class."""
+        """Return the memory that fitting group `name` needs; see the class."""
         size, bytes_each = self.partition[name].size, source.element_size(name)
         block_size = min(self.options.block_size, size)
         numbers = chunk_count(size, block_size) * block_size**2

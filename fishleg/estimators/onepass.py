@@ -1,4 +1,4 @@
-"""What estimators share that need no iterations: they sum over the gradients, then invert."""
+"""The base of estimators without iterations: they sum over the gradients, then invert."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from torch import Tensor
 from fishleg.blocks.base import AbstractBlock
 from fishleg.estimators.base import AbstractEstimator, Callback, FitProgress, tensors_below
 from fishleg.estimators.exchange import block_cost, exchange_blocks
-from fishleg.gradients import GradientSource
+from fishleg.gradients.running_sums import Progress, RunningSums
+from fishleg.gradients.source import GradientSource
 from fishleg.options import NoOptions, Options
 from fishleg.parameters import Partition
 from fishleg.precision import in_full
-from fishleg.tally import Progress, Tally
 
 
 class Sum(Protocol):
-    """Goes on with a tally to the end of its pass; the sums are found in the tally."""
+    """Completes the pass of running sums, which then hold the result."""
 
-    def __call__(self, *, tally: Tally, progress: Progress) -> object:
-        """Sum up, and tell `progress` the gradient rows done so far."""
+    def __call__(self, *, running: RunningSums, progress: Progress) -> object:
+        """Sum up; `progress` is given the gradient rows done so far."""
 
 
 @dataclass(frozen=True)
 class DataPass:
-    """One pass over the data: what is summed, and the block made of (group name, its sums)."""
+    """One pass over the data: its sums, and the function of (group name, its sums) to a block."""
 
     sum: Sum
     make: Callable[[str, list[Tensor]], AbstractBlock]
 
 
 class AbstractOnePassEstimator(AbstractEstimator):
-    """An estimator without state to assimilate: `refine` estimates afresh.
+    """An estimator that sums over the gradients: `refine` estimates again.
 
-    An interrupted fit goes on within its pass over the data, or its inversions: the state of a fit
-    that is under way has the blocks so far and the sums of the pass. (A team of another size begins
-    the pass again.) Memory: a team has the sums twice.
+    An interrupted fit resumes within its pass over the data, or its inversions: the state of a
+    running fit has the blocks so far and the sums of the pass. (In a rank group of another size the
+    pass starts over.) Memory: each process of a rank group holds the sums twice.
 
     Attributes:
         restricts: `refine` estimates on the Fisher restricted to the survivors, and sets `masks`.
@@ -54,7 +54,7 @@ class AbstractOnePassEstimator(AbstractEstimator):
     def __init__(self, partition: Partition, *, damping: float, memory_limit: int | None = None):
         super().__init__(partition, damping=damping, memory_limit=memory_limit)
         self._passes_done: int | None = None  # None: no fit is under way
-        self._tally = Tally()  # of the pass at hand
+        self._running = RunningSums()  # of the present pass
 
     @abstractmethod
     def _passes(
@@ -66,7 +66,7 @@ class AbstractOnePassEstimator(AbstractEstimator):
         """
 
     def _without_data(self, source: GradientSource) -> dict[str, AbstractBlock]:
-        """Return the blocks of groups that no pass gives one."""
+        """Return the blocks of groups that no pass makes."""
         return {}
 
     @in_full
@@ -75,7 +75,7 @@ class AbstractOnePassEstimator(AbstractEstimator):
     ) -> None:
         """Estimate Q on the full Fisher; see `AbstractEstimator.fit`.
 
-        With `resume` an interrupted `refine` is resumed, too.
+        `resume` resumes an interrupted `refine`, too.
         """
         self.check_memory(source)
         if not resume or self._passes_done is None:
@@ -89,7 +89,7 @@ class AbstractOnePassEstimator(AbstractEstimator):
         masks: Mapping[str, Tensor],
         callback: Callback | None = None,
     ) -> None:
-        """Estimate Q afresh, on the survivors if the estimator `restricts`."""
+        """Estimate Q again, on the survivors if the estimator `restricts`."""
         self.check_memory(source)
         self._begin(dict(masks) if self.restricts else None)
         self._run(source, callback)
@@ -97,10 +97,10 @@ class AbstractOnePassEstimator(AbstractEstimator):
     def _begin(self, masks: dict[str, Tensor] | None) -> None:
         self.masks = masks
         self._blocks = {}
-        self._passes_done, self._tally = 0, Tally()
+        self._passes_done, self._running = 0, RunningSums()
 
     def _run(self, source: GradientSource, callback: Callback | None) -> None:
-        """Go on to the end of the fit."""
+        """Complete the fit."""
         passes = self._passes(source, self.masks)
         total = max(1, len(passes)) * source.rows
 
@@ -110,27 +110,29 @@ class AbstractOnePassEstimator(AbstractEstimator):
                 callback(FitProgress(done=done, total=total, metrics={}))
 
         for number, one in enumerate(passes[self._passes_done :], start=self._passes_done or 0):
-            one.sum(tally=self._tally, progress=report)
+            one.sum(running=self._running, progress=report)
             self._make(source, one, report)
-            self._passes_done, self._tally = number + 1, Tally()
+            self._passes_done, self._running = number + 1, RunningSums()
         blocks = self._blocks | self._without_data(source)
         self._blocks = {name: blocks[name] for name in self.partition.names}
         report(total - len(passes) * source.rows)
         self._passes_done = None
 
     def _make(self, source: GradientSource, one: DataPass, report: Progress) -> None:
-        """Make the blocks of a pass; each process of a team makes some of them, and all get all.
+        """Make the blocks of a pass; the processes of a rank group divide and exchange them.
 
         The sums of each group are freed once its block is made.
         """
-        sums, team = self._tally.sums, source.team
-        owners = team.deal({name: block_cost(self.partition[name]) for name in sums})
+        sums, rank_group = self._running.sums, source.rank_group
+        owners = rank_group.assign({name: block_cost(self.partition[name]) for name in sums})
         mine: dict[str, AbstractBlock] = {}
         for name in list(sums):
-            if owners[name] == team.rank:
+            if owners[name] == rank_group.rank:
                 mine[name] = self._cast(source, name, one.make(name, sums[name]))
             del sums[name]
-            if team.size == 1:  # in a team the state is as it was until all have made theirs
+            if (
+                rank_group.size == 1
+            ):  # in a rank group the state is as it was until all have made theirs
                 self._blocks[name] = mine[name]
                 report(source.rows)
         self._blocks |= exchange_blocks(source, mine, owners)
@@ -142,23 +144,23 @@ class AbstractOnePassEstimator(AbstractEstimator):
         return type(block).restore(tensors, group.shape)
 
     def peak_bytes(self, source: GradientSource) -> int:
-        """Return about how much a fit needs at its peak; see `AbstractEstimator.peak_bytes`."""
+        """Return about the peak bytes of a fit; see `AbstractEstimator.peak_bytes`."""
         alone = super().peak_bytes(source)
-        if source.team.size == 1:
+        if source.rank_group.size == 1:
             return alone
         return alone + sum(self.footprint(source, name).sums for name in self.partition.names)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the blocks and the masks, what is summed of a fit under way, and the options."""
+        """Return the blocks, the masks, the sums of a running fit, and the options."""
         state = self._common_state()
         state["meta"]["options"] = asdict(self.options)
         if self._passes_done is not None:
-            sums = self._tally.sums
+            sums = self._running.sums
             state["meta"]["under_way"] = {
                 "passes_done": self._passes_done,
-                "rounds": self._tally.rounds,
-                "processes": self._tally.processes,
-                "whole": self._tally.whole,
+                "rounds": self._running.rounds,
+                "processes": self._running.processes,
+                "whole": self._running.whole,
                 "sums": {name: len(parts) for name, parts in sums.items()},
             }
             state["tensors"] |= {
@@ -169,10 +171,10 @@ class AbstractOnePassEstimator(AbstractEstimator):
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned, damping and options included."""
+        """Restore the state that `state_dict` returned, damping and options included."""
         self._load_common_state(state)
         self.options = type(self.options)(**state["meta"]["options"])
-        self._passes_done, self._tally = None, Tally()
+        self._passes_done, self._running = None, RunningSums()
         if under_way := state["meta"].get("under_way"):
             tensors = tensors_below("sums/", state["tensors"])
             sums = {
@@ -181,4 +183,4 @@ class AbstractOnePassEstimator(AbstractEstimator):
             }
             self._passes_done = under_way["passes_done"]
             places = {name: under_way[name] for name in ("rounds", "processes", "whole")}
-            self._tally = Tally(**places, sums=sums)
+            self._running = RunningSums(**places, sums=sums)

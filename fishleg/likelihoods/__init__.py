@@ -1,4 +1,4 @@
-"""What a model's outputs mean: losses, labels drawn from the model, and the output Fisher.
+"""Likelihoods, the meaning of a model's outputs: losses, drawn labels, and the output Fisher.
 
 For one sample with outputs f and loss l(f, y) = -log p(y | f), the output Fisher is
 H(f) = E_{y ~ p(.|f)}[ l' l'^T ] with l' = dl/df; that of the parameters is F = E_x[ J^T H J ] with

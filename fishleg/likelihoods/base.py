@@ -1,4 +1,4 @@
-"""What every likelihood offers."""
+"""The interface of likelihoods."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fishleg.rng import SampleGenerator
 
 
 class Likelihood(Protocol):
-    """What a likelihood of the user's own must offer; `AbstractLikelihood` need not be its base.
+    """The interface of a user's own likelihood; `AbstractLikelihood` need not be its base.
 
     `enumerate`, `match`, `given` and `check_targets` (see `AbstractLikelihood`) are optional.
     """
@@ -58,8 +58,8 @@ class AbstractLikelihood(ABC):
     def divergence(self, reference: Tensor, outputs: Tensor) -> Tensor:
         """Return KL( p(. | reference) || p(. | outputs) ) of each sample, (n,), in nats.
 
-        This default sums the losses' differences over enumerated labels, which is exact where they
-        are all the labels there are.
+        This default sums the losses' differences over enumerated labels, which is exact where these
+        are all labels.
 
         Raises:
             FishLegError: the labels cannot be enumerated.
@@ -82,9 +82,9 @@ class AbstractLikelihood(ABC):
         return self.sample(outputs, generator)
 
     def given(self, targets: Tensor | None) -> Self:
-        """Return the likelihood for samples of which the data's targets are these.
+        """Return the likelihood for samples with these targets.
 
-        It differs where targets say which outputs count at all.
+        It differs where the targets determine which outputs count.
         """
         return self
 
@@ -109,7 +109,7 @@ def given_targets(likelihood: _Likelihood, targets: Tensor | None) -> _Likelihoo
 
 
 def check_likelihood(likelihood: Any) -> None:
-    """Check that something offers what a likelihood must; see `Likelihood`.
+    """Check that an object has the interface of a likelihood; see `Likelihood`.
 
     Raises:
         WrongType: it does not.

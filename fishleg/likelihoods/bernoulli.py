@@ -1,4 +1,4 @@
-"""Independent yes or no."""
+"""Independent binary outputs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fishleg.rng import SampleGenerator
 
 
 class Bernoulli(AbstractLikelihood):
-    """Independent yes or no, of logits: p = sigmoid(f), H = diag(p (1 - p)).
+    """Independent binary outputs, given as logits: p = sigmoid(f), H = diag(p (1 - p)).
 
     Outputs and targets are (n, ...), of equal shape; (n,) counts as (n, 1). Targets lie in [0, 1],
-    such as grey values, or are of whole or true and false numbers.
+    such as grey values, or are integers or booleans.
     """
 
     def __repr__(self) -> str:

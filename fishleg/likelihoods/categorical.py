@@ -1,4 +1,4 @@
-"""One class of several, at each of any number of positions."""
+"""Classes, at any number of positions a sample."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fishleg.memory import available_bytes, show_bytes
 from fishleg.precision import widen
 from fishleg.rng import SampleGenerator
 
-_NO_TARGET = -100  # what torch.nn.functional.cross_entropy leaves out, too
+_NO_TARGET = -100  # as in torch.nn.functional.cross_entropy
 
 
 class Categorical(AbstractLikelihood):
@@ -27,14 +27,13 @@ class Categorical(AbstractLikelihood):
     `class_dim=1`. The loss is the sum over a sample's positions, which given the outputs are
     independent, so that H is block-diagonal. Targets are class numbers in the outputs' shape
     without the classes, (n) or (n, T) or (n, H, W); or weights of the classes of sum 1, floating
-    point, in the outputs' shape. A logit of -inf rules a class out.
+    point, in the outputs' shape. A logit of -inf excludes a class.
 
     Args:
-        class_dim: the outputs' dimension that counts classes. By default the last one, but outputs
-            of four or more dimensions need to have it said.
-        ignore_index: positions whose class number is this one, such as padding, count nothing: not
-            with drawn labels either, for which the samples need their targets, too. None: all
-            positions count.
+        class_dim: the outputs' dimension that counts classes. By default the last one; outputs of
+            four or more dimensions need it given.
+        ignore_index: positions whose class number is this one, such as padding, count nothing,
+            with drawn labels too, which then need the samples' targets. None: all positions count.
 
     Raises:
         ValueError: `class_dim` is the samples' dimension.
@@ -56,7 +55,7 @@ class Categorical(AbstractLikelihood):
         return f"Categorical({', '.join(shown)})"
 
     def given(self, targets: Tensor | None) -> Self:
-        """Return the likelihood for samples with these targets, some of whose positions count.
+        """Return the likelihood for samples with these targets, of which some positions count.
 
         Args:
             targets: class numbers (n, ...).
@@ -80,7 +79,7 @@ class Categorical(AbstractLikelihood):
     def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return sum_t log sum_c exp f_tc - f_ty for each sample, (n,).
 
-        Averaged over weighted classes. What the targets ignore counts nothing, and so does a
+        Averaged over weighted classes. Ignored targets count nothing, and so does a
         position all of whose weights are 0.
 
         Raises:
@@ -96,15 +95,15 @@ class Categorical(AbstractLikelihood):
                     f"{tuple(targets.shape)}."
                 )
             weights = self._classes_last(targets).movedim(-1, 1)
-            # a class that is ruled out has -inf, and weight 0
+            # an excluded class has -inf, and weight 0
             logs = logits.log_softmax(1).where(weights != 0, 0)
             losses = -(logs * weights).sum(1)
         else:
             if targets.shape != shape:
                 raise ShapeMismatch(
                     f"targets: expected class numbers of shape {shape} for outputs "
-                    f"{tuple(outputs.shape)}, got {tuple(targets.shape)}; class_dim says which "
-                    "dimension of the outputs counts classes."
+                    f"{tuple(outputs.shape)}, got {tuple(targets.shape)}; give class_dim, the "
+                    "dimension of the outputs that counts classes."
                 )
             ignored = _NO_TARGET if self.ignore_index is None else self.ignore_index
             losses = functional.cross_entropy(
@@ -129,8 +128,8 @@ class Categorical(AbstractLikelihood):
 
         y = p - sqrt(p) o e + p (sqrt(p) . e), e random signs: then l' = p - y has the covariance
         (diag(sqrt p) - p sqrt(p)^T)(...)^T = diag(p) - p p^T = H. A confident network's sampled
-        labels nearly always agree with it and bear no gradient, but for a rare large one; here
-        every sample bears one of typical size, so fewer samples estimate F as well.
+        labels nearly always agree with it and give no gradient, except for a rare large one; here
+        every sample gives one of typical size, so fewer samples estimate F as well.
         """
         logits = self._classes_last(widen(outputs.detach()))
         p = logits.double().softmax(-1)
@@ -157,10 +156,10 @@ class Categorical(AbstractLikelihood):
 
         Given the outputs positions are independent, and H has a block diag(p_t) - p_t p_t^T for
         each. So each target has a class at one position, and none at the others; for each position
-        the weights sum to 1, or to 0 where it does not count. What has no weight has no target.
+        the weights sum to 1, or to 0 where it does not count. Labels without weight have no target.
 
         Raises:
-            CapacityExceeded: they would take more memory than there is.
+            CapacityExceeded: they would exceed the free memory.
         """
         logits = self._classes_last(widen(outputs.detach()))
         n, *positions, classes = logits.shape
@@ -203,20 +202,20 @@ class Categorical(AbstractLikelihood):
             number = targets[(sample, *rest)].item()
             raise FishLegError(
                 f"targets: expected class numbers in [0, {classes}), got {number} ({where}); "
-                "number the classes from 0, or say with ignore_index that this number stands for "
+                "number the classes from 0, or give ignore_index, the number of "
                 "positions that do not count."
             )
 
     # -- layout
 
     def _is_class(self, classes: int) -> bool:
-        """Tell whether the number that is ignored is also that of a class, which may be drawn."""
+        """Tell whether the ignored number is also that of a class, which may be drawn."""
         return self.ignore_index is not None and 0 <= self.ignore_index < classes
 
     def _as_targets(self, numbers: Tensor, logits: Tensor) -> Tensor:
         """Return drawn class numbers as `nll` takes them.
 
-        As weights of the classes, where numbers could not be told from what is ignored.
+        As weights of the classes, where numbers could be confused with ignored ones.
 
         Args:
             numbers: (..., n, *positions), `_NO_TARGET` for none.
@@ -232,10 +231,10 @@ class Categorical(AbstractLikelihood):
         return self._as_outputs(weights, lead=numbers.ndim - logits.ndim + 1)
 
     def _dimension(self, outputs: Tensor) -> int:
-        """Return which dimension counts classes.
+        """Return the dimension that counts classes.
 
         Raises:
-            ShapeMismatch: none does, or it is not said which.
+            ShapeMismatch: none does, or the choice is not given.
         """
         shape, dim = tuple(outputs.shape), self.class_dim
         if len(shape) < 2:
@@ -246,7 +245,7 @@ class Categorical(AbstractLikelihood):
         if dim is None and len(shape) > 3:
             raise ShapeMismatch(
                 f"Categorical: outputs {shape} have more dimensions than (samples, positions, "
-                "classes); say which one counts classes: class_dim=1 for images, -1 for the last."
+                "classes); give the one of the classes: class_dim=1 for images, -1 for the last."
             )
         dim = -1 if dim is None else dim
         if not -len(shape) < dim < len(shape):
@@ -267,11 +266,11 @@ class Categorical(AbstractLikelihood):
         return values.movedim(-1, dim if dim < 0 else dim + lead)
 
     def _counted(self, logits: Tensor) -> Tensor | None:
-        """Return which positions count, bool (n, *positions), or None for all.
+        """Return the positions that count, bool (n, *positions), or None for all.
 
         Raises:
-            FishLegError: this is written in targets, which are not known.
-            ShapeMismatch: those that are known belong to other outputs.
+            FishLegError: the targets, which determine them, are not known.
+            ShapeMismatch: the known targets belong to other outputs.
         """
         if self.ignore_index is None:
             return None

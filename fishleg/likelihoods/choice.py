@@ -1,4 +1,4 @@
-"""The likelihood that a torch loss, a name, or the data's targets stand for."""
+"""The likelihood of a torch loss, of a name, or of the data's targets."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def choose_likelihood(given: Any, outputs: Tensor, targets: Tensor | None) -> Li
 
     - nn.CrossEntropyLoss: `Categorical`. The dimension of the classes is the one that the targets
       lack. `ignore_index` is kept where samples have several positions, or targets hold it;
-      `label_smoothing` plays no part, since curvature takes its labels from the model.
+      `label_smoothing` is ignored, since curvature takes its labels from the model.
     - nn.BCEWithLogitsLoss: `Bernoulli`. nn.MSELoss: `Gaussian` of variance 1.
 
     Args:
         given: a likelihood, a loss of torch, its name (see `LOSSES`), or None: cross-entropy where
             the targets are class numbers.
         outputs: the model's for some samples, (n, ...).
-        targets: of all samples, if they have any.
+        targets: of all samples, or None.
 
     Raises:
         FishLegError: it is None, and the targets are no class numbers; or a loss weights its
@@ -116,7 +116,7 @@ def _categorical(ignore_index: int, outputs: Tensor, targets: Tensor | None) -> 
 
 
 def _class_dim(outputs: Tensor, targets: Tensor | None) -> int:
-    """Return which dimension counts classes of outputs (n, ...) of three or more dimensions.
+    """Return the dimension that counts classes, of outputs (n, ...) of three or more dimensions.
 
     Raises:
         ShapeMismatch: it is not known.
@@ -131,8 +131,8 @@ def _class_dim(outputs: Tensor, targets: Tensor | None) -> int:
     if len(found) != 1:
         got = "no targets" if targets is None else f"targets {tuple(targets.shape)}"
         raise ShapeMismatch(
-            f"likelihood: expected targets that tell which dimension of the outputs "
-            f"{tuple(outputs.shape)} counts classes, got {got}; say it, "
+            f"likelihood: expected targets that show which dimension of the outputs "
+            f"{tuple(outputs.shape)} counts classes, got {got}; give it, "
             "likelihood=fishleg.Categorical(class_dim=1) or class_dim=-1."
         )
     return found.pop()

@@ -2,7 +2,7 @@
 
     m <- beta m + (1 - beta) g,      w <- w - lr Q(lambda) m / (1 - beta^t),
 
-and every few steps lambda goes one step of Adam down the FishLeg objective J, on a batch with
+and every few steps lambda takes one step of Adam on the FishLeg objective J, on a batch with
 labels drawn from the model (Garcia et al., "Fisher-Legendre (FishLeg) optimization of deep neural
 networks", ICLR 2023). Gradients are averaged, not their images: the present Q acts on all of them.
 """
@@ -19,10 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fishleg.calibration import Calibration
 from fishleg.calling import PLAIN, Calling
-from fishleg.capture import evaluating
 from fishleg.errors import FishLegError
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.likelihoods import Likelihood
+from fishleg.modes import evaluating
 from fishleg.nests import Nest, as_nest, count_samples, take
 from fishleg.objective import masked_product
 from fishleg.optim.tracking import Evidence, TrackedInverse, update
@@ -56,15 +56,15 @@ class FishLeg(torch.optim.Optimizer):
             optimizer.step()
 
     Steps are deterministic: labels and probes are keyed by (seed, number of the step, sample).
-    `state_dict` is complete; a run that goes on from it reaches the bits of an undisturbed one.
+    `state_dict` is complete; a run resumed from it reaches the bits of an undisturbed one.
     The two `param_groups`, tensors of two or more dimensions and all others, differ in weight decay
-    only; a third one holds what the partition leaves uncovered, which moves by the running mean of
+    only; a third one holds parameters without curvature, which move by the running mean of
     its gradients (see `uncovered`). `lr`, `momentum` and `weight_decay` may be changed there.
 
     Args:
         model: its trainable parameters are moved; must act on each sample alone, but for batch
-            norms, which stand for the observed batch's mean and variance in F.
-        likelihood: what the outputs mean.
+            norms, which use the observed batch's mean and variance in F.
+        likelihood: the meaning of the outputs.
         lr: of the natural gradient; 1 is a full Newton step where Q is right.
         momentum: beta in [0, 1).
         damping: gamma > 0, in units of the Fisher.
@@ -82,7 +82,7 @@ class FishLeg(torch.optim.Optimizer):
         fallback_lr: of uncovered parameters; None for `lr`.
         calling: how the model is called.
         structure: see `TrackingOptions`, here and below.
-        start: where lambda = 0 stands.
+        start: Q at lambda = 0.
         decay: of the running moments.
         learning_rate: of lambda; 0 learns nothing.
         directions: that J is averaged over.
@@ -91,7 +91,7 @@ class FishLeg(torch.optim.Optimizer):
     Raises:
         ValueError: a number is out of range.
         UnknownName: an option is none of its choices, or a mask names no weight.
-        FishLegError: nothing is trainable.
+        FishLegError: no parameter is trainable.
 
     Cost: a step 2 rows columns (rows + columns) FLOPs a group; an update a forward and backward
     pass of the samples, and `fishleg.optim.tracking.update`. Memory: 5 rows^2 + 5 columns^2 numbers
@@ -167,7 +167,7 @@ class FishLeg(torch.optim.Optimizer):
                 )
 
     def _cut_groups(self, fallback_lr: float) -> list[dict[str, Any]]:
-        """Return the `param_groups`: matrices and kernels; vectors; what is uncovered."""
+        """Return the `param_groups`: matrices and kernels; vectors; uncovered parameters."""
         covered = {n: p for n, p in self._trained.items() if n not in self._uncovered}
         others = [p for name, p in self._trained.items() if name in self._uncovered]
         groups: list[dict[str, Any]] = [
@@ -179,7 +179,7 @@ class FishLeg(torch.optim.Optimizer):
 
     @property
     def uncovered(self) -> tuple[tuple[str, str], ...]:
-        """(name, why) of all without curvature; what is trained of it moves by its gradient."""
+        """(name, reason) of all without curvature; the trainable ones move by their gradients."""
         return self.partition.uncovered
 
     def observe(self, inputs: Nest) -> None:
@@ -192,7 +192,7 @@ class FishLeg(torch.optim.Optimizer):
         self._inputs = as_nest(inputs, "inputs")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, in float32 also where weights are in half precision.
+        """Restore the state of `state_dict`, in float32 also where weights are in half precision.
 
         Args:
             state_dict: of an optimiser of the same model and options.
@@ -206,20 +206,20 @@ class FishLeg(torch.optim.Optimizer):
                     self.state[parameters[index]][key] = value.to(device, copy=True)
 
     def inverse(self, name: str) -> TrackedInverse:
-        """Return what is tracked of group `name`; empty before the first step."""
+        """Return the tracked numbers of group `name`; empty before the first step."""
         weight = self.model.get_parameter(self.partition[name].weight)
         return TrackedInverse.restore(self.state[weight])
 
     @torch.no_grad()
     @in_full
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step along the gradients at hand, after bringing Q up to date where it is time.
+        """Take one step along the present gradients, after an update of Q where one is due.
 
         Args:
             closure: makes the gradients again and returns the loss, or None.
 
         Returns:
-            What the closure returned.
+            The value that the closure returned.
 
         A FishLegError if an update is due, and no batch has been observed.
         """
@@ -263,7 +263,7 @@ class FishLeg(torch.optim.Optimizer):
         return (2 * self.trust / length.clamp(min=_TINY)).sqrt().clamp(max=1.0)
 
     def _average(self, parameter: Tensor, settings: Mapping[str, Any]) -> Tensor:
-        """Take a gradient into its running mean, and return that without its bias to zero."""
+        """Add a gradient to its running mean, and return the mean without its bias to zero."""
         state, beta = self.state[parameter], settings["momentum"]
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.int64)
@@ -341,10 +341,10 @@ def _updates_before(done: int, every: int) -> int:
 
 @contextmanager
 def _batch_statistics(model: nn.Module, inputs: Nest, calling: Calling) -> Iterator[None]:
-    """Let batch norms that are being trained hold the mean and variance of `inputs` for a while.
+    """Let batch norms in training hold the mean and variance of `inputs` in the block.
 
-    Their running statistics lag behind by tens of steps, and mean nothing at first; those of the
-    batch are what the gradient was taken with.
+    Their running statistics lag behind by tens of steps, and are meaningless at first; the
+    gradient was taken with those of the batch.
     """
     norms = [one for one in model.modules() if isinstance(one, _BatchNorm) and one.training]
     norms = [one for one in norms if one.running_mean is not None]

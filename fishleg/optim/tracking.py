@@ -1,19 +1,19 @@
-"""Q of one group while the weights move: a start that follows the Fisher, and a learned correction.
+"""Q of one group during training: a start that follows the Fisher, and a learned correction.
 
     B = (I + X) B_0 (I + X)^T,   C = (I + Y) C_0 (I + Y)^T,   A = exp(Z)
 
-The start (B_0, C_0) is the damped inverse of running second moments of the gradients, remade at
-each update: it follows a Fisher that changes tenfold within a few steps, as it does when training
-begins. lambda = (X, Y, Z) begins at zero and goes down the FishLeg objective J by Adam, one step an
-update; it makes up for what the start gets wrong (that rows and columns are independent, how the
-damping is shared between the factors, the scale). In trials Adam alone, from a start on the first
-batch, came too late: see docs/theory.md. The evidence of an update is what
-`GradientSource.factored` gives of one batch.
+The start (B_0, C_0) is the damped inverse of running second moments of the gradients, made again
+at each update: it follows a Fisher that changes tenfold within a few steps, as at the beginning of
+training. lambda = (X, Y, Z) starts at zero and descends the FishLeg objective J by Adam, one step
+an update; it corrects the errors of the start (the independence of rows and columns, the split of
+the damping between the factors, the scale). In trials Adam alone, from a start on the first batch,
+was too slow: see docs/theory.md. The evidence of an update is the result of
+`GradientSource.factored` for one batch.
 
 J is E_u[ 1/2 (Qu)^T F_g (Qu) - u^T Q u ]. With u ~ N(0, I) the flat directions, where Q is large,
-make up most of it. With u distributed as the gradients, E[u u^T] = F, directions count by how often
-they are asked for; F_g^-1 is a minimiser either way. Then u and F come from different halves of the
-batch, since on its own samples F is too large.
+make up most of it. With u distributed as the gradients, E[u u^T] = F, directions count by their
+frequency; F_g^-1 is a minimiser either way. Then u and F come from different halves of the batch,
+since on its own samples F is too large.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from fishleg.blocks import AbstractBlock, DiagonalBlock, KroneckerBlock
-from fishleg.capture import LayerSignals
+from fishleg.blocks.structures import fit_structure
+from fishleg.gradients.layers import LayerSignals
 from fishleg.moments import as_factors, kronecker_products, squares
 from fishleg.objective import (
     gradient_product,
@@ -39,7 +40,7 @@ from fishleg.options import TrackedStructure, TrackingOptions
 from fishleg.parameters import ParameterGroup
 from fishleg.rng import SampleGenerator
 from fishleg.solvers.adam import adam_change, assemble, compose, relative_slope
-from fishleg.warmstart import diagonal_start, factored_start, fit_structure, identity_start
+from fishleg.solvers.starts import diagonal_start, factored_start, identity_start
 
 Evidence = Tensor | LayerSignals
 Tensors = dict[str, Tensor]
@@ -47,7 +48,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedInverse:
-    """Q of one group, and all that the next update needs; at the beginning, nothing.
+    """Q of one group, and the state that the next update needs; empty at the beginning.
 
     Attributes:
         block: Q.
@@ -69,7 +70,7 @@ class TrackedInverse:
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor]) -> TrackedInverse:
-        """Undo `tensors`; names of other parts are passed over."""
+        """Undo `tensors`; names of other parts are ignored."""
         parts: dict[str, Tensors] = {part: {} for part in _PARTS}
         for key, x in tensors.items():
             part, _, name = key.partition(".")
@@ -98,8 +99,8 @@ def update(
 ) -> TrackedInverse:
     """Return Q after one update, on one batch.
 
-    The start is brought to the scale that is best for the batch. Under a mask the correction goes
-    down J_M; the start is that of the whole F.
+    The start is brought to the best scale for the batch. Under a mask the correction descends J_M;
+    the start is that of the whole F.
 
     Args:
         before: from the update before.
@@ -110,7 +111,7 @@ def update(
         mask: survivors, bool (rows, columns); None keeps all.
 
     Cost: in FLOPs, 8 (rows^3 + columns^3) in float32 and 2 (rows^3 + columns^3) in float64, and
-    what `objective_terms` costs, forward and backward.
+    the cost of `objective_terms`, forward and backward.
     """
     weight = max(1 - options.decay, 1 / (age + 1))  # a plain mean at first
     moments = {
@@ -175,7 +176,7 @@ def _measure(evidence: Evidence, group: ParameterGroup, options: TrackingOptions
 def _start(
     group: ParameterGroup, moments: Tensors, evidence: Evidence, options: TrackingOptions
 ) -> AbstractBlock:
-    """Return the block that lambda = 0 stands for, in the evidence's dtype."""
+    """Return the block at lambda = 0, in the evidence's dtype."""
     structure = _structure(group, options)
     like = evidence if isinstance(evidence, Tensor) else evidence.activations
     if options.start == "identity":
@@ -243,7 +244,7 @@ def objective_terms(
 
 
 def _halves(evidence: Evidence) -> tuple[Evidence, Evidence]:
-    """Return the two halves of a batch, each scaled to stand for all of it; of one sample, twice.
+    """Return the two halves of a batch, each scaled as the whole; of one sample, twice.
 
     Rows of gradients are those of single samples, since there is one label each.
     """

@@ -12,7 +12,7 @@ from fishleg.options.fields import Options, Range
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationOptions(Options):
-    """Which samples, and which labels for them.
+    """The calibration samples, and their labels.
 
     Attributes:
         samples: calibration samples, drawn without replacement from the training split.
@@ -40,7 +40,7 @@ class CalibrationOptions(Options):
 
 
 def check_labels(labels: Labels, draws: int) -> None:
-    """Check how many labels of a kind are drawn for each sample.
+    """Check the number of labels drawn for each sample, for a kind of labels.
 
     Raises:
         UnknownName: there is no such kind of labels.

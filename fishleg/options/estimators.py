@@ -16,11 +16,11 @@ CLOSED_FORM = frozenset({"block", "diagonal", "full"})
 
 @dataclass(frozen=True, kw_only=True)
 class EstimatorOptions(Options):
-    """What every estimator takes beside its own options.
+    """Options that every estimator takes beside its own.
 
     Attributes:
         damping: gamma, added to the Fisher's diagonal, in the Fisher's units.
-        memory_limit: bytes that a fit may need at its peak; None for what is free when it begins.
+        memory_limit: bytes that a fit may need at its peak; None for the free memory at the start.
     """
 
     damping: Annotated[float, Range(gt=0)] = 1e-4
@@ -29,7 +29,7 @@ class EstimatorOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class FishLegOptions(Options):
-    """How FishLeg is to fit.
+    """Options of FishLeg's fit.
 
     Attributes:
         structure: form of the inverse's blocks. Vectors (biases and normalisation) of up to 1,024
@@ -37,32 +37,32 @@ class FishLegOptions(Options):
             larger than one position, other groups are Kronecker. `eigen` is a Kronecker eigenbasis
             with free eigenvalues: it holds the inverse of a damped Kronecker product, which is no
             Kronecker product itself.
-        solver: exact half-steps where there are any, else Adam. `alternating` half-steps for
-            Kronecker blocks without scale, and the closed form of the minimiser for eigen, block,
-            diagonal and full; `adam` for any but eigen; `auto` is the former where there is one.
+        solver: `alternating`: exact half-steps for Kronecker blocks without scale, and the closed
+            form of the minimiser for eigen, block, diagonal and full; `adam`: for all but eigen;
+            `auto`: alternating where possible, else Adam.
         objective: closed form over samples, or random probes (adam).
-        warm_start: where the fit begins. Inverse K-FAC factors (where no layer is known, as in
-            `moments`); inverse second moments of the gradients' rows and columns; inverse diagonal
-            Fisher; identity / gamma. Where a scale is to be fitted beside two factors, two
-            alternating sweeps follow, except on the diagonal, which is in the scale already. To
-            eigen it gives the basis (`kfac` or `moments`; a refinement takes the `moments` of
-            masked gradients).
+        warm_start: the start of the fit. `kfac`: inverse K-FAC factors (for groups without a layer
+            as `moments`); `moments`: inverse second moments of the gradients' rows and columns;
+            `diagonal`: inverse diagonal Fisher; `identity`: identity / gamma. Where a scale is
+            fitted beside two factors, two alternating sweeps follow, except on the diagonal, which
+            is in the scale already. For eigen it gives the basis (`kfac` or `moments`; a
+            refinement takes the `moments` of masked gradients).
         shrinkage: of measured curvature towards the product of its factors (eigen); see
             `ClosedFormSolver`.
         sweeps: pairs of half-steps in a fit (alternating).
-        refine_sweeps: pairs of half-steps that assimilate new masks (alternating).
+        refine_sweeps: pairs of half-steps under new masks (alternating).
         mask_fit: the objective of masked half-steps. `exact`: J_M; `damped`: J of the masked
             gradients.
         cg_iterations: of conjugate gradients, at most, in an exact masked half-step.
         block_size: weights in a block (structure block).
         steps: of Adam in a fit (adam).
-        refine_steps: of Adam that assimilate new masks (adam).
-        preconditioned_steps: of Adam's first steps, how many are preconditioned (adam). None by
-            default: from these warm starts plain steps were the better ones.
+        refine_steps: of Adam under new masks (adam).
+        preconditioned_steps: number of Adam's first steps that are preconditioned (adam). 0 by
+            default: from these warm starts plain steps measured better.
         learning_rate: relative size of a step (adam).
         probes: random directions a step (objective probe).
-        memory_bytes: for gradients held at once; more passes if less. A group that exceeds it alone
-            streams a pass of the data each half-step or round of steps.
+        memory_bytes: for gradients held at once; less memory takes more passes. A group that
+            exceeds it alone streams a pass of the data each half-step or round of steps.
         seed: of the probes.
 
     Raises:
@@ -212,7 +212,7 @@ ESTIMATOR_OPTIONS: Mapping[str, type[Options]] = {
 
 
 def mistakes_in(method: str, options: Mapping[str, Any]) -> Iterator[InvalidOption | UnknownName]:
-    """Yield what an estimator would refuse of the keyword arguments of its construction.
+    """Yield an error for each keyword argument that an estimator's constructor would refuse.
 
     Args:
         method: a name of `ESTIMATOR_OPTIONS`.

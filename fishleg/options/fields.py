@@ -1,8 +1,8 @@
 """Fields of options: their ranges, and the check of a whole object at its construction.
 
 The docstring of a class gives the meaning of each field, under `Attributes:`; its annotations give
-type, choices, range and unit. So lists, documents and checks are made from the class alone. (The
-meaning is no annotation, because annotations enter the digest of the code, and docstrings do not.)
+type, choices, range and unit. Lists, documents and checks are made from the class alone. (Meanings
+are no annotations, because annotations enter the digest of the code, and docstrings do not.)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Range:
         gt: a bound that the value is above.
         le: the greatest value.
         lt: a bound that the value is below.
-        unit: what the number counts, such as "bytes".
+        unit: of the number, such as "bytes".
     """
 
     ge: float | None = None
@@ -107,10 +107,10 @@ class Options:
             check(field, getattr(self, field.name))
 
     @classmethod
-    def taken_from(cls, source: object) -> Self:
-        """Return options with the values that `source` has as attributes of the same names."""
-        names = (field.name for field in fields(cls) if hasattr(source, field.name))
-        return cls(**{name: getattr(source, name) for name in names})
+    def taken_from(cls, owner: object) -> Self:
+        """Return options with the values of an object's attributes of the same names."""
+        names = (field.name for field in fields(cls) if hasattr(owner, field.name))
+        return cls(**{name: getattr(owner, name) for name in names})
 
 
 @cache

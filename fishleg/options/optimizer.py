@@ -11,14 +11,14 @@ from fishleg.options.fields import Options, Range
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingOptions(Options):
-    """How the Q of a group is tracked.
+    """Options of the tracking of a group's Q.
 
     Attributes:
         damping: gamma, added to the Fisher's diagonal, in the Fisher's units.
         structure: form of the inverse's blocks. Matrices and kernels have this one, vectors (biases
             and normalisation) a diagonal one.
         start: inverse second moments of the gradients' rows and columns; inverse diagonal of F; or
-            a multiple of the identity, from which all is learned, as in the paper.
+            a multiple of the identity, as in the paper.
         decay: of the running moments, an update, in [0, 1).
         learning_rate: of the inverse's correction, relative; 0 learns none. It is the rate of Adam.
         directions: that J is averaged over: drawn like the gradients, or standard normal.
@@ -42,7 +42,7 @@ class TrackingOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class StepOptions(Options):
-    """When the optimiser updates its inverse Fisher, and how long its steps may be.
+    """Times of the updates of the inverse Fisher, and the length of steps.
 
     Attributes:
         trust: longest step, in nats a sample; None for no limit.

@@ -11,7 +11,7 @@ from fishleg.options.fields import Options, Range
 
 @dataclass(frozen=True, kw_only=True)
 class PruningOptions(Options):
-    """How weights are chosen and survivors moved.
+    """Options of the choice of weights and of the moves of survivors.
 
     Attributes:
         selection: by the cost of each weight alone ("single"), or after the others of its row that
@@ -20,8 +20,8 @@ class PruningOptions(Options):
             None is the method's own: uniform for the layer Hessian, global for all others.
         compensation: of survivors: none; sum of single-weight updates ("independent"); exact within
             each block ("joint"); across the network by Fisher products ("fisher").
-        min_kept: fraction of each layer's weights that survives at the least, so that none is
-            emptied; others go instead.
+        min_kept: least fraction of each layer's weights that survives, so that no layer is emptied;
+            others are removed instead.
         cg_iterations: of conjugate gradients, at most, in one compensation.
     """
 

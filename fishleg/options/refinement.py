@@ -11,7 +11,7 @@ from fishleg.options.fields import Options, Range
 
 @dataclass(frozen=True, kw_only=True)
 class RefinementOptions(Options):
-    """How survivors are moved back.
+    """Options of the moves of survivors back towards the dense network's outputs.
 
     Attributes:
         method: "sgd", with momentum; "adam" (Kingma and Ba, arXiv 1412.6980); "natural": u = m o Q
@@ -21,9 +21,8 @@ class RefinementOptions(Options):
         learning_rate: at its peak; None for the method's own. Those are 0.01, 5e-3, 0.1 and 1.
             Linear warm-up over the first twentieth of the steps, then a half cosine down to 0 (no
             schedule for "gauss_newton"). Adam's moves do not shrink with the gradient, so its rate
-            is that of a run which begins at D = 1 nat, and is multiplied by min(1, sqrt(D)) for the
-            run's own D: in a quadratic the way to the optimum is as long as the root of the
-            divergence.
+            is that of a run from D = 1 nat, multiplied by min(1, sqrt(D)) for the run's own D: in a
+            quadratic the distance to the optimum grows as the root of the divergence.
         momentum: of "sgd" and "natural", and the first decay of "adam", in [0, 1).
         trust: "natural": longest step, as the divergence 1/2 d^T F_g d that Q predicts for it, in
             nats; > 0.
@@ -33,7 +32,7 @@ class RefinementOptions(Options):
         statistics: removing weights shifts the means and variances that batch norms divide by.
             "running": they normalise by their running ones, which follow the batches; see
             `following_norms`. "batch": by the batch, as in training, which makes noise but lets
-            gradients through the moments. "frozen": by what they have, which stays.
+            gradients through the moments. "frozen": by their own, which stay.
         bfloat16: of forward and backward passes; weights and moments stay as they are.
     """
 

@@ -8,6 +8,7 @@ from fishleg.pruning.compensation import (
     constrained_set,
 )
 from fishleg.pruning.layerwise import greedy_saliency
+from fishleg.pruning.line_search import FRACTIONS, RefinementReport, search_line
 from fishleg.pruning.masks import (
     HeldMasks,
     Masks,
@@ -30,7 +31,6 @@ from fishleg.pruning.report import LayerReport, PruneReport
 from fishleg.pruning.saliency import Score, group_saliency, saliency
 from fishleg.pruning.schedule import cubic, geometric, linear
 from fishleg.pruning.selection import DISTRIBUTIONS, removal_count, select, select_n_of_m
-from fishleg.pruning.settling import FRACTIONS, RefinementReport, settle
 from fishleg.pruning.surgeon import SELECTIONS, ZEROS, check_selection, prune_once, prune_to
 from fishleg.pruning.zero_keeping import keep_zeros
 
@@ -76,7 +76,7 @@ __all__ = [
     "refine",
     "FRACTIONS",
     "RefinementReport",
-    "settle",
+    "search_line",
     # the surgeon
     "SELECTIONS",
     "ZEROS",

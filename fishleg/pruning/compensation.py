@@ -4,9 +4,9 @@ Letters: w weights, P the constrained set, r the survivors, E_P its selector, Q 
 
 The constrained set follows from the estimate alone, so the two kinds of estimate cannot be mixed:
 P = (support of Q) minus (survivors after the step). A Q fitted on survivors has these as support,
-and P is what this step removes. A Q of the full Fisher has every weight as support, and P is all
-that was ever removed, whose zeros are constraints like any other. All products are masked to the
-support.
+and P holds the weights that this step removes. A Q of the full Fisher has every weight as support,
+and P holds all weights removed so far, whose zeros are constraints too. All products are masked to
+the support.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fishleg.blocks.base import AbstractBlock
 from fishleg.errors import FishLegError, UnknownName
 from fishleg.estimators.base import AbstractEstimator
 from fishleg.fisher import fisher_vector_product
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.linalg import CGReport, conjugate_gradient
 from fishleg.options import Compensation
 from fishleg.parameters import Partition
@@ -35,7 +35,7 @@ NETWORK = "network"
 
 @dataclass(frozen=True, kw_only=True)
 class CompensationReport:
-    """What a compensation did.
+    """The result of a compensation.
 
     Attributes:
         method: one of `COMPENSATIONS`.
@@ -125,7 +125,7 @@ def constrained_set(
         if outside:
             raise FishLegError(
                 f"{name}: {outside} survivors lie outside the weights that {estimator.name} was "
-                "fitted on, where it knows nothing; refine or fit it under these masks first."
+                "fitted on, where it is undefined; refine or fit it under these masks first."
             )
         stray = int((weights[name][~support] != 0).sum())
         if stray:

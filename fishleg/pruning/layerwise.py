@@ -20,40 +20,39 @@ def greedy_saliency(
     masks: Mapping[str, Tensor],
     memory_bytes: int = _MEMORY_BYTES,
 ) -> dict[str, Tensor]:
-    """Return what each weight costs when its turn comes, in place of what it costs alone.
+    """Return the cost of each weight when its turn comes, in place of its cost alone.
 
-    Each row of a layer loses its weights one by one, always the one that costs least then, while
-    no other row loses any. With C the row's own part of Q, conditioned on what the row has lost,
-    removing p costs w_p^2 / (2 C_pp), and (OBC, arXiv 2208.11580, lemma 1)
+    Each row of a layer loses its weights one by one, the cheapest first, while the other rows keep
+    theirs. With C the row's own part of Q, conditioned on the row's removed weights, removing p
+    costs w_p^2 / (2 C_pp), and (OBC, arXiv 2208.11580, lemma 1)
 
         w <- w - C_:p w_p / C_pp,     C <- C - C_:p C_p: / C_pp.
 
-    Two weights that stand in for one another are cheap alone and dear together, and only an order
-    tells: the sum of a row's costs is exactly what 1/2 d^T Q^-1 d says of removing them all, the
-    whole group adjusting. What other rows lose meanwhile is left out of it; where rows know nothing
-    of each other (`LayerHessian`) nothing is left out, and this is OBC.
+    Two weights that replace one another are cheap alone and expensive together, which only an order
+    shows: the sum of a row's costs is exactly 1/2 d^T Q^-1 d for removing them all, the whole group
+    adjusting. Removals in other rows do not enter; where rows are independent (`LayerHessian`)
+    this is exact, and is OBC.
 
     A row's k-th cost counts as the largest of its first k costs, and a rounding unit more than its
-    (k-1)-th, so that a threshold over all rows takes from each row a beginning of its order: the
-    row whose next removal costs least is always the next. `select` is that threshold.
+    (k-1)-th, so that a threshold over all rows (`select`) takes the first weights of each row's
+    order: the row whose next removal costs least is always the next.
 
     Args:
         estimator: a fitted estimate of Q.
         weights: group name -> (rows, columns), of prunable groups, at the estimate's own point.
-        masks: group name -> bool (rows, columns), the survivors so far. C is conditioned on what
-            is removed already where Q covers it, since its zeros are constraints; a Q fitted on
-            the survivors knows of them.
+        masks: group name -> bool (rows, columns), the survivors so far. C is conditioned on
+            removed weights that Q covers, since their zeros are constraints; a Q fitted on the
+            survivors takes them into account.
         memory_bytes: of the inverses that are updated at once, beside one row's.
 
     Returns:
-        Group name -> float64 (rows, columns): 0 for what was removed already, inf in the bias
-        column.
+        Group name -> float64 (rows, columns): 0 for removed weights, inf in the bias column.
 
     Errors are those of `GreedyRemoval.run`.
 
     Time: 2 r s^3 FLOPs a group, s the most survivors of a row, in s dependent steps of 2 r s^2;
-    what `of_rows` takes; and 2 r (c^3 + s^3) in float64 to condition. Memory: c^2 numbers for each
-    row that is updated, up to `memory_bytes`, and some five times that while they are conditioned.
+    the cost of `of_rows`; and 2 r (c^3 + s^3) in float64 to condition. Memory: c^2 numbers for each
+    row that is updated, up to `memory_bytes`, and about five times that while conditioning.
     """
     out = {}
     for name, matrix in weights.items():
@@ -95,7 +94,7 @@ def _by_rows(
 
 
 def _condition(inverse: Tensor, support: Tensor, kept: Tensor, order: Tensor) -> Tensor:
-    """Return the inverses of the survivors, what else is in the support being held at 0.
+    """Return the inverses of the survivors, the rest of the support being held at 0.
 
     The inverse of F restricted to s when g is held is Q_ss - Q_sg (Q_gg)^-1 Q_gs = ((Q^-1)_ss)^-1.
 
@@ -103,7 +102,7 @@ def _condition(inverse: Tensor, support: Tensor, kept: Tensor, order: Tensor) ->
         inverse: (n, columns, columns), positive definite on the support.
         support: bool (n, columns).
         kept: bool (n, columns), the survivors, within the support.
-        order: (n, s), the columns wanted; one that is not kept has nothing to do with the others.
+        order: (n, s), the columns wanted; one that is not kept is decoupled.
     """
     rows = torch.arange(len(order), device=order.device)[:, None, None]
     chosen = (rows, order.unsqueeze(2), order.unsqueeze(1))
@@ -151,19 +150,19 @@ class GreedyRemoval:
             self.inverse.baddbmm_(column.unsqueeze(2), step.unsqueeze(1), alpha=-1)
         else:
             self.inverse[rows] -= column.unsqueeze(2) * step.unsqueeze(1)
-        # rounding leaves a little there, which would come back through later steps
+        # rounding leaves a remainder there, which would enter later steps
         self.weights[rows, chosen] = 0.0
         self.inverse[rows, :, chosen] = 0.0
         self.inverse[rows, chosen] = 0.0
 
     def run(self, removable: Tensor) -> Tensor:
-        """Remove all that is removable, and return each weight's cost, rising in a row's order.
+        """Remove all removable weights, and return each weight's cost, rising in a row's order.
 
         Args:
             removable: bool (n, columns).
 
         Returns:
-            float64 (n, columns), 0 for what is not removable.
+            float64 (n, columns), 0 for weights that are not removable.
 
         Raises:
             NotPositiveDefinite: a C_pp is not positive.

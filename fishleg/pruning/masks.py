@@ -2,8 +2,8 @@
 
 A mask is a bool matrix (rows, columns) a prunable group, True for survivors, the bias column always
 True; `Masks` maps group name -> mask and holds the prunable groups only, in state-dict order.
-For saving and for training the same facts are kept a weight tensor: state-dict name of the weight
--> bool tensor of the weight's own shape.
+For saving and for training the same masks are kept by weight: state-dict name of the weight -> bool
+tensor of the weight's own shape.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def dense_masks(partition: Partition, device: torch.device | str | None = None) 
 
 @torch.no_grad()
 def zero_masks(model: nn.Module, partition: Partition, *, at_least: float = 0.01) -> Masks:
-    """Return the survivors by the zeros that a model's weights have already.
+    """Return the survivors by the present zeros of a model's weights.
 
     A network that was pruned elsewhere carries its mask as zeros. Trained weights are hardly ever
     exactly 0; where at least a hundredth of a tensor is, all its zeros count as removed.
@@ -59,7 +59,7 @@ def zero_masks(model: nn.Module, partition: Partition, *, at_least: float = 0.01
 
 @torch.no_grad()
 def made_zeros(model: nn.Module, group: ParameterGroup) -> Tensor:
-    """Return where a module makes zeros of a stored weight that is none, bool in its own shape.
+    """Return where a module makes zeros of nonzero stored weights, bool in the weight's shape.
 
     Such are the masks of `torch.nn.utils.prune`, and weight-normalised rows of norm 0.
     """
@@ -98,7 +98,7 @@ def check_masks(partition: Partition, masks: Mapping[str, Tensor]) -> None:
 
 
 def count_masks(partition: Partition, masks: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Return (removed, prunable): how many weights are removed, and of how many (no biases).
+    """Return the numbers of removed and of prunable weights, without biases.
 
     Errors are those of `check_masks`.
     """
@@ -124,7 +124,7 @@ def apply_masks(model: nn.Module, partition: Partition, masks: Mapping[str, Tens
 
 
 class HeldMasks:
-    """Masks that are put back whenever the weights have moved, such as after an optimiser's step.
+    """Masks that are applied again whenever the weights have moved, as after an optimiser's step.
 
     A weight that is removed is 0 where the forward pass reads it. Where a weight-normalised slice
     loses all its weights, its norm becomes 0, and its directions 1: 0 / 0 would be no number.
@@ -148,7 +148,7 @@ class HeldMasks:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Put the masks back. Cost: one pass over the weights that have one."""
+        """Apply the masks again. Cost: one pass over the weights that have one."""
         for weight, removed in zip(self._weights, self.removed.values(), strict=True):
             weight.masked_fill_(removed.to(weight.device), 0.0)
         for one in self._made:
@@ -162,7 +162,7 @@ class HeldMasks:
 
 
 def _along(shape: torch.Size, removed: Tensor) -> Tensor:
-    """Return where all that shares one norm is removed, in the norms' `shape`."""
+    """Return where all weights that share a norm are removed, in the norms' `shape`."""
     for dim, size in enumerate(shape):
         if size == 1:
             removed = removed.all(dim, keepdim=True)

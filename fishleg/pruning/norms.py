@@ -1,8 +1,8 @@
 """Batch norms of a network whose weights have changed: their means and variances, measured again.
 
-A batch norm divides by how far the dense network's activations spread, as its running statistics
-keep it. Removing weights shifts and shrinks the activations, so that what is kept is another
-network's. Nothing here reads a label, and no weight is moved.
+A batch norm divides by the spread of the dense network's activations, which its running statistics
+hold. Removing weights shifts and shrinks the activations, so that these statistics no longer fit.
+Nothing here reads a label, and no weight is moved.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Any], calling: Calling 
 
         mean = sum_b n_b m_b / N,   var = (sum_b n_b (v_b + m_b^2) - N mean^2) / (N - 1),
 
-    the mean and the unbiased variance of all values, while each norm normalises by the batch at
-    hand, so that the layers behind it see nearly what they will see. One pass ("precise"
-    statistics: Wu and Johnson, arXiv 2105.07576, section 3).
+    the mean and the unbiased variance of all values, while each norm normalises by the present
+    batch, so that later layers see nearly their final inputs. One pass ("precise" statistics: Wu
+    and Johnson, arXiv 2105.07576, section 3).
 
     Args:
         model: on any device, left in evaluation mode. One without batch norms stays as it is.
@@ -84,7 +84,7 @@ def _values_a_channel(values: Tensor) -> int:
 
 @contextmanager
 def normalising_by_batch(norms: Iterable[_BatchNorm]) -> Iterator[None]:
-    """Let norms normalise by the batch at hand, as in training; then put them in evaluation mode.
+    """Let norms normalise by the present batch, as in training; then put them in evaluation mode.
 
     A batch with a single value a channel is a FishLegError.
     """
@@ -107,8 +107,8 @@ def following_norms(model: nn.Module) -> Iterator[None]:
         mean <- (1 - momentum) mean + momentum m_b,   var likewise, before batch b is normalised,
 
     with each norm's own momentum. A norm that normalises by the batch, as in training, makes noise:
-    on batches of 128 the dense ResNet20 itself is 0.008 nats away from its own outputs, which is a
-    floor under every divergence measured so. Here a network that equals the dense one is at 0.
+    on batches of 128 the dense ResNet20 itself is 0.008 nats away from its own outputs, a floor
+    under every divergence measured that way. Here a network equal to the dense one is at 0.
 
     A batch with a single value a channel, which has no variance, leaves the statistics alone.
 
@@ -135,7 +135,7 @@ def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 class _Sums:
-    """Sums over the values that one norm is given."""
+    """Sums over the inputs of one norm."""
 
     def __init__(self, norm: _BatchNorm):
         self.norm = norm
@@ -175,7 +175,7 @@ def _by_batch(norm: _BatchNorm) -> Iterator[None]:
 
 @contextmanager
 def _watched(norm: _BatchNorm, see: Callable[[Tensor], None]) -> Iterator[None]:
-    """Call `see` with what a norm is given, before the norm takes it."""
+    """Call `see` with the input of a norm, before the norm reads it."""
 
     @torch.no_grad()
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -2,9 +2,9 @@
 
     least over the survivors:   D(w) = (1/N) sum_n KL( p_dense(. | x_n) || p_w(. | x_n) )
 
-No label is read: the dense network says what is wanted, on calibration inputs, which may be
-augmented. What was removed stays 0. The Hessian of D where p_w = p_dense is the Fisher, so the Q of
-the pruning step is at hand as a preconditioner.
+No label is read: the dense network's outputs are the targets, on calibration inputs, which may be
+augmented. Removed weights stay 0. The Hessian of D where p_w = p_dense is the Fisher, so the Q of
+the pruning step serves as a preconditioner.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fishleg.calibration import Calibration, each_batch, inputs_and_targets
 from fishleg.calling import PLAIN, Calling
 from fishleg.errors import FishLegError
 from fishleg.estimators.base import AbstractEstimator
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.likelihoods import AbstractLikelihood, given_targets
 from fishleg.loading import check_iterable
 from fishleg.nests import tensors_of
@@ -43,19 +43,19 @@ class Refinement:
     """One run of refinement; its state is the model, the moments and the number of steps done.
 
     Weights in half precision are moved in float32: steps are smaller than their rounding. Both
-    networks are computed in it, too, where their code lets them (see `find_network`), and the
-    model's weights are rounded after each step.
+    networks are computed in float32, too, where their code permits it (see `find_network`), and
+    the model's weights are rounded after each step.
 
     Args:
         model: pruned, moved in place; on its own device.
         reference: the dense network, left alone.
-        likelihood: what the outputs mean.
+        likelihood: the meaning of the outputs.
         partition: the model's groups.
         masks: group name -> bool (rows, columns), the survivors.
         steps: of the whole run, >= 1.
         options: see `RefinementOptions`.
         estimator: its Q preconditions "natural" and "gauss_newton".
-        begin: D at the beginning, in nats, > 0, such as `mean_divergence` measures it.
+        begin: D at the beginning, in nats, > 0, as `mean_divergence` measures it.
         calling: how both networks are called.
 
     Attributes:
@@ -63,7 +63,7 @@ class Refinement:
         begin: D at the beginning, in nats.
 
     Raises:
-        FishLegError: the method needs an estimator, and there is none; or nothing can be moved.
+        FishLegError: the method needs an estimator, and none is given; or no parameter can move.
     """
 
     def __init__(
@@ -103,14 +103,14 @@ class Refinement:
                 "refinement: expected parameters to move, got a partition without groups; give the "
                 "model trainable ones (requires_grad_(True))."
             )
-        # What the optimiser moves: the parameters, or float32 in place of those in half precision.
+        # The optimiser moves the parameters, or float32 copies of those in half precision.
         self._wide = {
             name: nn.Parameter(one.detach().float()) if is_narrow(one.dtype) else one
             for name, one in self._moved.items()
         }
         self._narrow = [name for name, one in self._moved.items() if is_narrow(one.dtype)]
         self._models = WideModels(likelihood, calling)
-        self._source: GradientSource | None = None  # of "gauss_newton", with what it found out
+        self._source: GradientSource | None = None  # of "gauss_newton", with the paths it chose
         self._optimizer = self._build_optimizer()
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
@@ -124,7 +124,9 @@ class Refinement:
     def peak_rate(self) -> float:
         """The learning rate at its peak."""
         options = self.options
-        begin = max(self.begin, 0.0)  # of networks that hardly differ it is below 0 by rounding
+        begin = max(
+            self.begin, 0.0
+        )  # rounding may give a value below 0 for networks that hardly differ
         scale = min(1.0, math.sqrt(begin)) if options.method == "adam" else 1.0
         return scale * (options.learning_rate or _RATES[options.method])
 
@@ -135,7 +137,7 @@ class Refinement:
 
         Args:
             batch: of the model's inputs, or a `Batch`, or (inputs, targets); see
-                `fishleg.loading`. Of targets only matters which positions they ignore.
+                `fishleg.loading`. Of the targets only the ignored positions matter.
 
         Cost: a forward pass of the dense network, a forward and backward one of the model; beside
         it a product with Q ("natural"), or `cg_iterations` exact F-vector products on the batch.
@@ -167,12 +169,12 @@ class Refinement:
 
     @torch.no_grad()
     def _round(self) -> None:
-        """Write what was moved into the model, and 0 for what was removed."""
+        """Write the moved values into the model, and 0 for the removed ones."""
         rounded = {name: self._wide[name].to(self._moved[name].dtype) for name in self._narrow}
         for name, value in rounded.items():
             self._moved[name].copy_(value)
         self._held.apply()
-        for name, value in rounded.items():  # what the masks have put back holds in float32, too
+        for name, value in rounded.items():  # values that the masks reset hold in float32, too
             put_back = self._moved[name] != value
             if name in self._held.removed:
                 put_back |= self._held.removed[name].to(value.device)
@@ -214,7 +216,7 @@ class Refinement:
 
     @torch.no_grad()
     def _precondition(self, batch: Any, rate: float) -> None:
-        """Put the step's direction in place of each gradient."""
+        """Replace each gradient by the step's direction."""
         found = {
             name: torch.zeros_like(one) if one.grad is None else one.grad
             for name, one in self._wide.items()
@@ -289,7 +291,7 @@ class Refinement:
         return {"tensors": moments, "meta": {"done": self.done, "begin": self.begin}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in state["tensors"].items():
             if key.startswith(_WIDE):
@@ -338,7 +340,7 @@ def refine(
     """Continue a run to its last step; yield the mean divergence of every few steps.
 
     Args:
-        refinement: the run, from wherever it is.
+        refinement: the run, at any step.
         batches: as `Refinement.step` takes them; at least as many as steps are left.
         every: steps between looks.
 

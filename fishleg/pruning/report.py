@@ -20,9 +20,9 @@ class LayerReport:
         name: the group's, or the state-dict name of a weight without one, less its `.weight`.
         shape: of the weight.
         removed: number of weights removed so far.
-        cost: sum of the single-weight saliencies of what the step removed here, in units of the
+        cost: sum of the single-weight saliencies of the weights removed here, in units of the
             loss (`LayerHessian`: of the layer's output error).
-        reason: why nothing may be removed here; None for a prunable weight.
+        reason: why the weight is not prunable; None for a prunable one.
     """
 
     name: str
@@ -47,7 +47,7 @@ class LayerReport:
 
 @dataclass(frozen=True, kw_only=True)
 class PruneReport:
-    """What one pruning step did; `print` shows it as a table, layer by layer.
+    """The result of one pruning step; `print` shows it as a table, layer by layer.
 
     Attributes:
         masks: group name -> bool (rows, columns), the survivors after the step.
@@ -55,7 +55,7 @@ class PruneReport:
         removed: number of weights removed so far.
         prunable: number of prunable weights.
         compensation: the method that moved the survivors.
-        saliency: sum of the single-weight saliencies of what this step removed, in units of the
+        saliency: sum of the single-weight saliencies of the removed weights, in units of the
             loss.
         predicted: 1/2 d^T F_g d of the whole move by the method's own curvature, damping included,
             in units of the loss; None for `none` and `independent`.
@@ -65,9 +65,9 @@ class PruneReport:
         unprunable: (state-dict name, reason) of each weight with two or more dimensions that was
             not prunable; see `Partition`.
         emptied: names of the groups that have no weight left.
-        zeros: group name -> how many weights were exactly 0 before the step and were taken as
-            removed, where no masks were given.
-        warnings: what a person should know, a sentence each: emptied groups, zeros that were found,
+        zeros: group name -> weights that were exactly 0 before the step and counted as removed,
+            where no masks were given.
+        warnings: for the user, a sentence each: emptied groups, zeros that were found,
             a solve that stopped short, and those of the estimator.
     """
 
@@ -104,7 +104,7 @@ def report_layers(
         model: the module that `partition` was made from.
         partition: its groups.
         masks: group name -> bool (rows, columns), the survivors.
-        costs: group name -> what the step's removals cost there.
+        costs: group name -> cost of the step's removals there.
     """
     prunable = [
         LayerReport(

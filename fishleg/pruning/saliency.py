@@ -1,4 +1,4 @@
-"""Saliency: what removing weights costs, the rest of the block adjusting as best it can.
+"""Saliency: the cost of removing weights, with the best adjustment of the rest of the block.
 
 In the quadratic model 1/2 d^T Q^-1 d of the loss around the present weights w, the least cost of
 d_i = -w_i is w_i^2 / (2 Q_ii) (optimal brain surgeon; Hassibi and Stork, 1993, equation 5), and of
@@ -28,7 +28,7 @@ def saliency(estimator: AbstractEstimator, weights: Mapping[str, Tensor]) -> dic
         weights: group name -> (rows, columns), of any of its groups.
 
     Returns:
-        Group name -> (rows, columns); exactly 0 where the weight is 0, whatever Q_ii.
+        Group name -> (rows, columns); exactly 0 where the weight is 0, for any Q_ii.
 
     Cost: one diagonal a group.
     """

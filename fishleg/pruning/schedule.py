@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def cubic(initial: float, final: float, steps: int) -> list[float]:
-    """Return the sparsities after steps 1 ... n, fast at first and gentle at the end.
+    """Return the sparsities after steps 1 ... n, with large steps first and small ones last.
 
         s_t = final + (initial - final) (1 - t / n)^3          (Zhu and Gupta, 2017, equation 1)
 
@@ -38,7 +38,7 @@ def linear(initial: float, final: float, steps: int) -> list[float]:
 
 
 def geometric(initial: float, final: float, steps: int) -> list[float]:
-    """Return the sparsities after steps 1 ... n, equal fractions of what is left.
+    """Return the sparsities after steps 1 ... n, equal fractions of the remaining weights.
 
         1 - s_t = (1 - initial) ((1 - final) / (1 - initial))^(t / n)
 
@@ -60,7 +60,7 @@ def geometric(initial: float, final: float, steps: int) -> list[float]:
 def _schedule(initial: float, final: float, steps: int, power: int) -> list[float]:
     _check(initial, final, steps)
     left = [(1.0 - step / steps) ** power for step in range(1, steps)]
-    # the bounds undo what rounding may add: a sparsity that falls would ask weights to come back
+    # the bounds undo rounding: a falling sparsity would need removed weights to come back
     return [min(max(final + (initial - final) * part, initial), final) for part in left] + [final]
 
 

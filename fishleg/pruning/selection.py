@@ -1,6 +1,6 @@
-"""Selection: which weights go, exactly as many as asked for, the same on every worker.
+"""Selection of the weights to remove: exactly the number asked for, the same on every worker.
 
-Everything is decided by stable sorts, so equal scores fall to the lowest flat index in state-dict
+All sorts are stable, so of equal scores the lowest flat index goes first, in state-dict
 order (groups in partition order, then the weight's own flat index). Removed weights stay removed.
 """
 
@@ -27,7 +27,7 @@ DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
 
 
 def removal_count(prunable: int, sparsity: float) -> int:
-    """Return k = floor(s n + 1/2), in exact arithmetic on s as it is written in decimal.
+    """Return k = floor(s n + 1/2), in exact arithmetic on the decimal form of s.
 
     The binary rounding of s does not count: 0.7 of 5 is 3.5 and gives 4, though the float 0.7 lies
     below 7/10.
@@ -65,20 +65,20 @@ def select(
     Args:
         partition: the groups.
         saliencies: group name -> (rows, columns), at least the prunable groups; bias columns and
-            weights removed already are not looked at.
+            weights removed already are ignored.
         masks: group name -> bool (rows, columns): the survivors so far.
         sparsity: in [0, 1), not below that of `masks`.
         distribution: "global" or "uniform".
-        min_kept: fraction of each group, in [0, 1], that survives at the least, rounded up: its
-            most salient weights (of equals the last). The total stays k, others go instead. Of a
-            weight that is divided by norms one of each slice survives in any case.
+        min_kept: least fraction of each group, in [0, 1], that survives, rounded up: its most
+            salient weights (of equals the last). The total stays k: others are removed instead. Of
+            a weight that is divided by norms, one of each slice survives in any case.
 
     Returns:
         New masks, each on its saliency's device.
 
     Raises:
-        FishLegError: more weights are removed already; fewer may be removed than are asked for;
-            nothing is prunable; or a saliency is missing or NaN.
+        FishLegError: more weights are removed already; fewer may be removed than asked for; no
+            weight is prunable; or a saliency is missing or NaN.
         UnknownName: no such distribution.
         ValueError: `sparsity` or `min_kept` is out of range.
 
@@ -142,7 +142,7 @@ def check_prunable(partition: Partition) -> None:
     """Check that a network has a prunable weight.
 
     Raises:
-        FishLegError: it has none; the message names what could be named.
+        FishLegError: it has none; the message names the candidates.
     """
     if partition.prunable:
         return
@@ -160,14 +160,14 @@ def check_prunable(partition: Partition) -> None:
 
 
 def listed(counts: Mapping[str, int], most: int = 5) -> str:
-    """Return the largest of some counts for people."""
+    """Return the largest of some counts, for messages."""
     names = sorted(counts, key=lambda name: (-counts[name], name))
     rest = ", ..." if len(names) > most else ""
     return ", ".join(f"{name} {counts[name]}" for name in names[:most]) + rest
 
 
 def _protected(group: ParameterGroup, score: Tensor, min_kept: float) -> Tensor | None:
-    """Return which of a group's weights must survive, flat; None where none must.
+    """Return the weights of a group that must survive, flat; None where none must.
 
     One of each slice that is divided by its norm, and then the most salient ones up to `min_kept`.
 
@@ -221,7 +221,7 @@ def _scores(group: ParameterGroup, saliencies: Mapping[str, Tensor], mask: Tenso
 
 
 def _positions(score: Tensor) -> Tensor:
-    """Return where each entry lies in its group's order, in (0, 1); -inf stays -inf."""
+    """Return the position of each entry in its group's order, in (0, 1); -inf stays -inf."""
     order = torch.sort(score, stable=True).indices
     rank = torch.empty_like(order)
     rank[order] = torch.arange(score.numel(), device=score.device)
@@ -234,16 +234,16 @@ def select_n_of_m(
 ) -> Tensor:
     """Return a mask of a dense group with n survivors in every m consecutive inputs.
 
-    Consecutive inputs share the output and the kernel position, as sparse tensor cores want them.
-    Of each m, the m - n weights of least joint saliency 1/2 w_q^T (Q_qq)^-1 w_q go, ties to the
-    subset of lowest indices.
+    Consecutive inputs share the output and the kernel position, as sparse tensor cores need.
+    Of each m, the m - n weights of least joint saliency 1/2 w_q^T (Q_qq)^-1 w_q are removed; of
+    equal subsets the one of lowest indices.
 
     Args:
         group: a prunable group; in/groups is divisible by m.
         block: its block of Q.
         weights: its matrix (rows, columns).
         n: survivors of each m, 1 <= n < m.
-        m: consecutive inputs that are looked at together.
+        m: number of consecutive inputs that share a choice.
 
     Returns:
         The mask, bool (rows, columns).
@@ -255,7 +255,7 @@ def select_n_of_m(
     """
     inputs = group.weight_columns // group.kernel
     if group.transposed:
-        inputs = group.rows // group.heads
+        inputs = group.rows // group.conv_groups
     if not 1 <= n < m or inputs % m:
         raise FishLegError(
             f"{group.name}: {n}:{m} needs 1 <= n < m and inputs divisible by m, got {inputs} "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fishleg.checks import check_function
 from fishleg.errors import FishLegError, ShapeMismatch, UnknownName
 from fishleg.estimators.base import AbstractEstimator
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.linalg import CGReport
 from fishleg.options import Compensation, Distribution, PruningOptions, Selection, Zeros
 from fishleg.parameters import ParameterGroup, Partition, used_weight
@@ -62,8 +62,8 @@ def prune_once(
         masks: group name -> bool (rows, columns), the survivors before it; None is the estimate's
             own support (for a Q of the full Fisher: everything), without the zeros that `zeros`
             keeps.
-        selection: by what a weight costs: "single", removed alone, or "greedy", after the others
-            of its row that cost less; see `greedy_saliency`. Or a function `score(estimator,
+        selection: by the cost of a weight: "single", removed alone, or "greedy", after the cheaper
+            ones of its row; see `greedy_saliency`. Or a function `score(estimator,
             weights)` that returns group name -> (rows, columns) of scores, the lowest removed
             first, from the estimate and group name -> weights (rows, columns); see `saliency`,
             which is one. `distribution` compares its scores.
@@ -77,8 +77,8 @@ def prune_once(
         max_iterations: conjugate-gradient iterations at most a solve.
 
     Returns:
-        The masks and everything that was counted; removed weights are exactly 0. Errors are those
-        of `greedy_saliency`, `select` and `compensate`, and leave the model unchanged.
+        The masks and the counts; removed weights are exactly 0. Errors are those of
+        `greedy_saliency`, `select` and `compensate`, and leave the model unchanged.
 
     Raises:
         FishLegError: more weights are 0 already than are to be removed.
@@ -162,7 +162,7 @@ def prune_to(
     tolerance: float = 1e-4,
     max_iterations: int = 500,
 ) -> PruneReport:
-    """Remove all weights outside `masks`, however chosen, and move the others in place.
+    """Remove all weights outside `masks`, and move the others in place.
 
     Arguments, results and errors as for `prune_once`, but `masks` are the survivors after the step.
     """
@@ -191,7 +191,7 @@ def _remove(
         tolerance=tolerance,
         max_iterations=max_iterations,
     )
-    # what was removed in earlier steps is 0, and so is its saliency
+    # weights removed in earlier steps are 0, and so are their saliencies
     scores = saliency(estimator, {name: weights[name] for name in masks})
     costs = {name: float(scores[name][~mask].double().sum()) for name, mask in masks.items()}
     _move(model, partition, deltas, masks)
@@ -224,11 +224,11 @@ def _remove(
 def _move(
     model: nn.Module, partition: Partition, deltas: Mapping[str, Tensor], masks: Masks
 ) -> None:
-    """Add the moves, and make what is removed exactly 0 where the forward pass reads it.
+    """Add the moves, and set removed weights to exactly 0 where the forward pass reads them.
 
     Raises:
-        FishLegError: a weight is not finite afterwards, or a removed one is not 0; all is as it was
-            before, then.
+        FishLegError: a weight is not finite afterwards, or a removed one is not 0; the model is
+            unchanged then.
     """
     parameters = dict(model.named_parameters())
     moves = partition.scatter(deltas)
@@ -253,7 +253,7 @@ def _move(
 
 
 def _check_made(made: Tensor, group: ParameterGroup, mask: Tensor) -> None:
-    """Check the weight that a module makes of what it stores.
+    """Check the weight that a module computes from its stored tensors.
 
     Raises:
         FishLegError: it is not finite, or not 0 where it is removed.
@@ -282,7 +282,7 @@ def _say_emptied(names: Sequence[str]) -> tuple[str, ...]:
     if not names:
         return ()
     return (
-        f"Layers that have lost every weight: {', '.join(names)}; nothing of what they are given "
+        f"Layers that have lost every weight: {', '.join(names)}; nothing of their input "
         "passes. Set min_kept, or a lower sparsity.",
     )
 

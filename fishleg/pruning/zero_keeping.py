@@ -20,7 +20,7 @@ def keep_zeros(
 ) -> RemovableHandle:
     """Keep the zeros that the prunable weights have now, after each step of an optimiser.
 
-    The zeros survive momentum, weight decay and adaptive steps, since they are put back after
+    The zeros survive momentum, weight decay and adaptive steps, since they are restored after
     every `optimizer.step()`. Weights that become 0 later are not kept.
 
     Args:
@@ -43,7 +43,7 @@ def keep_zeros(
     if not count_masks(partition, masks)[0]:
         raise FishLegError(
             "keep_zeros: expected zeros among the prunable weights, got none; prune the model "
-            "first, and name what was prunable on request in also_prune."
+            "first, and name in also_prune the weights that were prunable on request."
         )
     wanted = {name: mask for name, mask in weight_masks(partition, masks).items() if not mask.all()}
     moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

@@ -5,9 +5,9 @@ which is R^T R with R = T_0^1/2 (I + X)^T and so stays symmetric positive defini
 (a scale, a diagonal) become t_0 exp(x). All of them start at zero, and one learning rate fits all.
 
 Plain steps follow the gradient of J, (d(Qu)/dx)^T (F_g Q u - u). Preconditioned steps put Q, held
-constant, before the residual: quicker on stiff problems, but the gradient of nothing; inside a
-restricted family they have another fixed point. So they go first, plain ones last, and J, on all
-the data, decides after each phase whether its result is kept.
+constant, before the residual: quicker on stiff problems, but no gradient of a function; inside a
+restricted family they have another fixed point. So they come first and plain ones last, and J on
+all the data decides after each phase whether its result is kept.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _STEPS_A_YIELD = 10
 
 @dataclass(frozen=True, kw_only=True)
 class AdamOptions:
-    """How to descend.
+    """Options of the descent.
 
     Attributes:
         steps: in all, preconditioned ones included; >= 1.
-        preconditioned: how many of them, the first ones, are preconditioned; 0 <= . < steps.
+        preconditioned: number of preconditioned steps, which come first; 0 <= . < steps.
         learning_rate: relative size of a step; falls to 0 along a cosine over the plain steps.
         objective: the form of J that plain steps follow.
         probes: probes a step, where there are probes.
@@ -76,7 +76,7 @@ class AdamSolver(AbstractSolver):
         options: see there.
         gradients: number of gradients in all pieces.
         mask: survivors, bool (rows, columns), at least one; None keeps all.
-        restrict: whether Q stands for M o Q o M, so that J_M is minimised; otherwise only the
+        restrict: whether Q means M o Q o M, so that J_M is minimised; otherwise only the
             gradients are masked, which acts as a stronger damping.
     """
 
@@ -108,7 +108,7 @@ class AdamSolver(AbstractSolver):
                 now = self._step(now, piece.transpose(0, 1), now.step - begin)
                 if now.step % _STEPS_A_YIELD == 0 and now.step < end:
                     yield now.save()
-            now = self._settle(pieces, now)
+            now = self._end_phase(pieces, now)
             yield now.save()
 
     def _begin(self, pieces: Iterable[Tensor], block: AbstractBlock) -> _Descent:
@@ -162,8 +162,8 @@ class AdamSolver(AbstractSolver):
             block, probes, lambda v: gradient_product(gradients, v), self.damping, self._support
         )
 
-    def _settle(self, pieces: Iterable[Tensor], now: _Descent) -> _Descent:
-        """End a phase: keep its result if J fell, else go back to where it began."""
+    def _end_phase(self, pieces: Iterable[Tensor], now: _Descent) -> _Descent:
+        """End a phase: keep its result if J fell, else restore its beginning."""
         curvature, trace, _ = self._measure(pieces, now.block())
         objective = 0.5 * curvature - trace
         zeros = _zeros(now.free)
@@ -189,7 +189,7 @@ class AdamSolver(AbstractSolver):
 
 @dataclass(frozen=True, kw_only=True)
 class _Descent:
-    """Where a descent stands; see `AdamSolver`."""
+    """The state of a descent; see `AdamSolver`."""
 
     start: AbstractBlock
     step: int
@@ -206,7 +206,7 @@ class _Descent:
         return assemble(self.start, self.free)
 
     def save(self) -> SolverState:
-        """Return what a solver yields."""
+        """Return the state that a solver yields."""
         extra = {f"start.{name}": tensor for name, tensor in self.start.tensors().items()}
         for part in _PARTS:
             extra |= {f"{part}.{name}": x for name, x in getattr(self, part).items()}
@@ -242,7 +242,7 @@ def adam_change(
     """Return Adam's next moments of one tensor, and the change x wants at a learning rate of 1.
 
     Args:
-        name: of the tensor; it tells factors from positive numbers.
+        name: of the tensor; distinguishes factors from positive numbers.
         slope: dJ/dx.
         first: running mean of the slopes, of their shape.
         second: running mean of their squares.
@@ -264,7 +264,7 @@ def relative_slope(name: str, tensor: Tensor, slope: Tensor) -> Tensor:
         (S + S^T) T,   or   s o t
 
     Args:
-        name: of the tensor; it tells factors from positive numbers.
+        name: of the tensor; distinguishes factors from positive numbers.
         tensor: T, symmetric, or t.
         slope: S = dJ/dT, or s = dJ/dt.
     """
@@ -301,7 +301,7 @@ def preconditioned_loss(
 ) -> Tensor:
     """Return a scalar whose gradient is (d(Qu)/dx)^T Q (F_g Q u - u), averaged over the probes u.
 
-    Its value means nothing: the residual, and Q before it, are held constant.
+    Its value has no meaning: the residual, and Q before it, are held constant.
 
     Args:
         block: Q, differentiable in x.

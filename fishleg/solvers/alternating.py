@@ -29,15 +29,15 @@ class AlternatingSolver(AbstractSolver):
 
     Every half-step (one unit) lowers its objective: J, or J_M for exact masked ones, or the J of
     the masked gradients for damped ones. A step that would leave the positive definite matrices is
-    shortened, and counted. Rows and columns without a survivor leave the factors: they stand alone
-    there, with the mean of the diagonal.
+    shortened, and counted. Rows and columns without a survivor leave the factors: they are
+    decoupled, with the mean of the diagonal.
 
-    Exact masked half-steps begin at the present factors or, if J_M is less there, at those that
-    one damped sweep makes of them, at their best scale: on the straight way from an unmasked Q the
-    edge of the positive definite matrices is met early.
+    Exact masked half-steps begin at the present factors or, if J_M is less there, at the result of
+    one damped sweep, at its best scale: the straight line from an unmasked Q soon meets the edge of
+    the positive definite matrices.
 
-    A state's `numbers`: `before` and `objective`, around the last half-step; `shortened`, how many
-    steps were so far; `iterations` of conjugate gradients so far.
+    A state's `numbers`: `before` and `objective`, around the last half-step; `shortened`, the
+    steps shortened so far; `iterations` of conjugate gradients so far.
 
     Cost: 2 n r c (r + c) FLOPs for n gradients a half-step; exact masked ones about as much again
     for each iteration. The inverses are made in float64. A pass of the data a half-step; exact
@@ -47,7 +47,7 @@ class AlternatingSolver(AbstractSolver):
         damping: gamma > 0.
         sweeps: pairs of half-steps, >= 1.
         mask: survivors, bool (rows, columns), at least one; None keeps all.
-        mask_fit: what to minimise under a mask.
+        mask_fit: the objective under a mask.
         iterations: of conjugate gradients at most, in an exact masked half-step.
     """
 
@@ -70,7 +70,7 @@ class AlternatingSolver(AbstractSolver):
                 self._exact = mask[self._rows][:, self._columns]
 
     def prepare(self, gradients: Tensor) -> Tensor:
-        """Return gradients (n, rows, columns) as a piece (r, n, c): masked, only what is live."""
+        """Return gradients (n, rows, columns) as a piece (r, n, c), masked and live only."""
         piece = super().prepare(gradients)
         if self._rows is None or self._columns is None:
             return piece
@@ -151,7 +151,7 @@ def _restrict(factor: Tensor, live: Tensor | None) -> Tensor:
 
 
 def _embed(factor: Tensor, live: Tensor | None, size: int) -> Tensor:
-    """Undo `_restrict`: what is not live stands alone, with the mean of the diagonal."""
+    """Undo `_restrict`: entries that are not live are decoupled, with the mean of the diagonal."""
     if live is None:
         return factor
     out = factor.diagonal().mean() * torch.eye(size, dtype=factor.dtype, device=factor.device)

@@ -1,4 +1,4 @@
-"""What all solvers share: the layout of their data, their state, and how they are run.
+"""The interface of all solvers: the layout of their data, their state, and their run.
 
 A solver fits the block of one group to that group's scaled per-sample gradients. It gets them in
 pieces of the layout (rows, n, columns), n gradients each: there, either factor of a Kronecker block
@@ -19,7 +19,7 @@ from fishleg.blocks.base import AbstractBlock
 
 @dataclass(frozen=True, kw_only=True)
 class SolverState:
-    """Where the fit of one group stands: all that going on needs, beside the data.
+    """The state of one group's fit: with the data, all that resuming it needs.
 
     Attributes:
         block: Q so far; at the beginning, the warm start.
@@ -55,13 +55,13 @@ class AbstractSolver(ABC):
 
     @abstractmethod
     def run(self, pieces: Iterable[Tensor], state: SolverState) -> Iterator[SolverState]:
-        """Go on from `state` and yield states until all units are done.
+        """Continue from `state` and yield states until all units are done.
 
-        Going on from a state that was yielded reaches the bits of an undisturbed run.
+        A run resumed from a yielded state reaches the bits of an undisturbed one.
 
         Args:
-            pieces: what `prepare` made of the gradients; iterated as often as need be.
-            state: where to go on; one with `done=0` and a warm start, at the beginning.
+            pieces: gradients from `prepare`; iterated as often as necessary.
+            state: to resume from; at the beginning one with `done=0` and a warm start.
         """
 
 

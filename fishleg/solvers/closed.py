@@ -2,11 +2,11 @@
 
 Inside the dense-block and diagonal structures J is a sum over the blocks, each least at the inverse
 of its own part of F_g. Masked gradients have zero entries outside the mask, so that the inverse is
-that of the restricted F_g there, and 1 / gamma on what was removed.
+that of the restricted F_g there, and 1 / gamma on removed weights.
 
 In a fixed Kronecker eigenbasis U (x) W, J is a sum over the eigenvalues S of Q, least at
-S = 1 / (lambda + gamma) with lambda = E[(U^T G W)^o2]. In the basis of K-FAC that is what EK-FAC
-makes of it (George et al. 2018, theorem 2).
+S = 1 / (lambda + gamma) with lambda = E[(U^T G W)^o2]. In the basis of K-FAC that is EK-FAC
+(George et al. 2018, theorem 2).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from fishleg.solvers.base import AbstractSolver, SolverState, total
 class ClosedFormSolver(AbstractSolver):
     """Replaces a dense or diagonal block, or an eigenbasis block's values, by the minimiser.
 
-    The lambda of an eigenbasis block are as many as the weights, and so noisy on few samples. They
-    are shrunk towards those of the start, rescaled to their sum: (1 - shrinkage) lambda +
-    shrinkage a lambda_start. At 0 the result is the minimiser of J on these very samples.
+    An eigenbasis block has as many lambda as weights, which are noisy on few samples. They are
+    shrunk towards those of the start, rescaled to their sum: (1 - shrinkage) lambda + shrinkage a
+    lambda_start. At 0 the result is the minimiser of J on these samples.
 
     Args:
         damping: gamma > 0.

@@ -16,12 +16,12 @@ from fishleg.errors import NotPositiveDefinite
 from fishleg.linalg import conjugate_gradient, invert_damped
 
 _CG_TOLERANCE = 1e-5
-_MARGIN = 0.3  # of the factor's former size, that a direction keeps which would have left the cone
+_MARGIN = 0.3  # of its former size that a direction keeps where it would leave the cone
 
 
 @dataclass(frozen=True, kw_only=True)
 class HalfStep:
-    """A factor after a half-step, and how that went.
+    """A factor after a half-step, and the report of the step.
 
     Attributes:
         factor: the new factor, symmetric positive definite.
@@ -126,8 +126,8 @@ def exact_step(
         other: the factor held.
         damping: gamma > 0.
         mask: survivors as (own, other), 0 or 1, in the factors' dtype.
-        iterations: of conjugate gradients at most. Few are better than many: the late ones reach
-            for directions of little curvature, which is where the minimiser leaves the cone.
+        iterations: of conjugate gradients at most. Few are better than many: late ones move along
+            directions of little curvature, in which the minimiser leaves the cone.
 
     Cost: about 4 n own^2 other FLOPs an iteration, and three iterations more.
     """
@@ -172,7 +172,7 @@ def _take(
     gap: Tensor,
     iterations: int = 0,
 ) -> HalfStep:
-    """Go the way `change`, or part of it, so that the factor stays positive definite and J falls.
+    """Take the step `change`, or part of it: the factor stays positive definite, and J falls.
 
     Args:
         operator: O, of the quadratic 1/2 <P, O(P)> - <P, rhs>.
@@ -183,7 +183,7 @@ def _take(
         iterations: for the report.
 
     Raises:
-        NotPositiveDefinite: not even a part of the way keeps it.
+        NotPositiveDefinite: even a part of the step loses it.
     """
     old = own.double()
     shortened = not _is_definite((old + change).to(own.dtype))
@@ -214,10 +214,10 @@ def _stop_short(old: Tensor, change: Tensor, gap: Tensor) -> Tensor:
     """Return a change that keeps `old` positive definite, and still lowers the quadratic.
 
     Seen from the old factor L L^T, the new one is 1 + e, e the eigenvalues of L^-1 change L^-T.
-    Where that would leave the cone, or come near its edge, it is stopped short; the other
-    directions go all their way. (Shortening the whole step freezes the factor: then one bad
-    direction holds up all others, in every sweep again.) Should the rest of the step not lead
-    downhill any more, the whole step is shortened after all.
+    Directions that would leave the cone, or come near its edge, are stopped short; the others take
+    their full step. (Shortening the whole step freezes the factor: one bad direction then blocks
+    all others, in every sweep.) If the clipped step does not lower the quadratic, the whole step
+    is shortened.
     """
     factor = torch.linalg.cholesky(old)
     white = torch.linalg.solve_triangular(factor, change, upper=False)

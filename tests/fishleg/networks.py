@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fishleg.gradients import Calibration, GradientSource
+from fishleg.calibration import Calibration
+from fishleg.gradients.source import GradientSource
 from fishleg.likelihoods import Categorical
 from fishleg.parameters import Partition, partition_parameters
 from tests.reference import Group

@@ -58,10 +58,10 @@ def dense(shape: tuple[int, int], size: int) -> Case:
     return DenseBlock(torch.stack(matrices), shape), expected
 
 
-def eigen(heads: int) -> Case:
-    left = torch.stack([orthogonal(3) for _ in range(heads)])
-    right = torch.stack([orthogonal(4) for _ in range(heads)])
-    values = positive(heads, 3, 4)
+def eigen(conv_groups: int) -> Case:
+    left = torch.stack([orthogonal(3) for _ in range(conv_groups)])
+    right = torch.stack([orthogonal(4) for _ in range(conv_groups)])
+    values = positive(conv_groups, 3, 4)
     bases = [torch.kron(u, w) for u, w in zip(left, right, strict=True)]
     parts = [b @ torch.diag(s.flatten()) @ b.T for b, s in zip(bases, values, strict=True)]
     return EigenBlock(left, right, values), torch.block_diag(*parts)
@@ -84,10 +84,10 @@ def tensor(*, scale: bool, bias: bool) -> Case:
     return block, scaled(torch.kron(out, columns), a)
 
 
-def shared(heads: int) -> Case:
-    matrices = [spd(4) for _ in range(heads)]
+def shared(conv_groups: int) -> Case:
+    matrices = [spd(4) for _ in range(conv_groups)]
     parts = [torch.kron(torch.eye(3, dtype=torch.float64), matrix) for matrix in matrices]
-    return SharedBlock(torch.stack(matrices), (3 * heads, 4)), torch.block_diag(*parts)
+    return SharedBlock(torch.stack(matrices), (3 * conv_groups, 4)), torch.block_diag(*parts)
 
 
 def woodbury(count: int) -> Case:

@@ -267,7 +267,7 @@ def test_the_output_that_counts_is_the_one_that_was_named(form, output):
 @pytest.mark.parametrize(
     ("form", "output", "message"),
     [
-        (lambda head, aside: (head, aside), None, "tuple with 0, 1; say with `Calling"),
+        (lambda head, aside: (head, aside), None, "tuple with 0, 1; choose one with `Calling"),
         (lambda head, aside: {"logits": head}, None, "dict with 'logits'"),
         (lambda head, aside: {"logits": head}, "logit", "did you mean 'logits'"),
         (lambda head, aside: (head, aside), 2, "Unknown output '2'.*Known: 0, 1"),

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from fishleg.calibration import Calibration
 from fishleg.certificate import certify, pruning_certificate
 from fishleg.errors import ShapeMismatch
 from fishleg.estimators import DiagonalFisher, FishLeg
-from fishleg.gradients import Calibration, GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.likelihoods import Categorical, Gaussian
 from fishleg.parameters import partition_parameters
 from tests import reference

@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
+from fishleg.calibration import Calibration
 from fishleg.errors import FishLegError, NotPositiveDefinite, UnknownName
-from fishleg.gradients import Calibration, GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.likelihoods import Categorical
 from fishleg.parameters import Partition, partition_parameters
 from fishleg.pruning import COMPENSATIONS, NETWORK, compensate, dense_masks

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from fishleg.blocks import EigenBlock
+from fishleg.calibration import Calibration
 from fishleg.estimators import KFAC, FishLeg
-from fishleg.gradients import Calibration, GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.likelihoods import Categorical
 from fishleg.parameters import partition_parameters
 from fishleg.solvers.base import SolverState

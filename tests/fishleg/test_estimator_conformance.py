@@ -22,7 +22,7 @@ from fishleg.estimators import (
     LayerHessian,
     Magnitude,
 )
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.parameters import Partition, partition_parameters
 from tests.fishleg.networks import Tied, mixed_source
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fishleg.blocks import DenseBlock, EigenBlock
+from fishleg.calibration import Calibration
 from fishleg.errors import FishLegError
 from fishleg.estimators import (
     EKFAC,
@@ -16,7 +17,7 @@ from fishleg.estimators import (
     LayerHessian,
     Magnitude,
 )
-from fishleg.gradients import Calibration, GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.likelihoods import Gaussian
 from fishleg.parameters import partition_parameters
 from tests.fishleg.networks import Tied, mixed_source, shake, source_of

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from fishleg.calibration import Calibration
 from fishleg.errors import FishLegError
 from fishleg.estimators import KFAC, OBS, FishLeg
-from fishleg.gradients import Calibration
 from fishleg.moments import accumulate, squares
 from tests.fishleg.networks import CLASSES, source_of
 

@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch import nn
 
+from fishleg.calibration import Calibration
 from fishleg.errors import FishLegError, ShapeMismatch, UnknownName
 from fishleg.fisher import fisher_vector_product
-from fishleg.gradients import Calibration, GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.likelihoods import Gaussian
 from fishleg.parameters import partition_parameters
 from tests.fishleg.networks import (

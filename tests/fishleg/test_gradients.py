@@ -4,9 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fishleg.capture import is_supported
+from fishleg.calibration import Calibration
 from fishleg.errors import FishLegError, ShapeMismatch, UnknownName
-from fishleg.gradients import Calibration, GradientSource
+from fishleg.gradients.layers import is_supported
+from fishleg.gradients.memory import held_bytes, pack_groups
+from fishleg.gradients.source import GradientSource
 from fishleg.likelihoods import Categorical, Gaussian
 from fishleg.parameters import partition_parameters
 from tests.fishleg.networks import (
@@ -350,12 +352,12 @@ def test_packs_fit_the_budget_in_order():
     source = mixed_source()
     size = {name: value.nbytes for name, value in source.hold(source.partition.names).items()}
     budget = size["grouped"]
-    packs = source.cut(source.partition.names, budget)
+    packs = pack_groups(source, source.partition.names, budget)
     assert [name for pack in packs for name in pack] == list(source.partition.names)
     assert all(sum(size[name] for name in pack) <= budget for pack in packs)
-    assert all(source.fits(name, budget) for name in source.partition.names)
-    assert not source.fits("grouped", budget - 1)
-    assert ["grouped"] in source.cut(source.partition.names, budget - 1)
+    assert all(held_bytes(source, name) <= budget for name in source.partition.names)
+    assert held_bytes(source, "grouped") > budget - 1
+    assert ["grouped"] in pack_groups(source, source.partition.names, budget - 1)
 
 
 @pytest.mark.parametrize("labels", ["sampled", "matched", "enumerated"])

@@ -11,8 +11,8 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from fishleg import Calibration, fisher_vector_product
-from fishleg.capture import evaluating
 from fishleg.errors import FishLegError
+from fishleg.modes import evaluating
 from tests.fishleg.networks import CLASSES, reference_groups, shake, source_of
 from tests.reference import dense_fisher, flat_vector
 

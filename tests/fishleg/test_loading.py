@@ -120,7 +120,7 @@ def test_what_shuffles_or_augments_shows_the_same_samples_in_each_pass_when_held
 def test_what_shuffles_or_augments_is_refused_when_streamed(changing):
     torch.manual_seed(0)
     streamed = StreamedCalibration(changing())
-    with pytest.raises(FishLegError, match="batch 0 is not what it was.*`Calibration.from_batches"):
+    with pytest.raises(FishLegError, match="batch 0 differs from that.*`Calibration.from_batches"):
         source = source_of(model(), streamed)
         source.hold(source.partition.names)
 

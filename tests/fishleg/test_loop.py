@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
+from fishleg.calibration import Calibration
 from fishleg.errors import FishLegError
 from fishleg.estimators import KFAC
 from fishleg.fisher import fisher_vector_product
-from fishleg.gradients import Calibration
 from tests.fishleg.networks import CLASSES, reference_groups, shake, source_of
 from tests.fishleg.test_gradients import EXACT, assert_matches_loop, by_loop, flat
 from tests.reference import dense_fisher, flat_vector

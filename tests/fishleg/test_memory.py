@@ -9,7 +9,8 @@ from torch import nn
 from fishleg.calibration import Calibration
 from fishleg.errors import CapacityExceeded, NotFitted
 from fishleg.estimators import MFAC, OBS, DiagonalFisher, FishLeg
-from fishleg.gradients import GradientSource
+from fishleg.gradients.memory import pass_bytes
+from fishleg.gradients.source import GradientSource
 from fishleg.memory import Footprint, available_bytes, peak
 from stages.models.resnet_cifar import resnet20
 from tests.fishleg.networks import source_of
@@ -107,24 +108,24 @@ def test_what_is_too_large_for_a_network_is_refused(
         estimator.blocks()
 
 
-def test_a_fit_goes_on_where_nobody_knows(resnet, monkeypatch):
+def test_a_fit_goes_on_where_the_free_memory_is_unknown(resnet, monkeypatch):
     monkeypatch.setattr("fishleg.estimators.base.available_bytes", lambda device: None)
     DiagonalFisher(resnet.partition, damping=1e-4).check_memory(resnet)
 
 
 def test_the_passes_of_a_batch_by_hand():
-    """8 numbers a sample saved for the backward pass: the input and what tanh gave."""
+    """8 numbers a sample saved for the backward pass: the input and the output of tanh."""
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
     inputs = Calibration(inputs=torch.randn(20, 3, dtype=torch.float64))
     numbers = (3 + 5) + (3 + 5) + 2 * (5 + 2)  # saved, inputs of layers, gradients of two batches
-    assert source_of(model, inputs, batch_size=10).pass_bytes == 10 * 8 * numbers
+    assert pass_bytes(source_of(model, inputs, batch_size=10)) == 10 * 8 * numbers
     labels = {"labels": "enumerated", "batch_size": 10}  # five samples, two labels each
     numbers = (3 + 5) + (3 + 5) + 2 * 2 * (5 + 2)
-    assert source_of(model, inputs, **labels).pass_bytes == 5 * 8 * numbers
+    assert pass_bytes(source_of(model, inputs, **labels)) == 5 * 8 * numbers
 
 
 @pytest.mark.parametrize("kind", [DiagonalFisher, OBS, MFAC, FishLeg])
-def test_few_samples_need_no_more_than_they_are(kind):
+def test_a_batch_that_the_samples_do_not_fill_needs_memory_for_the_samples_only(kind):
     """A batch that the samples do not fill takes their room, not its own."""
     model = nn.Sequential(nn.Linear(3, 50), nn.Tanh(), nn.Linear(50, 2))
     inputs = Calibration(inputs=torch.randn(2, 3))

@@ -15,6 +15,7 @@ from torch import nn
 import fishleg
 from fishleg import Calibration, Categorical, GradientSource
 from fishleg.errors import FishLegError
+from fishleg.gradients.memory import pass_bytes
 from fishleg.optim import FishLeg as FishLegOptimizer
 from fishleg.pruning import (
     Refinement,
@@ -139,7 +140,7 @@ def look(model):
     source = source_of(model)
     list(map(dict, source.layers()))
     list(map(dict, source.factored()))
-    return source.pass_bytes, source.report()
+    return pass_bytes(source), source.report()
 
 
 def multiply(model):

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fishleg.blocks import KroneckerBlock
 from fishleg.calibration import Calibration
-from fishleg.capture import LayerSignals
 from fishleg.errors import FishLegError, ShapeMismatch, UnknownName
-from fishleg.gradients import GradientSource
+from fishleg.gradients.layers import LayerSignals
+from fishleg.gradients.source import GradientSource
 from fishleg.likelihoods import Categorical, Gaussian
 from fishleg.objective import (
     curvature_and_trace,

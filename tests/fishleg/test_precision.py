@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from fishleg.calibration import Calibration
 from fishleg.estimators import KFAC, OBS, DiagonalFisher, FishLeg
 from fishleg.fisher import fisher_vector_product
-from fishleg.gradients import Calibration, GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.likelihoods import Categorical
 from fishleg.optim import FishLeg as FishLegOptimiser
 from fishleg.precision import compute_dtype, recast

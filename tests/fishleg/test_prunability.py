@@ -109,7 +109,7 @@ def test_what_is_listed_as_prunable_when_named_is():
         if reason.endswith("prunable when named"):
             assert name in prunable(partition_parameters(model, prunable=[name]))
         else:
-            with pytest.raises(FishLegError, match=f"names nothing that can be pruned: {name}"):
+            with pytest.raises(FishLegError, match=f"names no weight that can be pruned: {name}"):
                 partition_parameters(model, prunable=[name])
 
 
@@ -202,7 +202,7 @@ def test_a_bias_of_the_outputs_is_no_column_of_a_transposed_weight():
     assert [group.name for group in partition.groups] == ["0", "0.bias"]
     assert partition["0"].shape == (4, 18)
     assert partition["0"].transposed
-    assert partition["0"].heads == 2
+    assert partition["0"].conv_groups == 2
 
 
 def test_a_bilinear_weight_has_its_bias():

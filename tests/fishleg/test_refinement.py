@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fishleg.calibration import Calibration
 from fishleg.errors import FishLegError, UnknownName
 from fishleg.estimators import FishLeg, Magnitude
-from fishleg.gradients import GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.likelihoods import AbstractLikelihood, Categorical, Gaussian
 from fishleg.parameters import Partition, partition_parameters
 from fishleg.pruning import (

@@ -5,10 +5,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from fishleg.calibration import Calibration
 from fishleg.errors import FishLegError
 from fishleg.estimators import KFAC
-from fishleg.gradients import Calibration, GradientSource
-from fishleg.graph import count_uses
+from fishleg.gradients.graph import count_uses
+from fishleg.gradients.source import GradientSource
 from tests.fishleg.networks import CLASSES, shake, source_of
 from tests.fishleg.test_gradients import EXACT, by_loop, flat
 
@@ -98,9 +99,9 @@ def test_a_gate_that_opens_later_does_not_change_what_is_right(by):
 @pytest.mark.parametrize("by", ["product", "branch"])
 def test_layer_signals_are_none_once_the_layer_tells_less_than_its_gradient(by):
     source = gated_source(by)
-    assert (source.heads("layer") is None) == (by == "product")
+    assert (source.conv_groups("layer") is None) == (by == "product")
     open_gate(source.model)
-    assert source.heads("layer") is None
+    assert source.conv_groups("layer") is None
     held = source.hold(["head"])
     found = signalled(source)
     assert found.keys() == {"head"}
@@ -117,7 +118,7 @@ def test_signals_that_become_less_than_the_gradient_are_refused_and_the_next_fit
     if by == "sample":
         source.calibration.inputs[0, 0] = -1.0
         assert (source.calibration.inputs[:, 0] > 0).any()
-    with pytest.raises(FishLegError, match="layer.weight: in samples .* Fit once more"):
+    with pytest.raises(FishLegError, match="layer.weight: in samples .* Fit again"):
         estimator.fit(source)
     estimator.fit(source)
     assert signalled(source).keys() == {"head"}

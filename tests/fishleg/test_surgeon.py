@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
+from fishleg.calibration import Calibration
 from fishleg.errors import FishLegError
-from fishleg.gradients import Calibration, GradientSource
+from fishleg.gradients.source import GradientSource
 from fishleg.likelihoods import Categorical
 from fishleg.parameters import partition_parameters
 from fishleg.pruning import COMPENSATIONS, compensate, count_masks, cubic, prune_once, prune_to

@@ -57,10 +57,10 @@ def compare_bits(folder: Path, rank: int, size: int) -> None:
     ctx = Context(params=None, folder=folder, rank=rank, world_size=size)
     ctx.rendezvous = folder.with_name(f"{folder.name}-ranks").as_uri()
     said = []
-    with joined(ctx) as team:
+    with joined(ctx) as rank_group:
         for last in (True, rank == 0):
             try:
-                require_equal(team, {"w": torch.ones(3), "mask": torch.tensor([True, last])})
+                require_equal(rank_group, {"w": torch.ones(3), "mask": torch.tensor([True, last])})
                 said.append("equal")
             except RuntimeError as error:
                 said.append(str(error))

@@ -11,7 +11,7 @@ from ranks import run_jobs
 from running_stages import run_stage
 from torch import Tensor, nn
 
-from fishleg.team import ALONE, Team
+from fishleg.gradients.rank_group import ALONE, RankGroup
 from stages.batch_norm import whole_batches
 from stages.estimate import load_estimate
 from stages.model_folder import load_model, save_model
@@ -246,17 +246,17 @@ def test_each_goes_on_from_the_others_checkpoint(root: Path) -> None:
 
 
 @pytest.mark.parametrize("affine", [True, False])
-def test_batch_norm_over_a_team_is_torchs_own(affine: bool) -> None:
-    """With a team whose other half holds the same inputs, whose sums are therefore doubled."""
+def test_batch_norm_over_a_rank_group_is_torchs_own(affine: bool) -> None:
+    """With two ranks that hold the same inputs, so that their sums are doubled."""
     draw = torch.Generator().manual_seed(0)
     inputs = torch.randn(6, 3, 4, generator=draw, dtype=torch.float64)
     slopes = torch.randn(6, 3, 4, generator=draw, dtype=torch.float64)
     norms = [nn.BatchNorm1d(3, affine=affine, momentum=0.3).double() for _ in range(2)]
     outcomes = []
-    for norm, team in zip(norms, (ALONE, _Twins(0, 2)), strict=True):
-        copies = 2 if team.size == 1 else 1
+    for norm, rank_group in zip(norms, (ALONE, _Twins(0, 2)), strict=True):
+        copies = 2 if rank_group.size == 1 else 1
         leaf = torch.cat([inputs] * copies).requires_grad_()
-        with whole_batches(norm, team):
+        with whole_batches(norm, rank_group):
             outputs = norm(leaf)
         (outputs * torch.cat([slopes] * copies)).sum().backward()
         assert leaf.grad is not None
@@ -273,7 +273,7 @@ def test_batch_norm_over_a_team_is_torchs_own(affine: bool) -> None:
     assert_near(*outcomes, rtol=1e-12)
 
 
-class _Twins(Team):
+class _Twins(RankGroup):
     """Two ranks in one process: what the other one holds is the same."""
 
     def sum(self, tensors: Any) -> None:

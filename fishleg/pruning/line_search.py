@@ -1,4 +1,4 @@
-"""Settling: how far of the way that a run has gone is worth keeping, by samples it has not seen."""
+"""Line search after a refinement: the best point on its path, by held-out samples."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class RefinementReport:
-    """What a refinement has come to.
+    """The result of a refinement.
 
     Attributes:
-        kept: the fraction of its way that was kept, in [0, 1]; 1 where nothing was held out.
+        kept: the fraction of its path that is kept, in [0, 1]; 1 where nothing was held out.
         begin: D at the beginning, in nats.
-        end: D at the end of the way, on the same samples.
-        divergence: D where the model is now, on the same samples.
-        held_out: whether the run has not seen these samples.
+        end: D at the end of the path, on the same samples.
+        divergence: D at the point kept, on the same samples.
+        held_out: whether the samples were held out of the run.
     """
 
     kept: float
@@ -31,7 +31,7 @@ class RefinementReport:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What a person should know, a sentence each."""
+        """Warnings for the user, a sentence each."""
         path = f"{self.begin:.3g} nats before, {self.end:.3g} after all steps"
         if self.kept == 0.0:
             return (
@@ -48,30 +48,30 @@ class RefinementReport:
 
 
 @torch.no_grad()
-def settle(
+def search_line(
     model: nn.Module,
     before: Mapping[str, Tensor],
     divergence: Callable[[nn.Module], float],
     fractions: Sequence[float] = FRACTIONS,
 ) -> RefinementReport:
-    """Move a model back along the straight line to where it was, to the best point on it.
+    """Move a model back along the straight line to its former state, to the best point on it.
 
         w(a) = (1 - a) before + a after,   a = argmin over `fractions` of D(w(a)),
 
-    for weights and running statistics alike; what was 0 at both ends is 0 all along. A refinement
-    lowers the divergence on its own samples, and on others mostly, but not by as much; where little
-    was damaged, its steps may do more harm than good. With a = 0 among the fractions the result is
-    never worse on the samples of D than what was there before.
+    for weights and running statistics; zeros of both ends stay 0. A refinement lowers the
+    divergence on its own samples, and less on others; where pruning did little damage, its steps
+    may do more harm than good. With a = 0 among the fractions the result is never worse on the
+    samples of D than the model before the refinement.
 
     Args:
-        model: where the run has ended; moved in place.
-        before: the model's state dict at the beginning, copied then.
-        divergence: D of a model, on samples that the run has not seen.
-        fractions: tried in this order, each in [0, 1], 0 and 1 among them; the first of equals is
-            taken.
+        model: at the end of the run; moved in place.
+        before: a copy of the model's state dict at the beginning.
+        divergence: D of a model, on samples held out of the run.
+        fractions: tried in this order, each in [0, 1], 0 and 1 among them; the first of equals
+            wins.
 
     Returns:
-        The fraction taken, and D at both ends and there.
+        The fraction taken, and D at both ends and at that point.
 
     Raises:
         ValueError: 0 or 1 is not among the fractions.

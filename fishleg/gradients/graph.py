@@ -1,8 +1,8 @@
-"""How often an autograd graph uses a parameter, counted edge by edge.
+"""Counts of the operations in an autograd graph that use a parameter.
 
-A layer's hook tells the gradient of its weight only if nothing else uses the weight. No trial at
-some weights can tell: a second use may be multiplied by a gate that is 0 today. The graph can: what
-is multiplied by 0 stands in it, and what is not computed is not there, in this batch at least.
+A layer's hook gives the gradient of its weight only if nothing else uses the weight. A trial at
+some weights cannot show that: a second use may be multiplied by a gate that is 0 there. The graph
+shows it: it contains factors that are multiplied by 0, and no operation that this batch skips.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _PASSING = {
 
 @dataclass(frozen=True)
 class Uses:
-    """What a model's outputs were computed from.
+    """The operations and parameters that a model's outputs are computed from.
 
     Attributes:
         nodes: all nodes of the graph.
         counts: id of a leaf tensor -> operations that use it.
-        hides: a part of the model stands in the graph as one node that does not show what it uses.
+        hides: whether a part of the model is one node, which hides the parameters that it uses.
     """
 
     nodes: frozenset[Node]
@@ -43,15 +43,15 @@ class Uses:
     hides: bool = False
 
     def of(self, parameter: Tensor) -> int:
-        """Return how many operations use a parameter; two for what cannot be looked into."""
+        """Return the number of operations that use a parameter; 2 where a node hides its uses."""
         return self.counts.get(id(parameter), 0)
 
 
 def count_uses(outputs: Tensor) -> Uses:
     """Count the uses of all leaf tensors in the graph of `outputs`.
 
-    A conversion or view of a leaf is no use, but its own uses are. A custom function may use what
-    it is given in any way, and counts as several.
+    A conversion or view of a leaf is no use, but its own uses are. A custom function may use its
+    inputs in any way, and counts as several.
 
     Cost: about two microseconds a node, on the host.
     """

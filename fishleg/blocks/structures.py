@@ -1,69 +1,16 @@
-"""Where the solvers start: a first Q from cheap statistics, fitted into any structure."""
+"""Structures of blocks: their sizes, and their fits to a Kronecker start."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from fishleg.blocks.base import AbstractBlock
 from fishleg.blocks.dense import DenseBlock, chunk_count
 from fishleg.blocks.diagonal import DiagonalBlock
 from fishleg.blocks.kronecker import KroneckerBlock
 from fishleg.blocks.tensor import TensorBlock
-from fishleg.linalg import invert_damped
 from fishleg.options import Structure
 from fishleg.parameters import ParameterGroup
-
-_POWER_ITERATIONS = 100
-
-
-def identity_start(shape: tuple[int, int], damping: float, like: Tensor) -> KroneckerBlock:
-    """Return I / gamma, in the dtype and on the device of `like`: the Q of a Fisher of zero."""
-    factors = (damping**-0.5 * torch.eye(n, dtype=like.dtype, device=like.device) for n in shape)
-    return KroneckerBlock(*factors)
-
-
-def diagonal_start(fisher: Tensor, damping: float, *, scaled: bool) -> KroneckerBlock:
-    """Return 1 / (F_ii + gamma): exactly, as a scale, or its best Kronecker fit without one.
-
-    The best fit in the Frobenius norm to the diagonal matrix diag(vec D) is diag(x) (x) diag(y)
-    with x y^T the best rank-one fit to D, found by power iterations. Both are positive, as D is.
-
-    Args:
-        fisher: diag F as a matrix (rows, columns), >= 0.
-        damping: gamma > 0.
-        scaled: whether the block may have a scale.
-    """
-    inverse = 1.0 / (fisher + damping)
-    if scaled:
-        b, c = (torch.eye(n, dtype=fisher.dtype, device=fisher.device) for n in fisher.shape)
-        return KroneckerBlock(b, c, inverse.sqrt())
-    y = inverse.mean(0)
-    for _ in range(_POWER_ITERATIONS):
-        x = inverse @ (y / torch.linalg.vector_norm(y))
-        y = inverse.mT @ (x / torch.linalg.vector_norm(x))
-    size = torch.linalg.vector_norm(y)
-    x, y = x / torch.linalg.vector_norm(x) * size.sqrt(), y / size.sqrt()
-    return KroneckerBlock(x.diag(), y.diag())
-
-
-def factored_start(row: Tensor, column: Tensor, damping: float) -> KroneckerBlock:
-    """Return the damped inverse of the Kronecker product of two second moments, F ~ row (x) column.
-
-        B = (row + sqrt(gamma) / pi I)^-1,   C = (column + pi sqrt(gamma) I)^-1,
-
-    pi^2 the ratio of their mean eigenvalues, column's to row's (Martens and Grosse, 2015, eq. 31).
-
-    Args:
-        row: (rows, rows), symmetric positive semi-definite.
-        column: (columns, columns), the same.
-        damping: gamma > 0.
-    """
-    means = [float(moment.diagonal().mean()) for moment in (row, column)]
-    ratio = (means[1] / means[0]) ** 0.5 if min(means) > 0 else 1.0  # no gradient at all: F = 0
-    b = invert_damped(row.double(), damping**0.5 / ratio)
-    c = invert_damped(column.double(), damping**0.5 * ratio)
-    return KroneckerBlock(b, c)
 
 
 def fit_structure(
@@ -71,11 +18,11 @@ def fit_structure(
 ) -> AbstractBlock:
     """Return a positive definite block of the given structure near `start`.
 
-    Dense and diagonal structures take their part of Q as it is. The tensor structure takes partial
+    Dense and diagonal structures copy their part of Q. The tensor structure takes partial
     traces of the column factor, exact where that is a product, and the bias's own entry.
 
     Args:
-        start: what a start above returned; unscaled for structures without a scale.
+        start: from `solvers.starts`; unscaled for structures without a scale.
         structure: the structure wanted.
         kernel: positions of the kernel, k k, for the tensor structure; a column beyond in k k is
             the bias.
@@ -101,14 +48,14 @@ def fit_structure(
 
 
 def count_numbers(
-    structure: Structure, group: ParameterGroup, *, heads: int, block_size: int
+    structure: Structure, group: ParameterGroup, *, conv_groups: int, block_size: int
 ) -> int:
-    """Return how many numbers a block of the given structure holds, padding included.
+    """Return the count of numbers that a block of a structure holds, padding included.
 
     Args:
         structure: of the block.
         group: r rows and c columns.
-        heads: h, convolution groups of an eigenbasis.
+        conv_groups: h, convolution groups of an eigenbasis.
         block_size: b, of the block structure.
 
     Returns:
@@ -121,7 +68,7 @@ def count_numbers(
     if structure == "diagonal":
         return group.size
     if structure == "eigen":
-        return group.rows**2 // heads + heads * group.columns**2 + group.size
+        return group.rows**2 // conv_groups + conv_groups * group.columns**2 + group.size
     scale = group.size if structure.endswith("_scaled") else 0
     if structure.startswith("kronecker"):
         return group.rows**2 + group.columns**2 + scale

@@ -1,4 +1,4 @@
-"""Linear algebra: conjugate gradients on tensors of any shape, and inverses of damped matrices.
+"""Conjugate gradients on tensors of any shape.
 
 A vector is a tensor of any one shape; the inner product sums over all its entries. So a system
 over the matrix of a parameter group, or over symmetric matrices, is solved without flattening.
@@ -101,26 +101,3 @@ def conjugate_gradient(
 def _dot(a: Tensor, b: Tensor) -> float:
     """Return the sum over all entries of a b."""
     return float((a * b).sum())
-
-
-def invert_damped(matrices: Tensor, damping: float) -> Tensor:
-    """Return (matrices + damping I)^-1 by Cholesky, (..., b, b), symmetric to the last bit.
-
-    Args:
-        matrices: (..., b, b), symmetric positive semi-definite; give float64 where you can: the
-            relative error is about the condition number times the rounding unit.
-        damping: gamma > 0.
-
-    Raises:
-        NotPositiveDefinite: the factorisation breaks down in spite of the damping.
-    """
-    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-    factor, info = torch.linalg.cholesky_ex(matrices + damping * eye)
-    if bool(info.any()):
-        raise NotPositiveDefinite(
-            f"{int(info.count_nonzero())} of {info.numel()} curvature blocks are not positive "
-            f"definite with damping {damping:g}; expected a positive semi-definite Fisher. "
-            "Raise the damping, or look for gradients that are not finite."
-        )
-    inverse = torch.cholesky_inverse(factor)
-    return (inverse + inverse.mT) / 2

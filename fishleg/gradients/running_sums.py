@@ -10,36 +10,37 @@ import torch
 from torch import Tensor
 
 from fishleg.errors import FishLegError
-from fishleg.gradients import GradientSource
+from fishleg.gradients.rank_group import RankGroup
+from fishleg.gradients.source import GradientSource
 from fishleg.loading import checksum
-from fishleg.team import Team
 
-MEETINGS = 8  # of a team in a pass, about: what it may lose is the share between two of them
+REDUCTIONS = 8  # of a rank group in a pass, about; an interruption loses the work since the last
 Progress = Callable[[int], None]
 Sums = dict[str, list[Tensor]]
 
 
 class Add(Protocol):
-    """Adds to the sums what a batch gives, and returns how many gradient rows it has."""
+    """Adds the statistics of a batch to the sums, and returns the batch's gradient rows."""
 
     def __call__(self, sums: Sums, batch: Mapping[str, Any], first_row: int) -> int:
         """Add a batch, whose first row has the number `first_row` in the whole pass."""
 
 
 @dataclass
-class Tally:
-    """How far a pass over the data is, and its sums.
+class RunningSums:
+    """The sums of a pass over the data, and how far the pass is.
 
-    The members of a team add up their parts of the data, and meet a few times in a pass, always
-    after the same batches, to put their sums together: the bits depend on the size of the team, but
-    not on where a pass was interrupted. A tally is as of the last meeting, the same on all. Parts
-    belong to a number of processes: another number begins the pass again.
+    Each process of a rank group sums over its part of the data. A few times in a pass, always
+    after the same batches, the processes add up their sums: the bits depend on the size of the
+    rank group, and not on where a pass was interrupted. The state here is that of the last
+    reduction, the same in all processes. Parts belong to a number of processes: with another
+    number the pass starts over.
 
     Attributes:
         rounds: batches that each process has done.
-        processes: how many there are.
-        whole: whether the pass is at its end; it is not begun again then.
-        sums: group name -> sums over the batches, of all processes.
+        processes: their number.
+        whole: whether the pass is complete; `run` then does nothing.
+        sums: group name -> sums over the batches of all processes.
     """
 
     rounds: int = 0
@@ -54,60 +55,60 @@ class Tally:
         add: Add,
         progress: Progress | None = None,
     ) -> None:
-        """Go on to the end of the pass.
+        """Complete the pass from its present state.
 
-        Memory: in a team the sums are there twice.
+        Memory: each process of a rank group holds the sums twice.
 
         Args:
-            source: of the data; a team shares the pass.
+            source: of the data; a rank group shares the pass.
             stream: yields the batches of a source.
-            add: adds one of them.
-            progress: told the gradient rows done so far; may take a copy of the tally.
+            add: adds a batch.
+            progress: is given the gradient rows done so far; may copy this object.
 
-        A FishLegError if the processes of a team have not the same samples.
+        A FishLegError if the processes of a rank group do not have the same samples.
         """
         if self.whole:
             return
-        team, part = source.team, source.shared()
-        if team.size > 1:
+        ranks, part = source.rank_group, source.shared()
+        if ranks.size > 1:
             _check_samples(source)
-        if self.processes != team.size:
-            self.rounds, self.processes = 0, team.size
+        if self.processes != ranks.size:
+            self.rounds, self.processes = 0, ranks.size
             self.sums.clear()
         rest = part.after(self.rounds)
         batches, row = stream(rest), rest.first_row
         own = self.sums
-        if team.size > 1:  # alone, what is added is at once what all have
+        if ranks.size > 1:  # a single process adds to the common sums directly
             own = {n: [torch.zeros_like(one) for one in sums] for n, sums in self.sums.items()}
         last = source.longest_part
-        every = 1 if team.size == 1 else -(-last // MEETINGS)
+        every = 1 if ranks.size == 1 else -(-last // REDUCTIONS)
         for rounds in range(self.rounds + 1, last + 1):
             batch = next(batches, None)  # the parts differ by a sample, and so perhaps by a batch
             if batch is not None:
                 row += add(own, batch, row)
             if rounds % every == 0 or rounds == last:
-                if team.size > 1:
-                    _meet(team, own, self.sums)
+                if ranks.size > 1:
+                    _reduce(ranks, own, self.sums)
                 self.rounds = rounds
             if progress is not None:
-                progress(min((row - part.first_row) * team.size, source.rows))
+                progress(min((row - part.first_row) * ranks.size, source.rows))
         _check_finite(source, stream, self.sums)
         self.whole = True
 
 
 def _check_samples(source: GradientSource) -> None:
-    """Check that all processes of a team have the same samples, by number and first batch.
+    """Check that all processes of a rank group have the same samples, by number and first batch.
 
-    Each takes a part of its own: of a loader that each has shuffled by itself, the parts would
-    neither be all samples nor different ones.
+    Each process takes its own part: of a loader that each process shuffles by itself, the parts
+    would overlap and leave samples out.
 
     Raises:
-        FishLegError: they have not; in all processes alike.
+        FishLegError: the samples differ; raised in all processes.
     """
     batch = next(source.batches())
     mine = [len(source.calibration), checksum((batch.inputs, batch.targets, batch.indices))]
-    _, first = source.team.share({}, mine)
-    if source.team.any(mine != first):
+    _, first = source.rank_group.broadcast({}, mine)
+    if source.rank_group.any(mine != first):
         raise FishLegError(
             "Calibration samples: expected the same ones in the same order in all processes, got "
             "others in some; seed a loader that shuffles or augments alike in each of them."
@@ -119,10 +120,10 @@ def _check_finite(
     stream: Callable[[GradientSource], Iterator[Mapping[str, Any]]],
     sums: Sums,
 ) -> None:
-    """Check the sums of a pass, and go through it once more if one is spoilt.
+    """Check the sums of a pass; where one is not finite, repeat the pass to find the sample.
 
     Raises:
-        FishLegError: a sum is not finite; with the sample that is to blame, if one alone is.
+        FishLegError: a sum is not finite; names the sample, if one sample alone causes it.
     """
     wrong = [n for n, parts in sums.items() if not all(bool(x.isfinite().all()) for x in parts)]
     if not wrong:
@@ -130,15 +131,15 @@ def _check_finite(
     for _ in stream(source.thorough().shared()):
         pass
     raise FishLegError(
-        f"{', '.join(wrong)}: expected finite sums over the gradients, got others, though what "
-        "each sample's are made of is finite: they overflow. Scale the inputs or the loss down, or "
+        f"{', '.join(wrong)}: expected finite sums over the gradients, got others, though each "
+        "sample's gradient is finite: the sums overflow. Scale the inputs or the loss down, or "
         "use float64."
     )
 
 
-def _meet(team: Team, own: Sums, common: Sums) -> None:
-    """Move what each process has summed into the sums of all."""
-    team.sum(tensor for sums in own.values() for tensor in sums)
+def _reduce(ranks: RankGroup, own: Sums, common: Sums) -> None:
+    """Move the sums of each process into the common sums."""
+    ranks.sum(tensor for sums in own.values() for tensor in sums)
     for name, sums in own.items():
         totals = common.setdefault(name, [torch.zeros_like(one) for one in sums])
         for total, one in zip(totals, sums, strict=True):

@@ -1,8 +1,8 @@
-"""Several processes at one job: each takes a part of the data, or makes a part of the blocks.
+"""A group of ranks that share a fit: each takes a part of the data, or makes a part of the blocks.
 
-They are the ranks of torch.distributed's default process group, which their launcher has set
-up. Every rank must call the methods that talk to the others equally often and in the same order.
-What travels is raw bytes and JSON, never a pickle.
+The ranks are those of torch.distributed's default process group, which their launcher has set up.
+All ranks must call the communicating methods equally often and in the same order. Messages are raw
+bytes and JSON, never pickles.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from fishleg.checks import check_integer
 
 
 @dataclass(frozen=True)
-class Team:
-    """This process's place among those that share a job; by default it is alone, and silent.
+class RankGroup:
+    """This process's rank among those that share a fit; by default a single one, without messages.
 
     Attributes:
         rank: of this process, 0 <= rank < size.
-        size: number of processes.
+        size: number of ranks.
     """
 
     rank: int = 0
@@ -36,12 +36,12 @@ class Team:
         check_integer("size", self.size)
 
     def part(self, count: int, rank: int | None = None) -> slice:
-        """Return a rank's part of `count` things in a row (default: this one's), in rank order."""
+        """Return a rank's part of `count` items (default: this rank's), in rank order."""
         rank = self.rank if rank is None else rank
         return slice(rank * count // self.size, (rank + 1) * count // self.size)
 
-    def deal(self, costs: Mapping[str, float]) -> dict[str, int]:
-        """Return name -> its rank: the most expensive first, to the least-loaded rank."""
+    def assign(self, costs: Mapping[str, float]) -> dict[str, int]:
+        """Return name -> its rank: most expensive first, to the least-loaded rank."""
         loads = [0.0] * self.size
         owners = {}
         for name in sorted(costs, key=lambda name: -costs[name]):  # stable: ties keep their order
@@ -50,7 +50,7 @@ class Team:
         return owners
 
     def sum(self, tensors: Iterable[Tensor]) -> None:
-        """Put in place of each tensor its sum over the ranks, with the same bits on all of them."""
+        """Replace each tensor by its sum over the ranks, with the same bits on all ranks."""
         if self.size > 1:
             for tensor in tensors:
                 whole = tensor.contiguous()
@@ -64,7 +64,7 @@ class Team:
         self.sum([count])
         return bool(count)
 
-    def share(
+    def broadcast(
         self,
         tensors: Mapping[str, Tensor],
         meta: Any = None,
@@ -72,13 +72,13 @@ class Team:
         owner: int = 0,
         device: str = "cpu",
     ) -> tuple[dict[str, Tensor], Any]:
-        """Return the tensors and the JSON-able `meta` that rank `owner` gave; others' are ignored.
+        """Return the tensors and the JSON-able `meta` of rank `owner`; those of others are ignored.
 
         Args:
             tensors: name -> tensor of any dtype and shape.
-            meta: what is to be known besides.
-            owner: the rank whose values count.
-            device: where the other ranks get the tensors; of the kind that the owner's are on.
+            meta: further values.
+            owner: the rank that sends.
+            device: of the received tensors; of the same kind as the owner's.
         """
         if self.size == 1:
             return dict(tensors), meta
@@ -101,7 +101,7 @@ class Team:
         return found, meta
 
 
-ALONE = Team()
+ALONE = RankGroup()
 
 
 def _broadcast_bytes(tensor: Tensor, owner: int) -> None:

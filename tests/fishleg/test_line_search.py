@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fishleg.pruning import RefinementReport, settle
+from fishleg.pruning import RefinementReport, search_line
 
 
 def states() -> tuple[nn.Module, dict[str, torch.Tensor]]:
@@ -27,7 +27,7 @@ def test_the_best_fraction_is_taken_and_everything_moves_to_it() -> None:
     def distance(model: nn.Module) -> float:
         return (model[0].weight - (weight + 1.9)).abs().max().item()
 
-    report = settle(model, before, distance)
+    report = search_line(model, before, distance)
     assert report.kept == 0.5
     assert abs(report.begin - 1.9) < 1e-12
     assert abs(report.end - 2.1) < 1e-12
@@ -42,16 +42,18 @@ def test_the_best_fraction_is_taken_and_everything_moves_to_it() -> None:
 def test_the_ends_are_exact_and_the_first_of_equals_wins() -> None:
     model, before = states()
     end = copy.deepcopy(model.state_dict())
-    assert settle(model, before, lambda m: -m[0].weight.sum().item()).kept == 1.0
+    assert search_line(model, before, lambda m: -m[0].weight.sum().item()).kept == 1.0
     assert all(torch.equal(one, end[name]) for name, one in model.state_dict().items())
-    found = settle(model, before, lambda _: 7.0)
+    found = search_line(model, before, lambda _: 7.0)
     assert (found.kept, found.divergence) == (0.0, 7.0)
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
 
 
 def test_a_refinement_of_which_nothing_is_kept_says_so() -> None:
     model, before = states()
-    found = settle(model, before, lambda m: m[0].weight.sum().item() - before["0.weight"].sum())
+    found = search_line(
+        model, before, lambda m: m[0].weight.sum().item() - before["0.weight"].sum()
+    )
     (warning,) = found.warnings
     assert "Nothing of the refinement is kept" in warning
     assert "0 nats before, 24 after" in warning
@@ -69,4 +71,4 @@ def test_a_refinement_that_ends_worse_than_it_began_says_so() -> None:
 def test_settling_needs_both_ends() -> None:
     model, before = states()
     with pytest.raises(ValueError, match="expected 0 and 1 among them"):
-        settle(model, before, lambda _: 1.0, fractions=(0.5, 1.0))
+        search_line(model, before, lambda _: 1.0, fractions=(0.5, 1.0))

@@ -9,13 +9,9 @@ import torch
 from torch import Tensor
 
 from fishleg.blocks import DenseBlock, TensorBlock
-from fishleg.warmstart import (
-    Structure,
-    diagonal_start,
-    factored_start,
-    fit_structure,
-    identity_start,
-)
+from fishleg.blocks.structures import fit_structure
+from fishleg.options import Structure
+from fishleg.solvers.starts import diagonal_start, factored_start, identity_start
 from tests import reference
 
 DAMPING = 0.01

@@ -1,4 +1,4 @@
-"""Per-sample gradients of single layers, from what a layer saw and what came back to it.
+"""Per-sample gradients of single layers, from a layer's input and the gradient of its output.
 
 Notation: n samples, D label draws a sample, T positions (tokens, pixels; 1 for plain vectors),
 h convolution groups, c = in/groups k k columns. A layer's input a has n rows; gradients g with
@@ -8,17 +8,11 @@ multiply-add as two.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
-import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.grad import conv2d_weight
 
 from fishleg.precision import widen
@@ -31,7 +25,7 @@ _FORWARDS = {
 
 @dataclass(frozen=True)
 class LayerSignals:
-    """What a linear or convolution layer saw and got back.
+    """The inputs of a linear or convolution layer, and the gradients of its outputs.
 
     For sample n, draw d and the rows of convolution group k (h = 1 where there are no groups) the
     gradient is G = sum_t output_gradients[n, d, k, t] activations[n, k, t]^T.
@@ -43,116 +37,6 @@ class LayerSignals:
 
     activations: Tensor
     output_gradients: Tensor
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a module: its input, and where autograd has the gradient of its output.
-
-    The edge is taken before an in-place operation can change the output.
-    """
-
-    activation: Tensor
-    edge: GradientEdge
-    output_shape: torch.Size
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put `model` in evaluation mode with autograd on; restore every module's flag afterwards.
-
-    Recurrent layers do without cuDNN, which takes no gradient in evaluation mode, nor a second one.
-    """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.enable_grad(), _without_cudnn(model):
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def _without_cudnn(model: nn.Module) -> Iterator[None]:
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    if not recurrent or not torch.cuda.is_available():
-        yield
-        return
-    with torch.backends.cudnn.flags(enabled=False):
-        yield
-
-
-@contextmanager
-def transformable() -> Iterator[None]:
-    """Keep attention from fused kernels, which have no vmap rule and no forward-mode derivative.
-
-    Where torch loops because an operator has no vmap rule, the result is right, if slower: torch's
-    remark that it does so is not for our users, who are told which path each parameter takes.
-    """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-@contextmanager
-def recording(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]:
-    """Record the calls of `modules` while the block runs; yields module name -> calls in order.
-
-    Calls whose output is no tensor, or has no gradient, are left out.
-    """
-    calls: dict[str, list[Call]] = {name: [] for name in modules}
-
-    def hook_for(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            activation = args[0] if args else kwargs["input"]
-            if isinstance(output, Tensor) and output.requires_grad:
-                edge = get_gradient_edge(output)
-                calls[name].append(Call(activation.detach(), edge, output.shape))
-
-        return hook
-
-    handles = [
-        # before hooks of others, which may return another output
-        module.register_forward_hook(hook_for(name), with_kwargs=True, prepend=True)
-        for name, module in modules.items()
-    ]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def output_gradients(calls: Sequence[Call], losses: Sequence[Tensor]) -> list[Tensor]:
-    """Return for each call d loss / d output, (n, D, ...), the D scalar losses in dimension 1.
-
-    The graph is kept. Cost: D backward passes without weight gradients, about one forward each.
-    """
-    edges = [call.edge for call in calls]
-    by_loss = [
-        torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
-        for loss in losses
-        if edges
-    ]
-    return [
-        _stack(gradients, call.output_shape, losses[0])
-        for call, gradients in zip(calls, zip(*by_loss, strict=True), strict=True)
-    ]
-
-
-def _stack(gradients: Sequence[Tensor | None], shape: torch.Size, like: Tensor) -> Tensor:
-    """Stack in dimension 1, with None as zeros; without a copy where there is only one."""
-    full = [like.new_zeros(shape) if g is None else g for g in gradients]
-    return full[0].unsqueeze(1) if len(full) == 1 else torch.stack(full, dim=1)
-
-
-# ----------------------------------------------------------------------------- single layers
 
 
 def is_supported(module: nn.Module) -> bool:
@@ -215,9 +99,9 @@ def layer_signals(module: nn.Module, a: Tensor, g: Tensor, *, bias: bool) -> Lay
     Cost: a convolution's unfolded input takes 4 n T c h bytes in float32, c = in/groups k k.
     """
     if isinstance(module, nn.Conv2d):
-        heads = module.groups
-        activations = _unfold(module, a).unflatten(1, (heads, -1)).mT
-        gradients = g.flatten(3).unflatten(2, (heads, -1)).mT
+        conv_groups = module.groups
+        activations = _unfold(module, a).unflatten(1, (conv_groups, -1)).mT
+        gradients = g.flatten(3).unflatten(2, (conv_groups, -1)).mT
     else:
         activations = a.reshape(a.shape[0], 1, -1, a.shape[-1])
         gradients = g.reshape(*g.shape[:2], 1, -1, g.shape[-1])
