@@ -63,13 +63,12 @@ stages:
 class Cluster(AbstractExecutor):
     """Warm workers, with as many queued cells as on a larger cluster.
 
-    The local executor hands out few more tasks than there are CPUs, which says nothing of a driver
-    that has many to listen to.
+    The local executor submits few more tasks than there are CPUs, which is no load for a driver.
 
     Args:
-        workers: how many there are.
-        flights: how many tasks are out at once, at work or in line.
-        environment: the workers'.
+        workers: their number.
+        flights: maximum number of submitted tasks, running or queued.
+        environment: of the workers.
     """
 
     def __init__(self, workers: int, flights: int, environment: dict[str, str]):

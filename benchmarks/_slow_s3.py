@@ -2,8 +2,8 @@
 
     python -m benchmarks._slow_s3 PORT DELAY_S
 
-is that way: it prints a port of this machine, where requests go on to PORT after DELAY_S each. Once
-its input closes it prints how many there were, and ends.
+is the link: it prints a port of this machine, and forwards each request to PORT after DELAY_S.
+When its input closes, it prints the number of requests, and ends.
 """
 
 from __future__ import annotations

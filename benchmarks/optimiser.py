@@ -182,7 +182,7 @@ def _data_folder() -> Path:
 def _run(
     problem: Problem, params: dict[str, Any], settings: dict[str, float], steps: int
 ) -> dict[str, Any]:
-    """Train for so many steps, the learning rate falling along a half cosine to 0."""
+    """Train for `steps` steps, with a half-cosine learning rate down to 0."""
     network = problem.build()
     optimizer = _optimizer(network, problem.likelihood, params, settings)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
