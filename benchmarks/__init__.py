@@ -1,1 +1,1 @@
-"""The project's claims, each as something that anyone can run again."""
+"""The project's claims, each as a repeatable benchmark."""

@@ -38,12 +38,12 @@ def run(
     names: Annotated[list[str], typer.Argument(help="The benchmarks; none for all.")] = ALL,
     only: Annotated[
         str | None,
-        typer.Option(help="Run the cells whose names fit; * stands for any text."),
+        typer.Option(help="Run the cells whose names match; * matches any text."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where the results are kept.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="The folder of the results.")] = RESULTS,
     stop_after: StopOption = None,
 ) -> None:
-    """Run the cells that are not finished, and keep each result as JSON."""
+    """Run the unfinished cells, and keep each result as JSON."""
     console = RedactingConsole()
     stop_s = math.inf if stop_after is None else time.monotonic() + stop_after
     code = 0
@@ -62,11 +62,11 @@ def run(
 def _run_script(
     benchmark: Benchmark, out: Path, only: str | None, console: Console, left_s: float | None
 ) -> int:
-    """Run a module's cells, say which failed, and return the exit code."""
+    """Run a module's cells, print the failed ones, and return the exit code."""
     try:
         failed = run_script(benchmark, out, only, console, left_s)
     except subprocess.TimeoutExpired:
-        console.print("Stopped. The same command goes on from here.")
+        console.print("Stopped. The same command resumes.")
         return 128 + signal.SIGTERM
     for cell, reason in failed.items():
         console.print(f"{benchmark.name}: {cell}: {reason}", markup=False, soft_wrap=True)
@@ -75,7 +75,7 @@ def _run_script(
 
 @app.command()
 def report() -> None:
-    """Make docs/results.md from the results that are kept."""
+    """Write docs/results.md from the stored results."""
     write_report()
 
 

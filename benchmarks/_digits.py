@@ -1,4 +1,4 @@
-"""The network of the paper's claims: a residual one on the digits, whose full Fisher can be had."""
+"""The network of the paper's claims: residual, on the digits, small enough for its full Fisher."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NETWORK: dict[str, Any] = {"width": 10, "hidden": 15, "epochs": 30}
 
 @dataclass(frozen=True, kw_only=True)
 class Digits:
-    """The trained network, its data, and where it is kept.
+    """The trained network, its data, and its folder.
 
     Attributes:
         folder: of the model, as stage `pretrain` wrote it.
@@ -40,7 +40,7 @@ class Digits:
     partition: Partition
 
     def gradients(self, model: Model, *, samples: int, labels: Labels, seed: int) -> GradientSource:
-        """Return the gradients of a model on so many calibration samples."""
+        """Return the gradients of a model on `samples` calibration samples."""
         plan = CalibrationPlan(samples=samples, labels=labels, draws=1, batch_size=128, seed=seed)
         return plan.gradients(model, self.partition, self.dataset)
 
@@ -53,7 +53,7 @@ class Digits:
         return measure(model.network, self.dataset, self.dataset.test)["accuracy"]
 
     def context(self, params: Params, folder: Path) -> Context:
-        """Return what a stage needs to run on the network; it makes no checkpoints."""
+        """Return a context in which a stage runs on the network, without checkpoints."""
         model = Artifact(cell="pretrain", stage="pretrain", key="", axes={}, path=self.folder)
         return Context(
             params=params, folder=folder, inputs={"model": [model]}, checkpoint_every_s=math.inf

@@ -1,4 +1,4 @@
-"""A pipeline of cells that do nothing, and a cluster for it: real workers, and a long line before.
+"""A pipeline of empty cells, and a cluster for it: real workers behind a long queue.
 
 It is a plugin like any other, so that what runs it is what runs everything.
 """
@@ -25,13 +25,13 @@ _AHEAD = 8  # tasks that a worker has been sent, so that it does not wait for th
 
 
 class NoopParams(Params):
-    """Of `noop`."""
+    """Parameters of `noop`."""
 
-    number: int = Field(0, ge=0, description="which one it is")
+    number: int = Field(0, ge=0, description="number of the cell")
 
 
 def noop(context: Context) -> None:
-    """Write the smallest result that there is."""
+    """Write the smallest possible result."""
     (context.output("number") / "number.json").write_text("0", encoding="utf-8")
 
 
@@ -49,7 +49,7 @@ CATALOGUE = Catalogue(
 
 
 def write_pipeline(path: Path, cells: int, storage: str) -> None:
-    """Write a pipeline of so many cells, none of which needs another."""
+    """Write a pipeline of `count` independent cells."""
     text = f"""
 name: noop
 plugins: [benchmarks._noop]
@@ -61,15 +61,14 @@ stages:
 
 
 class Cluster(AbstractExecutor):
-    """Warm workers, before which as many cells wait in line as on a cluster of many more.
+    """Warm workers, with as many queued cells as on a larger cluster.
 
-    The local executor hands out few more tasks than there are CPUs, which says nothing of a driver
-    that has many to listen to.
+    The local executor submits few more tasks than there are CPUs, which is no load for a driver.
 
     Args:
-        workers: how many there are.
-        flights: how many tasks are out at once, at work or in line.
-        environment: the workers'.
+        workers: their number.
+        flights: maximum number of submitted tasks, running or queued.
+        environment: of the workers.
     """
 
     def __init__(self, workers: int, flights: int, environment: dict[str, str]):
@@ -84,7 +83,7 @@ class Cluster(AbstractExecutor):
     def check(
         self, demands: Iterable[tuple[str, Resources]], *, may_grow: bool = False
     ) -> list[str]:
-        """See `AbstractExecutor.check`; there is room for whatever does nothing."""
+        """See `AbstractExecutor.check`; an empty cell always fits."""
         return []
 
     @property
@@ -107,7 +106,7 @@ class Cluster(AbstractExecutor):
         return ended
 
     def cancel(self, cell: str) -> None:
-        """See `AbstractExecutor.cancel`; what does nothing is never cancelled."""
+        """See `AbstractExecutor.cancel`; an empty cell is never cancelled."""
 
     def preempt(self) -> None:
         """See `AbstractExecutor.preempt`."""
@@ -148,7 +147,7 @@ class _Worker:
         self._tasks.flush()
 
     def read(self) -> list[Outcome]:
-        """Return the outcomes that have come.
+        """Return the outcomes that have arrived.
 
         Raises:
             EOFError: the worker has ended.

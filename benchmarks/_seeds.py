@@ -1,4 +1,4 @@
-"""Numbers over several seeds: means and spreads, which differences are clear, and error bars."""
+"""Numbers over several seeds: means, spreads, clear differences, and error bars."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Numbers = Sequence[float]
 Order = Literal["above", "below", "level"]
 
 _CLEAR = 3.0  # standard errors
-CLEAR = "clear is a mean difference, seed by seed, of more than three of its standard errors"
+CLEAR = "a difference is clear if its mean over seeds exceeds three of its standard errors"
 
 
 def spread(numbers: Numbers) -> float:
@@ -104,7 +104,7 @@ def _draw_panel(axis: Any, panel: Panel) -> None:
 
 
 def label_decades(axis: Any, labelled: Sequence[float] = (1.0, 3.0)) -> None:
-    """Label some numbers of each decade plainly: 1 and 3 are enough where there is only one."""
+    """Label some numbers of each decade: 1 and 3 are enough for a single decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=labelled))

@@ -1,9 +1,9 @@
-"""A real S3 endpoint on this machine (moto's), and a way to it that takes its time.
+"""A real S3 endpoint on this machine (moto's), and a slow link to it.
 
     python -m benchmarks._slow_s3 PORT DELAY_S
 
-is that way: it prints a port of this machine, where requests go on to PORT after DELAY_S each. Once
-its input closes it prints how many there were, and ends.
+is the link: it prints a port of this machine, and forwards each request to PORT after DELAY_S.
+When its input closes, it prints the number of requests, and ends.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _wait_for(port: int) -> None:
 
 
 class SlowLink:
-    """A process of its own that passes requests on late, and counts them.
+    """A separate process that delays requests and counts them.
 
     Args:
         port: where it leads.
@@ -76,7 +76,7 @@ class SlowLink:
         self.port = int(cast(IO[bytes], self._process.stdout).readline())
 
     def close(self) -> int:
-        """End it, and return how many requests there were."""
+        """End the process, and return the number of requests."""
         answer, _ = self._process.communicate()
         return int(answer)
 
@@ -90,7 +90,7 @@ class _Link:
         self.requests = 0
 
     async def serve(self) -> None:
-        """Pass requests on, for as long as this process lives."""
+        """Forward requests until the process ends."""
         server = await asyncio.start_server(self._pass_on, "127.0.0.1", 0)
         print(server.sockets[0].getsockname()[1], flush=True)
         await server.serve_forever()

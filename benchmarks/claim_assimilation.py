@@ -1,9 +1,9 @@
 """Claim 3, progressive assimilation: curvature refined while pruning, or estimated again.
 
-Gradual pruning as stage `prune_gradual` does it, with a Kronecker Q. Both ways spend the same on
-curvature in every step: so many sweeps over so many calibration samples. The damping is chosen for
-each way and budget by the mean accuracy on the validation split; the test split is read for the
-chosen ones alone.
+Gradual pruning by stage `prune_gradual`, with a Kronecker Q. Both ways have the same budget in
+every step: equal numbers of sweeps and of calibration samples. The damping is chosen for each way
+and budget by the mean accuracy on the validation split; the test split is read for the chosen
+dampings only.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def report(documents: dict[str, dict[str, Any]], figures: Path) -> str:
     intro = (
         f"The digits' residual network, pruned to {params['sparsity']:g} in {params['steps']} "
         f"steps, epochs of training after each: {params['epochs']}; a Kronecker Q, fitted in "
-        "the first step and then refined or estimated again, at the same sweeps and samples a "
+        "the first step and then refined or estimated again, with the same sweeps and samples per "
         "step. Accuracy in percent, mean ± standard deviation over seeds; damping chosen on the "
         "validation split."
     )
@@ -168,7 +168,7 @@ def _verdict(results: dict[tuple[int, int], dict[str, dict[str, Any]]]) -> str:
     """Return whether refining beats estimating again at equal budgets."""
     both = {budget: ways for budget, ways in results.items() if set(ways) == set(_CARRIES)}
     if not both:
-        return "Without both ways at one budget there is nothing to compare."
+        return "No budget has both ways, so there is no comparison."
     budgets: dict[str, list[str]] = {"above": [], "below": [], "level": []}
     for (sweeps, samples), ways in both.items():
         found = order(ways["refine"]["test"], ways["reestimate"]["test"])
@@ -182,8 +182,8 @@ def _verdict(results: dict[tuple[int, int], dict[str, dict[str, Any]]]) -> str:
     ]
     holds = len(budgets["above"]) > len(budgets["below"])
     return (
-        f"**The claim {'holds' if holds else 'does not hold'} here**, where it is that refining "
-        "is clearly better at more budgets than it is worse: clearly better at "
+        f"**The claim {'holds' if holds else 'does not hold'} here.** Criterion: refining is "
+        "clearly better at more budgets than it is clearly worse. Clearly better at "
         f"{', '.join(budgets['above']) or 'none'}, worse at {', '.join(budgets['below']) or 'none'}"
         f", level at {', '.join(budgets['level']) or 'none'}; {fmean(gains):+.1f} points of "
         f"accuracy on average, in {fmean(times):.2f} times the seconds ({CLEAR})."

@@ -1,9 +1,9 @@
-"""Claim 2, robustness to noise: Q learned on few samples against the estimated Fisher inverted.
+"""Claim 2, robustness to noise: a learned Q against the inverse of the estimated Fisher.
 
-The truth is the exact Fisher of each group, over all training samples and labels, in float64. Both
-ways see the same samples with one drawn label each. Error and residual are at one damping for all;
-for the accuracy the damping is chosen for each way and number of samples by the mean accuracy on
-the validation split, and the test split is read for the chosen ones alone.
+The reference is the exact Fisher of each group, over all training samples and labels, in float64.
+Both ways see the same samples, with one drawn label each. Error and residual share one damping. For
+the accuracy, the damping is chosen for each way and number of samples by the mean accuracy on the
+validation split; the test split is read for the chosen dampings only.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def _fishleg(structure: Structure, **options: Any) -> _Build:
 class _FactoredKFAC(KFAC):
     """K-FAC with its factors damped one by one, so that Q is a single Kronecker product.
 
-    That is the structure which the alternating solver learns in; `KFAC` itself, damped exactly, has
-    free eigenvalues and belongs beside the structure eigen. See `solvers.starts.factored_start`.
+    The alternating solver learns this structure; `KFAC` itself, damped exactly, has free
+    eigenvalues and compares with the structure eigen. See `solvers.starts.factored_start`.
     """
 
     def _invert_factors(self, name: str, sums: list[Tensor]) -> AbstractBlock:
@@ -61,7 +61,7 @@ class _FactoredKFAC(KFAC):
         return factored_start(torch.block_diag(*gamma), a.mean(0), self.damping)
 
 
-# Where the minimiser of J is the inverse itself, it is learned by the steps of Adam.
+# Where the inverse itself minimises J, Adam learns it.
 _WAYS: dict[str, dict[str, _Build]] = {
     "kronecker": {
         "learned": _fishleg("kronecker", solver="alternating"),
@@ -151,7 +151,7 @@ def _measure(
     params: dict[str, Any],
     samples: int,
 ) -> dict[str, Any]:
-    """Return what one way reaches with so many samples; see `run_cell`."""
+    """Return the result of one way with `samples` samples; see `run_cell`."""
     errors: list[tuple[float, float]] = []
     pruned: dict[float, list[Model]] = {}
     for damping in {*params["dampings"], params["damping"]}:
@@ -225,8 +225,8 @@ def report(documents: dict[str, dict[str, Any]], figures: Path) -> str:
         f"{params['damping']:g}. Accuracy is one-shot at {params['sparsity']:g}, its damping "
         "chosen on the validation split. Mean ± standard deviation over calibration seeds. "
         "Inverted: K-FAC with its factors damped one by one (kronecker) or exactly (eigen), OBS "
-        "blocks, the diagonal. In blocks and on the diagonal the minimiser of the objective is "
-        "that inverse, so what is learned there, by Adam, differs by its start and stopping alone."
+        "blocks, the diagonal. In blocks and on the diagonal that inverse minimises the objective, "
+        "so the learned Q, by Adam, differs only by its start and its stopping."
     )
     parts = [intro, "\n".join(lines), _verdict(results)]
     return "\n\n".join([*parts, f"![{TITLE}]({figures.name}/claim_noise.png)", ""])
@@ -274,7 +274,7 @@ def _verdict(results: dict[str, dict[str, Any]]) -> str:
     where = f"holds here for {', '.join(holds)} only" if holds else "does not hold here"
     where = "holds here" if len(holds) == len(results) else where
     return (
-        f"**The claim {where}**, where it is that the learned Q has the smaller error and gives "
-        "the higher accuracy at more numbers of samples than the opposite. Learned against "
+        f"**The claim {where}.** Criterion: the learned Q has the smaller error and the higher "
+        "accuracy at more numbers of samples than the inverse. Learned against "
         f"inverted: {'; '.join(details)} ({CLEAR})."
     )

@@ -1,8 +1,8 @@
-"""Claim 1, factorisation: what the structure of Q costs, and what it loses to the full inverse.
+"""Claim 1, factorisation: cost and accuracy of each structure of Q, against the full inverse.
 
-FishLeg in each of its structures on one network that is small enough for the full inverse of every
+FishLeg in each of its structures, on a network that is small enough for the full inverse of every
 group. One-shot, joint compensation. The damping is chosen for each structure and sparsity by the
-mean accuracy on the validation split; the test split is read for the chosen ones alone.
+mean accuracy on the validation split; the test split is read for the chosen dampings only.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _choose(
     sparsity: float,
     dampings: list[float],
 ) -> dict[str, Any]:
-    """Return the accuracies at a sparsity with the damping that does best on validation data."""
+    """Return the accuracies at a sparsity with the best damping on validation data."""
     validation = {
         damping: [digits.validate(model) for model in pruned[sparsity, damping]]
         for damping in dampings
@@ -141,7 +141,7 @@ def report(documents: dict[str, dict[str, Any]], figures: Path) -> str:
         "FishLeg on the digits' residual network "
         f"({first['dense']['test']:.1f} % dense), one-shot from 1,000 calibration samples. "
         "Accuracy in percent, mean ± standard deviation over calibration seeds; in brackets the "
-        "damping, chosen on the validation split. Peak is of the whole process."
+        "damping, chosen on the validation split. Peak: memory of the whole process."
     )
     parts = [intro, "\n".join(lines), _verdict(results)]
     return "\n\n".join([*parts, f"![{TITLE}]({figures.name}/claim_structure.png)", ""])
@@ -165,9 +165,9 @@ def _panels(results: dict[str, dict[str, Any]]) -> list[Panel]:
 
 
 def _verdict(results: dict[str, dict[str, Any]]) -> str:
-    """Return which factored structures keep the full one's accuracy at a part of its memory."""
+    """Return the factored structures that keep the full inverse's accuracy with less memory."""
     if "full" not in results:
-        return "Without the full inverse there is nothing to compare with."
+        return "The full inverse is missing, so there is no comparison."
     full = results["full"]
     details: list[str] = []
     holds: list[str] = []
@@ -191,7 +191,7 @@ def _verdict(results: dict[str, dict[str, Any]]) -> str:
     where = "holds here" if len(holds) == len(factored) else where
     sparsities = ", ".join(f"{at['sparsity']:g}" for at in full["sparsities"])
     return (
-        f"**The claim {where}**, where it is that a factored Q is clearly below the full inverse "
-        "at no more sparsities than it is above it. Against the full inverse at "
+        f"**The claim {where}.** Criterion: a factored Q is clearly below the full inverse at no "
+        "more sparsities than it is clearly above it. Against the full inverse at "
         f"{sparsities}: {'; '.join(details)} ({CLEAR})."
     )

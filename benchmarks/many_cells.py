@@ -1,10 +1,9 @@
-"""What the driver of many cells costs: pipelines of 500 and of 5,000 cells that do nothing.
+"""The cost of the driver of many cells: pipelines of 500 and of 5,000 empty cells.
 
-The limit of a pipeline is 5,000 cells. What a cell costs the driver, how much memory it holds and
-how regularly it shows that it lives must not depend on how many cells there are. Sixty-four cells
-are out at once, as on a cluster; real workers run them, two on a folder and six on S3. The S3 is
-moto's on this machine; every request of the driver arrives there 30 ms late, those of workers do
-not.
+The limit of a pipeline is 5,000 cells. The driver's time per cell, its memory and the regularity of
+its heartbeat must not depend on the number of cells. Sixty-four cells are submitted at once, as on
+a cluster; real workers run them, two on a folder and six on S3. The S3 is moto's on this machine;
+each request of the driver is delayed by 30 ms, those of workers are not.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _BUCKET = "cells"
 
 
 def cells() -> dict[str, dict[str, Any]]:
-    """Return cell -> parameters: where the store is, and how many cells there are."""
+    """Return cell -> parameters: the storage, and the number of cells."""
     return {
         f"{storage}[cells={count}]": {"storage": storage, "cells": count}
         for storage in ("folder", "s3")
@@ -50,7 +49,7 @@ def cells() -> dict[str, dict[str, Any]]:
 
 
 def run_cell(params: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Run the pipeline, and return what that cost its driver."""
+    """Run the pipeline, and return the cost of its driver."""
     os.chdir(folder)
     write_pipeline(Path("pipeline.yaml"), params["cells"], _STORAGES[params["storage"]])
     if params["storage"] == "folder":
@@ -72,7 +71,7 @@ _STORAGES = {"folder": ".fls", "s3": f"s3://{_BUCKET}/store"}
 
 
 class _Watched(Store):
-    """A store that takes note of when the driver has shown that it lives."""
+    """A store that records the times of the driver's heartbeats."""
 
     def __init__(self, url: str):
         super().__init__(url)
@@ -90,17 +89,17 @@ class _Watched(Store):
             self.beats_s.append(time.monotonic())
 
     def longest_silence_s(self) -> float:
-        """Return the seconds between the two signs of life that lay furthest apart."""
+        """Return the longest time between two heartbeats, in seconds."""
         return max(
             later - sooner for sooner, later in zip(self.beats_s, self.beats_s[1:], strict=False)
         )
 
 
 def _drive(count: int, store: _Watched, workers: int) -> dict[str, Any]:
-    """Run the pipeline in this folder, and return what that cost this process.
+    """Run the pipeline in this folder, and return its cost in this process.
 
     Raises:
-        RuntimeError: it did not end well.
+        RuntimeError: the run failed.
     """
     spec = load_spec(Path("pipeline.yaml"))
     plan = make_plan(spec, Store(spec.storage))  # by the short way
@@ -148,7 +147,7 @@ def _facts(record: RunRecord) -> RunFacts:
 
 
 def _lead_to(port: int) -> None:
-    """Let connections from here, and from processes that begin now, lead to a port."""
+    """Send the S3 connections of this process, and of its later children, to a port."""
     import s3fs
 
     s3fs.S3FileSystem.clear_instance_cache()
@@ -162,7 +161,7 @@ def _lead_to(port: int) -> None:
 
 @contextmanager
 def _at(port: int) -> Iterator[None]:
-    """Lead to another port meanwhile."""
+    """Send S3 connections to another port for the time of a `with` block."""
     before = int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2])
     _lead_to(port)
     try:
@@ -197,7 +196,7 @@ def report(documents: Mapping[str, Mapping[str, Any]], figures: Path) -> str:
         shown += [f"{row['files_per_cell']:.1f}"]
         lines.append(f"| {' | '.join(shown)} |")
     return (
-        "Cells that do nothing, run by real workers, of which "
-        f"{_FLIGHTS} are out at once. A heartbeat is due every {HEARTBEAT_S:g} s. S3 is moto's on "
-        f"this machine, {1e3 * _DELAY_S:g} ms away from the driver.\n\n" + "\n".join(lines)
+        "Empty cells on real workers, "
+        f"{_FLIGHTS} at a time. A heartbeat is due every {HEARTBEAT_S:g} s. S3 is moto's on this "
+        f"machine, {1e3 * _DELAY_S:g} ms away from the driver.\n\n" + "\n".join(lines)
     )

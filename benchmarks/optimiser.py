@@ -1,4 +1,4 @@
-"""The FishLeg optimiser beside SGD with momentum and Adam: loss against steps and against seconds.
+"""The FishLeg optimiser against SGD with momentum and Adam: loss against steps and against seconds.
 
 Two problems: the MNIST autoencoder 784-1000-500-250-30 and back (Hinton and Salakhutdinov, 2006),
 and ResNet20 on CIFAR-10 from fresh weights. Each method is tuned with the same effort, six short
@@ -35,8 +35,8 @@ TITLE = "The optimiser: loss against steps and seconds"
 _WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 _STEPS = {"autoencoder": (300, 1500), "resnet20": (100, 400)}  # of a trial, of the final run
 _BATCH = {"autoencoder": 500, "resnet20": 64}
-_DIVERGED = 1e9  # in place of a loss that is not finite
-_POINTS = 12  # looks at the validation loss in a run
+_DIVERGED = 1e9  # replaces a loss that is not finite
+_POINTS = 12  # evaluations of the validation loss in a run
 _RATES = {
     ("autoencoder", "sgd"): (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     ("autoencoder", "adam"): (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
@@ -182,7 +182,7 @@ def _data_folder() -> Path:
 def _run(
     problem: Problem, params: dict[str, Any], settings: dict[str, float], steps: int
 ) -> dict[str, Any]:
-    """Train for so many steps, the learning rate falling along a half cosine to 0."""
+    """Train for `steps` steps, with a half-cosine learning rate down to 0."""
     network = problem.build()
     optimizer = _optimizer(network, problem.likelihood, params, settings)
     scheduler = torch.optim.lr_scheduler.LambdaLR(

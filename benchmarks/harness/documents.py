@@ -1,4 +1,4 @@
-"""The results as they are committed: one JSON document a cell, and one an environment."""
+"""The committed results: one JSON document per cell, and one per environment."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Document = dict[str, Any]
 
 
 def cell_path(results: Path, benchmark: str, cell: str) -> Path:
-    """Return where a cell's document is; characters that file systems dislike are escaped."""
+    """Return the path of a cell's document; special characters are escaped."""
     return results / benchmark / f"{quote(cell, safe='[]=,')}.json"
 
 
 def write_document(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a document whole or not at all; equal documents give equal bytes."""
+    """Write a document atomically; equal documents give equal bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False)
@@ -27,7 +27,7 @@ def write_document(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def read_document(path: Path) -> Document | None:
-    """Return a document, or None if there is none."""
+    """Return a document, or None if it does not exist."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -42,7 +42,7 @@ def read_cells(results: Path, benchmark: str) -> dict[str, Document]:
 
 
 def write_environment(results: Path, environment: Mapping[str, Any]) -> str:
-    """Keep the description of an environment once, and return the digest that stands for it."""
+    """Store the description of an environment, and return its digest."""
     text = json.dumps(environment, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     write_document(results / "environments" / f"{digest}.json", environment)

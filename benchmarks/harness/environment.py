@@ -1,4 +1,4 @@
-"""What a result was made with: versions, processor, commit and date."""
+"""The environment of a result: versions, processor, commit and date."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def describe_environment(device: str) -> dict[str, Any]:
 
 
 def environment_of(facts: Mapping[str, Any], made_s: float) -> dict[str, Any]:
-    """Describe where a pipeline's cell was made.
+    """Describe the environment of a pipeline's cell.
 
     Args:
-        facts: of the cell's manifest; what they do not tell is taken from this machine.
+        facts: of the cell's manifest; missing facts are those of this machine.
         made_s: when, in Unix seconds.
     """
     return {
@@ -54,7 +54,7 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """Return the commit of the working directory, marked when other files than results differ."""
+    """Return the commit of the working directory, marked if files other than results differ."""
     try:
         commit = _git("rev-parse", "HEAD").stdout.strip()
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", *_CODE).stdout

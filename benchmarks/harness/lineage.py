@@ -1,4 +1,4 @@
-"""How a model was made from the dense one: the cells on its path, what they cost and found."""
+"""The cells between a dense model and a pruned one: their costs and findings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DENSE = {"pretrain", "import_checkpoint"}
 
 @dataclass(frozen=True)
 class Step:
-    """A cell on a model's path, and how much of its cost went into that model.
+    """A cell on a model's path, and the part of its cost that made the model.
 
     Attributes:
         manifest: the cell's.
@@ -29,9 +29,9 @@ class Step:
 def path_to(store: Store, key: str) -> list[Step]:
     """Return the cells from the dense model (exclusive) to a model (inclusive), each once.
 
-    Of the candidates of `select` only the chosen one's path counts, and of the several-step pruning
-    behind `pick` only the time up to the chosen step, with processor time in proportion. These two
-    stages copy a model, and are not on the path themselves.
+    Of the candidates of `select` only the path of the chosen one counts; of the several-step
+    pruning upstream of `pick` only the time up to the chosen step, with processor time in
+    proportion. These two stages copy a model, and are not on the path themselves.
 
     Args:
         store: where the manifests are.
@@ -58,10 +58,9 @@ def path_to(store: Store, key: str) -> list[Step]:
 
 
 def _cost(store: Store, manifest: Manifest, step: int | None) -> dict[str, float]:
-    """Return what a cell cost; with `step` given, up to that step of its pruning.
+    """Return the cost of a cell; with `step` given, up to that step of its pruning.
 
-    Of earlier attempts, which were cut off, the work up to their last checkpoint counts: what came
-    after it was done again.
+    An interrupted attempt counts up to its last checkpoint: its later work was repeated.
     """
     attempts = [number for number in store.attempts(manifest.key) if number <= manifest.attempt]
     events = {number: store.read_events(manifest.key, number)[0] for number in attempts}
@@ -84,7 +83,7 @@ def _cost(store: Store, manifest: Manifest, step: int | None) -> dict[str, float
 
 
 def cost_of(path: Iterable[Step]) -> dict[str, float]:
-    """Return what a path cost: sums of the seconds, and the largest memory."""
+    """Return the cost of a path: the sum of the seconds, and the largest memory."""
     return _added([step.cost for step in path])
 
 

@@ -36,7 +36,7 @@ def run_pipeline(
     console: Console,
     stop_after_s: float | None = None,
 ) -> int:
-    """Run a pipeline, as `fls run` does, and keep what has been evaluated, finished or not.
+    """Run a pipeline, as `fls run` does, and keep its evaluated models, also of a failed run.
 
     Returns:
         The exit code of `fls run`.
@@ -44,7 +44,7 @@ def run_pipeline(
     Raises:
         BadInput: the pipeline is not valid, or has no cell that fits `only`.
     """
-    os.environ[STORE_VARIABLE] = str(store_folder().absolute())  # in the file it starts there
+    os.environ[STORE_VARIABLE] = str(store_folder().absolute())  # the pipeline file reads it
     spec = load_spec(benchmark.path)
     until = [cell.name for cell in spec.cells if only and matches(only, cell.name)]
     if only and not until:
@@ -62,9 +62,9 @@ def run_pipeline(
 
 
 def keep_results(spec: Spec, benchmark: str, results: Path) -> None:
-    """Write a document for each evaluated model; one that says the same already stays.
+    """Write a document for each evaluated model, unless an equal one exists.
 
-    Its environment is that of the cell on the model's path that took longest.
+    Its environment is that of the slowest cell on the model's path.
     """
     store = Store(spec.storage)
     for row in result_rows(spec, store)[1]:

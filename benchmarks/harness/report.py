@@ -1,4 +1,4 @@
-"""The report: a section for each benchmark, made from the committed JSON and from nothing else."""
+"""The report: a section for each benchmark, made from the committed JSON alone."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ RESULTS = BENCHMARKS / "results"
 REPORT = BENCHMARKS.parent / "docs" / "results.md"
 _HEAD = """# Results
 
-Made by `make results` from the documents in `benchmarks/results`; `make benchmarks` runs what is
-not finished. Each document names the environment that it was made in."""
+`make results` writes this page from the documents in `benchmarks/results`; `make benchmarks` runs the unfinished cells.
+Each document names its environment."""  # noqa: E501 - a paragraph of a page
 _LEGEND = (
     "Accuracy on the test images in percent, mean ± half the range over seeds, the best of a "
-    "column bold; in brackets the processor seconds (by the clock on a GPU) and the peak of "
-    "resident memory that it took to make the model from the dense one. Columns are the "
-    "fractions of weights removed."
+    "column bold; in brackets the cost of making the model from the dense one: processor seconds "
+    "(wall-clock on a GPU) and peak resident memory. Columns are the fractions of removed weights."
 )
 
 _CERTIFICATE = {
@@ -38,10 +37,10 @@ _CERTIFICATE = {
     "residual": "residual",
 }
 _CERTIFICATE_LEGEND = (
-    "The certificate of each chosen estimate, on samples that it was not fitted on "
-    "(`fishleg.certificate`): the objective J, lower is better within a damping; J after the best "
-    "rescaling; J of the best diagonal; that rescaling, 1 when the scale is right; and the "
-    "residual, 0 at best and 1 for Q = 0."
+    "The certificate of each chosen estimate, on held-out samples (`fishleg.certificate`): the "
+    "objective J, where lower is better within a damping; J after the best rescaling a*; J of the "
+    "best diagonal; a*, which is 1 if the scale is right; and the residual, 0 at best and 1 for "
+    "Q = 0."
 )
 
 
@@ -113,9 +112,9 @@ def _certificates(rows: Sequence[Document]) -> list[str]:
 
 
 def _comparison(benchmark: Benchmark) -> tuple[str, list[tuple[str, dict[float, float]]]]:
-    """Return the title and the published rows that the pipeline's `compare` is given.
+    """Return the title and the published rows of the pipeline's `compare`.
 
-    Only the file is read: a spec is whole only where its data and checkpoints are.
+    Only the file is read: building a spec needs its data and checkpoints.
     """
     text = benchmark.path.read_text(encoding="utf-8")
     stages = yaml_loader.load(text, str(benchmark.path)).value["stages"].values()
@@ -127,7 +126,7 @@ def _comparison(benchmark: Benchmark) -> tuple[str, list[tuple[str, dict[float, 
 
 
 def _seconds(row: Document) -> float:
-    """Return the seconds that count: of the processors, or by the clock where a GPU computed."""
+    """Return the processor seconds, or the wall-clock seconds if a GPU computed."""
     return row["seconds"] if "gpu_peak_bytes" in row else row["cpu_seconds"]
 
 

@@ -1,4 +1,4 @@
-"""Benchmarks that are a Python module: each cell in a process of its own, finished ones kept."""
+"""Benchmarks that are Python modules: one process per cell; finished cells are kept."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def run_script(
     console: Console,
     stop_after_s: float | None = None,
 ) -> dict[str, str]:
-    """Run the cells that are not finished, or whose parameters are no longer those.
+    """Run the cells that are unfinished, or whose parameters have changed.
 
     Returns:
-        Cell -> the last line that it said, of those that failed.
+        Failed cell -> the last line of its output.
 
     Raises:
-        subprocess.TimeoutExpired: after `stop_after_s`; the cell at hand is killed, and its folder
-            is kept for it to go on from.
+        subprocess.TimeoutExpired: after `stop_after_s`; the running cell is killed, and later
+            resumes from its folder.
     """
     stop_s = math.inf if stop_after_s is None else time.monotonic() + stop_after_s
     wanted = {
@@ -73,7 +73,7 @@ def _finished(results: Path, benchmark: Benchmark, cell: str, params: Mapping[st
 def _run_apart(
     benchmark: Benchmark, results: Path, cell: str, params: Mapping[str, Any], stop_s: float
 ) -> str | None:
-    """Run a cell in a process of its own, and return what it said if it failed."""
+    """Run a cell in its own process; return its error output, or None if it succeeded."""
     folder = store_folder() / "scripts" / cell_path(Path(), benchmark.name, cell).with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     _forget_other_params(folder, params)
@@ -99,7 +99,7 @@ def _run_apart(
 
 
 def _forget_other_params(folder: Path, params: Mapping[str, Any]) -> None:
-    """Empty a scratch folder that an earlier run of the cell left with other parameters."""
+    """Empty the scratch folder of an earlier run of the cell with other parameters."""
     note = folder.with_name(f"{folder.name}.params.json")
     if read_document(note) != json.loads(json.dumps(params)):
         shutil.rmtree(folder)

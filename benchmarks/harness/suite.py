@@ -1,17 +1,17 @@
-"""Which benchmarks there are, and where things are kept.
+"""The list of benchmarks, and the folder of unfinished cells.
 
 A benchmark is a file in `benchmarks/`: a pipeline `NAME.yaml` that the product runs itself, or a
 module `NAME.py` with
 
     TITLE: str                                            the section's heading
     cells() -> dict[str, dict]                            cell name -> parameters, JSON
-    run_cell(params: dict, folder: Path) -> dict          the cell's result, JSON; `folder` is its
-                                                          own, and is kept until the cell is done
+    run_cell(params: dict, folder: Path) -> dict          the cell's result, JSON; it keeps its
+                                                          `folder` until the cell is finished
     report(documents: dict[str, dict], figures: Path) -> str  the section in Markdown, without its
                                                           heading, of the finished cells'
                                                           documents (`result` is what run_cell
                                                           gave); `figures` is the folder for its
-                                                          pictures
+                                                          figures
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ STORE_VARIABLE = "FISHLEG_BENCHMARKS_STORE"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark: its name, and the pipeline or module that it is."""
+    """A benchmark: its name, and its pipeline or module."""
 
     name: str
     path: Path
 
     @property
     def is_pipeline(self) -> bool:
-        """Whether the product runs it, and not this package."""
+        """Whether the product runs it, not this package."""
         return self.path.suffix == ".yaml"
 
 
@@ -77,12 +77,12 @@ def load_script(path: Path) -> ModuleType:
 
 
 def store_folder() -> Path:
-    """Return where unfinished cells are kept: FISHLEG_BENCHMARKS_STORE, or .fls-benchmarks."""
+    """Return the folder of unfinished cells: FISHLEG_BENCHMARKS_STORE, or .fls-benchmarks."""
     return Path(os.environ.get(STORE_VARIABLE, ".fls-benchmarks"))
 
 
 def matches(pattern: str | None, cell: str) -> bool:
-    """Tell whether a cell's whole name fits a pattern, in which `*` stands for any text."""
+    """Tell whether a cell's whole name fits a pattern, in which `*` matches any text."""
     if pattern is None:
         return True
     return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), cell) is not None

@@ -1,4 +1,4 @@
-"""The application that the commands join, and what they share."""
+"""The application, and the functions that its commands share."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def command(*examples: str, name: str | None = None) -> Callable[[Command], Comm
 
 
 def read_spec(file: Path, overrides: Sequence[str] = ()) -> Spec:
-    """Return the spec of a pipeline file; say what of it lies elsewhere than one may think."""
+    """Return the spec of a pipeline file; print its notes on moved paths."""
     spec = load_spec(file, overrides)
     for sentence in spec.moved:
         typer.echo(presentable(sentence), err=True)
@@ -66,7 +66,7 @@ def console_here() -> Console:
 
 
 def find(store: Store, run: str, storage: str | None) -> RunRecord:
-    """Return a run; what is printed of it repeats the option --storage."""
+    """Return a run, whose printed commands repeat the option --storage."""
     record = find_run(store, run)
     record.storage = storage
     return record
@@ -78,5 +78,5 @@ def print_json(value: object) -> None:
 
 
 def open_store(file: Path, storage: str | None) -> Store:
-    """Return the store at `storage`, or if that is None the one of a pipeline file; it is there."""
+    """Return the existing store at `storage`, or for None that of a pipeline file."""
     return Store(read_spec(file).storage if storage is None else storage).require()

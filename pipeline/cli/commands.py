@@ -1,4 +1,4 @@
-"""All commands of `fls`: importing this module joins them to the application."""
+"""All commands of `fls`: the import of this module adds them to the application."""
 
 from pipeline.cli import run_commands  # noqa: F401
 

@@ -17,11 +17,11 @@ def read_duration(text: str) -> float:
     """Return a duration such as 90s, 9m, 1.5h or 30d in seconds.
 
     Raises:
-        ValueError: it is no such text, or not above 0.
+        ValueError: the text has another form, or the duration is not above 0.
     """
     units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
     if text[-1:] not in units or not (seconds := float(text[:-1]) * units[text[-1]]) > 0:
-        raise ValueError(f"{text!r} is no duration such as 90s, 9m or 2h")
+        raise ValueError(f"expected a duration such as 90s, 9m or 2h, got {text!r}")
     return seconds
 
 
@@ -38,36 +38,36 @@ def show_duration(seconds: float) -> str:
 
 
 File = Annotated[Path, typer.Argument(help="The pipeline.", show_default=True)]
-FileOption = Annotated[
-    Path, typer.Option("--file", help="The pipeline whose storage is looked into.")
-]
+FileOption = Annotated[Path, typer.Option("--file", help="The pipeline whose storage is read.")]
 StorageOption = Annotated[
     str | None,
-    typer.Option("--storage", metavar="URL", help="The storage itself; no pipeline file is read."),
+    typer.Option("--storage", metavar="URL", help="The storage; no pipeline file is read."),
 ]
-ExecutorOption = Annotated[ExecutorName, typer.Option("--executor", help="What runs the cells.")]
-TrackingOption = Annotated[TrackerName, typer.Option("--tracking", help="Where runs are recorded.")]
+ExecutorOption = Annotated[ExecutorName, typer.Option("--executor", help="Executor of the cells.")]
+TrackingOption = Annotated[TrackerName, typer.Option("--tracking", help="Tracker of the run.")]
 FromOption = Annotated[
     list[str],
     typer.Option(
         "--from",
         metavar="CELLS",
-        help="Run this and what depends on it; the rest must be in the store.",
+        help="Run these and all downstream cells; the others must be in the store.",
     ),
 ]
 OnlyOption = Annotated[
     list[str],
-    typer.Option("--only", metavar="CELLS", help="Run this alone; the rest must be in the store."),
+    typer.Option(
+        "--only", metavar="CELLS", help="Run only these; the others must be in the store."
+    ),
 ]
 UntilOption = Annotated[
-    list[str], typer.Option("--until", metavar="CELLS", help="Run this and what it needs.")
+    list[str], typer.Option("--until", metavar="CELLS", help="Run these and all upstream cells.")
 ]
 ForceOption = Annotated[
     list[str],
     typer.Option(
         "--force",
         metavar="CELLS",
-        help="Run this again (a stage, a cell or a group), and what depends on it.",
+        help="Run these (a stage, a cell or a group) and all downstream cells again.",
     ),
 ]
 SetOption = Annotated[
@@ -82,12 +82,14 @@ LaterOption = Annotated[
     bool,
     typer.Option(
         "--tracking-later",
-        help="Neither wait for a tracking server nor end because of one; `fls sync` sends later.",
+        help="Run without the tracking server while it is unavailable; `fls sync` sends later.",
     ),
 ]
 ParallelOption = Annotated[
     int | None,
-    typer.Option("--max-parallel", metavar="N", min=1, help="Most cells at the same time."),
+    typer.Option(
+        "--max-parallel", metavar="N", min=1, help="Maximum number of cells at the same time."
+    ),
 ]
 StopOption = Annotated[
     float | None,
@@ -95,7 +97,7 @@ StopOption = Annotated[
         "--stop-after",
         metavar="TIME",
         parser=read_duration,
-        help="Stop after so long (90s, 9m, 2h); a later run goes on from there.",
+        help="Stop after this time (90s, 9m, 2h); a later run resumes.",
     ),
 ]
 GraceOption = Annotated[
@@ -104,7 +106,7 @@ GraceOption = Annotated[
         "--grace",
         metavar="TIME",
         parser=read_duration,
-        help="When stopped: wait so long for checkpoints.",
+        help="After a stop: time to wait for checkpoints.",
         show_default="10s",
     ),
 ]
@@ -112,8 +114,8 @@ TrustOption = Annotated[
     bool,
     typer.Option(
         "--trust",
-        help="Import all code that the run's stored spec names, also what --file does not: then "
-        "who can write to the store can run code as you.",
+        help="Import all code that the run's stored spec names, even if --file does not name it: "
+        "every user who can write to the store can then run code as you.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]

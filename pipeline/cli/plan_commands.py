@@ -1,4 +1,4 @@
-"""The commands that look at a pipeline file: `validate`, `plan`, `inspect`, `graph` and `list`."""
+"""The commands that read a pipeline file: `validate`, `plan`, `inspect`, `graph` and `list`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from pipeline.store.store import Store
 
 
 class Format(StrEnum):
-    """Languages that graphs are drawn in."""
+    """Languages of drawn graphs."""
 
     MERMAID = "mermaid"
     DOT = "dot"
@@ -67,9 +67,7 @@ def plan(
     file: File = DEFAULT_FILE,
     why: Annotated[
         bool,
-        typer.Option(
-            "--why", help="Give each cell's reason, and the run that it is compared with."
-        ),
+        typer.Option("--why", help="Give each cell's reason, and the run it is compared with."),
     ] = False,
     as_json: JsonOption = False,
     from_: FromOption = NONE_GIVEN,
@@ -78,7 +76,7 @@ def plan(
     force: ForceOption = NONE_GIVEN,
     set_: SetOption = NONE_GIVEN,
 ) -> None:
-    """Show what `fls run` would do: which cells run, and with --why, why."""
+    """Show the cells that `fls run` would run; with --why, also the reasons."""
     spec = read_spec(file, set_)
     selection = Selection(from_=from_, only=only, until=until, force=force)
     made = make_plan(spec, Store(spec.storage), selection)
@@ -97,15 +95,15 @@ def plan(
 def inspect(
     file: File = DEFAULT_FILE,
     cell: Annotated[
-        str | None, typer.Argument(help="A cell, or a stage; all without.", show_default=False)
+        str | None, typer.Argument(help="A cell or a stage; default: all.", show_default=False)
     ] = None,
     set_: SetOption = NONE_GIVEN,
     as_json: JsonOption = False,
 ) -> None:
-    """Build the networks of a pipeline, and show which of their weights may be removed.
+    """Build the networks of a pipeline, and show their prunable weights.
 
     Nothing is trained, and nothing is written. Each distinct network is shown once: its weights
-    with two or more dimensions, and of each that is not prunable why.
+    with two or more dimensions, and the reason for each that is not prunable.
     """
     found = inspect_cells(load_spec(file, set_), cell)
     if as_json:
@@ -137,17 +135,17 @@ def graph(
 )
 def list_names(
     stage: Annotated[
-        str | None, typer.Argument(help="A stage type; all without.", show_default=False)
+        str | None, typer.Argument(help="A stage type; default: all.", show_default=False)
     ] = None,
     file: Annotated[
         Path, typer.Option("--file", help="The pipeline whose plugins are listed.")
     ] = DEFAULT_FILE,
     as_json: JsonOption = False,
 ) -> None:
-    """List stage types and registered names, or all that one stage type takes.
+    """List stage types and registered names, or describe one stage type.
 
-    Of a stage type: inputs, outputs and each parameter with its type, default, range and meaning.
-    Where there is no pipeline.yaml, the plugin that comes with this program is listed.
+    A description has inputs, outputs, and each parameter with type, default, range and meaning.
+    Without a pipeline.yaml, the built-in plugin is listed.
     """
     fresh = file == DEFAULT_FILE and not file.exists()
     built_in = import_catalogue(BUILT_IN) if fresh else None
@@ -167,7 +165,7 @@ def list_names(
 
 
 def _mistakes(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the mistakes of a pipeline file, and how large it is if there are none."""
+    """Return the mistakes of a pipeline file, or its size if there are none."""
     try:
         spec = read_spec(file, overrides)
     except SpecError as error:
@@ -176,12 +174,12 @@ def _mistakes(file: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _stage(name: str, stages: Sequence[Stage]) -> Stage:
-    """Return the stage type of a name.
+    """Return the stage type called `name`.
 
     Raises:
         BadInput: there is none.
     """
     known = {one.name: one for one in stages}
     if name not in known:
-        raise BadInput(f"{name!r} is no stage type{nearest(name, known)}; `fls list` has all.")
+        raise BadInput(f"{name!r} is no stage type{nearest(name, known)}; `fls list` lists them.")
     return known[name]

@@ -1,4 +1,4 @@
-"""What commands print: plans, runs, and what a run ends with."""
+"""Printing of plans, stage types, runs, logs and results."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def print_plan(plan: Plan, console: Console, *, why: bool) -> None:
 
 
 def print_inspections(found: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Print what inspectors say, a table for each object that they looked at."""
+    """Print the findings of inspectors, a table per object."""
     for one in found:
         _say(console, f"{one['title']} ({shorten(one['cells'])})")
         table = _table(*one["columns"])
@@ -75,10 +75,10 @@ def print_names(module: str, catalogue: Catalogue, console: Console) -> None:
 
 
 def print_stage(stage: Stage, console: Console) -> None:
-    """Print what a stage type takes and gives, with an example."""
+    """Print a stage type's inputs, outputs and parameters, with an example."""
     _say(console, f"{stage.name}: {stage.summary}\n")
     for name, one in stage.inputs.items():
-        more = ", several" * one.many + ", may be left out" * one.optional
+        more = ", several" * one.many + ", optional" * one.optional
         _say(console, f"input {name}: {one.kind}{more}{one.summary and f'; {one.summary}'}")
     for name, output in stage.outputs.items():
         _say(console, f"output {name}: {output.kind}")
@@ -94,13 +94,13 @@ def print_stage(stage: Stage, console: Console) -> None:
 
 
 def print_reports(spec: Spec, store: Store, keys: Mapping[str, str], console: Console) -> None:
-    """Print the tables of promoted outputs, and where their other files are.
+    """Print the tables of promoted outputs, and the paths of their other files.
 
     Args:
         spec: declares the outputs.
         store: holds them.
-        keys: cell -> key, of the cells whose results there are.
-        console: where to.
+        keys: cell -> key, of the cells with results.
+        console: prints.
     """
     for cell in spec.cells:
         for output, declared in cell.declaration.outputs.items():
@@ -115,7 +115,7 @@ def print_reports(spec: Spec, store: Store, keys: Mapping[str, str], console: Co
 
 
 def print_rows(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Print results as a table, without the columns that are for programs."""
+    """Print results as a table, without the columns for programs."""
     shown = [column for column in columns if column not in {"cell", "key", "run_id"}]
     table = _table(*shown)
     for row in rows:
@@ -124,7 +124,7 @@ def print_rows(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], consol
 
 
 def print_failures(record: RunRecord, console: Console) -> None:
-    """Print what failed, why, and how to learn more."""
+    """Print the failed cells, their errors, and the commands for their logs."""
     for name, status in record.cells.items():
         if status.state is CellState.FAILED and status.error:
             _say(console, f"\n{name} failed: {status.error['message']}")
@@ -132,7 +132,7 @@ def print_failures(record: RunRecord, console: Console) -> None:
             _say(console, f"  more: {logs}")
     skipped = [name for name, status in record.cells.items() if status.state is CellState.SKIPPED]
     if skipped:
-        _say(console, f"\n{len(skipped)} cells were skipped for want of their inputs.")
+        _say(console, f"\n{len(skipped)} cells were skipped: their inputs are missing.")
 
 
 def print_runs(records: Iterable[RunRecord], console: Console) -> None:
@@ -155,7 +155,7 @@ def print_runs(records: Iterable[RunRecord], console: Console) -> None:
 
 
 def run_summary(record: RunRecord) -> dict[str, Any]:
-    """Return how a run stands, as JSON has it."""
+    """Return the state of a run, for JSON."""
     counts = Counter(status.state for status in record.cells.values())
     return {
         "run": record.run_id,
@@ -167,11 +167,11 @@ def run_summary(record: RunRecord) -> dict[str, Any]:
 
 
 def print_run(record: RunRecord, console: Console) -> None:
-    """Print one run: its state, its stages, and what runs or failed."""
+    """Print one run: its state, its stages, and its running and failed cells."""
     state = record.observed_state()
     _say(console, f"Run {record.run_id} of {record.options.file}: {state}")
     for name in record.damaged:
-        _say(console, f"Its document `{name}` is damaged; what it said is not known.")
+        _say(console, f"Its document `{name}` is damaged; the content is unknown.")
     stages: dict[str, list[CellState]] = {}
     for status in record.cells.values():
         stages.setdefault(status.stage, []).append(record.observed_cell_state(status))
@@ -186,15 +186,15 @@ def print_run(record: RunRecord, console: Console) -> None:
             _say(console, f"{name}: {at}")
     print_failures(record, console)
     if state not in {RunState.RUNNING, RunState.DONE}:
-        _say(console, f"`{record.resume_command}` goes on with it.")
+        _say(console, f"`{record.resume_command}` resumes it.")
 
 
 def print_log(
     store: Store, status: CellStatus, console: Console, *, tail: int | None = None
 ) -> None:
-    """Print what a cell's attempts had to say, with the traceback of those that failed.
+    """Print the logs of a cell's attempts, with the tracebacks of failed ones.
 
-    With `tail`, print that many lines of the newest attempt's at most.
+    With `tail`, print at most that many last lines of the newest attempt.
     """
     attempts = store.attempts(status.key)
     for attempt in attempts if tail is None else attempts[-1:]:
@@ -217,11 +217,11 @@ def print_log(
 def follow_log(
     store: Store, run_id: str, cell: str, console: Console, *, tail: int | None = None
 ) -> None:
-    """Print what a cell of a run has to say as it says it, until it or the run has ended.
+    """Print the log of a cell of a run as it grows, until the cell or the run has ended.
 
-    With `tail`, begin with that many lines at most of what it has said so far.
+    With `tail`, start with at most that many of its last lines.
     """
-    at: dict[int, int] = {}  # attempt -> how many bytes of its log are printed
+    at: dict[int, int] = {}  # attempt -> number of printed bytes of its log
     while True:
         record = load_run(store, run_id)
         status = record.status(cell)
@@ -247,7 +247,7 @@ def follow_log(
 def _follow(
     store: Store, key: str, attempt: int, at: int | None, tail: int | None, console: Console
 ) -> int:
-    """Print the whole lines of an attempt's log behind `at`; return how far that is."""
+    """Print the complete lines of an attempt's log after byte `at`; return the new position."""
     found = store.log_segments(key, attempt)
     if at is None and tail is not None and found:
         whole, _, unfinished = last_lines(store.storage, found, tail).rpartition("\n")
@@ -273,7 +273,7 @@ def _attempt_head(store: Store, key: str, attempt: int) -> str:
 
 
 def _print_events(store: Store, key: str, attempt: int, console: Console) -> None:
-    """Print what an attempt said that is older than logs: then its lines were events."""
+    """Print the output of an attempt that is older than logs: its lines are events."""
     began, last, more = None, 0, True
     while more:
         events, last = store.read_events(key, attempt, last, limit=EVENTS_AT_ONCE)
@@ -286,7 +286,7 @@ def _print_events(store: Store, key: str, attempt: int, console: Console) -> Non
 
 
 def _stream(console: Console, text: str) -> None:
-    """Print a piece of a log: past rich, which takes a hundred times as long."""
+    """Print a piece of a log without rich, which is a hundred times slower."""
     console.file.write(presentable(text))
 
 
@@ -298,7 +298,7 @@ def _since(began: Mapping[str, Any], event: Mapping[str, Any]) -> str:
 
 
 def _event_text(event: Mapping[str, Any]) -> str:
-    """Return what an event says to people; one that is not as ours are, as it is."""
+    """Return an event as text for people; an unknown event as it is."""
     try:
         return words(event)
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -306,7 +306,7 @@ def _event_text(event: Mapping[str, Any]) -> str:
 
 
 def print_tracking(record: RunRecord, folder: str, console: Console) -> None:
-    """Print where to look at the run as a whole; `folder` is that of JSON lines."""
+    """Print the command or file that shows the whole run; `folder` holds the JSON lines."""
     if record.options.tracking is TrackerName.MLFLOW:
         file = record.options.file
         command = "fls ui" if file == "pipeline.yaml" else f"fls ui {shlex.quote(file)}"
@@ -348,5 +348,5 @@ def _say(console: Console, text: str) -> None:
 
 
 def _shown(path: Path) -> str:
-    """Return a path as short as it can be from here."""
+    """Return a path, relative to the working directory if it lies below."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

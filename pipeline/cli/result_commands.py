@@ -1,4 +1,4 @@
-"""The commands that look at runs: `status`, `logs`, `results`, `export` and `ui`."""
+"""The commands that show runs: `status`, `logs`, `results`, `export` and `ui`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from pipeline.tracking.ui import serve_ui
     "fls status last --json",
 )
 def status(
-    run: Annotated[str | None, typer.Argument(help="A run, or 'last'; all without.")] = None,
+    run: Annotated[str | None, typer.Argument(help="A run, or 'last'; default: all.")] = None,
     file: FileOption = DEFAULT_FILE,
     storage: StorageOption = None,
     as_json: JsonOption = False,
@@ -77,15 +77,17 @@ def logs(
     run: Annotated[str, typer.Option("--run", help="A run.")] = "last",
     file: FileOption = DEFAULT_FILE,
     storage: StorageOption = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until it has ended.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Print until the cell has ended.")
+    ] = False,
     tail: Annotated[
         int | None,
         typer.Option(
-            "--tail", "-n", metavar="N", min=0, help="The last N lines of the newest attempt alone."
+            "--tail", "-n", metavar="N", min=0, help="Only the last N lines of the newest attempt."
         ),
     ] = None,
 ) -> None:
-    """Print what a cell had to say, and the traceback if it failed."""
+    """Print a cell's log, and the traceback if the cell failed."""
     store = open_store(file, storage)
     record = find_run(store, run)
     if follow:
@@ -105,7 +107,7 @@ def results(
         bool | None, typer.Option("--json/--csv", help="Print JSON or CSV, not a table.")
     ] = None,
 ) -> None:
-    """Print the results of a pipeline: one row an evaluated model."""
+    """Print the results of a pipeline: one row per evaluated model."""
     spec = read_spec(file, set_)
     columns, rows, absent = result_rows(spec, Store(spec.storage))
     if as_json is None:
@@ -124,10 +126,10 @@ def results(
 def export(
     file: Annotated[Path, typer.Argument(help="The pipeline.")],
     cell: Annotated[str, typer.Argument(help="The cell that made the model.")],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to; made if need be.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Destination; created if missing.")],
     set_: SetOption = NONE_GIVEN,
 ) -> None:
-    """Copy a cell's model out of the store: its weights, and what they are."""
+    """Copy a cell's model out of the store: weights and description."""
     spec = read_spec(file, set_)
     export_cell(spec, Store(spec.storage), cell, folder)
     typer.echo(presentable(f"{folder}: {', '.join(sorted(os.listdir(folder)))}"))
@@ -140,13 +142,13 @@ def export(
 def ui(
     file: File = DEFAULT_FILE,
     port: Annotated[
-        int, typer.Option(help="Port on 127.0.0.1; where it is taken, or 0, a free one.")
+        int, typer.Option(help="Port on 127.0.0.1; a free one if it is taken or 0.")
     ] = 5000,
 ) -> None:
     """Serve MLflow's pages on a pipeline's runs, and print the link to them; Ctrl-C ends it.
 
-    The link has a password in it, new each time: without it no user of this machine gets in.
+    The link holds a password, new each time, which keeps other users of this machine out.
 
-    Of a tracking server, whose pages are there already, the address is printed.
+    For a tracking server, which serves its own pages, only the address is printed.
     """
     serve_ui(read_spec(file).tracking_uri(), port)

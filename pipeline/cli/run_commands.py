@@ -67,7 +67,7 @@ def run(
         str | None, typer.Option("--run-id", metavar="ID", help="The new run's id.", hidden=True)
     ] = None,
 ) -> None:
-    """Run a pipeline: what is in the store already is not run again."""
+    """Run the cells of a pipeline whose results are not in the store."""
     spec = read_spec(file, set_)
     selection = Selection(from_=from_, only=only, until=until, force=force)
     if dry_run:
@@ -107,7 +107,7 @@ def submit(
         ),
     ] = "http://127.0.0.1:8265",
     follow: Annotated[
-        bool, typer.Option("--follow", help="Print the job's log, and end as it ends.")
+        bool, typer.Option("--follow", help="Print the job's log, and exit as the job does.")
     ] = False,
     resume: Annotated[
         str | None, typer.Option("--resume", metavar="RUN", help="Resume this run.")
@@ -117,12 +117,14 @@ def submit(
         typer.Option(
             "--env",
             metavar="NAME[=VALUE]",
-            help="A variable for the job; without a value, the one it has here.",
+            help="A variable for the job; default: its value here.",
         ),
     ] = NONE_GIVEN,
     exclude: Annotated[
         list[str],
-        typer.Option("--exclude", metavar="GLOB", help="Leave these files behind, as .gitignore."),
+        typer.Option(
+            "--exclude", metavar="GLOB", help="Do not pack these files, as in .gitignore."
+        ),
     ] = NONE_GIVEN,
     tracking: TrackingOption = TrackerName.MLFLOW,
     from_: FromOption = NONE_GIVEN,
@@ -134,18 +136,17 @@ def submit(
     stop_after: StopOption = None,
     tracking_later: LaterOption = False,
 ) -> None:
-    """Run a pipeline on a Ray cluster, as a job: packs this folder and hands it over.
+    """Run a pipeline on a Ray cluster, as a job: pack the working directory and submit it.
 
-    Packed is the working directory without version control, environments, stores, data, weights,
-    without what .gitignore and .flsignore name, and without files that are known to hold keys or
-    passwords, by their names (*.env, credentials.json, kubeconfig, *.pem, ...) or because they
-    begin like a private key; these are listed, and !/PATH in .flsignore takes one along. A store is
-    never packed, whatever its name.
+    The package omits version control, environments, stores, data, weights, the patterns of
+    .gitignore and .flsignore, and files with keys or passwords, recognised by their names (*.env,
+    credentials.json, kubeconfig, *.pem, ...) or by the first bytes of a private key. The omitted
+    secret files are listed; !/PATH in .flsignore packs one. A store is never packed.
 
-    The job is given the variables AWS_*, FISHLEG_*, FSSPEC_* and MLFLOW_*, by these names, except
-    secrets (names with KEY, SECRET, TOKEN, PASSWORD and the like, URLs, JSON and connection strings
-    with a password in them) and paths of this machine: Ray keeps a job's variables as plain text.
-    Set secrets on the nodes, or hand one over by --env NAME.
+    The job gets the variables AWS_*, FISHLEG_*, FSSPEC_* and MLFLOW_*, except secrets (names with
+    KEY, SECRET, TOKEN, PASSWORD and the like; URLs, JSON and connection strings with a password)
+    and paths of this machine: Ray stores a job's variables as plain text. Set secrets on the nodes,
+    or pass one by --env NAME.
     """
     from pipeline.cluster.submit import Submission
     from pipeline.cluster.submit import submit as submit_pipeline
@@ -180,7 +181,10 @@ def resume(
     file: FileOption = DEFAULT_FILE,
     storage: StorageOption = None,
     replan: Annotated[
-        bool, typer.Option("--replan", help="Make again what has changed since, such as code.")
+        bool,
+        typer.Option(
+            "--replan", help="Run changed cells again, for example after a change of code."
+        ),
     ] = False,
     trust_store: TrustOption = False,
     stop_after: StopOption = None,
@@ -188,9 +192,9 @@ def resume(
 ) -> None:
     """Resume a run that was killed, stopped, or failed, as the same run in tracking.
 
-    The spec is the one that the run began with. Its plugins, and functions that its parameters
-    name, are imported if --file names them too, or with --trust. If code has changed since, this
-    says what and which cells that touches, and stops: then choose --replan, or see `fls accept`.
+    The spec is that of the run's start. Its plugins, and functions that its parameters name, are
+    imported if --file names them too, or with --trust. If code has changed since, the command names
+    the change and the affected cells, and stops: then use --replan or `fls accept`.
     """
     store = open_store(file, storage)
     record = find(store, run, storage)
@@ -211,7 +215,7 @@ def stop(
     file: FileOption = DEFAULT_FILE,
     storage: StorageOption = None,
 ) -> None:
-    """Stop a run, wherever its driver is: its cells end behind a checkpoint; `resume` goes on."""
+    """Stop a run, wherever its driver is: cells end after a checkpoint; `fls resume` resumes."""
     store = open_store(file, storage)
     sys.exit(stop_run(store, find(store, run, storage), console_here()))
 
@@ -222,11 +226,11 @@ def stop(
     "fls sync 20260730-101500-042-1f2e --storage s3://bucket/results",
 )
 def sync(
-    run: Annotated[str | None, typer.Argument(help="A run, or 'last'; all without.")] = None,
+    run: Annotated[str | None, typer.Argument(help="A run, or 'last'; default: all.")] = None,
     file: FileOption = DEFAULT_FILE,
     storage: StorageOption = None,
 ) -> None:
-    """Send to the tracking server what it missed of a run, and how the run ended."""
+    """Send the missing data of a run, and its final state, to the tracking server."""
     store = open_store(file, storage)
     records = load_runs(store)[0] if run is None else [find_run(store, run)]
     for record in records:
@@ -246,9 +250,9 @@ def run_spec(
     grace_s: float = GRACE_S,
     run_id: str | None = None,
 ) -> int:
-    """Run what is selected of a spec, see `start_run`; print its end, and return the exit code.
+    """Run the selected cells of a spec, see `start_run`; print its end, return the exit code.
 
-    Where nothing is to be run and a result proves to be damaged, it is made again.
+    A damaged result of a run with nothing to run is computed again.
     """
     while True:
         ended = start_run(spec, options, selection, console, stop_after_s, grace_s, run_id)
@@ -260,13 +264,13 @@ def run_spec(
 
 
 def print_end(ended: Ended, console: Console) -> int:
-    """Print the reports, the failures and where the run is tracked; return the exit code.
+    """Print the reports, the failures and the tracking of a run; return the exit code.
 
-    Of a run that ran nothing, a damaged report is an error, see `Store.fetch`.
+    After a run that ran nothing, a damaged report is an error, see `Store.fetch`.
     """
     record = ended.record
     if ended.signal is not None and record is not None:
-        console.print(f"Stopped. `{record.resume_command}` goes on from here.", soft_wrap=True)
+        console.print(f"Stopped. `{record.resume_command}` resumes it.", soft_wrap=True)
         return 128 + ended.signal
     if ended.spec is None:
         return 0
@@ -278,7 +282,7 @@ def print_end(ended: Ended, console: Console) -> int:
         print_reports(ended.spec, ended.store, ended.keys, console)
     except Damaged as error:
         ended.store.set_aside(error.key)
-        console.print(f"{error}. The next `fls run` makes it again.", soft_wrap=True)
+        console.print(f"{error}. The next `fls run` computes it again.", soft_wrap=True)
         code = 1
     print_failures(record, console)
     print_tracking(record, ended.folder, console)

@@ -1,4 +1,4 @@
-"""The commands that look after a store: `gc`, `verify` and `accept`."""
+"""The commands that maintain a store: `gc`, `verify` and `accept`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from pipeline.upkeep.verify import find_damage
 
 FileArgument = Annotated[
     Path | None,
-    typer.Argument(help="The pipeline; pipeline.yaml unless --storage is given."),
+    typer.Argument(help="The pipeline; default: pipeline.yaml, unless --storage is given."),
 ]
 RunOption = Annotated[str, typer.Option("--run", help="A run, or 'last'.")]
 
@@ -52,14 +52,14 @@ def gc(
         list[Path] | None,
         typer.Argument(
             metavar="[FILE]...",
-            help="Pipelines whose present plans are kept; pipeline.yaml unless --storage is given.",
+            help="Pipelines whose plans are kept; pipeline.yaml unless --storage is given.",
         ),
     ] = None,
     storage: StorageOption = None,
-    apply: Annotated[bool, typer.Option("--apply", help="Delete, not only show.")] = False,
+    apply: Annotated[bool, typer.Option("--apply", help="Delete the listed results.")] = False,
     keep_runs: Annotated[
         int | None,
-        typer.Option("--keep-runs", metavar="N", min=0, help="Drop runs before the newest N."),
+        typer.Option("--keep-runs", metavar="N", min=0, help="Drop all runs but the newest N."),
     ] = None,
     older_than: Annotated[
         float | None,
@@ -67,7 +67,7 @@ def gc(
             "--older-than",
             metavar="TIME",
             parser=read_duration,
-            help="Drop runs that began longer ago (30d).",
+            help="Drop runs that began before this time (30d).",
         ),
     ] = None,
     grace: Annotated[
@@ -75,56 +75,41 @@ def gc(
         typer.Option(
             metavar="TIME",
             parser=read_duration,
-            help="Leave alone what was written to within this time.",
+            help="Keep files that were written to within this time.",
             show_default="1h",
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what the store holds that nothing needs, and with --apply delete it.
+    """List the unneeded results of a store; with --apply, delete them.
 
-    All runs are kept, unless --keep-runs or --older-than drops some; with both, those that both
-    drop. A live run is always kept. Of a stage with
-    `keep: results` in the pipeline, files go once all that was to be made of them is there; its
-    cells stay complete, and run again when their files are needed.
+    All runs are kept, unless --keep-runs or --older-than drops some; with both options, a run is
+    dropped if both drop it. A live run is always kept. The files of a stage with `keep: results`
+    are unneeded once all downstream results exist; its cells stay complete, and run again when
+    their files are needed.
     """
     specs = [read_spec(file) for file in files or ([] if storage else [DEFAULT_FILE])]
     store = Store(storage or _storage_of(specs)).require()
     plans = [make_plan(spec, store) for spec in specs]
     retention = Retention(keep_runs=keep_runs, older_than_s=older_than, grace_s=grace or GRACE_S)
-    console = console_here()
+    console = Console(stderr=True) if as_json else console_here()
 
     def pass_over(what: str) -> None:
-        (Console(stderr=True) if as_json else console).print(f"passed over: {what}", soft_wrap=True)
+        console.print(f"passed over: {what}", soft_wrap=True)
 
     found = find_garbage(store, plans, retention, pass_over)
     spared = find_spared(store, plans, retention, found)
+    listed = collect(store, plans, retention, found, pass_over) if apply else found
     if as_json:
-        deleted = list(collect(store, plans, retention, found, pass_over)) if apply else found
-        print_json([one.to_dict(deleted=apply) for one in deleted])
+        print_json([one.to_dict(deleted=apply) for one in listed])
         return
+    count, total = _print_garbage(listed, console)
     if apply:
-        total = _print_garbage(collect(store, plans, retention, found, pass_over), console)
-        console.print(f"{store.url}: deleted what was not needed, {size(total)}.")
+        console.print(f"{store.url}: deleted {count} unneeded items, {size(total)}.")
     else:
-        total = _print_garbage(found, console)
-        hint = "; --apply deletes it" if found else ""
-        console.print(f"{store.url}: {len(found)} things, {size(total)}, not needed{hint}.")
-    if spared:
-        total = sum(item.bytes for item in spared)
-        console.print(
-            f"Not needed either, but written to within the grace period of "
-            f"{show_duration(retention.grace_s)} and so left alone: {len(spared)} things, "
-            f"{size(total)}; --grace says how long it is.",
-            soft_wrap=True,
-        )
-    kept = len(store.list_runs())
-    if keep_runs is older_than is None and kept:
-        console.print(
-            f"All {kept} runs are kept, with what they need; --keep-runs and --older-than drop "
-            "some.",
-            soft_wrap=True,
-        )
+        hint = "; --apply deletes them" if count else ""
+        console.print(f"{store.url}: {count} unneeded items, {size(total)}{hint}.")
+    _print_kept(spared, retention, len(store.list_runs()), console)
 
 
 @command(
@@ -138,13 +123,14 @@ def verify(
     set_aside: Annotated[
         bool,
         typer.Option(
-            "--set-aside", help="Move damaged results aside; they run again once they are needed."
+            "--set-aside",
+            help="Move damaged results aside; their cells run again when they are needed.",
         ),
     ] = False,
     rerun_cell: Annotated[
         str | None,
         typer.Option(
-            "--rerun", metavar="CELL", help="Compute a cell again, and compare its bytes."
+            "--rerun", metavar="CELL", help="Compute a cell again, and compare its files."
         ),
     ] = None,
     run: RunOption = "last",
@@ -153,8 +139,8 @@ def verify(
     """Check each file of the store against its hash; exit code 1 if one is damaged.
 
     With --rerun, compute one cell again in a temporary folder instead; nothing is published. If its
-    code has changed, it is compared with what the earlier code made, as a test of `fls accept`. The
-    cell is looked for in the pipeline or, with --storage alone, in --run. Plugins of the run's
+    code has changed, compare with the result of the earlier code, as a test of `fls accept`. The
+    cell is searched in the pipeline or, with --storage alone, in --run. Plugins of the run's
     spec, and functions that its parameters name, are imported if pipeline.yaml names them too, or
     with --trust.
     """
@@ -180,20 +166,20 @@ def accept(
     why: Annotated[str, typer.Option("--why", help="Why the results are the same.")],
     stages: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[STAGE]...", help="Stages of the run; all without."),
+        typer.Argument(metavar="[STAGE]...", help="Stages of the run; default: all."),
     ] = None,
     run: RunOption = "last",
     file: FileOption = DEFAULT_FILE,
     storage: StorageOption = None,
     trust_store: TrustOption = False,
 ) -> None:
-    """Let the stages' present code count as the code that a run began with.
+    """Accept the present code of stages as equivalent to the code of a run.
 
     The plugins of the run's spec, and functions that its parameters name, are imported if --file
     names them too, or with --trust.
 
-    What is in the store stays valid, for all stages of the same type. Who accepted it, when and why
-    is recorded, and shown by `fls plan --why` and in tracking.
+    The results in the store stay valid, for all stages of the same type. The user, the time and the
+    reason are recorded, and shown by `fls plan --why` and in tracking.
     """
     store = open_store(file, storage)
     trust = read_trust(file, store, everything=trust_store)
@@ -206,7 +192,7 @@ def accept(
 
 
 def _storage_of(specs: Sequence[Spec]) -> str:
-    """Return the storage that all specs have.
+    """Return the common storage of all specs.
 
     Raises:
         BadInput: they have several.
@@ -217,16 +203,34 @@ def _storage_of(specs: Sequence[Spec]) -> str:
     return found[0]
 
 
-def _print_garbage(garbage: Iterable[Garbage], console: Console) -> int:
-    """Print a line for each thing, as it comes; return the size of all."""
-    total = 0
+def _print_garbage(garbage: Iterable[Garbage], console: Console) -> tuple[int, int]:
+    """Print a line for each item; return their number and total size."""
+    count = total = 0
     for item in garbage:
-        total += item.bytes
+        count, total = count + 1, total + item.bytes
         cell = f" ({item.cell})" if item.cell else ""
         console.print(
             f"{size(item.bytes):>8}  {item.paths[-1]}{cell}: {item.reason}", soft_wrap=True
         )
-    return total
+    return count, total
+
+
+def _print_kept(
+    spared: Sequence[Garbage], retention: Retention, runs: int, console: Console
+) -> None:
+    """Print what is kept for a reason that options change."""
+    if spared:
+        console.print(
+            f"Kept, though unneeded, because written to within the grace period of "
+            f"{show_duration(retention.grace_s)} (--grace): {len(spared)} items, "
+            f"{size(sum(item.bytes for item in spared))}.",
+            soft_wrap=True,
+        )
+    if retention.keep_runs is retention.older_than_s is None and runs:
+        console.print(
+            f"All {runs} runs are kept, with their results; see --keep-runs and --older-than.",
+            soft_wrap=True,
+        )
 
 
 def _verify(store: Store, console: Console, *, set_aside: bool) -> int:
@@ -253,7 +257,7 @@ def _verify(store: Store, console: Console, *, set_aside: bool) -> int:
     for key, cell in damaged.items() if set_aside else ():
         try:
             aside = store.set_aside(key)
-        except StorageUnavailable as error:  # which need not stay so
+        except StorageUnavailable as error:  # perhaps for a moment
             console.print(f"not set aside: {key[:12]} {cell}: {error}", soft_wrap=True)
             continue
         if aside:
@@ -267,14 +271,14 @@ def _verify(store: Store, console: Console, *, set_aside: bool) -> int:
 
 
 def _print_comparison(found: Comparison, console: Console) -> int:
-    """Print how a cell computed again compares, and return the exit code."""
+    """Print the comparison of a cell computed again, and return the exit code."""
     for phrase in found.differences:
         console.print(f"{found.cell}: {phrase}", soft_wrap=True)
     if found.circumstances:
-        console.print(f"Made otherwise: {', '.join(found.circumstances)}.", soft_wrap=True)
+        console.print(f"Made differently: {', '.join(found.circumstances)}.", soft_wrap=True)
     if found.earlier:
         console.print(
-            f"Compared with what earlier code made; to let that stand: {found.earlier}",
+            f"Compared with the result of earlier code; to accept it: {found.earlier}",
             soft_wrap=True,
         )
     if found.differences:

@@ -1,8 +1,8 @@
-"""Which environment variables go along with a job.
+"""The environment variables that a job gets.
 
-A job's variables are stored by Ray as plain text and shown in its dashboard. So a secret goes
-along only when the user names it; otherwise the machines of the cluster are to have it already, by
-their roles, their secret store, or the shell that Ray was started from.
+Ray stores a job's variables as plain text and shows them in its dashboard. So a job gets a secret
+only if the user names it; otherwise the machines of the cluster must have it already, by their
+roles, their secret store, or the shell that Ray was started from.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pipeline.base.errors import BadInput
 from pipeline.base.secrets import is_secret_variable
 
 PREFIXES = ("AWS_", "FISHLEG_", "FSSPEC_", "MLFLOW_")
-# What these name lies on this machine: a file, a folder, a section of a file.
+# Names of variables that refer to this machine: a file, a folder, a section of a file.
 _OF_THIS_MACHINE = re.compile(r"_(FILE|PATH|BUNDLE|PROFILE|DIR)$")
 
 _INSTEAD = {
@@ -26,12 +26,12 @@ _INSTEAD = {
 
 @dataclass(frozen=True, kw_only=True)
 class Forwarding:
-    """What becomes of this process's environment when a job is submitted.
+    """The parts of this process's environment, by their treatment at a submission.
 
     Attributes:
-        given: name -> value of what goes along.
-        secret: names that do not, because their values are secret.
-        local: names that do not, because their values are of this machine.
+        given: name -> value of the job's variables.
+        secret: names withheld because their values are secret.
+        local: names withheld because their values refer to this machine.
     """
 
     given: Mapping[str, str]
@@ -40,11 +40,11 @@ class Forwarding:
 
 
 def forwarding(environment: Mapping[str, str], wishes: Sequence[str]) -> Forwarding:
-    """Choose what goes along with a job.
+    """Choose the environment variables of a job.
 
     Args:
         environment: of this process.
-        wishes: each `NAME=VALUE`, or `NAME` for the value that it has here.
+        wishes: each `NAME=VALUE`, or `NAME` for its value here.
     """
     wanted = dict(_wish(wish, environment) for wish in wishes)
     candidates = {
@@ -61,15 +61,15 @@ def forwarding(environment: Mapping[str, str], wishes: Sequence[str]) -> Forward
 def refuse_secrets(
     environment: Mapping[str, str], wishes: Sequence[str], origins: Mapping[str, str]
 ) -> None:
-    """Check that a job is given no secret without a wish for it.
+    """Check that a job gets no secret that the user has not named.
 
     Args:
-        environment: all that the job is to be given, as it will be.
+        environment: the final variables of the job.
         wishes: as in `forwarding`.
-        origins: name -> where its value comes from, of those that this process does not have.
+        origins: name -> origin of its value, for names that this process does not have.
 
     Raises:
-        BadInput: it would be; names the variable, not what it holds.
+        BadInput: it would get one; names the variable, not its value.
     """
     wished = {wish.partition("=")[0] for wish in wishes}
     for name, value in environment.items():
@@ -81,19 +81,19 @@ def refuse_secrets(
         instead = _INSTEAD.get(name, "Set it on the nodes")
         raise BadInput(
             f"{named} holds a password or a token, which Ray would show in its dashboard. "
-            f"{instead}; or {first}hand it over as it is by --env {name}."
+            f"{instead}; or {first}pass it unchanged by --env {name}."
         )
 
 
 def _wish(wish: str, environment: Mapping[str, str]) -> tuple[str, str]:
-    """Return the name and value that a wish stands for.
+    """Return the name and value of a wish.
 
     Raises:
-        BadInput: it has no name, or names what is not set.
+        BadInput: it has no valid name, or the named variable is not set.
     """
     name, equals, value = wish.partition("=")
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise BadInput(f"--env {name}: expected NAME=VALUE, or NAME for the value it has here.")
+        raise BadInput(f"--env {name}: expected NAME=VALUE, or NAME for its value here.")
     if not equals and name not in environment:
         raise BadInput(f"--env {name}: it is not set here; give it as {name}=VALUE.")
     return name, value if equals else environment[name]

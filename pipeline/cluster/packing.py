@@ -1,10 +1,10 @@
-"""Packs a working directory for a cluster: the code and the pipeline, not what they make.
+"""Packs a working directory for a cluster: code and pipeline, without data and results.
 
-What stays behind is said by patterns in the language of `.gitignore`; the last one that matches a
-file decides. In order: those of `pipeline.base.secret_files`, those below, each folder's
-`.gitignore`, `.flsignore` in the directory itself, and the user's `--exclude`. Links and stores are
-never packed, and what begins like a private key only if a pattern of `.flsignore` or `--exclude`
-says so, such as `!/tests/key.txt`.
+Patterns in the language of `.gitignore` omit files; the last pattern that matches a file decides.
+In order: those of `pipeline.base.secret_files`, those below, each folder's `.gitignore`,
+`.flsignore` in the directory itself, and the user's `--exclude`. Links and stores are never packed.
+A file that begins like a private key is packed only if a pattern of `.flsignore` or `--exclude`
+names it, such as `!/tests/key.txt`.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # the time of every packed file: the same conten
 
 @dataclass(frozen=True)
 class Package:
-    """What is packed of a folder.
+    """The packed and the omitted files of a folder.
 
     Attributes:
         folder: the folder.
         files: relative path, with slashes -> size in bytes.
-        links: relative paths of links, which are not packed.
-        secrets: relative paths of what is not packed because it holds keys or passwords, see
+        links: relative paths of links, which are omitted.
+        secrets: relative paths omitted because they hold keys or passwords, see
             `pipeline.base.secret_files`; those of folders end with a slash.
-        stores: relative paths of stores, which are not packed, whatever their names.
+        stores: relative paths of stores, which are omitted under any name.
     """
 
     folder: Path
@@ -67,7 +67,7 @@ class Package:
         """Check the size.
 
         Raises:
-            BadInput: it is above the limit; names the largest files.
+            BadInput: the size is above the limit; names the largest files.
         """
         if self.size_bytes <= limit_bytes:
             return
@@ -77,7 +77,7 @@ class Package:
             f"{len(self.files)} files of {_mebibytes(self.size_bytes)} would be packed; the limit "
             f"is {_mebibytes(limit_bytes)}. The largest:\n"
             + "\n".join(lines)
-            + f"\nLeave files behind by --exclude, or by patterns in {IGNORE_FILE}."
+            + f"\nOmit files by --exclude, or by patterns in {IGNORE_FILE}."
         )
 
     def refuse_if_holding(
@@ -90,7 +90,7 @@ class Package:
             extra: as in `write`.
 
         Raises:
-            BadInput: one does; names file and variable.
+            BadInput: a file does; names file and variable.
         """
         needles = [(name, os.fsencode(value)) for name, value in secrets]
         files = {path: (self.folder / path).read_bytes for path in self.files}
@@ -101,7 +101,7 @@ class Package:
                 if needle in content:
                     raise BadInput(
                         f"{path} holds the value of the environment variable {name}, a secret, "
-                        f"and would be packed. Take it out, or leave the file behind by --exclude."
+                        f"and would be packed. Remove the value, or omit the file by --exclude."
                     )
 
     def write(self, archive: Path, extra: Mapping[str, str]) -> None:
@@ -109,7 +109,7 @@ class Package:
 
         Args:
             archive: the zip file.
-            extra: files that are made for it.
+            extra: generated files.
         """
         with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as target:
             for path in sorted(self.files):
@@ -121,7 +121,7 @@ class Package:
 
 
 def collect(folder: Path, excludes: Sequence[str] = ()) -> Package:
-    """Find what is to be packed of a folder."""
+    """Find the files of a folder to pack."""
     last = [*_lines(folder / IGNORE_FILE), *excludes]
     first = [*PATTERNS, *LEFT_BEHIND]
     walk = _Walk(folder, GitIgnoreSpec.from_lines(first), GitIgnoreSpec.from_lines(last))
@@ -169,13 +169,13 @@ class _Walk:
                 yield path, entry.stat().st_size
 
     def is_key(self, path: str) -> bool:
-        """Tell whether a file begins like a private key, and no pattern takes it along."""
+        """Tell whether a file begins like a private key, and no pattern includes it."""
         with open(self.folder / path, "rb") as file:
             found = begins_like_key(file.read(BEGINNING_BYTES))
         return found and self.last.check_file(path).include is not False
 
     def ignored(self, path: str, specs: Sequence[tuple[str, GitIgnoreSpec]]) -> bool:
-        """Tell whether the last pattern that matches `path` says to leave it behind."""
+        """Tell whether the last pattern that matches `path` omits it."""
         verdict = False
         for prefix, spec in (("", self.first), *specs, ("", self.last)):
             found = spec.check_file(path.removeprefix(prefix)).include

@@ -1,7 +1,7 @@
-"""Submits a pipeline to a Ray cluster: packs the folder, says what it is, and hands it over.
+"""Submits a pipeline to a Ray cluster: packs the folder, records its source, and starts a job.
 
-The run's id is chosen here, so that the commands that follow, stop and resume it can be printed
-before it has begun.
+The run's id is chosen here, so that the commands that follow, stop and resume the run can be
+printed before it starts.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _INTERRUPTED = 130
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
-    """What is asked for.
+    """A request to submit.
 
     Attributes:
         file: the spec's path, in or below the working directory.
         address: of the head's dashboard.
         arguments: options of `fls run`; none when a run is resumed.
-        stop_after_s: how long the job may take, or None.
+        stop_after_s: time limit of the job in seconds, or None.
         resume: the run to resume, or None for a new one.
-        excludes: patterns of files to leave behind.
+        excludes: patterns of files to omit.
         env: environment variables for the job: NAME=VALUE, or NAME.
     """
 
@@ -57,7 +57,7 @@ class Submission:
 
 
 def submit(spec: Spec, asked: Submission, console: Console, *, follow: bool) -> int:
-    """Submit a pipeline; return 0, or how the job ended when it is followed."""
+    """Submit a pipeline; return 0, or the job's exit code if it is followed."""
     _require_url(asked.address)
     local = is_this_machine(asked.address)
     folder = Path.cwd()
@@ -101,7 +101,7 @@ def submit(spec: Spec, asked: Submission, console: Console, *, follow: bool) -> 
     try:
         return jobs.follow(submission_id, _print)
     except KeyboardInterrupt:
-        console.print(f"\n{submission_id} goes on; the commands above follow or stop it.")
+        console.print(f"\n{submission_id} continues; the commands above follow or stop it.")
         return _INTERRUPTED
 
 
@@ -109,7 +109,7 @@ def _require_url(address: str) -> None:
     """Check that an address can be a dashboard's.
 
     Raises:
-        BadInput: it is no URL with a host, or of another kind.
+        BadInput: it is not an http or https URL with a host.
     """
     try:
         parts = urlsplit(address)
@@ -144,27 +144,27 @@ def _command(file: str, run_id: str, asked: Submission) -> str:
     """Return the job's command.
 
     Raises:
-        BadInput: a run is resumed, which is done as it was asked for, with other options.
+        BadInput: a resumed run is given other options.
     """
     words = ["run", file, "--run-id", run_id, *asked.arguments]
     if asked.resume is not None:
         if asked.arguments:
             raise BadInput(
-                "--resume goes on with a run as it was asked for; leave out "
+                "--resume continues a run with its own options; remove "
                 f"{shlex.join(asked.arguments)}."
             )
         words = ["resume", run_id, "--file", file]
     if asked.stop_after_s is not None:
         words += ["--stop-after", f"{asked.stop_after_s:g}s"]
-    # Ray runs it by a shell; in the shell's place, the driver is the one that Ray stops and awaits.
+    # Ray runs a shell; by exec the driver replaces it, so Ray stops and awaits the driver.
     return "exec " + shlex.join(["python", "-m", "pipeline", *words])
 
 
 def _storage(spec: Spec, local: bool) -> dict[str, str]:
-    """Return the variable that makes a relative storage absolute; a job works in another folder.
+    """Return the variable that makes a relative storage absolute for a job in another folder.
 
     Raises:
-        BadInput: the storage is relative, and the cluster is elsewhere.
+        BadInput: the storage is relative, and the cluster is on other machines.
     """
     if spec.storage == spec.storage_given:
         return {}
@@ -173,15 +173,15 @@ def _storage(spec: Spec, local: bool) -> dict[str, str]:
     raise BadInput(
         f"{spec.path}: storage: {spec.storage_given} is a folder of this machine, which the "
         "cluster does not see. Use a URL such as s3://bucket/folder, or the absolute path of a "
-        f"folder that all nodes share; {STORAGE.name} takes the place of `storage:`."
+        f"folder that all nodes share; {STORAGE.name} overrides `storage:`."
     )
 
 
 def _tracking(spec: Spec, moving: Forwarding, local: bool) -> str:
-    """Return where the job is to track, from anywhere.
+    """Return the job's tracking address, valid on all machines.
 
     Raises:
-        BadInput: that is a place which only this machine reaches.
+        BadInput: only this machine reaches the address.
     """
     uri = moving.given.get("MLFLOW_TRACKING_URI") or spec.tracking_uri()
     scheme, _, path = uri.partition("://")
@@ -201,7 +201,7 @@ def _tracking(spec: Spec, moving: Forwarding, local: bool) -> str:
 
 
 def _origins(spec: Spec) -> dict[str, str]:
-    """Return name -> origin of the job's variables whose values are not of this environment."""
+    """Return name -> origin of the job's variables that this environment does not have."""
     if TRACKING_URI.read() or spec.mlflow.tracking_uri is None:
         return {}
     uri = spec.mlflow.tracking_uri
@@ -212,10 +212,10 @@ def _origins(spec: Spec) -> dict[str, str]:
 
 
 def _require_packed(spec: Spec, file: Path, package: Package) -> None:
-    """Check that what the pipeline names is in the package.
+    """Check that the package has all files that the pipeline names.
 
     Raises:
-        BadInput: a file of the pipeline's is outside of the folder, or left behind.
+        BadInput: such a file is outside the folder, or omitted.
     """
     named = {str(file): "the pipeline"}
     for cell in spec.cells:
@@ -226,14 +226,14 @@ def _require_packed(spec: Spec, file: Path, package: Package) -> None:
         relative = Path(os.path.relpath(path, package.folder)).as_posix()
         if relative.startswith("../"):
             raise BadInput(
-                f"{path} ({owner}) would not be packed: it must lie in the folder that is, which "
-                f"is the working directory, {package.folder}. Run the command in a folder that "
-                "holds all that the pipeline needs."
+                f"{path} ({owner}) would not be packed: it lies outside the working directory, "
+                f"{package.folder}. Run the command in a folder that holds all files of the "
+                "pipeline."
             )
         if relative not in package.files:
             raise BadInput(
-                f"{path} ({owner}) would not be packed: it is not there, or a pattern leaves it "
-                f"behind. `!/{relative}` in {IGNORE_FILE} takes it along."
+                f"{path} ({owner}) would not be packed: it does not exist, or a pattern omits it. "
+                f"`!/{relative}` in {IGNORE_FILE} packs it."
             )
 
 
@@ -247,7 +247,7 @@ def _tell(
     environment: Mapping[str, str],
     moving: Forwarding,
 ) -> None:
-    """Print what was submitted, and how to follow, stop and resume it."""
+    """Print the contents of the submission, and the commands to follow, stop and resume it."""
 
     def say(text: str) -> None:
         console.print(text, soft_wrap=True)
@@ -275,7 +275,7 @@ def _tell(
 
 
 def _resume_command(asked: Submission, run_id: str, moving: Forwarding) -> str:
-    """Return what goes on with the run, also in another shell; secrets are named and not shown."""
+    """Return the command that resumes the run in any shell; secrets are named and not shown."""
     wished = dict.fromkeys(wish.partition("=")[0] for wish in asked.env)
     shell = [f"{n}={shlex.quote(v)}" for n, v in moving.given.items() if n not in wished]
     words = ["fls", "submit", str(asked.file), "--address", asked.address, "--resume", run_id]

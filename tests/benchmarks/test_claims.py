@@ -95,7 +95,7 @@ def structure_document(structure: str, accuracy: float, memory: int) -> dict[str
 @pytest.mark.parametrize(
     ("accuracies", "verdict"),
     [
-        ((90.0, 91.0), "claim holds here**"),
+        ((90.0, 91.0), "claim holds here.**"),
         ((90.0, 70.0), "claim holds here for kronecker only"),
         ((70.0, 70.0), "claim does not hold here"),
     ],
@@ -171,7 +171,7 @@ def noise_document(structure: str, learned: float, inverted: float) -> dict[str,
 @pytest.mark.parametrize(
     ("learned", "verdict"),
     [
-        ((80.0, 80.0), "claim holds here**"),
+        ((80.0, 80.0), "claim holds here.**"),
         ((80.0, 70.0), "claim holds here for kronecker only"),
         ((60.0, 60.0), "claim does not hold here"),
     ],
@@ -208,7 +208,7 @@ def test_both_ways_have_the_same_budgets() -> None:
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("refined", "verdict"),
-    [(80.0, "claim holds here**"), (60.0, "claim does not hold here"), (70.0, "does not hold")],
+    [(80.0, "claim holds here.**"), (60.0, "claim does not hold here"), (70.0, "does not hold")],
 )
 def test_assimilation_report(refined: float, verdict: str, tmp_path: Path) -> None:
     documents = {}

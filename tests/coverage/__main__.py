@@ -22,12 +22,15 @@ PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 _INTRODUCTION = """\
 # What is covered
 
-Made by `python -m tests.coverage`, which measures each layer and network on two samples in float64: its per-sample gradients, the products of its Fisher with a vector and the
-Fisher's diagonal beside a loop over single samples ("equal": to 1e-8 of the norm); then half of its prunable weights are removed, and the network is saved, loaded into a fresh
-one, and gives equal outputs. `make test` measures the layers and five of the networks again, and compares them with this page.
+`python -m tests.coverage` makes this page. It measures each layer and network on two samples in float64: the per-sample
+gradients, the products of the Fisher with a vector, and the Fisher's diagonal, each compared with a loop over single
+samples ("equal": to 1e-8 of the norm). Then it removes half of the prunable weights, saves the network, loads it into a
+fresh one, and compares the outputs. `make test` repeats this for the layers and five of the networks, and compares the
+results with this page.
 
-The *fast path* reads gradients off the signals of linear, convolution and normalisation layers; the others are slower and just as right. What is not prunable by default becomes so by
-`prunable=[...]` of `partition_parameters`, in a pipeline `also_prune:`.
+The *fast path* computes gradients from the signals of linear, convolution and normalisation layers; the other paths are
+slower and equally exact. To prune more than the default, name the weights: `prunable=[...]` of `partition_parameters`,
+in a pipeline `also_prune:`.
 """  # noqa: E501 - a paragraph of a page
 
 

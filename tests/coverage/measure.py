@@ -60,7 +60,7 @@ class Coverage:
 
 
 HEADER = """\
-| | per-sample gradients | curvature beside the loop | prunable | not prunable, and why | pruned, saved, loaded |
+| | per-sample gradients | curvature against the loop | prunable | not prunable, and why | pruned, saved, loaded |
 |---|---|---|---|---|---|
 """  # noqa: E501 - a line of a table
 

@@ -22,7 +22,7 @@ def matrix_table(lines: list[dict]) -> str:
     for line in lines:
         victim, how, _ = line["case"].split(",")
         groups[victim, how].append(line)
-    rows = ["| victim | how | stages | lost | went on by itself | resumed | s, median |"]
+    rows = ["| victim | how | stages | lost | recovered unaided | resumed | s, median |"]
     rows.append("|---|---|---:|---:|---:|---:|---:|")
     for victim in VICTIMS:
         for how in HOWS:

@@ -229,7 +229,7 @@ def test_the_garbage_that_is_shown_is_what_apply_deletes(toy: Path) -> None:
         request["began"] -= 40 * 86400 if run == first else 0
         document.write_bytes(with_checksum(request))
     output = fls(*kept, "--grace", "1s")[1]
-    assert "--apply deletes it" in output
+    assert "--apply deletes them" in output
     assert f"runs/{first}" in output
     assert f"runs/{first}" in fls(*kept, "--grace", "1s", "--apply")[1]
     assert first not in os.listdir(".fls/runs")

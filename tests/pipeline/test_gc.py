@@ -87,12 +87,12 @@ def test_what_only_the_grace_period_spares_is_said(toy: Path, apply: list[str]) 
     output = fls("gc", "--keep-runs", "0", *apply)[1]
     assert len(manifests()) == 16
     assert re.search(
-        r"^Not needed either, but written to within the grace period of 1h and so left alone: "
-        r"8 things, [\d.]+ kB; --grace says how long it is\.$",
+        r"^Kept, though unneeded, because written to within the grace period of 1h \(--grace\): "
+        r"8 items, [\d.]+ kB\.$",
         output,
         re.MULTILINE,
     )
-    assert apply or "All 2 runs are kept, with what they need" in fls("gc")[1]
+    assert apply or "All 2 runs are kept, with their results" in fls("gc")[1]
     age()
     assert "grace period" not in fls("gc", "--keep-runs", "0", *apply)[1]
     assert len(manifests()) == (8 if apply else 16)
@@ -112,7 +112,7 @@ def test_dropped_runs_take_along_what_they_alone_reach(toy: Path) -> None:
     assert find(keep_runs=2) == {}
     code, output, _ = fls("gc", "--keep-runs", "0")
     assert "add[amount=3,seed=0]): no kept run or plan reaches it" in output
-    assert "--apply deletes it" in output
+    assert "--apply deletes them" in output
     assert len(manifests()) == 12
     size = sum(path.stat().st_size for path in Path(".fls").rglob("*") if path.is_file())
     _, output, _ = fls("gc", "--keep-runs", "0", "--apply")

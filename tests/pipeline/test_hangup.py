@@ -31,7 +31,7 @@ def test_sighup_is_as_sigterm(toy: Path) -> None:
     process.send_signal(signal.SIGHUP)  # a shell and the kernel both send it
     output, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (128 + signal.SIGTERM, "")
-    assert "goes on from here" in output
+    assert "resumes it" in output
     stopped_in_order(toy)
 
 

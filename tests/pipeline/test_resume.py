@@ -245,7 +245,7 @@ def test_run_ids_of_one_driver_sort_by_time() -> None:
 def test_a_run_that_is_out_of_time_stops_and_a_later_one_goes_on(undisturbed: float) -> None:
     code, output, _ = fls(*RUN, "--stop-after", "2s")
     assert code == 128 + signal.SIGTERM
-    assert "goes on from here" in output
+    assert "resumes it" in output
     assert last_run().observed_state() is RunState.STOPPED
     assert (states(last_run())["start"], states(last_run())["add"]) == (
         CellState.DONE,
@@ -262,7 +262,7 @@ def test_a_run_that_is_out_of_time_stops_and_a_later_one_goes_on(undisturbed: fl
 def test_a_stopped_run_names_the_command_that_goes_on_with_it(toy: Path) -> None:
     write_spec(STAGES, storage="elsewhere").rename("other file.yaml")
     _, output, _ = fls("run", "other file.yaml", *RUN[1:], "--stop-after", "2s")
-    (hint,) = re.findall("`(fls resume .*)` goes on from here", output)
+    (hint,) = re.findall("`(fls resume .*)` resumes it", output)
     assert hint in fls("status", "last", "--file", "other file.yaml")[1]
     assert fls(*shlex.split(hint)[1:])[0] == 0
     assert ran() == {"start": 1, "slow": 1, "add": 1}
@@ -288,7 +288,7 @@ def test_hints_say_where_a_run_was_looked_for(toy: Path, monkeypatch: pytest.Mon
     assert fls("run", "p.yaml", *RUN[1:])[0] == 1
     run_id = last_run().run_id
     assert (
-        f"`fls resume {run_id} --file p.yaml` goes on"
+        f"`fls resume {run_id} --file p.yaml` resumes it"
         in fls("status", "last", "--file", "p.yaml")[1]
     )
     (toy / "elsewhere").mkdir()
@@ -298,7 +298,7 @@ def test_hints_say_where_a_run_was_looked_for(toy: Path, monkeypatch: pytest.Mon
     for output in (fls("status", "last", *where)[1], resumed):
         assert f"fls logs bad --run {run_id} --storage ../.fls" in output
         assert "p.yaml`" not in output
-    assert f"`fls resume {run_id} --storage ../.fls` goes on" in fls("status", "last", *where)[1]
+    assert f"`fls resume {run_id} --storage ../.fls` resumes it" in fls("status", "last", *where)[1]
 
 
 def test_what_ran_when_its_driver_died_is_interrupted(toy: Path) -> None:

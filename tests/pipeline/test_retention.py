@@ -78,7 +78,7 @@ def test_files_that_have_served_go_and_their_cells_stay_complete(toy: Path) -> N
     assert fls("results")[0] == 0
     assert "attempt 1" in fls("logs", "start[seed=0]")[1]
     assert fls("verify")[0] == 0
-    assert "0 things" in fls("gc")[1]
+    assert "0 unneeded items" in fls("gc")[1]
 
 
 def test_they_come_back_when_something_is_to_be_made_of_them(toy: Path) -> None:

@@ -204,7 +204,7 @@ def test_a_run_for_which_no_head_answers_is_one_paragraph_and_no_run(
             {"MLFLOW_TRACKING_URI": "postgresql://me:hunter2-hunter2@db/x"},
             "MLFLOW_TRACKING_URI holds a password",
         ),
-        ("/shared", ["--resume", "x", "--until", "a"], {}, "leave out --until a"),
+        ("/shared", ["--resume", "x", "--until", "a"], {}, "remove --until a"),
         ("/shared", ["--exclude", "pipeline.yaml"], {}, "pipeline.yaml (the pipeline) would not"),
         ("/shared", ["--env", "NOT_SET"], {}, "--env NOT_SET: it is not set here"),
     ],
@@ -283,7 +283,10 @@ def test_a_pipeline_outside_of_the_packed_folder_is_refused(
     monkeypatch.chdir(work / "inner")
     code, _, errors = fls("submit", str(file))
     assert code == 2
-    assert f"{file} (the pipeline) would not be packed: it must lie in the folder that is" in errors
+    assert (
+        f"{file} (the pipeline) would not be packed: it lies outside the working directory"
+        in errors
+    )
     assert ".flsignore" not in errors
 
 

@@ -137,7 +137,7 @@ def test_a_cell_that_gives_other_bytes_is_told(toy: Path) -> None:
     code, output, _ = fls("verify", "--rerun", "fail")
     assert code == 1
     assert "fail: number/number.json differs\n" in output
-    assert "Made otherwise: python 3.10.0 -> " in output
+    assert "Made differently: python 3.10.0 -> " in output
     assert json.loads((number_file("fail")).read_text()) == {"number": 0}
 
 
@@ -180,7 +180,7 @@ def test_the_present_code_is_compared_with_what_earlier_code_made(toy: Path) -> 
     code.write_text("def plus(value: int, operand: int) -> int:\n    return operand + value\n")
     status, output, _ = fls("verify", "--rerun", "b")
     assert status == 0
-    assert f"to let that stand: fls accept b --run {last_run().run_id} --why '...'\n" in output
+    assert f"to accept it: fls accept b --run {last_run().run_id} --why '...'\n" in output
     assert "b: all 1 files are the same, byte by byte." in output
     code.write_text("def plus(value: int, operand: int) -> int:\n    return operand - value\n")
     status, output, _ = fls("verify", "--rerun", "b")
