@@ -19,7 +19,7 @@ from pipeline.spec.cells import resolve, shorten
 from pipeline.store.attempt import attempt_folder, manifest_path
 from pipeline.store.seal import seal
 from pipeline.store.store import Manifest, Store
-from pipeline.worker.worker import Outcome, Task
+from pipeline.worker.task import Outcome, Task
 
 _FACTS = ("device", "threads", "workers", "platform", "python")
 
