@@ -19,7 +19,7 @@ from pydantic import Field
 
 from pipeline.executors.base import AbstractExecutor
 from pipeline.stage import Catalogue, Context, Output, Params, Resources, Stage
-from pipeline.worker.worker import Outcome, Task
+from pipeline.worker.task import Outcome, Task
 
 _AHEAD = 8  # tasks that a worker has been sent, so that it does not wait for the driver
 

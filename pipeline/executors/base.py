@@ -1,4 +1,4 @@
-"""The interface between the driver and whatever runs its tasks."""
+"""The interface between the driver and the executors of its tasks."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from enum import StrEnum
 
 from pipeline.base.errors import BadInput
 from pipeline.stage import Resources
-from pipeline.worker.worker import Outcome, Task
+from pipeline.worker.task import Outcome, Task
 
 
 class ExecutorName(StrEnum):
-    """The executors there are."""
+    """The names of the executors."""
 
     RAY = "ray"
     LOCAL = "local"
 
 
-# Imported by name, because one of them needs Ray and `fls plan` must not pay for that.
+# Imported by name: one of them imports Ray, which `fls plan` must not pay for.
 _CLASSES = {
     ExecutorName.RAY: "pipeline.executors.ray:RayExecutor",
     ExecutorName.LOCAL: "pipeline.executors.local:LocalExecutor",
@@ -30,31 +30,31 @@ _CLASSES = {
 class AbstractExecutor(ABC):
     """Runs tasks in other processes and hands their outcomes back as plain data.
 
-    A task is known by its cell, so a cell is in flight at most once. Tasks that do not fit yet
-    wait inside the executor, in the order in which they came. Used from one thread.
+    A task is identified by its cell, so a cell is in flight at most once. Tasks that do not fit yet
+    wait inside the executor, in order of submission. Used from one thread.
     """
 
     @abstractmethod
     def check(
         self, demands: Iterable[tuple[str, Resources]], *, may_grow: bool = False
     ) -> list[str]:
-        """Refuse demands that could never be met.
+        """Refuse demands that no machine can ever meet.
 
         Args:
-            demands: (cell, what it needs) of every cell that is to run.
-            may_grow: whether machines may join that have what there is not now.
+            demands: (cell, its demands) of every cell to run.
+            may_grow: whether larger machines may join.
 
         Returns:
-            What will have to wait for such machines, a sentence for each stage.
+            A sentence for each stage that has to wait for such machines.
 
         Raises:
-            BadInput: names each stage that asks for more than there is.
+            BadInput: names each stage that asks for more than the machines have.
         """
 
     @property
     @abstractmethod
     def window(self) -> int:
-        """How many tasks are worth having in flight: enough that no worker waits for the driver."""
+        """The number of tasks in flight with which no worker waits for the driver."""
 
     @abstractmethod
     def submit(self, task: Task, resources: Resources) -> None:
@@ -62,25 +62,24 @@ class AbstractExecutor(ABC):
 
     @abstractmethod
     def wait(self, timeout_s: float) -> list[tuple[str, Outcome]]:
-        """Return (cell, outcome) of what has finished; waits up to `timeout_s` for the first."""
+        """Return (cell, outcome) of finished tasks; waits up to `timeout_s` for the first."""
 
     @abstractmethod
     def cancel(self, cell: str) -> None:
-        """Drop the cell's task, killing the process that runs it; no outcome will be reported."""
+        """Drop the cell's task and kill the process that runs it; no outcome is reported."""
 
     @abstractmethod
     def preempt(self) -> None:
-        """Tell everything in flight to end behind a checkpoint; what has not begun is dropped.
+        """Ask all running tasks to end after a checkpoint, and drop the others.
 
-        Outcomes of what had begun come through `wait`.
+        `wait` returns the outcomes of the running ones.
         """
 
     @abstractmethod
     def stop(self) -> None:
-        """Kill everything in flight and free what the executor holds; may be called twice.
+        """Kill all tasks in flight and free all resources; may be called twice.
 
-        Nothing is lost that a kill -9 would not lose as well: stages are written to be resumed
-        from their last checkpoint.
+        As after a kill -9, stages can resume from their last checkpoint.
         """
 
 
@@ -92,7 +91,7 @@ def make_executor(name: ExecutorName) -> AbstractExecutor:
 
 
 def available_cpus() -> int:
-    """Return how many CPUs this process may use, which in a container is fewer than there are."""
+    """Return how many CPUs this process may use; in a container, fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -104,7 +103,7 @@ def available_memory_bytes() -> int:
 
 
 def refuse_unsatisfiable(problems: Iterable[str], remedy: str) -> None:
-    """Raise one error for all distinct `problems`, or do nothing when there are none.
+    """Raise one error for all distinct `problems`, if any.
 
     Raises:
         BadInput: there is a problem.

@@ -1,18 +1,18 @@
-"""How several processes that run one task end as one: the first rank's outcome, or a failure."""
+"""The joint outcome of a rank group: that of rank 0, or the failure that explains the others."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
 
-from pipeline.worker.worker import Outcome
+from pipeline.worker.task import Outcome
 
-# A rank that dies takes the connections of the others along, whose errors may be heard of first.
+# A dying rank closes its connections; the errors of other ranks may arrive first.
 WAIT_FOR_THE_CAUSE_S = 2.0
 
 
 class RankOutcomes:
-    """Gathers the outcomes of the ranks of one task."""
+    """The outcomes of the ranks of one task."""
 
     def __init__(self, size: int):
         self._size = size
@@ -20,7 +20,7 @@ class RankOutcomes:
         self._failed_s: float | None = None
 
     def add(self, rank: int, outcome: Outcome) -> None:
-        """Take note of how a rank ended."""
+        """Add a rank's outcome."""
         self._found[rank] = outcome
         if outcome["status"] not in {"ok", "lost"} and self._failed_s is None:
             self._failed_s = time.monotonic()
@@ -39,15 +39,15 @@ class RankOutcomes:
 
     @property
     def outdated(self) -> Outcome | None:
-        """The outcome of a rank that is to run elsewhere, and all others with it; or None."""
+        """An outdated rank's outcome, which sends all ranks to other processes; or None."""
         found = (one for one in self._found.values() if one["status"] == "outdated")
         return next(found, None)
 
     def verdict(self) -> Outcome | None:
-        """Return how the task ended, once that is known; ranks without an outcome are to be killed.
+        """Return the task's outcome once it is known; the caller kills ranks without one.
 
-        Rank 0 publishes, so when it has ended well, so has the task. A failure is one of all; until
-        every rank has told, or had the time to, the cause may be another one's.
+        Rank 0 publishes, so the task has ended well once rank 0 has. After a failure, the other
+        ranks get a moment to report theirs, which may be the cause.
         """
         if self.outdated:
             return self.outdated
@@ -55,9 +55,9 @@ class RankOutcomes:
             return self._found[0]
         if self._failed_s is None:
             return None
-        told = len(self._found) == self._size
+        complete = len(self._found) == self._size
         died = any(outcome["status"] == "died" for outcome in self._found.values())
-        if told or died or time.monotonic() - self._failed_s > WAIT_FOR_THE_CAUSE_S:
+        if complete or died or time.monotonic() - self._failed_s > WAIT_FOR_THE_CAUSE_S:
             return cause(self._found, self._size)
         return None
 
@@ -65,7 +65,7 @@ class RankOutcomes:
 def cause(outcomes: Mapping[int, Outcome], size: int) -> Outcome:
     """Return the outcome that explains why a task failed in `size` processes.
 
-    Rank 0 alone writes the checkpoint behind which a task ends that is told to.
+    A preempted task ends after the checkpoint that rank 0 writes, so rank 0's outcome decides.
 
     Args:
         outcomes: rank -> outcome, at least one of them a failure.
@@ -85,7 +85,7 @@ def cause(outcomes: Mapping[int, Outcome], size: int) -> Outcome:
 
 
 def _importance(outcome: Outcome) -> int:
-    """Sort an outdated process first, then deaths, what the user can correct, damage, and bugs."""
+    """Sort outdated processes first, then deaths, users' errors, damage, and other errors."""
     if outcome["status"] == "failed":
         return 2 if outcome["error"]["user"] else 4
     return {"outdated": 0, "died": 1}.get(outcome["status"], 3)

@@ -1,9 +1,9 @@
-"""Runs tasks on Ray: on a cluster that is there, else on one of our own on this machine.
+"""Runs tasks on Ray: on the cluster at RAY_ADDRESS, or on an own instance on this machine.
 
-With `ray_connection.py`, `ray_ranks.py` and `ray_jobs.py`, all that imports Ray. A task's outcome
-comes back as plain data, never as a pickled exception, and Ray retries nothing: the driver does,
-because it knows about checkpoints. CPU workers stay warm; a task with a GPU gets a fresh process
-(`max_calls=1`), because that is the only way to be sure that all GPU memory comes back.
+Only this module, `ray_connection.py`, `ray_ranks.py` and `ray_jobs.py` import Ray. A task's outcome
+is plain data, never a pickled exception. Ray retries nothing; the driver does, because it knows
+about checkpoints. CPU workers stay warm; a task with a GPU gets a fresh process (`max_calls=1`),
+the only sure way to get all GPU memory back.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ from pipeline.executors.base import (
 from pipeline.executors.ray_connection import connect, searching_here_last
 from pipeline.executors.ray_ranks import Notice, run_ranks
 from pipeline.stage import Resources
-from pipeline.worker.worker import Outcome, Task, died, preempted, run_task
+from pipeline.worker.task import Outcome, Task, died, preempted
+from pipeline.worker.worker import run_task
 
-# No data goes through Ray's object store, only tasks and outcomes; this is about its minimum.
+# Ray's object store holds only tasks and outcomes; this is about its minimum.
 _OBJECT_STORE_BYTES = 100 << 20
 _ACCELERATOR = "accelerator_type:"
 
 
 @contextmanager
 def _searching_as_here() -> Iterator[None]:
-    """Let processes that are started meanwhile look for modules where this one does."""
+    """Let processes that start inside the context find modules where this process does."""
     before = os.environ.get("PYTHONPATH")
     named = [path for path in (before or "").split(os.pathsep) if path]
     os.environ["PYTHONPATH"] = os.pathsep.join([*named, *search_variable().values()])
@@ -71,22 +72,22 @@ class RayExecutor(AbstractExecutor):
                     logging_level=logging.ERROR,
                     job_config=searching_here_last(),
                 )
-        # Ray prints a paragraph for each worker that dies, into whatever is on the screen. A death
-        # arrives as an outcome, and the driver tells of it.
+        # Ray prints a paragraph for each dead worker over the live view. The driver reports the
+        # death itself.
         ray._private.worker._worker_logs_enabled = False
         self._warm = ray.remote(max_retries=0)(run_task)
         self._fresh = ray.remote(max_retries=0, max_calls=1)(run_task)
         self._ranks = ray.remote(max_retries=0, num_cpus=0)(run_ranks)
         self._cells: dict[Any, str] = {}  # object reference -> cell
         self._given: dict[str, tuple[Task, Resources]] = {}
-        self._shared: set[str] = set()  # cells that several workers run
-        # As of a submitted job, which Ray unpacks on each node.
+        self._grouped: set[str] = set()  # cells that a rank group runs
+        # A submitted job's folder, which Ray unpacks on each node.
         self._ships = bool(ray.get_runtime_context().runtime_env.get("working_dir"))
 
     def check(
         self, demands: Iterable[tuple[str, Resources]], *, may_grow: bool = False
     ) -> list[str]:
-        """Refuse what no single node could run; Ray would let such a task wait for ever."""
+        """Refuse cells that fit no node; Ray would let them wait for ever."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         lacking = dict.fromkeys(
             f"{cell.partition('[')[0]} asks for {_describe(resources)}"
@@ -96,7 +97,7 @@ class RayExecutor(AbstractExecutor):
         if may_grow:
             return [f"{lack}; it waits for a node that has it." for lack in lacking]
         refuse_unsatisfiable(
-            (f"{lack}; no node has: {_describe_nodes(nodes)}." for lack in lacking),
+            (f"{lack}; no node fits: {_describe_nodes(nodes)}." for lack in lacking),
             "Lower the stage's `resources:`, connect to a larger cluster through RAY_ADDRESS, or "
             "declare `cluster: {autoscaling: true}` if this one grows on demand.",
         )
@@ -104,7 +105,7 @@ class RayExecutor(AbstractExecutor):
 
     @property
     def window(self) -> int:
-        """Twice the cluster's CPUs: what waits in Ray's queue tells its autoscaler to grow."""
+        """Twice the cluster's CPUs: tasks that wait in Ray's queue make its autoscaler grow."""
         return 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
 
     def submit(self, task: Task, resources: Resources) -> None:
@@ -112,7 +113,7 @@ class RayExecutor(AbstractExecutor):
         self._submit(task, resources, fresh=resources.num_gpus > 0)
 
     def _submit(self, task: Task, resources: Resources, *, fresh: bool) -> None:
-        """Hand over the task; a `fresh` process has run nothing, or else ends with it."""
+        """Hand the task over, to a process that ends with it if `fresh`."""
         if self._ships:
             task = {**task, "shipped": True}
         self._given[task["cell"]] = task, resources
@@ -120,7 +121,7 @@ class RayExecutor(AbstractExecutor):
             self._notice.forget.remote(task["cell"])
             ranks = self._ranks.options(name=task["cell"])
             self._cells[ranks.remote(task, resources, self._notice)] = task["cell"]
-            self._shared.add(task["cell"])
+            self._grouped.add(task["cell"])
             return
         function = self._fresh if fresh else self._warm
         reference = function.options(
@@ -133,7 +134,7 @@ class RayExecutor(AbstractExecutor):
         self._cells[reference] = task["cell"]
 
     def wait(self, timeout_s: float) -> list[tuple[str, Outcome]]:
-        """Return what has finished, waiting up to `timeout_s` for the first."""
+        """Return finished tasks, waiting up to `timeout_s` for the first."""
         if not self._cells:
             time.sleep(timeout_s)
             return []
@@ -142,7 +143,7 @@ class RayExecutor(AbstractExecutor):
         finished = []
         for reference in ready:
             cell, outcome = self._cells.pop(reference), _outcome(reference)
-            if outcome["status"] == "outdated":  # that process ends, until one has no past
+            if outcome["status"] == "outdated":  # a fresh process takes the task
                 self._submit(*self._given[cell], fresh=True)
             else:
                 finished.append((cell, outcome))
@@ -155,17 +156,17 @@ class RayExecutor(AbstractExecutor):
             ray.cancel(reference, force=True)
 
     def preempt(self) -> None:
-        """Cancel gently: Ray drops what waits, and interrupts what runs (SIGINT in its worker).
+        """Cancel gently: Ray drops waiting tasks, and sends SIGINT to the workers of others.
 
-        Several workers at one cell hear of it by a notice, if they have begun.
+        A rank group that has begun gets a notice.
         """
-        told: set[str] = set()
-        if self._shared:
-            cells = [cell for cell in self._cells.values() if cell in self._shared]
-            with suppress(ray.exceptions.RayError):  # its node was lost: they end where they are
-                told = set(ray.get(self._notice.give.remote(cells)))
+        asked: set[str] = set()
+        if self._grouped:
+            cells = [cell for cell in self._cells.values() if cell in self._grouped]
+            with suppress(ray.exceptions.RayError):  # its node was lost: they end without notice
+                asked = set(ray.get(self._notice.give.remote(cells)))
         for reference, cell in self._cells.items():
-            if cell not in told:
+            if cell not in asked:
                 ray.cancel(reference, force=False)
 
     @cached_property
@@ -174,7 +175,7 @@ class RayExecutor(AbstractExecutor):
         return ray.remote(num_cpus=0)(Notice).options(scheduling_strategy=here).remote()
 
     def stop(self) -> None:
-        """Cancel what is in flight; a cluster of our own stops with us."""
+        """Cancel the tasks in flight; an own instance of Ray stops as well."""
         if ray.is_initialized():
             for cell in list(self._cells.values()):
                 self.cancel(cell)
@@ -187,8 +188,8 @@ def _outcome(reference: Any) -> Outcome:
         return outcome
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ray.exceptions.TaskCancelledError):
-            return preempted()  # between our lines, while no stage ran yet
-        # `run_task` returns errors as data, so this came before it, or is a defect of ours.
+            return preempted()  # outside of a stage
+        # `run_task` returns errors as data, so this came before it, or is a defect of the runner.
         message = (
             f"the node could not run the task; is this project installed there?\n{error.cause}"
         )
@@ -199,7 +200,7 @@ def _outcome(reference: Any) -> Outcome:
     except ray.exceptions.TaskCancelledError:
         return preempted()
     except ray.exceptions.RayError as error:
-        # A crashed or preempted worker, a lost node, no memory: no defect, worth a retry.
+        # A crashed or preempted worker, a lost node, no memory: worth a retry.
         return died(f"{type(error).__name__}: {error}")
 
 
@@ -227,9 +228,11 @@ def _describe(resources: Resources) -> str:
 
 
 def _describe_nodes(nodes: list[dict[str, float]]) -> str:
-    """Return what the nodes have, alike ones together."""
+    """Return the resources of the nodes, equal nodes together."""
     counts = Counter(map(_describe_node, nodes))
-    return "; ".join(f"{count} x ({node})" for node, count in counts.items()) or "none is there"
+    return (
+        "; ".join(f"{count} x ({node})" for node, count in counts.items()) or "the cluster has none"
+    )
 
 
 def _describe_node(node: dict[str, float]) -> str:

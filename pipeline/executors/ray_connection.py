@@ -1,7 +1,7 @@
-"""Connects to the Ray cluster at RAY_ADDRESS, or says in one paragraph why that does not work.
+"""The connection to the Ray cluster at RAY_ADDRESS, with one paragraph for each error.
 
-Ray itself asks a head that does not answer, or that refuses the token, again and again for up to a
-quarter of an hour, and logs each time. So it is asked once here, before Ray is.
+Ray itself retries a head that does not answer, or that refuses the token, for up to a quarter of an
+hour, and logs each try. So this module tries once before Ray does.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PATIENCE_S = 10.0
 
 
 class _NotHere(list[str]):
-    """Folders that Ray's workers search first; the working directory, which Ray adds, is none."""
+    """The folders that Ray's workers search first, without the working directory that Ray adds."""
 
     def extend(self, folders: Iterable[str]) -> None:
         """Add folders."""
@@ -38,10 +38,10 @@ class _NotHere(list[str]):
 
 
 def searching_here_last() -> JobConfig:
-    """Return a job whose workers do not look for modules in the driver's working directory first.
+    """Return a job whose workers do not search the driver's working directory for modules first.
 
-    A worker adds it itself, see `pipeline.base.search_path`. It stays the first where this very
-    package lies in it, without being installed: then the nodes would find none.
+    A worker adds it last, see `pipeline.base.search_path`. It stays first where this package lies
+    in it without being installed: the nodes find the package nowhere else.
     """
     job = JobConfig()
     if Path(pipeline.__path__[0]).parent != Path.cwd():
@@ -50,18 +50,18 @@ def searching_here_last() -> JobConfig:
 
 
 def connect(address: str) -> None:
-    """Connect this process to the cluster that runs at an address.
+    """Connect this process to the cluster at an address.
 
     Args:
-        address: what RAY_ADDRESS holds, from where Ray takes it.
+        address: the value of RAY_ADDRESS, which Ray reads itself.
 
     Raises:
-        BadInput: there is no cluster, or it refuses.
+        BadInput: no cluster answers, or it refuses.
     """
     try:
         with _silence():
             _ask(address)
-            # The driver of Ray's client is on the head, and its working directory another.
+            # With Ray's client, the driver is on the head, in another working directory.
             job = JobConfig() if address.startswith(_CLIENT) else searching_here_last()
             ray.init(log_to_driver=False, logging_level=logging.ERROR, job_config=job)
     except AuthenticationError as error:
@@ -72,20 +72,20 @@ def connect(address: str) -> None:
             f"No Ray cluster answers at {address} (RAY_ADDRESS): {reason}. Expected the address of "
             "a running head, such as HEAD:6379, that this machine reaches, with the same versions "
             "of Ray and Python; without RAY_ADDRESS, or with --executor local, the run stays on "
-            f"this machine. Does the cluster want a token? {TOKENS}"
+            f"this machine. If the cluster asks for a token: {TOKENS}"
         ) from error
 
 
 def _ask(address: str) -> None:
-    """Ask once whether a cluster is there and lets us in; what is wrong is raised as it is.
+    """Try once to reach the cluster and to authenticate; errors pass unchanged.
 
     Raises:
-        ValueError: it is no address.
+        ValueError: the address names no port.
     """
     where = address.removeprefix(_CLIENT)
     found = where if where != address else canonicalize_bootstrap_address(address)
     if found is None:
-        return  # Ray starts a cluster of our own
+        return  # Ray starts an own instance
     host, _, port = found.partition("/")[0].rpartition(":")
     if not port.isdecimal():
         raise ValueError("it names no port")
@@ -96,7 +96,7 @@ def _ask(address: str) -> None:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep what Ray's native code writes to standard error off the screen."""
+    """Discard the standard error of Ray's native code."""
     before = os.dup(2)
     try:
         with open(os.devnull, "w", encoding="utf-8") as nowhere:

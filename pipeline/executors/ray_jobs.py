@@ -1,7 +1,6 @@
-"""The Jobs API of a Ray cluster: hands a packed folder and a command over, and follows the log.
+"""The Jobs API of a Ray cluster: submits a packed folder with a command, and follows the log.
 
-What a request can run into (no server, a wrong token, a refusal) becomes one sentence that says
-what to do.
+Each failure of a request (no server, a wrong token, a refusal) becomes one sentence with a remedy.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from pipeline.base.errors import PipelineError
 from pipeline.executors.ray_settings import TOKENS
 
-# Which package is uploaded and which socket is closed is nothing for the user.
+# Their INFO reports uploads and closed sockets.
 for _name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 
 _POLL_S = 0.2
-_STOPPED = 143  # what a shell calls the end by SIGTERM, which is how Ray stops a job
-# Each of these would take the place of the address that the user gives.
+_STOPPED = 143  # a shell's exit code after SIGTERM, by which Ray stops a job
+# Each of these would override the address that the user gives.
 _OVERRIDES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 
 
@@ -65,7 +64,7 @@ class RayJobs:
             submission_id: the job's name, new on this cluster.
             command: for the shell.
             archive: the folder as a zip file.
-            environment: variables that the command and its tasks get.
+            environment: variables for the command and its tasks.
             metadata: shown with the job in the dashboard.
         """
         runtime = {"working_dir": str(archive), "env_vars": dict(environment)}
@@ -78,7 +77,7 @@ class RayJobs:
             )
 
     def follow(self, submission_id: str, say: Callable[[str], None]) -> int:
-        """Pass on what a job prints until it ends; return the exit code that its end stands for."""
+        """Pass a job's output on until it ends; return the exit code of its end."""
         with self._explaining():
             asyncio.run(self._tail(submission_id, say))
             while not (info := self._client.get_job_info(submission_id)).status.is_terminal():
@@ -87,7 +86,7 @@ class RayJobs:
             return _STOPPED
         if info.status == JobStatus.SUCCEEDED:
             return 0
-        if info.driver_exit_code is None:  # it never ran; otherwise its own output says why
+        if info.driver_exit_code is None:  # it never ran; a job that ran has printed the reason
             say(f"{info.message}\n")
         return info.driver_exit_code or 1
 
@@ -97,10 +96,10 @@ class RayJobs:
 
     @contextmanager
     def _explaining(self) -> Iterator[None]:
-        """Turn what goes wrong inside into one sentence for the user.
+        """Turn errors inside the context into one sentence for the user.
 
         Raises:
-            PipelineError: something did.
+            PipelineError: a request failed.
         """
         try:
             yield
@@ -119,5 +118,5 @@ class RayJobs:
 
 
 def _first(error: Exception) -> str:
-    """Return the first sentence of what Ray says, which may go on for a page."""
+    """Return the first sentence of Ray's message, which may be a page long."""
     return str(error).partition("\n")[0].partition(". ")[0]

@@ -1,6 +1,6 @@
-"""Several workers on Ray that run one task: placed, connected and ended by Ray Train.
+"""A rank group on Ray: Ray Train places, connects and ends the workers of one task.
 
-It places all of them or none, and when one fails it ends the others.
+It places all workers or none, and ends the others when one fails.
 """
 
 from __future__ import annotations
@@ -23,23 +23,24 @@ import ray
 
 from pipeline.executors.ranks import WAIT_FOR_THE_CAUSE_S, cause
 from pipeline.stage import Preemption, Resources
-from pipeline.worker.worker import Outcome, Seat, Task, died, run_task
+from pipeline.worker.task import Outcome, Seat, Task, died
+from pipeline.worker.worker import run_task
 
 
 class Notice:
-    """An actor that tells the first rank of a cell to end, and when the other ranks have ended."""
+    """An actor that asks rank 0 of a cell to stop, and reports the end of the other ranks."""
 
     def __init__(self) -> None:
         self._given: dict[str, asyncio.Event] = {}
         self._ended: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(0))
 
     async def forget(self, cell: str) -> None:
-        """Take it that the cell has not begun: another attempt at it follows."""
+        """Forget an earlier attempt at the cell."""
         self._given.pop(cell, None)
         self._ended.pop(cell, None)
 
     async def end(self, cell: str) -> None:
-        """Take note that one of the ranks after the first has ended well."""
+        """Note that a rank after the first has ended well."""
         self._ended[cell].release()
 
     async def wait_for_others(self, cell: str, count: int) -> None:
@@ -49,12 +50,12 @@ class Notice:
             await ended.acquire()
 
     async def wait(self, cell: str) -> None:
-        """Return once the cell, whose first rank has begun, is told to end."""
+        """Note that rank 0 of the cell has begun; return once the cell is asked to stop."""
         self._given[cell] = asyncio.Event()
         await self._given[cell].wait()
 
     async def give(self, cells: Iterable[str]) -> list[str]:
-        """Tell cells to end; return those that have begun, which hear it."""
+        """Ask cells to stop; return those that have begun, which get the notice."""
         begun = [cell for cell in cells if cell in self._given]
         for cell in begun:
             self._given[cell].set()
@@ -62,14 +63,14 @@ class Notice:
 
 
 def run_ranks(task: Task, resources: Resources, notice: Any) -> Outcome:
-    """Run a task in several workers, and return how it ended: what `run_task` is for one.
+    """Run a task in a rank group, and return its outcome, as `run_task` does for one worker.
 
-    Ray Train keeps nothing for us: checkpoints go through the stage's context, results into the
-    store, and its own folder is a temporary one.
+    Ray Train's folder is temporary: checkpoints go through the stage's context, results into the
+    store.
 
     Args:
-        task: what each of the workers is given, with its seat.
-        resources: of each worker, and how many there are.
+        task: the task; each worker gets it with its seat.
+        resources: the resources of each worker, and their number.
         notice: handle of the actor `Notice`.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -114,10 +115,10 @@ class _RankFailed(Exception):
 def _run_rank(given: Any) -> Any:
     """Run a task as one of the ranks that Ray Train has connected.
 
-    It is not on the main thread, so signals do not reach it; the first rank waits for the notice.
+    This is not the main thread, so signals do not reach it; rank 0 waits for the notice instead.
 
     Raises:
-        _RankFailed: the rank did not end well, so the others must end, too.
+        _RankFailed: the rank failed, so Ray Train ends the others.
     """
     context = ray.train.get_context()
     task: Task = given["task"]
@@ -141,19 +142,19 @@ def _run_rank(given: Any) -> Any:
             ray.get(notice.end.remote(cell))
         return outcome
     if outcome["status"] not in {"preempted", "outdated"} and not outcome["error"]["user"]:
-        time.sleep(WAIT_FOR_THE_CAUSE_S)  # another's death, perhaps, which Ray notices meanwhile
+        time.sleep(WAIT_FOR_THE_CAUSE_S)  # Ray may notice the death that caused it
     raise _RankFailed(json.dumps(outcome))
 
 
 def _await_notice(notice: Any, cell: str, preemption: Preemption) -> None:
-    """Wait for the notice, and pass it on to the stage."""
+    """Wait for the notice, and pass it to the stage."""
     with suppress(ray.exceptions.RayError):  # the driver is gone, or the task has ended
         ray.get(notice.wait.remote(cell))
         preemption.asked = True
 
 
 def _failure(error: Exception) -> Outcome:
-    """Return the outcome behind what Ray Train says of a rank that failed."""
+    """Return the outcome inside Ray Train's error for a failed rank."""
     inner = getattr(error, "_base_exc", error)
     if isinstance(inner, _RankFailed):
         outcome: Outcome = json.loads(str(inner))

@@ -1,4 +1,4 @@
-"""What Ray reads from the environment when it is imported; import this before it."""
+"""Environment variables that Ray reads when it is imported; import this module first."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 from pipeline.base.variables import RAY_ADDRESS
 
-TOKENS = (  # what to tell somebody whom a cluster does not let in
+TOKENS = (  # the remedy when a cluster refuses a client
     "Set RAY_AUTH_MODE=token, and put the cluster's token into RAY_AUTH_TOKEN, into the file that "
     "RAY_AUTH_TOKEN_PATH names, or into ~/.ray/auth_token."
 )
@@ -16,5 +16,5 @@ TOKENS = (  # what to tell somebody whom a cluster does not let in
 if RAY_ADDRESS.read() is None:
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# `run_task` itself hides the GPUs from CPU tasks; Ray only warns that it will not any more.
+# `run_task` itself hides the GPUs from CPU tasks; Ray would only warn that it no longer does.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

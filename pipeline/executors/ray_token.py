@@ -1,8 +1,8 @@
-"""Gives an instance of our own a token, so that only its processes get in; import before Ray.
+"""Gives an own instance of Ray a token, so that only its processes connect; import before Ray.
 
-Ray itself would write one into ~/.ray/auth_token, which the umask mostly lets everybody read. What
-the environment says of tokens already is left as it is. Ray reads the mode when it is imported; one
-that was imported without turns it on by itself, from 2.60 on.
+Ray itself would write a token into ~/.ray/auth_token, mostly readable by every user. Token settings
+of the environment stay as they are. Ray reads the mode when it is imported; from 2.60 on, it turns
+token authentication on by itself.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a running cell is at: how far, what it last said, and whether it gets on.
+"""The activity of a running cell: its progress, its last message, and whether it progresses.
 
-Progress is shown while there is some to come. Once it is complete something else runs, of which
-nothing is known but since when, and what the stage has said.
+Progress is shown until it is complete. The time since then and the stage's messages are all that is
+known of the work that follows.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pipeline.base.text import clock, cut
 if TYPE_CHECKING:
     from pipeline.running.record import CellStatus
 
-# A stage makes no progress after so many of its usual gaps between two signs of it, but a short
-# silence says nothing.
+# A stage stalls after this many of its usual gaps between two reports, but not after a short
+# silence.
 _GAPS = 10
 _LEAST_S = 120.0
 _SAID_CHARACTERS = 100
@@ -25,7 +25,7 @@ _SAID_CHARACTERS = 100
 
 @dataclass
 class Pace:
-    """How long a stage usually takes from one sign of progress to the next; in Unix seconds."""
+    """The usual time between a stage's reports of progress; times are Unix seconds."""
 
     began: float = 0.0
     first: float = 0.0
@@ -35,14 +35,14 @@ class Pace:
     done: float = 0.0
 
     def begin(self, event: Mapping[str, Any]) -> None:
-        """Take note of an attempt's beginning."""
+        """Note the beginning of an attempt."""
         self.began, self.count = event["time"], 0
 
     def move(self, event: Mapping[str, Any]) -> float:
-        """Take note of progress; return the usual gap in seconds.
+        """Note a report of progress; return the usual gap in seconds.
 
-        Where another series begins (of another unit, say) the gaps are others as well. The first
-        sign of a series comes after its preparations, so it counts only as long as it is alone.
+        Another series (with another unit, say) has its own gaps. The first report of a series
+        includes its preparations, so it counts only until the second.
         """
         total, done = (event["total"], event["unit"]), event["done"]
         if total != self.total or done < self.done:
@@ -56,13 +56,13 @@ class Pace:
 
 
 def unfinished(status: CellStatus) -> tuple[float, float, str] | None:
-    """Return a cell's progress (done, total, unit) while it is not complete."""
+    """Return a cell's progress (done, total, unit) until it is complete, else None."""
     progress = status.progress
     return progress if progress is not None and progress[0] < progress[1] else None
 
 
 def stalled_since(status: CellStatus, now: float | None = None) -> float | None:
-    """Return since when (Unix time) a running cell makes no progress, if that is too long."""
+    """Return the Unix time of a stalled cell's last progress; None for any other cell."""
     if unfinished(status) is None or status.moved is None or status.gap_s is None:
         return None
     silent_s = (time.time() if now is None else now) - status.moved
@@ -70,10 +70,10 @@ def stalled_since(status: CellStatus, now: float | None = None) -> float | None:
 
 
 def describe(status: CellStatus, now: float | None = None) -> str:
-    """Return what a running cell is at, in words; "" where nothing is known.
+    """Return the activity of a running cell in words; "" if nothing is known.
 
     Args:
-        status: how the cell stands.
+        status: the cell's status.
         now: Unix time, or None for the present.
     """
     now = time.time() if now is None else now
@@ -90,5 +90,5 @@ def describe(status: CellStatus, now: float | None = None) -> str:
 
 
 def first_line(text: str) -> str:
-    """Return as much of what a stage said as there is room for."""
+    """Return the first line of a stage's message, cut to the room for it."""
     return cut(text.strip().partition("\n")[0], _SAID_CHARACTERS)

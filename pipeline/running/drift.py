@@ -1,7 +1,7 @@
-"""What has changed since a run began: its spec is in the store, the code is wherever it is resumed.
+"""Changes since a run began: the store has its spec, but its code is that of the present folder.
 
-A cell is touched if its key is no longer what the run planned. It is so by itself, because its code
-(or a file, or a default) has changed, or because a cell upstream is.
+A cell is touched if its key differs from the run's plan: because its own code (or a file, or a
+default) has changed, or because a cell upstream is touched.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from pipeline.store.store import Store
 
 
 def spec_of(record: RunRecord, store: Store, trust: Trust) -> Spec:
-    """Return the spec that a run began with, whatever the file says by now.
+    """Return the spec that a run began with, even if the file has changed.
 
-    One that names code which `trust` does not is `BadInput`.
+    A spec with code that `trust` does not name raises `BadInput`.
     """
     at = f" on {record.host}" if record.host else ""
     file = Path(record.options.file)
@@ -42,31 +42,31 @@ def spec_of(record: RunRecord, store: Store, trust: Trust) -> Spec:
             path, record.options.overrides, file.parent, partial(trust.require_plugins, whose)
         )
     trust.require_calls(whose, spec.cells)
-    return replace(spec, path=file)  # where a hint says it is
+    return replace(spec, path=file)  # the path that hints name
 
 
 def plan_of(record: RunRecord, store: Store, trust: Trust) -> Plan:
-    """Return the plan of a run as it would be made now; its spec is that of `spec_of`."""
+    """Return the present plan of a run's spec, see `spec_of`."""
     options = record.options
     selection = Selection(from_=options.from_, only=options.only, until=options.until)
     return make_plan(spec_of(record, store, trust), store, selection)
 
 
 def is_complete(record: RunRecord, store: Store) -> bool:
-    """Tell whether a run is done and recorded, and all its results are still there."""
+    """Tell whether a run is done and recorded, and the store has all of its results."""
     done = record.state is RunState.DONE and record.tracked
     return done and all(_stored(store, status.key) for status in record.cells.values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """What a run would no longer find as it planned it.
+    """The differences between a run's plan and the present one.
 
     Attributes:
-        causes: cell -> what has changed of it, one phrase each.
-        touched: all cells under another key than planned, in topological order.
-        done: those of them whose results under the planned keys are in the store.
-        code: stages of which code has changed, in topological order.
+        causes: cell -> its own changes, one phrase each.
+        touched: all cells with another key than planned, in topological order.
+        done: the touched cells whose planned results are in the store.
+        code: stages whose code has changed, in topological order.
     """
 
     causes: Mapping[str, Sequence[str]]
@@ -75,36 +75,36 @@ class Drift:
     code: Sequence[str]
 
     def lines(self) -> list[str]:
-        """Return the causes for people: one line for each, with its cells."""
+        """Return one line for each cause, with its cells."""
         groups: dict[str, list[str]] = {}
         for cell, phrases in self.causes.items():
             for phrase in phrases:
                 groups.setdefault(phrase, []).append(cell)
         found = [f"{phrase}: {_count(cells)}" for phrase, cells in groups.items()]
         follow = [cell for cell in self.touched if cell not in self.causes]
-        return found + ([f"what depends on them: {_count(follow)}"] if follow else [])
+        return found + ([f"cells downstream: {_count(follow)}"] if follow else [])
 
     def refusal(self, record: RunRecord, storage: str) -> str:
-        """Return why a run does not go on, and how it may."""
+        """Return why a run is not resumed, and the commands that resume it."""
         where = record.where_in(storage)
         lines = [
-            f"Run {record.run_id} began with other code or data. What has changed:",
+            f"Run {record.run_id} began with other code or data. The changes:",
             *(f"  {line}" for line in self.lines()),
             f"{len(self.touched)} of {len(record.cells)} cells are touched; the store has "
-            f"{len(self.done)} of their results, as the run planned them.",
-            f"To make what has changed again: `fls resume {record.run_id} {where} --replan`.",
+            f"{len(self.done)} of their planned results.",
+            f"To make the touched cells again: `fls resume {record.run_id} {where} --replan`.",
         ]
         if self.code:
             stages = " ".join(map(shlex.quote, self.code))
             lines.append(
-                "To keep the results, because the new code would give the same: "
+                "To keep the results, if the new code would give the same ones: "
                 f"`fls accept {stages} --why '...' --run {record.run_id} {where}`, and resume."
             )
         return "\n".join(lines)
 
 
 def find_drift(plan: Plan, record: RunRecord, store: Store) -> Drift:
-    """Return what has changed between a run's plan in the store and the present one."""
+    """Return the changes between a run's stored plan and the present one."""
     before = _planned(record, store)
     accepted = Acceptances(store)
     causes: dict[str, list[str]] = {}
@@ -133,23 +133,23 @@ def find_drift(plan: Plan, record: RunRecord, store: Store) -> Drift:
 def accept(
     store: Store, record: RunRecord, trust: Trust, stages: Sequence[str], why: str
 ) -> list[str]:
-    """Let the present code of some stages, or of all, count as the code that a run began with.
+    """Accept the present code of some stages, or of all, as the code that a run began with.
 
     Args:
         store: the store.
         record: of the run.
         trust: names the code that may be imported.
-        stages: the stages; none for all.
+        stages: the stages; empty for all.
         why: the reason.
 
     Returns:
-        The names of the cells whose code was other code.
+        The names of the cells whose code had changed.
 
     Raises:
-        BadInput: the run has no such stage, or there is no reason.
+        BadInput: the run has no such stage, or the reason is empty.
     """
     if not why.strip():
-        raise BadInput("--why needs a reason: it is what others will judge the results by.")
+        raise BadInput("--why needs a reason, by which others can judge the results.")
     plan, before = plan_of(record, store, trust), _planned(record, store)
     stages = stages or list(plan.spec.stages)
     for stage in stages:
@@ -183,7 +183,7 @@ def _planned(record: RunRecord, store: Store) -> Mapping[str, StoredCell]:
 def _own_changes(
     before: Mapping[str, Any], planned: PlannedCell, accepted: Acceptances
 ) -> list[str]:
-    """Return what has changed of a cell itself, and not upstream nor by `--force`."""
+    """Return a cell's own changes, without those upstream and those by `--force`."""
     after = planned.ingredients
     kind = planned.cell.declaration.name
     same = {name: after[name] for name in ("inputs", "names", "generation")}
@@ -191,7 +191,7 @@ def _own_changes(
 
 
 def _count(cells: Sequence[str]) -> str:
-    """Return the stages of cells, each with the number of its cells."""
+    """Return the stages of cells, each with its number of cells."""
     stages = Counter(cell.partition("[")[0] for cell in cells)
     return ", ".join(
         stage if stage in cells else f"{stage} ({count} cells)" for stage, count in stages.items()

@@ -1,7 +1,7 @@
-"""The sign of life of a run's driver: given by a thread of its own, however busy the driver is.
+"""The heartbeat of a run's driver, in a thread of its own, however busy the driver is.
 
-The thread also looks for what others ask of the run. So a driver that waits for a slow storage is
-not taken for dead, and one whose run was taken over meanwhile gives no more signs.
+So a driver that waits for a slow storage does not count as dead. The thread also reads requests of
+other processes, and ends when another driver has taken the run over.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ class Heartbeat:
 
     Args:
         store: where the run is.
-        record: of the run; claimed by this process before the start.
+        record: of the run; this process claims it before the start.
 
     Attributes:
-        asked_to_stop: whether somebody has asked the driver to.
+        asked_to_stop: whether another process has asked the driver to stop.
     """
 
     def __init__(self, store: Store, record: RunRecord):
@@ -28,7 +28,7 @@ class Heartbeat:
         self._record = record
         self._ending = threading.Event()
         self._error: Exception | None = None
-        # A request that hangs holds no process back that is told to end.
+        # A daemon: a request that hangs does not keep an ending process alive.
         self._thread = threading.Thread(target=self._work, name="heartbeat", daemon=True)
         self.asked_to_stop = False
 
@@ -41,11 +41,11 @@ class Heartbeat:
             self._thread.join(HEARTBEAT_S)
 
     def start(self) -> None:
-        """Begin; the first beat is due later, for what claims a run has shown that it lives."""
+        """Begin; the first beat is due later, because the claim of a run was one."""
         self._thread.start()
 
     def check(self) -> None:
-        """Raise, once, the error that has ended the thread: a `TakenOver`, or the storage's."""
+        """Raise once the error that ended the thread: a `TakenOver`, or the storage's."""
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -56,5 +56,5 @@ class Heartbeat:
                 self._record.require_own(self._store)
                 self.asked_to_stop = self._record.asked_to_stop(self._store)
                 self._record.beat(self._store)
-        except Exception as error:  # whatever the storage raises belongs to the driver's thread
+        except Exception as error:  # any error of the storage belongs to the driver's thread
             self._error = error

@@ -1,4 +1,4 @@
-"""From a plan to its end: a new run, or an interrupted one that is resumed."""
+"""The launch of a run, new or resumed, up to its end."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ _STOP_WAIT_S = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How a run has ended, or that there was nothing to run.
+    """The end of a run, or of a command that found nothing to run.
 
     Attributes:
-        spec: the pipeline; None of a run that was complete before it was resumed.
+        spec: the pipeline; None if the resumed run was complete.
         store: holds the results.
-        keys: cell -> key, of the cells whose results there are.
-        record: of the run; None where there was nothing to run.
-        signal: the signal that stopped it, or None.
+        keys: cell -> key, for the cells with results.
+        record: of the run; None if there was nothing to run.
+        signal: the signal that stopped the run, or None.
         folder: of its JSON lines.
     """
 
@@ -72,15 +72,15 @@ def start_run(
     grace_s: float = GRACE_S,
     run_id: str | None = None,
 ) -> Ended:
-    """Run what is selected of a spec, if anything is to be run.
+    """Run the selected cells of a spec, unless the store has them all.
 
-    A model that is in the store, and is to be registered for the first time, is reason enough.
+    A stored model that is to be registered for the first time is also a reason to run.
 
-    After `stop_after_s` the run is stopped as by SIGTERM: what is finished is kept, what runs has
-    `grace_s` for a checkpoint, from which a later run goes on.
+    After `stop_after_s` the run stops as by SIGTERM: finished cells are kept, running ones have
+    `grace_s` for a checkpoint, from which a later run resumes.
 
     Raises:
-        BadInput: there is a run of that id.
+        BadInput: the store has a run of that id.
     """
     store = Store(spec.storage)
     if run_id is not None and run_id in store.list_runs():
@@ -118,13 +118,13 @@ def resume_run(
 ) -> Ended:
     """Resume a run that was interrupted or stopped, or that failed.
 
-    The spec is the one that the run began with, whatever the file says by now. The file, of which
-    `trust` is, only has to name the code that is imported, and where the run is recorded. With
-    `replan`, what has changed besides (code, above all) is made again, under new keys.
+    The spec is the one that the run began with, even if the file has changed. The file behind
+    `trust` only has to name the imported code, and the place where the run is recorded. With
+    `replan`, cells that have changed otherwise (mostly in code) are made again, under new keys.
 
     Raises:
-        BadInput: the run is still running; or something has changed, and `replan` is not given; or
-            it is recorded at a place, or names code, that is not named here.
+        BadInput: the run is still running; or code or data have changed, without `replan`; or the
+            file does not name the run's code or the place where it is recorded.
     """
     if record.observed_state() is RunState.RUNNING:
         raise BadInput(
@@ -150,7 +150,7 @@ def resume_run(
 
 
 def stop_run(store: Store, record: RunRecord, console: Console) -> int:
-    """Ask a run's driver to stop, and wait until it has; return 0, or 1 if it does not.
+    """Ask a run's driver to stop, and wait until it has; return 0, or 1 if it has not in time.
 
     Raises:
         BadInput: the run is not running.
@@ -165,7 +165,7 @@ def stop_run(store: Store, record: RunRecord, console: Console) -> int:
         record = load_run(store, record.run_id)
         state = record.observed_state()
         if state is not RunState.RUNNING:
-            more = "" if state is RunState.DONE else f" `{resume_command}` goes on from here."
+            more = "" if state is RunState.DONE else f" `{resume_command}` resumes it."
             console.print(f"Run {record.run_id}: {state}.{more}", soft_wrap=True)
             return 0
         time.sleep(0.5)
@@ -174,14 +174,14 @@ def stop_run(store: Store, record: RunRecord, console: Console) -> int:
 
 
 def _print_drift(drift: Drift, record: RunRecord, console: Console) -> None:
-    """Say what a run that goes on will do otherwise than it began."""
+    """Print the changes since a resumed run began."""
     if drift.touched:
         console.print("Changed since the run began:")
         for line in drift.lines():
             console.print(f"  {line}", soft_wrap=True)
     versions = changed_versions(record.environment, Provenance().environment())
     if versions:
-        text = f"Library versions, which are no part of the keys: {shorten(versions)}."
+        text = f"Library versions, which are not part of the keys: {shorten(versions)}."
         console.print(text, soft_wrap=True)
 
 
@@ -201,8 +201,8 @@ def _execute(
     grace_s: float,
 ) -> Ended:
     options = record.options
-    _mind_the_job(plan.spec, source, console)
-    _take_up_tracking(record, facts)
+    _check_job(plan.spec, source, console)
+    _continue_tracking(record, facts)
     tracking = TrackingThread(
         options.tracking, store, record.tracking, patient=options.tracking_later
     )
@@ -244,38 +244,38 @@ def _execute(
     )
 
 
-def _mind_the_job(spec: Spec, source: Provenance, console: Console) -> None:
-    """Check what is different when this process is the job of a cluster.
+def _check_job(spec: Spec, source: Provenance, console: Console) -> None:
+    """Check the storage of a process that is the job of a cluster.
 
     Raises:
-        BadInput: the job uses folders of the machine that it was submitted from, and is elsewhere.
+        BadInput: the job uses folders of another machine, which submitted it.
     """
     if source.submitted_from not in {None, this_machine()}:
         raise BadInput(
-            f"Submitted from {source.submitted_from} as if to itself, but this is "
-            f"{this_machine()}, perhaps at the end of a tunnel: {spec.storage} is another folder "
-            "here. Give `storage:` and MLflow as URLs that both machines reach, and submit to the "
-            "head's own address."
+            f"{source.submitted_from} submitted this job to an address of its own, but this is "
+            f"{this_machine()}, perhaps behind a tunnel: {spec.storage} is another folder here. "
+            "Give `storage:` and MLflow as URLs that both machines reach, and submit to the head's "
+            "own address."
         )
     note = other_versions(source)
     if note:
         console.print(note, soft_wrap=True)
     if RAY_JOB.read() and spec.storage_given != spec.storage:
         console.print(
-            f"The storage is {spec.storage}: a folder of this job, which Ray deletes some time "
-            f"after it. To keep the results, set {STORAGE.name} to a URL or an absolute path.",
+            f"The storage {spec.storage} is a folder of this job, which Ray deletes after the job; "
+            f"to keep the results, set {STORAGE.name} to a URL or an absolute path.",
             soft_wrap=True,
         )
 
 
 def _lines_folder(spec: Spec, store: Store, options: RunOptions, console: Console) -> str:
-    """Return where JSON lines go: those of a cluster's job into the storage, if it is a folder."""
+    """Return the folder of JSON lines: for a cluster's job in the storage, if that is a folder."""
     if RAY_JOB.read() and isinstance(store.storage, LocalStorage):
         return str(store.storage.root / LINES)
     if RAY_JOB.read() and options.tracking is TrackerName.JSONL:
         console.print(
-            "The JSON lines go into a folder of this job, which Ray deletes some time after it; "
-            f"what they say is also in {store.url}, see `fls logs` and `fls results`.",
+            "The JSON lines go into a folder of this job, which Ray deletes after the job; their "
+            f"content is also in {store.url}, see `fls logs` and `fls results`.",
             soft_wrap=True,
         )
     return str(spec.tracking_folder / LINES)
@@ -284,7 +284,7 @@ def _lines_folder(spec: Spec, store: Store, options: RunOptions, console: Consol
 def _facts(
     spec: Spec, record: RunRecord, source: Provenance, folder: str, recorded: str | None = None
 ) -> RunFacts:
-    """Return what tracking is to know; a run that goes on stays where it is `recorded`."""
+    """Return the facts for tracking; a resumed run stays where it is `recorded`."""
     return RunFacts(
         run_id=record.run_id,
         name=spec.name,
@@ -310,16 +310,16 @@ def _facts(
 def _facts_again(
     spec: Spec, record: RunRecord, source: Provenance, store: Store, trust: Trust, console: Console
 ) -> RunFacts:
-    """Return what tracking is to know of a run that goes on: it stays where it was tracked.
+    """Return the facts for tracking of a resumed run, which stays where it was tracked.
 
     Raises:
-        BadInput: its tracking address is not named here.
+        BadInput: the file does not name its tracking address.
     """
     tracker = record.options.tracking
     folder = trust.places.allowed(_lines_folder(spec, store, record.options, console))
     try:
         before = load_facts(store, record.run_id)
-    except DamagedDocument:  # it goes on without
+    except DamagedDocument:  # resumed without them
         before = None
     if before is None:
         facts = _facts(spec, record, source, folder)
@@ -337,11 +337,11 @@ def _facts_again(
     return found
 
 
-def _take_up_tracking(record: RunRecord, facts: RunFacts) -> None:
-    """Continue what is recorded of a run where it is tracked.
+def _continue_tracking(record: RunRecord, facts: RunFacts) -> None:
+    """Continue tracking where the run is tracked.
 
     Raises:
-        BadInput: it is tracked at another server, or with credentials that are not at hand.
+        BadInput: that is another server, or its address has hidden credentials.
     """
     tracker = record.options.tracking
     here = destination(facts, tracker)

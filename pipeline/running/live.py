@@ -1,4 +1,4 @@
-"""What a user sees while a run works: a live table on a terminal, else a line now and then."""
+"""The live view of a run: a table on a terminal, else a line now and then."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class LiveView:
             self._live.start()
 
     def say(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a permanent line."""
         self._console.print(text, soft_wrap=True)
 
     def show(self, cells: Mapping[str, CellStatus], *, now: bool = False) -> None:
-        """Show the cells as they stand, unless that was done a moment ago."""
+        """Show the cells' states, at most once a frame unless `now`."""
         elapsed = time.monotonic() - self._began
         if elapsed < self._next_s and not now:
             return
@@ -73,7 +73,7 @@ class LiveView:
 def _board(cells: Mapping[str, CellStatus], elapsed_s: float, width: int) -> Text:
     """Draw a row for each stage, and below them a bar for each running cell.
 
-    One text rather than tables: Rich takes ten times as long for those, many times a minute.
+    It is one text: Rich takes ten times as long for tables, many times a minute.
     """
     stages = _by_stage(cells)
     first = max(len(name) for name in ["stage  0:00:00", *stages]) + 2
@@ -95,7 +95,7 @@ def _board(cells: Mapping[str, CellStatus], elapsed_s: float, width: int) -> Tex
 
 
 def _bar(status: CellStatus, name_width: int) -> Text:
-    """Draw how far a running cell is."""
+    """Draw the progress of a running cell."""
     line = Text(f"{_shorten(status.cell, name_width):<{name_width}}  ")
     if progress := unfinished(status):
         filled = round(_BAR * max(0.0, progress[0] / progress[1]))
@@ -112,7 +112,7 @@ def _shorten(name: str, width: int) -> str:
 
 
 def _line(cells: Mapping[str, CellStatus]) -> str:
-    """Sum the run up in one line."""
+    """Summarise the run in one line."""
     counts = Counter(status.state for status in cells.values())
     parts = [f"{counts[state]} {state}" for state in DRIVER_STATES if counts[state]]
     running = []
@@ -124,7 +124,7 @@ def _line(cells: Mapping[str, CellStatus]) -> str:
 
 
 def _standing(status: CellStatus) -> str:
-    """Return how far a cell is, in words that change only when that does."""
+    """Return a cell's progress in words that change only with it."""
     if status.progress is None:
         return ""
     done, total, unit = status.progress

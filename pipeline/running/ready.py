@@ -1,4 +1,4 @@
-"""Which cells of a plan may run now, and what follows when one ends."""
+"""The schedule of a plan: which cells may run now, and which follow when one ends."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from pipeline.planning.keys import known_calls
 from pipeline.planning.planner import Plan, PlannedCell
 from pipeline.running.record import CellStatus
 from pipeline.spec.cells import Cell, Upstream, shorten
-from pipeline.worker.worker import Task, TaskInput
+from pipeline.worker.task import Task, TaskInput
 
 
 class Schedule:
     """The cells of a run, their statuses, and the order in which they may run.
 
-    A cell that gathers many inputs runs on those there are when some failed. Its result is not
-    what its planned key stands for, so it goes under a key of its own, and so do its descendants.
+    A cell that gathers many inputs runs without those that failed. Its result is then not the one
+    of its planned key, so it gets a key of its own, and so do the cells downstream.
 
     Attributes:
-        statuses: cell -> status, in topological order; cells that the selection leaves out and
-            that are not in the store are absent.
+        statuses: cell -> status, in topological order, without cells that the selection leaves out
+            and the store lacks.
     """
 
     def __init__(self, plan: Plan):
@@ -43,40 +43,40 @@ class Schedule:
         }
         self._calls = known_calls(plan.spec.cells)
         self._rank = self._ranks()
-        self._takers: dict[str, list[str]] = {}
+        self._downstream: dict[str, list[str]] = {}
         for one in planned:
             for source in one.cell.sources:
-                self._takers.setdefault(source, []).append(one.cell.name)
+                self._downstream.setdefault(source, []).append(one.cell.name)
         self._unsettled = {
             name for name, status in self.statuses.items() if not status.state.is_settled
         }
-        self._unsure = set(self._unsettled)  # whether they are ready
-        self._ready: list[tuple[tuple[int, int], str]] = []  # by rank, which is each one's own
+        self._unsure = set(self._unsettled)  # cells to examine
+        self._ready: list[tuple[tuple[int, int], str]] = []  # by rank, which is unique
 
     def cell(self, name: str) -> Cell:
         """Return the cell called `name`."""
         return self._planned[name].cell
 
     def planned(self, name: str) -> PlannedCell:
-        """Return the cell called `name`, as it was planned."""
+        """Return the planned cell called `name`."""
         return self._planned[name]
 
     def ingredients(self, name: str) -> dict[str, Any]:
-        """Return what the cell's result is made of, as it is: with the inputs that there are."""
+        """Return the ingredients of the cell's result, with the inputs that are available."""
         return {**self._planned[name].ingredients, "inputs": self._input_keys(name)}
 
     def calls(self, name: str) -> Sequence[str]:
-        """Return what a cell may import and call by what is kept in a stored file."""
+        """Return the calls that stored files may have a cell make, see `call_text`."""
         return sorted(self._calls[name])
 
     def task(self, name: str, *, run: str, storage: str, token: str) -> Task:
-        """Return an attempt at the cell as its worker needs to know it.
+        """Return the task of an attempt at a cell.
 
         Args:
-            name: the cell's.
-            run: whose attempt it is.
-            storage: where its inputs are, and its result goes.
-            token: the storage's.
+            name: the cell's name.
+            run: the run's id.
+            storage: the storage of its inputs and its result.
+            token: the storage's token.
         """
         cell = self.cell(name)
         params = type(cell.params)
@@ -102,7 +102,7 @@ class Schedule:
         }
 
     def task_inputs(self, name: str) -> dict[str, list[TaskInput]]:
-        """Return the cell's inputs as its worker needs to know them."""
+        """Return the inputs in the task of a cell."""
         return {
             key: [
                 {
@@ -120,32 +120,32 @@ class Schedule:
 
     @property
     def settled(self) -> bool:
-        """Whether nothing waits or runs."""
+        """Whether no cell waits or runs."""
         return not self._unsettled
 
     def change(self, name: str, state: CellState) -> None:
-        """Note how a cell stands from now on.
+        """Change the state of a cell.
 
-        Cost: of the cells that take from it, however many others there are.
+        Cost: O(number of cells directly downstream).
         """
         self.statuses[name].state = state
         if state.is_settled:
             self._unsettled.discard(name)
         else:
             self._unsettled.add(name)
-        self._unsure.update([name, *self._takers.get(name, ())])
+        self._unsure.update([name, *self._downstream.get(name, ())])
 
     def ready(self) -> list[str]:
-        """Return the waiting cells that may run now, those with the longest way to go first.
+        """Return the waiting cells that may run now, those with the longest path to the end first.
 
-        Cells that lost an input they cannot do without are marked skipped on the way.
+        Cells that lost a required input become skipped.
         """
         while self._unsure:
-            self._look_at(self._unsure.pop())
+            self._examine(self._unsure.pop())
         return [name for _, name in self._ready]
 
-    def _look_at(self, name: str) -> None:
-        """Find out whether a cell may run now."""
+    def _examine(self, name: str) -> None:
+        """Add a cell to the ready ones if it may run now, else remove it."""
         place = self._rank[name], name
         at = bisect_left(self._ready, place)
         if self._ready[at : at + 1] == [place]:
@@ -168,14 +168,15 @@ class Schedule:
         return self._state(source.cell).has_result
 
     def reset(self, key: str, exists: Callable[[str], bool]) -> list[str]:
-        """Make the cells of `key`, whose result is damaged or gone, wait again.
+        """Let the cells of `key`, whose result is damaged or gone, wait again.
 
         Args:
             key: of the result.
-            exists: tells of a key whether the store has its result.
+            exists: tells whether the store has the result of a key.
 
         Returns:
-            The cells that wait again: those of the key, and what they need that is gone too.
+            The cells that wait again: those of the key, and the cells upstream whose results are
+            gone too.
         """
         names = [name for name, status in self.statuses.items() if status.key == key]
         again = []
@@ -194,11 +195,11 @@ class Schedule:
         return again
 
     def _state(self, name: str) -> CellState:
-        """Return a cell's state; what the selection left out and is not there cannot be had."""
+        """Return a cell's state; a cell outside the selection and the store counts as skipped."""
         return self.statuses[name].state if name in self.statuses else CellState.SKIPPED
 
     def _lost(self, cell: Cell) -> list[str]:
-        """Return the failed cells that `cell` cannot do without."""
+        """Return the failed cells that `cell` requires."""
         lost = []
         for name, sources in cell.inputs.items():
             missing = [source.cell for source in sources if not self.available(source)]
@@ -207,7 +208,7 @@ class Schedule:
         return lost
 
     def _key(self, name: str) -> str:
-        """Return the planned key, or one for a result made of fewer or other inputs."""
+        """Return the planned key, or another one for a result of fewer or other inputs."""
         planned = self._planned[name]
         inputs = self._input_keys(name)
         if inputs == planned.ingredients["inputs"]:
@@ -216,7 +217,7 @@ class Schedule:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _input_keys(self, name: str) -> dict[str, list[str]]:
-        """Return the keys of the inputs as they are; that of a failed cell is marked."""
+        """Return the keys of the inputs; that of a failed cell is marked."""
         return {
             key: [
                 ("" if self.available(source) else "failed:") + self.statuses[source.cell].key
@@ -226,9 +227,9 @@ class Schedule:
         }
 
     def _ranks(self) -> dict[str, tuple[int, int]]:
-        """Return for each cell what sorts it: how long the way from it to the end is, its place.
+        """Return each cell's rank: the negative length of its longest path to the end, in cells.
 
-        The length is that of the longest way in cells, negative.
+        The cell's place breaks ties.
         """
         depth = dict.fromkeys(self._planned, 1)
         for name in reversed(list(self._planned)):

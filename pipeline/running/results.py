@@ -1,4 +1,4 @@
-"""Results of a spec: the rows that its cells wrote, and copies of what they made."""
+"""Results of a spec: the rows that its cells wrote, and copies of their outputs."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ Row = dict[str, Any]
 
 
 def result_rows(spec: Spec, store: Store) -> tuple[list[str], list[Row], list[str]]:
-    """Gather the rows of all cells that give results, for the keys that the spec has now.
+    """Gather the rows of all cells with results, for the spec's present keys.
 
     Returns:
-        The columns in order; the rows, each with `cell` and `run_id` filled in (None where no
-        tracking server knows of it); and the cells that have no results yet.
+        The columns in order; the rows, each with `cell` and `run_id` (None without a tracked run);
+        and the cells without results.
 
     Raises:
-        BadInput: no plugin declares how results look.
+        BadInput: no plugin declares results.
     """
     declared = [
         plugin.catalogue.results for plugin in spec.plugins if plugin.catalogue.results is not None
@@ -64,7 +64,7 @@ def _read_rows(path: Path, cell: str, key: str) -> list[Row]:
     """Return the rows in a result.
 
     Raises:
-        StoreError: there are none, or it holds something else.
+        StoreError: the file is missing or holds no rows.
     """
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
@@ -88,10 +88,10 @@ def _row(results: Results, cell: str, records: Mapping[str, str], row: Row) -> R
 
 
 def _keys(plan: Plan, store: Store, names: Sequence[str]) -> dict[str, str]:
-    """Return cell -> key of its result, where there is one.
+    """Return cell -> key of its result, for the cells with one.
 
-    A cell that ran on fewer inputs than planned, because others failed, has its result under
-    another key, which its run knows.
+    A cell that ran with fewer inputs than planned, because other cells failed, has its result under
+    another key, which its run records.
     """
     planned = {one.cell.name: one for one in plan.cells}
     keys = {name: planned[name].key for name in names if _has_files(planned[name])}
@@ -115,16 +115,15 @@ def _has_files(planned: PlannedCell) -> bool:
 
 
 def export(spec: Spec, store: Store, address: str, destination: Path) -> None:
-    """Write a user's copy of what one cell made, in the way its plugin knows.
+    """Write a user's copy of one cell's output, by the exporter of its plugin.
 
     Raises:
-        BadInput: the address is not one cell's, the cell gives nothing to export, or it has not
-            run yet.
+        BadInput: the address is not one cell's, the cell has no output to export, or no result yet.
     """
     cells = resolve(address, spec.cells)
     if len(cells) != 1:
         names = shorten([cell.name for cell in cells])
-        raise BadInput(f"{address!r} stands for {len(cells)} cells; choose one: {names}")
+        raise BadInput(f"{address!r} means {len(cells)} cells; choose one: {names}")
     for plugin in spec.plugins:
         catalogue = plugin.catalogue
         if catalogue.exporter is None or catalogue.exports is None:
@@ -140,15 +139,15 @@ def export(spec: Spec, store: Store, address: str, destination: Path) -> None:
                 exporter(store.fetch(key, output), part)
             return
     kinds = {out.kind for cell in cells for out in cell.declaration.outputs.values()}
-    raise BadInput(f"{address} gives nothing to export, only: {', '.join(sorted(kinds))}")
+    raise BadInput(f"{address} has no output to export, only: {', '.join(sorted(kinds))}")
 
 
 @contextmanager
 def _beside(destination: Path) -> Iterator[Path]:
-    """Yield a folder beside a destination, whose files take their places there once all are whole.
+    """Yield a folder beside a destination; its files move there once all are whole.
 
-    A kill or an error before that leaves the destination as it was. A new destination appears at
-    once; in one that is there each file replaces the one of its name, and others stay.
+    A kill or an error before that leaves the destination unchanged. A new destination appears as a
+    whole; in an existing one each file replaces its namesake, and other files stay.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     part = destination.with_name(f".{destination.name}.{uuid.uuid4().hex}.part")

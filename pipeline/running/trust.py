@@ -1,7 +1,7 @@
-"""What this side names, so that a run in a store may use it.
+"""The trust in stored documents: code, addresses and folders that the pipeline file names.
 
-A writer to the store can name any module, address or folder in its documents. A document is
-followed only as far as the pipeline file that is given here says the same, or the environment does.
+A writer to the store can name any module, address or folder in its documents. The runner uses one
+only if the present pipeline file, or the environment, names it too.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from pipeline.store.storage.local import LocalStorage
 from pipeline.store.store import Store
 from pipeline.tracking import RunFacts, TrackerName, place
 
-BUILT_IN = "stages"  # the plugin that comes along
+BUILT_IN = "stages"  # the plugin of this project
 
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Where runs may be recorded.
+    """The places where runs may be recorded.
 
     Attributes:
         addresses: of MLflow servers and databases.
@@ -40,11 +40,11 @@ class Places:
     folders: tuple[str, ...]
 
     def allowed(self, folder: str) -> str:
-        """Return a folder of JSON lines, or where it is none of these, the present pipeline's."""
+        """Return a folder of JSON lines if it is one of these, else the present pipeline's."""
         return folder if os.path.abspath(folder) in self.folders else self.folders[0]
 
     def find(self, run: RunFacts, tracker: TrackerName) -> RunFacts | None:
-        """Return where a run is recorded, in the words of this side; None if it has none for it."""
+        """Return a run's facts with its place as named here; None if it is not named here."""
         if tracker is TrackerName.JSONL:
             folder = os.path.abspath(run.folder)
             return replace(run, folder=folder) if folder in self.folders else None
@@ -57,14 +57,14 @@ class Places:
 
 @dataclass(frozen=True, kw_only=True)
 class Trust:
-    """What a pipeline file names.
+    """The code and places that a pipeline file names.
 
     Attributes:
-        file: the file, whether or not it is there.
-        places: where runs may be recorded.
+        file: the file, which may be missing.
+        places: the places where runs may be recorded.
         plugins: its plugins, and the built-in one.
         trouble: why it names nothing, or "".
-        everything: the user says that whatever the store names may be imported.
+        everything: whether the user allows the import of any code that the store names.
     """
 
     file: Path
@@ -75,20 +75,20 @@ class Trust:
 
     @property
     def option(self) -> str:
-        """What gives a command this trust; it begins with a space, or is "" where all have it."""
+        """The option that gives a command this trust, with a leading space; "" for the default."""
         if self.everything:
             return " --trust"
         return "" if self.file == DEFAULT_FILE else f" --file {shlex.quote(str(self.file))}"
 
     def require_plugins(self, whose: str, plugins: Iterable[str]) -> None:
-        """Check the plugins of a stored spec, before one of them is imported.
+        """Check the plugins of a stored spec before it imports them.
 
         Args:
             whose: the spec, as a sentence's subject: "the spec of run x ...".
             plugins: its plugins.
 
         Raises:
-            BadInput: the file has not all of them.
+            BadInput: the file lacks one of them.
         """
         strange = [name for name in plugins if name not in self.plugins]
         if strange and not self.everything:
@@ -98,15 +98,15 @@ class Trust:
     def require_calls(self, whose: str, cells: Iterable[Cell]) -> None:
         """Check the functions that the parameters of a stored spec name.
 
-        Names of a catalogue are its plugin's to explain, and are not looked at. The file's plugins
-        are imported, where there is something to compare.
+        Names of a catalogue belong to its plugin, and are not checked. If there are other names,
+        this imports the file's plugins.
 
         Args:
-            whose: as above.
-            cells: the spec's.
+            whose: the spec, as for `require_plugins`.
+            cells: the spec's cells.
 
         Raises:
-            BadInput: the file has not all of them, called in the same way.
+            BadInput: the file lacks one of them, with the same options.
         """
         named = [one for cell in cells for one in own_calls(cell)]
         if not named or self.everything:
@@ -118,7 +118,7 @@ class Trust:
             raise BadInput(self._refusal(whose, what))
 
     def _calls(self) -> frozenset[str]:
-        """Return all that the file's parameters stand for; nothing, if it has mistakes."""
+        """Return all calls that the file's parameters mean; none if it has mistakes."""
         try:
             return frozenset().union(*known_calls(load_spec(self.file).cells).values())
         except BadInput:
@@ -127,16 +127,16 @@ class Trust:
     def _refusal(self, whose: str, what: str) -> str:
         trouble = f" ({self.trouble})" if self.trouble else ""
         return (
-            f"{whose} names {what} to be imported, and {self.file} does not{trouble}; nothing of "
-            "it was. Give the run's own pipeline file to the command, or use it in that file's "
-            "folder; or, if you know who can write to the store, and would run their code, give "
-            "--trust."
+            f"{whose} names {what} to be imported, and {self.file} does not{trouble}; nothing was "
+            "imported. Give the run's own pipeline file to the command, or use the command in that "
+            "file's folder; or, if you know who can write to the store, and would run their code, "
+            "give --trust."
         )
 
     def registrations(self) -> Mapping[str, tuple[Registration, Sequence[str]]]:
-        """Return cell -> how its model is registered, and what may be called to load it.
+        """Return cell -> the registration of its model, and the calls that may load it.
 
-        The file's plugins are imported; a file that is no pipeline is a `SpecError`.
+        This imports the file's plugins; a file that is no pipeline raises `SpecError`.
         """
         cells = load_spec(self.file).cells
         calls = known_calls(cells)
@@ -147,31 +147,29 @@ class Trust:
         }
 
     def stranger(self, run: RunFacts, tracker: TrackerName) -> str:
-        """Say why a run is not recorded where its document says, and what to do."""
+        """Return why a run is not recorded at its document's place, with a remedy, as predicate."""
         if tracker is TrackerName.JSONL:
             return (
-                f"is recorded in {run.folder}, as the store says and {self.file} does not; give "
-                "the run's own pipeline as --file."
+                f"is recorded in {run.folder}, which the store names and {self.file} does not; "
+                "give the run's own pipeline as --file."
             )
         return (
-            f"is recorded at {place(run.uri)}, as the store says and {self.file} does not; if that "
-            "is right, set MLFLOW_TRACKING_URI to it."
+            f"is recorded at {place(run.uri)}, which the store names and {self.file} does not; if "
+            "that is right, set MLFLOW_TRACKING_URI to it."
         )
 
 
 def places_of(spec: Spec, store: Store) -> Places:
-    """Return where runs of a spec may be recorded."""
+    """Return the places where runs of a spec may be recorded."""
     return _places(spec.tracking_uri(), spec.tracking_folder, store)
 
 
 def read_trust(file: Path, store: Store, *, everything: bool = False) -> Trust:
-    """Return what a pipeline file names; one that is not there, or is none, names nothing.
-
-    Nothing is imported.
+    """Return the trust of a pipeline file, without any import; a missing or invalid one has none.
 
     Args:
         file: the file.
-        store: the store whose documents are to be judged.
+        store: the store whose documents it judges.
         everything: see `Trust`.
     """
     uri, folder, plugins, trouble = tracking_uri(None), Path(), {BUILT_IN}, ""
@@ -196,7 +194,7 @@ def read_trust(file: Path, store: Store, *, everything: bool = False) -> Trust:
 
 
 def _places(uri: str, folder: Path, store: Store) -> Places:
-    """Return a pipeline's own places, those beside a store, and that of jobs in it."""
+    """Return a pipeline's own places, those beside a store, and that of jobs in the store."""
     addresses, folders = [uri], [folder / LINES]
     if isinstance(store.storage, LocalStorage):
         root = store.storage.root

@@ -1,20 +1,18 @@
-"""Connects to an MLflow server or database, and makes what is not there yet: tables, experiment."""
+"""The connection to an MLflow server or database; makes missing tables and experiments."""
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import stat
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pipeline.tracking.mlflow_settings  # noqa: F401 - before MLflow, which reads them
 
 # isort: split
+from filelock import FileLock, Timeout
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -23,22 +21,21 @@ from pipeline.base.secrets import redact
 from pipeline.tracking.base import RunFacts
 
 ADVICE = (
-    "Expected `tracking_uri:` or MLFLOW_TRACKING_URI to be a server or a database that can be "
-    "used, such as sqlite:///mlflow.db in a folder that can be written."
+    "Expected `tracking_uri:` or MLFLOW_TRACKING_URI to be a usable server or database, such as "
+    "sqlite:///mlflow.db in a writable folder."
 )
 _FILES = "mlruns"
 _LOCK_S = 60.0  # making the tables takes seconds
-_LOOK_S = 0.1
 
 
 def connect(uri: str) -> MlflowClient:
-    """Return a client; makes an SQLite database that is not there yet.
+    """Return a client; makes a missing SQLite database.
 
     Raises:
-        PipelineError: it cannot be there, which MLflow would take minutes to say.
+        PipelineError: the database cannot be made; MLflow would retry for minutes.
     """
     for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # their INFO is about each migration
+        logging.getLogger(name).setLevel(logging.WARNING)  # INFO reports each migration
     database = database_of(uri)
     if database is None:
         return MlflowClient(uri)
@@ -50,14 +47,14 @@ def connect(uri: str) -> MlflowClient:
     except OSError as error:
         raise PipelineError(f"{unusable(uri, error)}. {ADVICE}") from error
     if database.stat().st_size == 0:
-        with _only_one(database, uri):
+        with _lock(database, uri):
             if database.stat().st_size == 0:
                 _make_tables(database)
     return MlflowClient(uri)
 
 
 def _make_tables(database: Path) -> None:
-    """Make them under another name: a kill in the middle would break the database for good."""
+    """Make tables under another name: a kill in the middle would break the database for good."""
     with tempfile.TemporaryDirectory(prefix=".fls-mlflow-", dir=database.parent) as folder:
         part = Path(folder) / database.name
         MlflowClient(f"sqlite:///{part}")
@@ -65,52 +62,37 @@ def _make_tables(database: Path) -> None:
         part.replace(database)
 
 
-@contextmanager
-def _only_one(database: Path, uri: str) -> Iterator[None]:
-    """Let one process at a time create tables: two at once break a fresh database for good.
+def _lock(database: Path, uri: str) -> AbstractContextManager[object]:
+    """Take the lock beside a database, which guards the making of its tables.
 
-    The lock lies beside the database, and only who may write to that may open it.
+    Two processes that make them at once break a fresh database for good. Only the users who may
+    write to the database may open the lock; the death of its holder releases it.
 
     Raises:
-        PipelineError: it cannot be opened, or another process holds it for too long.
+        PipelineError: the lock cannot be opened, or another process holds it for too long.
     """
     path = database.with_name(f".{database.name}.lock")
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    mode = _mode_in(database.parent)
     try:
-        lock = os.open(path, flags, _mode_in(database.parent))
+        return FileLock(path, _LOCK_S, mode=mode, fallback_to_soft=False).acquire()
+    except Timeout:
+        raise PipelineError(
+            f"{path} has been locked by another process for {_LOCK_S:.0f} s, which makes the "
+            "tables of the MLflow database beside it. Find the process (lsof names it) and end it; "
+            "nothing is lost."
+        ) from None
     except OSError as error:
         raise PipelineError(unusable(uri, error)) from error
-    try:
-        end_s = time.monotonic() + _LOCK_S
-        while not _take(lock):
-            if time.monotonic() > end_s:
-                raise PipelineError(
-                    f"{path} has been locked by another process for {_LOCK_S:.0f} s, which makes "
-                    "the tables of the MLflow database beside it. Find it (lsof names it) and end "
-                    "it; nothing is lost."
-                )
-            time.sleep(_LOOK_S)
-        yield
-    finally:
-        os.close(lock)
 
 
 def _mode_in(folder: Path) -> int:
-    """Return the mode of files made in a folder: for their user alone, or for its group.
+    """Return the mode of new files in a folder: for their user alone, or for its group.
 
-    Specs, uncommitted changes and networks are in them. A folder is shared where its group may
-    write, and owns what is made in it (`chmod g+ws`).
+    The files hold specs, uncommitted changes and networks. A folder is shared if its group may
+    write to it and owns its new files (`chmod g+ws`).
     """
     shared = stat.S_IWGRP | stat.S_ISGID
     return 0o660 if folder.stat().st_mode & shared == shared else 0o600
-
-
-def _take(lock: int) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def unusable(uri: str, error: Exception) -> str:
@@ -131,7 +113,7 @@ def artifacts_beside(database: Path) -> str:
 
 
 def open_experiment(client: MlflowClient, run: RunFacts) -> str:
-    """Return the experiment's id; makes the experiment if need be.
+    """Return the experiment's id; makes a missing experiment.
 
     Raises:
         PipelineError: an experiment of this name was deleted.
@@ -140,8 +122,8 @@ def open_experiment(client: MlflowClient, run: RunFacts) -> str:
     found = client.get_experiment_by_name(run.experiment)
     if found is None:
         database = database_of(run.uri)
-        # A server knows where artifacts go; a bare database would put them into the folder of
-        # the writers, so they go beside it.
+        # A server has a place for artifacts. A bare database would put them into the working
+        # directory of each writer, so they go beside the database.
         location = None
         if database is not None:
             location = artifacts_beside(database)

@@ -22,7 +22,7 @@ from pipeline.store.checksum import with_checksum
 from pipeline.store.layout import manifest_path, output_folder
 from pipeline.store.manifest import Manifest
 from pipeline.store.store import Store
-from pipeline.worker.worker import Outcome, Task
+from pipeline.worker.task import Outcome, Task
 
 _CIRCUMSTANCES = ("device", "threads", "workers", "platform", "python")
 

@@ -1,1 +1,1 @@
-"""What makes a cell's result, in a process of its own."""
+"""The worker process that makes a cell's result."""

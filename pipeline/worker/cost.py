@@ -1,6 +1,6 @@
-"""What a piece of work costs: time, processor time, and memory at its peak.
+"""The cost of a stage: wall-clock time, processor time, and peak memory.
 
-Of a stage with several workers this is what its first one costs; the others do equal shares.
+For a rank group this is the cost of rank 0; the other ranks do equal shares.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ _STATUS = Path("/proc/self/status")
 
 
 class CostMeter:
-    """Measures this process from the moment it is made.
+    """Measures this process from construction on.
 
-    The memory's high-water mark is reset where the system can do so (Linux), because a worker that
-    is used again would show that of its largest stage; elsewhere it is that of the process.
+    On Linux it resets the memory's high-water mark, so that a warm worker does not report its
+    largest stage; elsewhere the mark is that of the process.
     """
 
     def __init__(self) -> None:
         try:
             _CLEAR.write_text("5")
-        except OSError:  # no /proc, or not ours to write
+        except OSError:  # no /proc, or no permission
             pass
         gpu = _gpu()
         if gpu is not None:
@@ -35,7 +35,7 @@ class CostMeter:
         self._began = time.monotonic()
 
     def read(self) -> dict[str, float]:
-        """Return what the work has cost so far.
+        """Return the cost so far.
 
         Returns:
             `seconds` of wall-clock time; `cpu_seconds` of user and system time, of this process and

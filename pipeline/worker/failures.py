@@ -1,9 +1,9 @@
-"""Which errors a retry may correct, said once; `docs/architecture.md` has the table.
+"""Which errors a retry may correct; `docs/architecture.md` has the table.
 
-A cell is a function of its key, so an error of its computing comes again: a mistake in the code, a
-value that does not fit, too little memory. It gets one attempt. What comes from outside may pass,
-and is retried: OSError and its kind (connections, disks), a RuntimeError, which libraries raise for
-everything (CUDA, NCCL), and whatever is not known here; and deaths, which are no errors at all.
+A cell is a function of its key, so an error of its computation recurs: a mistake in the code, a
+wrong value, too little memory. Such a cell gets one attempt. Errors from outside may pass, and are
+retried: OSError and its subclasses (connections, disks), RuntimeError, which libraries raise for
+everything (CUDA, NCCL), and every unknown error; and so are deaths of workers.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ _LASTING = (
     TypeError,
     ValueError,
 )
-# By name, for this package imports no torch: its errors are RuntimeErrors to Python.
+# Errors of torch, by name because this package imports no torch; they are RuntimeErrors.
 _LASTING_NAMES = {"OutOfMemoryError", "_LinAlgError"}
-_NO_MEMORY = "can't allocate memory"  # what torch says where there is no GPU
+_NO_MEMORY = "can't allocate memory"  # torch's message without a GPU
 
 
 def is_lasting(error: BaseException) -> bool:
-    """Tell whether an error of a stage, or of the runner around it, stays until somebody acts.
+    """Tell whether an error of a stage, or of the runner around it, recurs until a user acts.
 
     >>> is_lasting(KeyError("lr")), is_lasting(ConnectionError("reset")), is_lasting(RuntimeError())
     (True, False, False)
     """
     if isinstance(error, PipelineError):
         return not isinstance(error, StorageUnavailable)
-    if isinstance(error, OSError):  # also where it is a ValueError as well, as in some libraries
+    if isinstance(error, OSError):  # some libraries' are ValueErrors as well
         return False
     names = {cls.__name__ for cls in type(error).__mro__}
     return (

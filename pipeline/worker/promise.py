@@ -1,11 +1,10 @@
-"""Whether a worker used what the key of its cell says: a key is a promise about what was used.
+"""The check that a worker used the code and data of its cell's key: a key is a promise of both.
 
-A plan is made once, and a cell may run hours later, when a source, a file or a folder of data has
-been changed. So the worker compares. Of a module counts the source that this process compiled, in
-the key's normal form: a comment costs nothing, nor does an edit after the import, and a module that
-was never imported may be anything. Of a file or folder count its content when the stage begins and
-when it ends, and that nothing was written there in between, for what the stage has read is not
-seen.
+A cell may run hours after its planning, when a source, a file or a folder of data has changed. So
+the worker compares. For a module it compares the source that this process compiled, in the key's
+normal form: comments, edits after the import, and modules that were never imported do not count.
+For a file or folder it compares the content before and after the stage, and checks that nothing was
+written there in between, because it cannot see the stage's reads.
 """
 
 from __future__ import annotations
@@ -34,24 +33,24 @@ from pipeline.planning.outside import (
 
 _T = TypeVar("_T")
 
-_spoilt: list[str] = []  # why this process is not to run another task
+_spoilt: list[str] = []  # why this process must not run another task
 
 _WHAT_NOW = (
-    "Nothing is published under the key that was planned. Put it back as it was, or start the run "
-    "again: it is then planned with what is there."
+    "Nothing is published under the planned key. Restore it, or start the run again, which plans "
+    "with the present one."
 )
 
 _ELSEWHERE = (
-    " It was planned on another machine: where this one has code of its own, install the same on "
+    " The run was planned on another machine: if this one has its own code, install the same on "
     "both, or ship the folder with the job: `fls submit`."
 )
 
 
 class CodePromise:
-    """The modules that a key is made of, and their digests.
+    """The modules of a key, and their digests.
 
     Args:
-        ingredients: of the key; where its code was accepted, the code behind that is used.
+        ingredients: of the key; for accepted code, the digests are those of the present code.
         elsewhere: whether the run was planned on another machine.
 
     Raises:
@@ -62,16 +61,16 @@ class CodePromise:
         self._remedy = _WHAT_NOW + (_ELSEWHERE if elsewhere else "")
         if ingredients.get("rule", RULE) != RULE:
             raise BrokenPromise(
-                f"The worker's runner makes digests of code by rule {RULE}, the driver's by rule "
-                f"{ingredients['rule']}: they are different versions. Install the same one on all "
-                "nodes, and start the run again."
+                f"The worker's runner digests code by rule {RULE}, the driver's by rule "
+                f"{ingredients['rule']}: they are different versions. Install the same version on "
+                "all nodes, and start the run again."
             )
         accepted = ingredients.get("accepted") or {}
         self._code: Mapping[str, str] = accepted.get("code") or ingredients.get("code", {})
         watch_imports({module.partition(".")[0] for module in self._code})
 
     def outdated(self) -> str | None:
-        """Say why the task needs another process, because of what this one ran before; or None."""
+        """Return why this process's earlier tasks unfit it for this one, or None."""
         for module in self._code:
             if any(self._differing(module)):
                 return f"the worker has run other code of {module} for an earlier cell"
@@ -79,7 +78,7 @@ class CodePromise:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Have an import of other code fail, as long as the context lasts."""
+        """Let imports of other code fail inside the context."""
         check_imports(self.check_module)
         try:
             yield
@@ -87,10 +86,7 @@ class CodePromise:
             check_imports(None)
 
     def check(self) -> None:
-        """Check all modules that this process has run.
-
-        A module that is other code than the key says raises `BrokenPromise`.
-        """
+        """Check all modules that this process has run; other code raises `BrokenPromise`."""
         for module in self._code:
             self.check_module(module)
 
@@ -98,16 +94,16 @@ class CodePromise:
         """Check one module.
 
         Raises:
-            BrokenPromise: it is other code than the key says.
+            BrokenPromise: its code differs from the key's.
         """
         for file in self._differing(module):
             raise BrokenPromise(
-                f"Module {module} ({file} on {socket.gethostname()}) is not what it was when the "
-                f"run was planned. {self._remedy}"
+                f"Module {module} ({file} on {socket.gethostname()}) has changed since the run was "
+                f"planned. {self._remedy}"
             )
 
     def _differing(self, module: str) -> Iterator[Path]:
-        """Yield the files of a module that are, or were when they ran, other code."""
+        """Yield the files of a module whose code, as it ran, differs from the key's."""
         promised = self._code.get(module)
         if promised is None:
             return
@@ -121,7 +117,7 @@ class CodePromise:
 
 @dataclass(frozen=True)
 class _Thing:
-    """A file or folder: what it is called for people, and what its digest should be."""
+    """A file or folder, with its name for people and its expected digest."""
 
     what: str
     path: Path
@@ -135,7 +131,7 @@ class DataPromise:
 
     Args:
         ingredients: of the key.
-        params: the stage's.
+        params: the stage's parameters.
     """
 
     def __init__(self, ingredients: Mapping[str, Any], params: BaseModel):
@@ -166,20 +162,20 @@ class DataPromise:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Read everything before the stage does, and again when it has ended.
+        """Read everything before the stage does, and again after it.
 
-        What is not there is left to the stage, which knows what to say of it. A process in which
-        a stage failed is not used again: it may keep what it read of changed data.
+        The stage itself reports missing files. A process whose stage failed is not used again: it
+        may hold changed data.
 
         Raises:
-            BrokenPromise: something is not what the key says, or was written to.
+            BrokenPromise: a file or folder differs from the key's, or was written to.
         """
         for one in self._things:
             if one.path.exists():
                 reading = one.read(one.path)
                 if reading.digest != one.promised:
                     raise BrokenPromise(
-                        f"{one.what} is not what it was when the run was planned. {_WHAT_NOW}"
+                        f"{one.what} has changed since the run was planned. {_WHAT_NOW}"
                     )
                 self._begun[one.path] = reading.state
         try:
@@ -190,41 +186,41 @@ class DataPromise:
                     raise BrokenPromise(f"{one.what} was changed while the stage ran. {_WHAT_NOW}")
                 self._check_state(one, reading.state)
         except BaseException:
-            _spoilt.extend(f"the worker may keep what it read of {o.what}" for o in self._things)
+            _spoilt.extend(f"the worker may hold earlier data of {o.what}" for o in self._things)
             raise
 
     def check_untouched(self) -> None:
-        """Check that nothing was written since the beginning, without reading anything.
+        """Check, without reading, that nothing was written since the stage began.
 
-        What a stage keeps to go on from must rest on the right data as well: the next attempt may
-        find them put back. Raises `BrokenPromise`.
+        A checkpoint must rest on the right data as well: the next attempt may find them restored.
+        Raises `BrokenPromise`.
         """
         for one in self._things:
             if one.path in self._begun:
                 self._check_state(one, self._look_at(one, one.look))
 
     def _check_state(self, one: _Thing, state: str) -> None:
-        """Raise if something was written since the beginning.
+        """Compare the state of a file or folder with the one before the stage.
 
         Raises:
-            BrokenPromise: it was.
+            BrokenPromise: it was written.
         """
         if self._begun.get(one.path) != state:
             raise BrokenPromise(
-                f"{one.what} was written, moved or given other rights while the stage ran: even "
-                "where it is by now as it was, what the stage has read is not known. Nothing is "
-                "published. Start the run again."
+                f"{one.what} was written, moved or given other rights while the stage ran: the "
+                "data that the stage has read are not known, even if they are restored by now. "
+                "Nothing is published. Start the run again."
             )
 
     def _look_at(self, one: _Thing, look: Callable[[Path], _T]) -> _T:
-        """Look at something that was there.
+        """Look at a file or folder that existed before.
 
         Raises:
-            BrokenPromise: it cannot be read any more.
+            BrokenPromise: it can no longer be read.
         """
         try:
             return look(one.path)
         except BadInput as error:
             raise BrokenPromise(
-                f"{one.what} was there when the run was planned, and now: {error}. {_WHAT_NOW}"
+                f"{one.what} existed when the run was planned, and now: {error}. {_WHAT_NOW}"
             ) from None

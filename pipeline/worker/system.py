@@ -1,13 +1,13 @@
-"""What a worker uses while a stage runs, sampled every few seconds into its events.
+"""Samples of a worker's use of the system, every few seconds, into its events.
 
     system/cpu_percent        processor time of this process and its children, 100 for one CPU
     system/memory_bytes       resident memory of this process and its children
     system/load_percent       processor time of the whole machine, 100 for all its CPUs
     system/gpu_percent        the busiest of the GPUs that this process may use
-    system/gpu_memory_bytes   in use on all of them, by anyone
+    system/gpu_memory_bytes   in use on all of them, by any process
 
-GPUs are asked for by `nvidia-smi`, and only where the stage was given one. It is a process, which a
-bound can end; a call of NVML that hangs would keep the thread.
+`nvidia-smi` reports the GPUs, and runs only for a stage with one. It is a process, which a time
+limit can end; a hanging call of NVML would block the thread.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ import psutil
 
 from pipeline.base.variables import CUDA_DEVICES
 
-LEFT_BEHIND: list[subprocess.Popen[Any]] = []  # children that do not end, though they were killed
-_DEATH_S = 1.0  # how long a process that was killed is waited for
+LEFT_BEHIND: list[subprocess.Popen[Any]] = []  # killed children that do not end
+_DEATH_S = 1.0  # how long to wait for a killed process
 INTERVAL_S = 5.0
 _PROC = Path("/proc")
 _QUERY = "--query-gpu=utilization.gpu,memory.used"
 
 
 class SystemSampler:
-    """Samples in a thread from entering to leaving; on leaving once more, so that none is without.
+    """Samples in a thread inside its context, and once on leaving, so that each stage has one.
 
     Args:
-        emit: takes the events.
-        gpus: whether the process was given GPUs.
+        emit: the sink of the events.
+        gpus: whether the process has GPUs.
     """
 
     def __init__(self, emit: Callable[[dict[str, Any]], None], *, gpus: bool = False):
@@ -59,7 +59,7 @@ class SystemSampler:
         while not self._stopping.wait(INTERVAL_S):
             try:
                 self._sample()
-            except OSError:  # events cannot be written, which the stage itself will be told
+            except OSError:  # events cannot be written; the stage gets the same error
                 return
 
     def _sample(self) -> None:
@@ -73,7 +73,7 @@ class SystemSampler:
         if self._gpus:
             try:
                 values |= _gpu_values()
-            except subprocess.TimeoutExpired:  # another one would hang beside it, every few seconds
+            except subprocess.TimeoutExpired:  # every later one would hang as well
                 self._gpus = False
         rounded = {name: round(value, 1) for name, value in values.items()}
         self._emit({"type": "system", "time": time.time(), "values": rounded})
@@ -87,9 +87,9 @@ class SystemSampler:
 def ask(command: Sequence[str], limit_s: float) -> tuple[int, str]:
     """Return the exit code and the output of a command that takes no input.
 
-    One that does not end in time is killed, and a `subprocess.TimeoutExpired`. Unlike
-    `subprocess.run` this does not wait for a process that outlives its SIGKILL, as one does that a
-    driver holds in a call.
+    A command that does not end in time is killed, and raises `subprocess.TimeoutExpired`. Unlike
+    `subprocess.run`, this does not wait for a process that outlives its SIGKILL because a device
+    driver holds it in a call.
     """
     process = subprocess.Popen(  # noqa: S603 - the callers' fixed commands
         command,
@@ -111,9 +111,9 @@ def ask(command: Sequence[str], limit_s: float) -> tuple[int, str]:
 
 
 def oom_kills() -> int | None:
-    """Return how many processes the kernel has killed here for want of memory; None if unknown.
+    """Return how many processes the kernel has killed for lack of memory; None if unknown.
 
-    Of this process's control group where it has one, as in a container; else of the machine.
+    The count is of this process's control group, as in a container, or else of the machine.
     """
     try:
         group = (_PROC / "self/cgroup").read_text().rpartition("::")[2].strip()
@@ -142,26 +142,26 @@ def _family(*, children_only: bool = False) -> Iterator[tuple[float, int]]:
         try:
             with process.oneshot():
                 times, memory = process.cpu_times(), process.memory_info()
-        except psutil.Error:  # it has ended meanwhile
+        except psutil.Error:  # it has ended
             continue
         yield times.user + times.system, memory.rss
 
 
 def _machine_s() -> float:
-    """Return the processor time that was spent on this machine since it started."""
+    """Return the processor time that this machine has spent since its start."""
     times = psutil.cpu_times()._asdict()
     idle = {"idle", "iowait", "guest", "guest_nice"}  # a guest's time is in the user's as well
     return sum(seconds for name, seconds in times.items() if name not in idle)
 
 
 def _gpu_values() -> dict[str, float]:
-    """Return what `nvidia-smi` says of the GPUs that this process may use; nothing without it."""
+    """Return the report of `nvidia-smi` on the GPUs that this process may use, if it has one."""
     command = ["nvidia-smi", _QUERY, "--format=csv,noheader,nounits"]
     devices = CUDA_DEVICES.read()
     try:
         code, text = ask([*command, *([f"--id={devices}"] if devices else [])], INTERVAL_S)
         rows = [list(map(float, line.split(","))) for line in text.splitlines()]
-    except (OSError, ValueError):  # no such tool, or it has no answer
+    except (OSError, ValueError):  # no such tool, or no usable answer
         return {}
     if code or not rows:
         return {}

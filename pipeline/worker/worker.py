@@ -1,15 +1,14 @@
-"""What happens in a worker process: one task, from its plain data to its published outputs.
+"""A worker process: it runs tasks, from their plain data to their published outputs.
 
-`run_task` is the only thing that executors call. It takes plain data and returns plain data, so
-that nothing depends on how a task travelled; whatever a stage raises becomes part of the outcome.
-`main` is the loop of a local worker process: JSON tasks in, JSON outcomes out, a line each, and in
-between END, OTHERS_ENDED and TOLD.
+Executors call `run_task` alone. It takes and returns plain data, so that nothing depends on how a
+task travelled; an exception of a stage becomes part of the outcome. `main` is the loop of a local
+worker process: JSON tasks in and JSON outcomes out, one a line, with END, OTHERS_ENDED and
+STOP_ASKED between them.
 """
 
 from __future__ import annotations
 
 import faulthandler
-import importlib
 import json
 import os
 import platform
@@ -22,11 +21,11 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import FrameType
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 from pipeline.base.errors import Damaged, PipelineError
 from pipeline.base.search_path import look_here_too
@@ -34,10 +33,8 @@ from pipeline.base.secrets import redact
 from pipeline.base.text import cut
 from pipeline.base.variables import check_variables
 from pipeline.stage import (
-    Artifact,
     Context,
     EventSink,
-    Params,
     Preempted,
     Preemption,
     StageError,
@@ -51,102 +48,23 @@ from pipeline.store.logs import LogStream, LogWriter, OutputFile
 from pipeline.store.store import Store
 from pipeline.worker.cost import CostMeter
 from pipeline.worker.failures import is_lasting
+from pipeline.worker.inputs import is_published, load, make_context
 from pipeline.worker.promise import CodePromise, DataPromise
 from pipeline.worker.system import SystemSampler
+from pipeline.worker.task import (
+    END,
+    OTHERS_ENDED,
+    STOP_ASKED,
+    STOPPING,
+    Outcome,
+    Task,
+    preempted,
+    seat_of,
+    threads_of,
+    unable,
+)
 
-END = "end"  # to a local worker: its task is to end behind a checkpoint
-OTHERS_ENDED = "others ended"  # to the first rank's: all others have done their part, and well
-TOLD = "told"  # from one that only helps: it was told to end, and the first rank should
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a process that gets one is to end
-_TEXT_CHARACTERS = 500  # of what a stage says, as far as it is not for the log
-
-
-class TaskInput(TypedDict):
-    """One connected upstream output; `available` is False when its cell failed."""
-
-    cell: str
-    stage: str
-    key: str
-    axes: dict[str, Any]
-    output: str
-    available: bool
-
-
-class Seat(TypedDict):
-    """The place of one of several processes that run a task; see `Context` for the last two."""
-
-    rank: int
-    world_size: int
-    rendezvous: str
-
-
-class Task(TypedDict):
-    """One attempt at one cell, as plain data.
-
-    `entry` and `params_model` are `module:attribute`, and `calls` lists what else the stage may
-    import and call by what is kept in a stored file (see `pipeline.stage.call_text`); `token` tells
-    the storage from others; `host` is the driver's; `directory` is its working directory, where
-    relative paths in parameters start. An executor adds a `seat` when it runs the task in several
-    processes, and `shipped` where each node has a copy of that directory of its own, in which its
-    workers begin.
-    """
-
-    run: str
-    cell: str
-    key: str
-    storage: str
-    token: str
-    entry: str
-    params_model: str
-    params: dict[str, Any]
-    calls: list[str]
-    inputs: dict[str, list[TaskInput]]
-    outputs: list[str]
-    ingredients: dict[str, Any]
-    num_cpus: float
-    num_gpus: float
-    checkpoint_every_s: float
-    log_bytes: int
-    host: str
-    directory: str
-    shipped: NotRequired[bool]
-    seat: NotRequired[Seat]
-
-
-_NO_ERROR: Failure = {"message": "", "traceback": "", "user": False}
-
-
-class Outcome(TypedDict, total=False):
-    """How an attempt ended.
-
-    `status` is `ok`; `lost` (another attempt published first, which is as good); `failed`;
-    `damaged` (an input is not what its manifest says; `key` is the input's); `preempted` (told to
-    end, it did so behind a checkpoint); `outdated` (the process has run other code for an earlier
-    task, or may keep other data, and did nothing; the executor gives the task to another one, and
-    the driver never hears of it); or `died` (the executor says so in place of a worker that no
-    longer can). The last five come with an `error`.
-    """
-
-    status: str
-    key: str
-    seconds: float
-    error: Failure
-
-
-def died(message: str) -> Outcome:
-    """Return the outcome of a task whose process ended without one."""
-    return {"status": "died", "error": {**_NO_ERROR, "message": message}}
-
-
-def preempted() -> Outcome:
-    """Return the outcome of a task that ended because it was told to."""
-    message = "it was told to end, and did so behind a checkpoint"
-    return {"status": "preempted", "error": {**_NO_ERROR, "message": message}}
-
-
-def threads_of(task: Task) -> int:
-    """Return how many threads the task may compute with: one for each whole CPU, at least one."""
-    return max(1, int(task["num_cpus"]))
+_TEXT_CHARACTERS = 500  # of a stage's text in its events; the log has all of it
 
 
 def run_task(
@@ -156,20 +74,20 @@ def run_task(
     output: int | None = None,
     await_others: Callable[[], object] = lambda: None,
 ) -> Outcome:
-    """Run one attempt at a cell and publish what it made.
+    """Run one attempt at a cell and publish its result.
 
-    Returns at once when the cell's result is there already. Of several processes that run the task
-    rank 0 makes the attempt; the others help it, and leave nothing. It publishes when they have
-    ended well: one of them may find that it used something else than the key says. A storage that
-    fails even when it is to take down the failure is an outcome as well.
+    Returns at once when the store has the cell's result. In a rank group, rank 0 makes the attempt;
+    the other ranks compute with it and store nothing. Rank 0 publishes once they have ended well,
+    because any rank may find that its code or data differ from the key's. A storage that fails
+    while it records the failure gives an outcome as well.
 
     Args:
-        task: as plain data.
-        preemption: how the caller tells the stage to end; signals do, too, on the main thread.
-        pass_on: called, by a signal, when a rank after the first is told to end: the first one is
-            to write a checkpoint, behind which all end.
-        output: descriptor of the file where output lands that goes past Python, see `OutputFile`.
-        await_others: returns to the first of several ranks when all others have ended well.
+        task: the task.
+        preemption: lets the caller ask the stage to stop; on the main thread, signals ask as well.
+        pass_on: called when a signal asks a rank after the first to stop: rank 0 then writes a
+            checkpoint, after which all ranks end.
+        output: descriptor of the file that holds output written past Python, see `OutputFile`.
+        await_others: returns, on rank 0, when all other ranks have ended well.
     """
     try:
         return _run_task(task, preemption or Preemption(), pass_on, output, await_others)
@@ -184,20 +102,20 @@ def _run_task(
     output: int | None,
     await_others: Callable[[], object],
 ) -> Outcome:
-    check_variables()  # a node may have others than the driver
+    check_variables()  # a node's may differ from the driver's
     _prepare_process(task)
     store = Store(task["storage"])
     if store.prepare() != task["token"]:
-        return {"status": "failed", "error": _unshared(task)}
+        return unable("failed", redact(_unshared(task)), user=True)
     if not task.get("shipped") and not os.path.isdir(task["directory"]):
-        return {"status": "failed", "error": _without_directory(task)}
-    if _published(store, task["key"]):
+        return unable("failed", redact(_without_directory(task)), user=True)
+    if is_published(store, task["key"]):
         return {"status": "ok", "seconds": 0.0}
     code = CodePromise(task["ingredients"], elsewhere=task["host"] != socket.gethostname())
     if why := code.outdated():
-        return {"status": "outdated", "error": {**_NO_ERROR, "message": why}}
-    if _seat(task)["rank"] > 0:
-        return _help(task, store, code, pass_on)
+        return unable("outdated", why)
+    if seat_of(task)["rank"] > 0:
+        return _run_other_rank(task, store, code, pass_on)
     began = time.monotonic()
     with (
         _handling_signals(preemption.ask),
@@ -214,18 +132,18 @@ def _run_task(
         outcome["seconds"] = round(time.monotonic() - began, 3)
         if outcome["status"] in {"failed", "damaged"}:
             attempt.fail(outcome["error"])
-        cost = {} if outcome["status"] == "ok" else meter.read()  # a result has said its own
+        cost = {} if outcome["status"] == "ok" else meter.read()  # a result has its own
         events.emit({"type": "end", "time": time.time(), "status": outcome["status"], **cost})
         return outcome
 
 
 @contextmanager
 def _handling_signals(handle: Callable[[], None]) -> Iterator[None]:
-    """Handle the signals that tell a worker to end, for as long as a stage runs.
+    """Handle the signals that ask a worker to stop, while a stage runs.
 
-    SIGTERM comes from our driver, or, as SIGHUP does, from a scheduler that takes the machine away;
-    SIGINT is what becomes of Ray's gentle cancelling. All are handled also where the process
-    ignores them, as one does that a shell has started in the background.
+    SIGTERM comes from the driver, or, as SIGHUP does, from a scheduler that takes the machine away;
+    Ray cancels gently by SIGINT. All are handled even where the process inherited "ignore", as from
+    a shell that started it in the background.
     """
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -258,7 +176,7 @@ def _attempt(
 ) -> Outcome:
     emit = _sink(events, log, meter)
     if attempt.passed_over:
-        text = f"Not gone on from: {'; '.join(attempt.passed_over)}."
+        text = f"Not resumed from: {'; '.join(attempt.passed_over)}."
         emit({"type": "text", "time": time.time(), "text": text})
     try:
         with (
@@ -278,14 +196,16 @@ def _attempt(
         return {"status": "ok" if published else "lost"}
     except Preempted:
         return preempted()
-    except (Exception, SystemExit) as error:  # a stage is anyone's code and may raise anything
+    except (Exception, SystemExit) as error:  # a stage may raise anything
         return _failed(error)
 
 
-def _help(task: Task, store: Store, code: CodePromise, pass_on: Callable[[], None]) -> Outcome:
-    """Run the stage as one of the ranks after the first, in a folder that is deleted.
+def _run_other_rank(
+    task: Task, store: Store, code: CodePromise, pass_on: Callable[[], None]
+) -> Outcome:
+    """Run the stage as a rank after the first, in a temporary folder.
 
-    Told to end it goes on: rank 0 cannot write its checkpoint without it.
+    Asked to stop, it continues: rank 0 cannot write its checkpoint without it.
     """
     with tempfile.TemporaryDirectory(prefix="fls-", ignore_cleanup_errors=True) as folder:
         try:
@@ -304,20 +224,19 @@ def _perform(
     emit: EventSink,
     preemption: Preemption,
 ) -> Context:
-    """Run the stage, and check that what it uses is what the key says.
+    """Run the stage, and check that its code and data are the key's.
 
-    That is checked at both ends, and before it keeps something to go on from: what is not what the
-    key says raises `BrokenPromise`.
+    The check runs before, after, and before each checkpoint is stored; a difference raises
+    `BrokenPromise`.
     """
     with code.watch(), only_calls(task["calls"]):
-        stage = _load(task["entry"])
-        context = _make_context(task, store, folder, emit)
-        context.preemption = preemption
+        stage = load(task["entry"])
+        context = make_context(task, store, folder, emit, preemption)
         data = DataPromise(task["ingredients"], context.params)
 
         def emit_checked(event: dict[str, Any]) -> None:
             if event["type"] == "checkpoint":
-                data.check_untouched()  # before it is stored
+                data.check_untouched()
             emit(event)
 
         context.emit = emit_checked
@@ -337,12 +256,8 @@ def _failed(error: BaseException) -> Outcome:
     return {"status": "failed", "error": _error(message, user=is_lasting(error))}
 
 
-def _seat(task: Task) -> Seat:
-    return task.get("seat") or {"rank": 0, "world_size": 1, "rendezvous": ""}
-
-
 def _redacted(attempt: Attempt) -> Callable[[list[Event]], None]:
-    """Return what stores an attempt's events: a stage may have printed its environment."""
+    """Return the writer of an attempt's events; it redacts them, for a stage prints anything."""
 
     def append(events: list[Event]) -> None:
         attempt.append_events(redact(events))
@@ -351,7 +266,7 @@ def _redacted(attempt: Attempt) -> Callable[[list[Event]], None]:
 
 
 def _keeping(attempt: Attempt, past_python: OutputFile) -> Callable[[], None]:
-    """Return what brings the log up to date: here, and where the attempt is stored."""
+    """Return the function that updates the log, here and where the attempt is stored."""
 
     def keep() -> None:
         past_python.drain()
@@ -361,17 +276,17 @@ def _keeping(attempt: Attempt, past_python: OutputFile) -> Callable[[], None]:
 
 
 def _sink(events: EventWriter, log: LogWriter, meter: CostMeter) -> EventSink:
-    """Return what takes a stage's events, of which the log shows those that people read.
+    """Return the sink of a stage's events; the log shows those that people read.
 
-    A checkpoint says what the attempt has cost so far. So the work behind a checkpoint is known
-    when a later attempt goes on from it.
+    A checkpoint's event has the attempt's cost so far, so that the cost of a checkpoint is known
+    when a later attempt resumes from it.
     """
 
     def emit(event: dict[str, Any]) -> None:
         shown = words(event).splitlines()
         if shown:
             log.write(shown)
-        if event["type"] == "text":  # a secret is hidden before it could be cut in two
+        if event["type"] == "text":  # redacted before it is cut: half a secret matches nothing
             event = {**event, "text": cut(redact(event["text"]), _TEXT_CHARACTERS)}
         events.emit({**event, **meter.read()} if event["type"] == "checkpoint" else event)
 
@@ -379,7 +294,7 @@ def _sink(events: EventWriter, log: LogWriter, meter: CostMeter) -> EventSink:
 
 
 def _prepare_process(task: Task) -> None:
-    """Set what must be set before the stage's module, and with it perhaps torch, is imported."""
+    """Set folder, threads and GPUs before the stage's module, and perhaps torch, is imported."""
     if os.path.isdir(task["directory"]):
         os.chdir(task["directory"])
         look_here_too()
@@ -388,82 +303,8 @@ def _prepare_process(task: Task) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def _make_context(task: Task, store: Store, folder: Path, emit: EventSink) -> Context:
-    # A warm process may have imported torch under another thread count. Torch is looked up and
-    # not imported: a stage that does without it should not pay for it.
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        torch.set_num_threads(threads_of(task))
-    params_model: type[Params] = _load(task["params_model"])
-    return Context(
-        params=params_model.model_validate_json(json.dumps(task["params"])),
-        folder=folder,
-        inputs=_fetch_inputs(task["inputs"], store),
-        device=_device(task, torch),
-        threads=threads_of(task),
-        **_seat(task),
-        emit=emit,
-        checkpoint_every_s=task["checkpoint_every_s"],
-        cell=task["cell"],
-        key=task["key"],
-    )
-
-
-def _fetch_inputs(
-    inputs: Mapping[str, Sequence[TaskInput]], store: Store
-) -> dict[str, list[Artifact]]:
-    return {
-        name: [
-            Artifact(
-                cell=source["cell"],
-                stage=source["stage"],
-                key=source["key"],
-                axes=source["axes"],
-                path=_fetch(source, store) if source["available"] else None,
-            )
-            for source in sources
-        ]
-        for name, sources in inputs.items()
-    }
-
-
-def _fetch(source: TaskInput, store: Store) -> Path:
-    """Return the folder of an upstream output.
-
-    Raises:
-        Damaged: it is not what it should be; or it is gone, because another run found it damaged.
-    """
-    if not _published(store, source["key"]):
-        raise Damaged(source["key"], "it was there, and is no more")
-    return store.fetch(source["key"], source["output"])
-
-
-def _published(store: Store, key: str) -> bool:
-    """Tell whether the store has a readable manifest of `key`; fetching checks the rest."""
-    try:
-        return store.manifest(key) is not None
-    except Damaged:
-        return False
-
-
-def _device(task: Task, torch: Any) -> str:
-    """Return "cuda" for a task that was given a GPU.
-
-    Raises:
-        StageError: torch cannot use the GPU; falling back to the CPU would change the result.
-    """
-    if task["num_gpus"] == 0:
-        return "cpu"
-    if torch is not None and not torch.cuda.is_available():
-        raise StageError(
-            f"num_gpus: {task['num_gpus']:g} was asked for and given, but torch "
-            f"{torch.__version__} cannot use it. Install a CUDA build of torch, or set num_gpus: 0."
-        )
-    return "cuda"
-
-
 def _making(task: Task, context: Context) -> dict[str, Any]:
-    """Describe where and how a result was made: recorded in the manifest, not part of the key."""
+    """Describe where and how a result was made: kept in the manifest, not part of the key."""
     # Looked up in the dictionary: an attribute access may import, warn or fail.
     versions = {
         name: version
@@ -501,38 +342,31 @@ def _error(message: str, *, user: bool) -> Failure:
     }
 
 
-def _without_directory(task: Task) -> Failure:
-    message = (
-        f"{socket.gethostname()} has no folder {task['directory']}, which the driver on "
-        f"{task['host']} works in: relative paths and the user's modules would be other ones here. "
-        "Work in a folder that all nodes share, or ship it with the job: `fls submit`."
+def _without_directory(task: Task) -> str:
+    return (
+        f"{socket.gethostname()} has no folder {task['directory']}, the working directory of the "
+        f"driver on {task['host']}: relative paths and modules would differ here. Work in a folder "
+        "that all nodes share, or ship it with the job: `fls submit`."
     )
-    return {"message": redact(message), "traceback": "", "user": True}
 
 
-def _unshared(task: Task) -> Failure:
-    message = (
+def _unshared(task: Task) -> str:
+    return (
         f"{task['storage']} on {socket.gethostname()} is not the driver's storage: put `storage:` "
         "on a file system that all nodes share, or into an object store."
     )
-    return {"message": redact(message), "traceback": "", "user": True}
-
-
-def _load(target: str) -> Any:
-    module, _, attribute = target.partition(":")
-    return getattr(importlib.import_module(module), attribute)
 
 
 def main() -> None:
-    """Serve tasks from standard input until it closes, which is when the driver ends or dies.
+    """Serve tasks from standard input until it closes, when the driver ends or dies.
 
-    A thread watches the input, so that a process in the middle of a stage ends as well. Replies go
-    to a private copy of standard output; what a stage prints there joins the worker's log.
+    A thread reads the input, so that a process in the middle of a stage ends as well. Replies go to
+    a private copy of standard output; a stage's own output joins the worker's log.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver handles Ctrl-C
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    faulthandler.enable(all_threads=False)  # tells where the process was when a signal ends it
+    faulthandler.enable(all_threads=False)  # shows where a signal ended the process
     output = 2 if stat.S_ISREG(os.fstat(2).st_mode) else None
     tasks: queue.SimpleQueue[tuple[Task, Preemption, threading.Event]] = queue.SimpleQueue()
 
@@ -541,18 +375,18 @@ def main() -> None:
         for line in sys.stdin.buffer:
             message = json.loads(line)
             if message == END:
-                preemption.ask()  # if the task has ended meanwhile, it has no effect
+                preemption.ask()  # without effect if the task has ended meanwhile
             elif message == OTHERS_ENDED:
                 others_ended.set()
             else:
                 preemption, others_ended = Preemption(), threading.Event()
                 tasks.put((message, preemption, others_ended))
-        os.killpg(0, signal.SIGKILL)  # this process and whatever its stage has started
+        os.killpg(0, signal.SIGKILL)  # this process and the children of its stage
 
     threading.Thread(target=receive, name="tasks", daemon=True).start()
 
-    def pass_on() -> None:  # while a stage runs, when nothing else is written there
-        os.write(replies.fileno(), json.dumps(TOLD).encode() + b"\n")
+    def pass_on() -> None:  # while a stage runs, the only writer
+        os.write(replies.fileno(), json.dumps(STOP_ASKED).encode() + b"\n")
 
     while True:
         task, preemption, others_ended = tasks.get()

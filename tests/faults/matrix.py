@@ -24,7 +24,7 @@ from typing import Any
 
 from pipeline.planning.planner import make_plan
 from pipeline.spec.load import load_spec
-from pipeline.store.attempt import attempt_folder
+from pipeline.store.layout import attempt_folder
 from pipeline.store.store import Store
 from tests.faults.cluster import Cluster, pause
 from tests.faults.ledger import ROOT, Ledger

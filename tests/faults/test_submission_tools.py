@@ -145,7 +145,7 @@ def test_what_no_node_has_is_an_error_at_once(head: Head, work: Path) -> None:
     )
     done = submit(head)
     assert done.returncode == 2, done.stdout
-    assert "big asks for num_cpus: 1, num_gpus: 3; no node has: " in done.stdout
+    assert "big asks for num_cpus: 1, num_gpus: 3; no node fits: " in done.stdout
     assert "other asks for num_cpus: 1, num_gpus: 1, accelerator_type: H100; no" in done.stdout
     assert "(1 CPUs, 2 GPUs of type A100, " in done.stdout
     assert "fine asks" not in done.stdout

@@ -38,7 +38,7 @@ def change(run_id: str, **fields: Any) -> None:
 
 
 def beat_every(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("driver", "heartbeat"):
+    for module in ("account", "heartbeat"):
         monkeypatch.setattr(f"pipeline.running.{module}.HEARTBEAT_S", seconds)
 
 

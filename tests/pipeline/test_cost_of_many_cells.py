@@ -13,7 +13,8 @@ from pipeline.spec.cells import Cell
 from pipeline.stage import Resources
 from pipeline.store.storage.local import LocalStorage
 from pipeline.tracking import TrackingProgress
-from pipeline.worker.worker import Outcome, Task, run_task
+from pipeline.worker.task import Outcome, Task
+from pipeline.worker.worker import run_task
 
 FEW, MANY = 10, 40
 REQUESTS = ("read", "write", "create", "names", "files", "remove", "remove_files", "save")
@@ -70,7 +71,7 @@ def test_a_cell_costs_its_driver_the_same_among_many(
     copy = counting(counts, "copies", TrackingProgress.copy)
     monkeypatch.setattr(TrackingProgress, "copy", copy)
     monkeypatch.setattr("pipeline.running.launch.make_executor", lambda name: AtOnce())
-    for module in ("driver", "heartbeat"):
+    for module in ("account", "heartbeat"):
         monkeypatch.setattr(f"pipeline.running.{module}.HEARTBEAT_S", 600)
     found = {}
     for cells in (FEW, MANY):

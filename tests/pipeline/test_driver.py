@@ -30,7 +30,7 @@ from pipeline.stage import Resources
 from pipeline.store.leases import LeaseWatch
 from pipeline.store.storage.local import LocalStorage
 from pipeline.store.store import Store
-from pipeline.worker.worker import Task
+from pipeline.worker.task import Task
 
 FAILING = """
     good: {uses: start, params: {value: 1}}

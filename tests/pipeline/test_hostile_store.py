@@ -556,7 +556,7 @@ def test_a_plugin_that_the_store_alone_names_is_not_imported(
     code, output, errors = fls(*BY_RUN[command].split())
     assert (code, output, errors.count("\n")) == (2, "", 1), errors
     assert f"The spec of run {run} in {toy}/.fls, which says that it is pipeline.yaml" in errors
-    assert "names plugin evil to be imported, and pipeline.yaml does not; nothing of it" in errors
+    assert "names plugin evil to be imported, and pipeline.yaml does not; nothing was" in errors
     assert "Give the run's own pipeline file to" in errors and errors.endswith("give --trust.\n")
     assert not evil.exists()
 
@@ -776,8 +776,9 @@ def test_an_address_that_the_store_alone_names_is_not_contacted(
         assert code == 0 and len(overheard.opened) == 1
     else:
         assert code in {1, 2} and not overheard.opened
-        assert "is recorded at http://evil.example:5000, as the store says and pipeline.yaml" in (
-            output + errors
+        assert (
+            "is recorded at http://evil.example:5000, which the store names and pipeline.yaml"
+            in (output + errors)
         )
         assert "set MLFLOW_TRACKING_URI to it" in output + errors
 
@@ -812,7 +813,9 @@ def test_json_lines_go_into_no_folder_that_the_store_alone_names(toy: Path, comm
         assert (code, errors) == (0, "")
     else:
         assert code == 1
-        assert f"is recorded in {toy}/outside, as the store says and pipeline.yaml does" in output
+        assert (
+            f"is recorded in {toy}/outside, which the store names and pipeline.yaml does" in output
+        )
 
 
 @pytest.mark.parametrize("name", ["../home/data", "20260101-000000-000-abcd", "/etc/x"])

@@ -14,13 +14,14 @@ from test_worker import fail_task, start_task, task_of
 from toy_runs import alive, wait_for
 
 from pipeline.base.errors import BadInput, PipelineError
-from pipeline.executors import local
+from pipeline.executors import local_worker, machine
 from pipeline.executors.base import AbstractExecutor
-from pipeline.executors.local import LocalExecutor, _list_gpus, _Machine
+from pipeline.executors.local import LocalExecutor
+from pipeline.executors.machine import Machine, list_gpus
 from pipeline.stage import Resources
 from pipeline.store.store import Store
 from pipeline.worker import system
-from pipeline.worker.worker import Outcome, Task
+from pipeline.worker.task import Outcome, Task
 
 ONE_CPU = Resources()
 
@@ -28,7 +29,7 @@ ONE_CPU = Resources()
 @pytest.fixture
 def executor(toy: Path) -> Iterator[LocalExecutor]:
     executor = LocalExecutor()
-    executor._machine = _Machine(cpus=2, memory=1000, gpus={"0": "NVIDIA H100", "1": "NVIDIA A10"})
+    executor._machine = Machine(cpus=2, memory=1000, gpus={"0": "NVIDIA H100", "1": "NVIDIA A10"})
     yield executor
     executor.stop()
 
@@ -121,7 +122,7 @@ def test_what_no_machine_has_is_refused_by_name(executor: LocalExecutor) -> None
         ("train[seed=0]", Resources(num_cpus=3)),
         ("train[seed=1]", Resources(num_cpus=3)),
         ("prune", Resources(num_gpus=1, accelerator_type="T4")),
-        ("odd", Resources(num_gpus=1.5)),
+        ("odd", Resources(num_gpus=0.5)),
         ("big", Resources(memory_bytes=2000)),
     ]
     with pytest.raises(BadInput) as caught:
@@ -129,24 +130,23 @@ def test_what_no_machine_has_is_refused_by_name(executor: LocalExecutor) -> None
     assert str(caught.value).splitlines() == [
         "train asks for num_cpus: 3; this machine has 2.",
         "prune asks for num_gpus: 1 of type T4; this machine has 0.",
-        "odd asks for num_gpus: 1.5; above 1 it must be a whole number.",
+        "odd asks for num_gpus: 0.5; the local executor gives whole GPUs: use a whole number, or "
+        "share a GPU by --executor ray.",
         "big asks for memory: 2000 bytes; this machine has 1000.",
-        "Lower the stage's `resources:`, or run on a cluster with --executor ray.",
+        "Change the stage's `resources:`, or run on a cluster with --executor ray.",
     ]
 
 
-def test_fractions_of_gpus_share_a_device() -> None:
-    machine = _Machine(cpus=8, memory=0, gpus={"0": "H100", "1": "H100"})
-    half = Resources(num_cpus=0, num_gpus=0.5)
-    shares = [machine.take(half, keep_cpus=0) for _ in range(3)]
-    assert [share.devices[0][0] for share in shares if share] == ["0", "0", "1"]
-    assert machine.take(Resources(num_gpus=1), keep_cpus=0) is None
-    for share in shares:
-        assert share is not None
-        machine.give(share)
-    both = machine.take(Resources(num_gpus=2), keep_cpus=0)
+def test_a_gpu_is_one_workers_until_it_is_given_back() -> None:
+    account = Machine(cpus=8, memory=0, gpus={"0": "H100", "1": "A10", "2": "H100"})
+    shares = account.take(Resources(num_gpus=1, accelerator_type="H100", workers=2))
+    assert shares is not None
+    assert [share.devices for share in shares] == [("0",), ("2",)]
+    assert account.take(Resources(num_gpus=2)) is None
+    account.give(shares[1])
+    (both,) = account.take(Resources(num_gpus=2)) or [None]
     assert both is not None
-    assert sorted(both.devices) == [("0", 1.0), ("1", 1.0)]
+    assert both.devices == ("1", "2")
 
 
 def test_gpus_are_listed_as_far_as_they_may_be_used(
@@ -157,18 +157,18 @@ def test_gpus_are_listed_as_far_as_they_may_be_used(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert _list_gpus() == {"0": "NVIDIA H100", "1": "NVIDIA A10"}
+    assert list_gpus() == {"0": "NVIDIA H100", "1": "NVIDIA A10"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-b")
-    assert _list_gpus() == {"GPU-b": "NVIDIA A10"}
+    assert list_gpus() == {"GPU-b": "NVIDIA A10"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert _list_gpus() == {}
+    assert list_gpus() == {}
 
 
 def deaf(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let SIGKILL reach nobody, as if the kernel held them all in a call; return whom it met."""
     met: list[int] = []
     monkeypatch.setattr(os, "killpg", lambda pid, number: met.append(pid))
-    monkeypatch.setattr(local, "_DEATH_S", 0.3)
+    monkeypatch.setattr(local_worker, "_DEATH_S", 0.3)
     return met
 
 
@@ -206,7 +206,7 @@ def test_a_tool_for_gpus_that_hangs_is_told_in_bounded_time(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(local, "_GPU_TOOL_S", 0.3)
+    monkeypatch.setattr(machine, "_GPU_TOOL_S", 0.3)
     monkeypatch.setattr(system, "INTERVAL_S", 0.3)
     monkeypatch.setattr(system, "_DEATH_S", 0.1)
     try:
@@ -214,7 +214,7 @@ def test_a_tool_for_gpus_that_hangs_is_told_in_bounded_time(
             if not killable:
                 patch.setattr(subprocess.Popen, "kill", lambda self: None)
             began = time.monotonic()
-            _list_gpus()
+            list_gpus()
         assert time.monotonic() - began < 5
         assert "nvidia-smi gave no answer within 0.3 s" in str(raised.value)
         assert "set CUDA_VISIBLE_DEVICES to an empty text" in str(raised.value)
@@ -223,7 +223,7 @@ def test_a_tool_for_gpus_that_hangs_is_told_in_bounded_time(
             wait_for(lambda: len(emitted) >= 3)
         assert len((tmp_path / "pids").read_text().split()) == 2, "asked again though it hangs"
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-        assert _list_gpus() == {}
+        assert list_gpus() == {}
     finally:
         for pid in map(int, (tmp_path / "pids").read_text().split()):
             with suppress(ProcessLookupError):

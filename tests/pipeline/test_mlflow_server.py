@@ -138,7 +138,7 @@ def test_a_server_that_is_away_for_the_whole_run_gets_it_later(
     client: Any, line: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_spec("{start: {uses: start, params: {value: 1}}}")
-    monkeypatch.setattr("pipeline.running.driver._AWAY_S", 0.5)
+    monkeypatch.setattr("pipeline.running.account._AWAY_S", 0.5)
     line.cut()
     try:
         code, output, _ = fls(*RUN)

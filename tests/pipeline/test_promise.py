@@ -15,7 +15,8 @@ from toy_runs import fls, last_run, numbers, ran, run_here, write_spec
 
 from pipeline.base.states import CellState
 from pipeline.code.digest import CodeIndex
-from pipeline.executors.local import LocalExecutor, _Machine
+from pipeline.executors.local import LocalExecutor
+from pipeline.executors.machine import Machine
 from pipeline.stage import Resources
 from pipeline.store.store import Store
 
@@ -95,9 +96,9 @@ def test_code_changed_on_the_way_is_not_published_under_the_old_key(toy: Path) -
     code, output = run_here(max_parallel=1)
     assert code == 1
     assert failure("times") == (
-        f"Module toy.operations.times ({toy}/toy/operations/times.py on {HOST}) is not what it was "
-        "when the run was planned. Nothing is published under the key that was planned. Put it "
-        "back as it was, or start the run again: it is then planned with what is there."
+        f"Module toy.operations.times ({toy}/toy/operations/times.py on {HOST}) has changed since "
+        "the run was planned. Nothing is published under the planned key. Restore it, or start the "
+        "run again, which plans with the present one."
     )
     assert "retry" not in output
     TIMES.write_text(TIMES.read_text().replace("+", "*"))
@@ -107,7 +108,7 @@ def test_code_changed_on_the_way_is_not_published_under_the_old_key(toy: Path) -
     assert fls("verify")[0] == 0
     TIMES.write_text(TIMES.read_text().replace("*", "+"))
     assert run_here()[0] == 0
-    assert numbers()["times"] == 7, "started again, the run is planned with what is there"
+    assert numbers()["times"] == 7, "started again, the run is planned with the present file"
 
 
 def test_what_changes_nothing_that_was_used_loses_nothing(toy: Path) -> None:
@@ -184,7 +185,7 @@ def test_of_accepted_code_counts_what_it_is(toy: Path) -> None:
 @pytest.fixture
 def executor(toy: Path) -> Iterator[LocalExecutor]:
     executor = LocalExecutor()
-    executor._machine = _Machine(cpus=2, memory=1000, gpus={})
+    executor._machine = Machine(cpus=2, memory=1000, gpus={})
     yield executor
     executor.stop()
 
@@ -247,7 +248,7 @@ def test_a_file_changed_before_its_cell_began_is_not_published(toy: Path) -> Non
     write_spec(READ)
     assert run_here(max_parallel=1)[0] == 1
     assert failure("read").startswith(
-        f"File number.txt (params.path, on {HOST}) is not what it was when the run was planned."
+        f"File number.txt (params.path, on {HOST}) has changed since the run was planned."
     )
     file.write_text("3")
     assert run_here()[0] == 0
@@ -261,16 +262,19 @@ def test_a_file_changed_before_its_cell_began_is_not_published(toy: Path) -> Non
     ("body", "message"),
     [
         ("path.write_text('4')", "was changed while the stage ran"),
-        ("path.write_text('4'); path.write_text('3')", "what the stage has read is not known"),
-        ("path.rename('b'); path.write_text('4'); Path('b').rename(path)", "is not known"),
+        (
+            "path.write_text('4'); path.write_text('3')",
+            "data that the stage has read are not known",
+        ),
+        ("path.rename('b'); path.write_text('4'); Path('b').rename(path)", "are not known"),
         (
             "stat = path.stat(); path.write_text('4'); path.write_text('3')\n"
             "os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))",
-            "is not known",
+            "are not known",
         ),
         (
             "path.unlink()",
-            f"File number.txt (params.path, on {HOST}) was there when the run was planned, and",
+            f"File number.txt (params.path, on {HOST}) existed when the run was planned, and",
         ),
     ],
 )
@@ -337,10 +341,13 @@ READ_TREE = """
     [
         ("file.write_text('4')", "was changed while the stage ran"),
         ("file.with_name('2').write_text('4')", "was changed while the stage ran"),
-        ("file.write_text('4'); file.write_text('3')", "what the stage has read is not known"),
+        (
+            "file.write_text('4'); file.write_text('3')",
+            "data that the stage has read are not known",
+        ),
         (
             "cat = file.parent; cat.rename('data/train/c'); Path('data/train/c').rename(cat)",
-            "what the stage has read is not known",
+            "data that the stage has read are not known",
         ),
     ],
 )

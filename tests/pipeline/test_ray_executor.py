@@ -20,7 +20,7 @@ from pipeline.executors.base import AbstractExecutor
 from pipeline.running import launch
 from pipeline.stage import Resources
 from pipeline.store.store import Store
-from pipeline.worker.worker import Outcome
+from pipeline.worker.task import Outcome
 
 ONE_CPU = Resources()
 HALF_CPU = Resources(num_cpus=0.5)
@@ -112,7 +112,7 @@ def test_a_cancelled_task_is_killed_and_not_reported(executor: AbstractExecutor)
 def test_what_no_node_has_is_refused_by_name(executor: AbstractExecutor) -> None:
     executor.check([("fine", ONE_CPU)])
     much, rare = Resources(num_cpus=4096), Resources(accelerator_type="H100")
-    with pytest.raises(BadInput, match=r"train asks for num_cpus: 4096, .*; no node has: 1 x \("):
+    with pytest.raises(BadInput, match=r"train asks for num_cpus: 4096, .*; no node fits: 1 x \("):
         executor.check([("train[seed=0]", much), ("train[seed=1]", much)])
     with pytest.raises(BadInput, match="accelerator_type: H100"):
         executor.check([("train", rare)])

@@ -146,7 +146,7 @@ def test_a_worker_whose_machine_is_taken_away_ends_behind_a_checkpoint(toy: Path
         wait_for(partial(has_ended, attempt))
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
-    assert "slow: it was told to end, and did so behind a checkpoint" in output
+    assert "slow: it was asked to stop, and ended after a checkpoint" in output
     assert sum(map(steps_of, slow_attempts()), []) == list(range(1, 101))
 
 
@@ -323,9 +323,9 @@ def test_a_checkpoint_that_is_damaged_is_said_to_be_passed_over(undisturbed: flo
     assert resume_here(last_run())[0] == 0
     assert numbers()["slow"] == undisturbed
     said = [event["text"] for event in slow_events(2) if event["type"] == "text"]
-    assert "Not gone on from: checkpoint " in said[0]
+    assert "Not resumed from: checkpoint " in said[0]
     assert any(
-        "Not gone on from: checkpoint " in line
+        "Not resumed from: checkpoint " in line
         for line in log_lines(last_run().cells["slow"].key, 2)
     )
 

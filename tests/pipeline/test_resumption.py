@@ -84,7 +84,7 @@ def test_a_run_knows_what_it_was_made_with(toy: Path) -> None:
     request["environment"]["packages"]["pydantic"] = "0." + environment["packages"]["pydantic"]
     path.write_bytes(with_checksum(request))
     _, output = resume_here(last_run())
-    assert "Library versions, which are no part of the keys: pydantic 0." in output
+    assert "Library versions, which are not part of the keys: pydantic 0." in output
 
 
 # ---------------------------------------------------------------------- code that has changed
@@ -97,10 +97,10 @@ def test_a_run_does_not_go_on_with_other_code_unasked(toy: Path) -> None:
     code, _, errors = fls("resume", "last")
     assert code == 2
     assert errors.splitlines()[:4] == [
-        f"Run {run} began with other code or data. What has changed:",
+        f"Run {run} began with other code or data. The changes:",
         "  code of toy.operations.plus changed: apply",
-        "  what depends on them: bad, end",
-        "3 of 4 cells are touched; the store has 1 of their results, as the run planned them.",
+        "  cells downstream: bad, end",
+        "3 of 4 cells are touched; the store has 1 of their planned results.",
     ]
     assert f"`fls resume {run} --storage {toy}/.fls --replan`" in errors
     assert f"`fls accept apply --why '...' --run {run} --storage {toy}/.fls`" in errors

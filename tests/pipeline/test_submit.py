@@ -333,7 +333,7 @@ def test_a_tunnel_is_found_out_where_it_ends(work: Path) -> None:
     Path(SOURCE_FILE).write_text(Provenance(submitted_from="my-laptop").to_json())
     code, _, errors = fls("run", "--executor", "local", "--tracking", "jsonl")
     assert code == 2
-    assert "Submitted from my-laptop as if to itself, but this is " in errors
+    assert "my-laptop submitted this job to an address of its own, but this is " in errors
     assert not Path(".fls/runs").exists()
 
 
@@ -343,7 +343,7 @@ def test_a_folder_of_the_job_is_no_place_for_results(
     write_spec("a: {uses: start, params: {value: 1}}")
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     local = ("--executor", "local", "--tracking", "jsonl")
-    assert "Ray deletes some time after" in fls("run", *local)[1]
+    assert "Ray deletes after the job" in fls("run", *local)[1]
     monkeypatch.setenv("FISHLEG_STORAGE", str(work / "elsewhere"))
     code, output, _ = fls("run", *local)
     assert (code, "Ray deletes" in output) == (0, False)

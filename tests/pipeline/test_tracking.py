@@ -23,7 +23,7 @@ from pipeline.base.errors import BadInput, PipelineError, StorageUnavailable
 from pipeline.base.places import tracking_uri
 from pipeline.base.states import CellState, RunState
 from pipeline.planning.planner import Selection
-from pipeline.running import driver, sync
+from pipeline.running import account, sync
 from pipeline.store.checksum import verified, with_checksum
 from pipeline.store.events import Cursor
 from pipeline.store.storage.local import LocalStorage
@@ -606,7 +606,7 @@ def test_a_server_that_is_away_at_the_end_is_waited_for_no_longer_than_was_asked
         arguments = ["resume", "last", "--stop-after", "1s"]
     began = time.monotonic()
     code, output, _ = fls(*arguments)
-    assert time.monotonic() - began < driver._AWAY_S / 2
+    assert time.monotonic() - began < account._AWAY_S / 2
     assert (code, output.count("Tracking is behind"), last_run().state) == (0, 1, RunState.DONE)
     assert f"`fls sync {last_run().run_id}` sends the rest" in output
 
@@ -628,7 +628,7 @@ def test_a_password_in_the_address_is_neither_shown_nor_stored(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hush@127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(driver, "_AWAY_S", 0.1)
+    monkeypatch.setattr(account, "_AWAY_S", 0.1)
     write_spec("start: {uses: start, params: {value: 1}}")
     code, output = run_mlflow()
     assert code == 0
@@ -730,7 +730,7 @@ def test_a_run_that_was_tracked_with_a_password_asks_for_it(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hush@127.0.0.1:9/")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(driver, "_AWAY_S", 0.1)
+    monkeypatch.setattr(account, "_AWAY_S", 0.1)
     write_spec("start: {uses: start, params: {value: 1}}")
     assert run_mlflow(tracking_later=True)[0] == 0
     assert last_run().destination == "http://127.0.0.1:9"
@@ -818,7 +818,7 @@ def use(tracker: AbstractTracker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(thread, "make_tracker", lambda name: tracker)
     monkeypatch.setattr(sync, "make_tracker", lambda name: tracker)
     monkeypatch.setattr(thread, "_FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(driver, "_AWAY_S", 0.2)
+    monkeypatch.setattr(account, "_AWAY_S", 0.2)
 
 
 def test_a_server_that_is_away_for_a_while_misses_nothing(

@@ -76,7 +76,7 @@ def test_a_cell_that_another_run_works_at_is_waited_for(toy: Path) -> None:
     outputs = [process.communicate(timeout=60)[0] for process in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0), outputs
     assert f"slow: run {run_id} on" in outputs[1]
-    assert "is at it; waiting for that" in outputs[1]
+    assert "is running it; waiting for its result" in outputs[1]
     assert (ran(), manifests()) == ({"slow": 1, "add": 1}, 2)
     assert states(last_run())["slow"] is CellState.CACHED
 
@@ -91,7 +91,7 @@ def test_the_cell_of_a_run_that_was_killed_is_not_waited_for(
     wait_for(lambda: not alive(worker_of(run_id)))
     code, output, errors = fls(*RUN)
     assert (code, errors) == (0, "")
-    assert "is at it" not in output
+    assert "is running it" not in output
     assert ran() == {"slow": 1, "add": 1}
 
 
@@ -103,7 +103,7 @@ def test_a_silent_run_is_overtaken_and_its_work_discarded(toy: Path) -> None:
         os.kill(pid, signal.SIGSTOP)
     code, output, errors = fls(*RUN)
     assert (code, errors) == (0, "")
-    assert "is at it" in output
+    assert "is running it" in output
     number = numbers()["slow"]
     for pid in sleepers:
         os.kill(pid, signal.SIGCONT)

@@ -13,7 +13,8 @@ from toy_runs import ROOT, log_lines
 
 from pipeline.store.events import EventTail
 from pipeline.store.store import Store
-from pipeline.worker.worker import Task, run_task, threads_of
+from pipeline.worker.task import Task, threads_of
+from pipeline.worker.worker import run_task
 
 KEY = "a" * 64
 
@@ -286,7 +287,7 @@ def test_a_node_without_the_drivers_folder_refuses(toy: Path) -> None:
     assert outcome["status"] == "failed"
     assert outcome["error"]["user"]
     assert (
-        "has no folder /nowhere/at/all, which the driver on far works in"
+        "has no folder /nowhere/at/all, the working directory of the driver on far"
         in (outcome["error"]["message"])
     )
     assert Store(".fls").attempts(KEY) == []

@@ -15,11 +15,12 @@ from toy_runs import TOY, alive, last_run, numbers, run_here, wait_for, write_sp
 
 from pipeline.base.errors import BadInput, SpecError
 from pipeline.executors.base import AbstractExecutor
-from pipeline.executors.local import LocalExecutor, _Machine
+from pipeline.executors.local import LocalExecutor
+from pipeline.executors.machine import Machine
 from pipeline.spec.load import load_spec
 from pipeline.stage import Resources
 from pipeline.store.store import Store
-from pipeline.worker.worker import Task
+from pipeline.worker.task import Task
 
 NUMBER = 241  # of six steps, whatever the number of workers
 TWO = Resources(workers=2)
@@ -33,7 +34,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalExecutor]
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
         executor = LocalExecutor()
-        executor._machine = _Machine(cpus=2, memory=1000, gpus={})
+        executor._machine = Machine(cpus=2, memory=1000, gpus={})
         yield executor
         executor.stop()
 
