@@ -1,6 +1,6 @@
-"""What tracking has to know of a run and its cells, kept in the store.
+"""The facts about a run and its cells that tracking records, kept in the store.
 
-With it, `fls sync` sends what is missing from anywhere, once somebody there says to which address.
+With them, `fls sync` can send the missing parts of a run from any folder that names the address.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _DOCUMENT = "facts"
 
 @dataclass(frozen=True, kw_only=True)
 class StoredFacts:
-    """What was stored: about the run, and cell -> facts under the key that was planned."""
+    """The stored facts: about the run, and cell -> facts under its planned key."""
 
     run: RunFacts
     cells: Mapping[str, CellFacts]
@@ -46,7 +46,7 @@ def cell_facts(planned: PlannedCell) -> CellFacts:
 
 
 def save_facts(store: Store, run: RunFacts, plan: Plan) -> None:
-    """Store the facts of a run; where it is tracked without credentials, like all documents."""
+    """Store the facts of a run; its tracking address is stored without credentials."""
     cells = [asdict(cell_facts(planned)) for planned in plan.cells]
     for cell in cells:
         del cell["calls"]
@@ -56,12 +56,12 @@ def save_facts(store: Store, run: RunFacts, plan: Plan) -> None:
 
 
 def unregistered(store: Store, plan: Plan, tracker: TrackerName) -> list[str]:
-    """Return the selected cells in the store whose model is to be registered, and is not.
+    """Return the selected cells with stored results whose models are still to be registered.
 
     Args:
-        store: holds their results, and what earlier runs have registered.
+        store: holds their results, and the registrations of earlier runs.
         plan: the plan.
-        tracker: in whose registry: the one that a run from here would use.
+        tracker: of the registry that a run from here would use.
 
     Cost: two or three small documents for each run, newest first, until all cells are found.
     """
@@ -82,9 +82,9 @@ def unregistered(store: Store, plan: Plan, tracker: TrackerName) -> list[str]:
 def _registered(
     store: Store, run_id: str, tracker: TrackerName, here: str
 ) -> Iterator[tuple[str, str]]:
-    """Yield the key of each model that a run has registered, and the name it is registered by.
+    """Yield the key and the registered name of each model that a run has registered.
 
-    `here` is the server in question; "" for any.
+    `here` is the server; "" for any.
     """
     tracking = store.peek_run(run_id, "tracking")
     if tracking and here and tracking.get("destination") not in {None, "", here}:
@@ -102,11 +102,11 @@ def _registered(
 def load_facts(store: Store, run_id: str) -> StoredFacts | None:
     """Return the facts of a run, or None.
 
-    Where it is tracked, and what loads its models, is only what the store says of it: see
-    `pipeline.running.trust` before it is used.
+    Its tracking address and loaders come from the store: check them by `pipeline.running.trust`
+    before use.
 
     Raises:
-        DamagedDocument: they are damaged, or another run's.
+        DamagedDocument: the facts are damaged, or another run's.
     """
     document = store.read_run(run_id, _DOCUMENT)
     if document is None:

@@ -1,8 +1,8 @@
-"""Runs: what the driver writes down about one, so that it can be shown, resumed and found again.
+"""The record of a run in the store, by which it is shown, resumed and found again.
 
-A run has documents in the store: `run` (what was asked for; written once), `state` (how far it is;
-rewritten every few seconds, which is also the driver's heartbeat) and `tracking` (how far it is
-recorded, and under which ids). The planner adds a fourth, `plan`.
+It has three documents: `run` (the request; written once), `state` (the progress; rewritten every
+few seconds, which is also the driver's heartbeat) and `tracking` (the progress and ids of its
+tracking). The planner adds a fourth, `plan`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _REASON_CHARACTERS = 300
 
 
 class State(StrEnum):
-    """Where a cell stands in a run."""
+    """The state of a cell in a run."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -46,7 +46,7 @@ class State(StrEnum):
 
 
 class RunState(StrEnum):
-    """How a run stands; a dead driver's run is found `interrupted`, it cannot say so itself."""
+    """The state of a run; readers find a dead driver's run `interrupted`."""
 
     RUNNING = "running"
     DONE = "done"
@@ -57,20 +57,20 @@ class RunState(StrEnum):
 
 @dataclass(kw_only=True)
 class CellStatus:
-    """How one cell stands.
+    """The status of one cell.
 
     Attributes:
         cell: its name.
         stage: its stage's name.
         key: its key.
         state: see `State`.
-        began: Unix time at which its running attempt began, or None.
-        seconds: how long its last attempt took, or None.
+        began: Unix time of its running attempt's beginning, or None.
+        seconds: duration of its last attempt, or None.
         progress: (done, total, unit) inside the stage, or None.
-        moved: Unix time at which that was last heard of, or None.
-        gap_s: seconds that usually lie between two signs of progress, or None.
-        said: what the stage last said, or None.
-        error: `message`, and mostly `traceback`, of what failed or why it was skipped; or None.
+        moved: Unix time of the last progress, or None.
+        gap_s: usual seconds between two reports of progress, or None.
+        said: the stage's last message, or None.
+        error: `message`, and mostly `traceback`, of a failure or the reason of a skip; or None.
     """
 
     cell: str
@@ -88,7 +88,7 @@ class CellStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What was asked for: with the spec's text, all that `fls resume` needs to go on.
+    """The request for a run: with the spec's text, all that `fls resume` needs.
 
     Attributes:
         file: the spec's path as given.
@@ -96,11 +96,11 @@ class RunOptions:
         from_: the `--from` options.
         only: the `--only` options.
         until: the `--until` options.
-        force: the `--force` options; what they ask for stays in force, so they are not repeated.
+        force: the `--force` options; their effect lasts, so a resume does not repeat them.
         executor: name of the executor.
         tracking: name of the tracker.
-        tracking_later: wait, neither at the beginning nor at the end, for the tracking server.
-        max_parallel: most cells at once, or None.
+        tracking_later: whether neither beginning nor end wait for the tracking server.
+        max_parallel: maximum number of cells at once, or None.
     """
 
     file: str
@@ -116,7 +116,7 @@ class RunOptions:
 
     @property
     def selection(self) -> dict[str, Sequence[str]]:
-        """The options that select cells, with what was given."""
+        """The options that select cells, with their values."""
         given = {
             "--from": self.from_,
             "--only": self.only,
@@ -128,31 +128,31 @@ class RunOptions:
 
 @dataclass(kw_only=True)
 class RunRecord:
-    """One run, as it stands in the store.
+    """One run, as in the store.
 
     Attributes:
         run_id: `YYYYMMDD-HHMMSS-xxxx`, in UTC.
-        options: what was asked for.
+        options: the request.
         spec_text: the spec as it was read.
-        environment: what it was planned with, see `pipeline.code.provenance`.
+        environment: of its planning, see `pipeline.code.provenance`.
         began: Unix time.
         state: see `RunState`; as the driver last wrote it.
         host: the name of the driver's machine.
         machine: the driver's machine; see `this_machine`.
         pid: the driver's process.
-        life: which of the run's drivers that is, from 1.
-        heartbeat: Unix time, by the driver's clock, of its last sign of life; 0 once it has left
-            the run.
-        silent_s: seconds since that sign of life when the record was read, by the storage's clock.
-        seen_s: when that was, by this process's monotonic clock.
+        life: number of the driver among the run's drivers, from 1.
+        heartbeat: Unix time, by the driver's clock, of its last heartbeat; 0 once it has left the
+            run.
+        silent_s: seconds from that heartbeat to the reading of the record, by the storage's clock.
+        seen_s: time of the reading, by this process's monotonic clock.
         cells: cell -> status.
-        tracking: how far the run is recorded.
-        tracked: whether all of it is.
-        destination: where that is so, see `pipeline.tracking.destination`; "" before it begins.
-        damaged: names of its documents that are damaged; what they said counts as unknown.
-        storage: where it was looked for by --storage, and so where hints say it is; or None.
-        trust: the option by which the code of its spec is trusted here; it begins with a space, or
-            is "" where none is needed or known.
+        tracking: progress of its tracking.
+        tracked: whether it is tracked completely.
+        destination: of its tracking, see `pipeline.tracking.destination`; "" before it begins.
+        damaged: names of its damaged documents; their content counts as unknown.
+        storage: the URL given as --storage, which hints repeat; or None.
+        trust: the option by which the code of its spec is trusted here, with a leading space; ""
+            if none is needed or known.
     """
 
     run_id: str
@@ -178,9 +178,9 @@ class RunRecord:
 
     @property
     def where(self) -> str:
-        """The option by which a command finds it, from here or the folder that it was started in.
+        """The option by which a command finds the run from here or its first folder, or "".
 
-        It begins with a space, or is "".
+        It has a leading space.
         """
         if self.storage is not None:
             return f" --storage {shlex.quote(self.storage)}"
@@ -189,28 +189,28 @@ class RunRecord:
 
     @property
     def resume_command(self) -> str:
-        """The command that goes on with the run."""
+        """The command that resumes the run."""
         return f"fls resume {self.run_id}{self.where}{self.trust}"
 
     def where_in(self, url: str) -> str:
-        """Return the options by which `fls resume` and `fls accept` find it from here, by URL."""
+        """Return the options by which `fls resume` and `fls accept` find the run by URL."""
         trust = self.trust or ("" if self.storage else self.where)
         return f"--storage {shlex.quote(url)}{trust}"
 
     @property
     def sync_command(self) -> str:
-        """The command that sends what is missing of it to the tracking server."""
+        """The command that sends the run's missing parts to the tracking server."""
         return f"fls sync {self.run_id}{self.where}"
 
     def claim(self, store: Store, cells: Mapping[str, CellStatus]) -> None:
-        """Make this process the run's driver, with these cells as they stand."""
+        """Make this process the run's driver, with these statuses of its cells."""
         self.life = store.begin_life(self.run_id)
         self.state, self.tracked = RunState.RUNNING, False
         self.host, self.machine, self.pid = socket.gethostname(), this_machine(), os.getpid()
         self.cells = cells
 
     def save_request(self, store: Store) -> None:
-        """Write what was asked for."""
+        """Write the request."""
         document = {
             "options": asdict(self.options),
             "spec_text": self.spec_text,
@@ -220,9 +220,11 @@ class RunRecord:
         store.write_run(self.run_id, "run", document)
 
     def take_over(self, store: Store) -> bool:
-        """Make this process the one that records a run that is over, unless another is quicker."""
+        """Make this process the one that records an ended run, unless another is faster."""
         life, time_s = store.newest_life(self.run_id)
-        if life > self.life and store.now() - time_s < 2 * lease_s():  # its owner has yet to say so
+        if (
+            life > self.life and store.now() - time_s < 2 * lease_s()
+        ):  # its owner has yet to record itself
             return False
         if not store.mark_run(self.run_id, f"life-{life + 1}"):
             return False
@@ -232,7 +234,7 @@ class RunRecord:
         return True
 
     def save_progress(self, store: Store, *, leaving: bool = False) -> None:
-        """Write how far the run is, and that its driver is alive, or that it is `leaving`."""
+        """Write the run's progress, and a heartbeat, or that its driver is `leaving`."""
         self.heartbeat = 0.0 if leaving else time.time()
         self.silent_s, self.seen_s = 0.0, time.monotonic()
         state = {
@@ -248,22 +250,19 @@ class RunRecord:
         self.save_tracking(store)
 
     def beat(self, store: Store) -> None:
-        """Write that the driver is alive, and nothing else.
-
-        Cost: one small file, however many cells the run has.
-        """
+        """Write a heartbeat, at the cost of one small file for any number of cells."""
         store.beat(self.run_id)
         self.silent_s, self.seen_s = 0.0, time.monotonic()
 
     def save_tracking(self, store: Store) -> None:
-        """Write how far the run is recorded."""
+        """Write the progress of the run's tracking."""
         about = {"tracked": self.tracked, "destination": self.destination}
         store.write_run(self.run_id, "tracking", {**asdict(self.tracking), **about})
 
     def why_not_at(self, here: str) -> str | None:
         """Return why the run cannot be recorded at a destination, as a predicate; None if it can.
 
-        A run is tracked by one server, from the first time that one is reached to the run's end.
+        One server tracks a run, from its first contact to the run's end.
         """
         lines = self.options.tracking is TrackerName.JSONL
         if lines or self.destination in {"", here} or not self.tracking.ids:
@@ -276,20 +275,20 @@ class RunRecord:
         )
 
     def track_at(self, here: str) -> None:
-        """Record the run at a destination from now on; at another than before it begins again."""
+        """Record the run at a destination from now on; a new destination gets all of it."""
         if self.destination not in {"", here}:
             self.tracking, self.tracked = TrackingProgress(), False
         self.destination = here
 
     def superseded(self, store: Store) -> bool:
-        """Tell whether another driver has taken the run over, because this one was silent."""
+        """Tell whether another driver has taken the run over from this silent one."""
         return len(store.run_marks(self.run_id, "life-")) > self.life
 
     def require_own(self, store: Store) -> None:
-        """Check that the run is still this process's; otherwise it writes nothing more of it.
+        """Check that the run still belongs to this process, which may else not write to it.
 
         Raises:
-            TakenOver: another process has taken it over.
+            TakenOver: another process has taken the run over.
         """
         if self.superseded(store):
             raise TakenOver(
@@ -298,15 +297,15 @@ class RunRecord:
             )
 
     def ask_to_stop(self, store: Store) -> None:
-        """Ask the run's present driver to stop, wherever it is."""
+        """Ask the run's present driver to stop, on any machine."""
         store.mark_run(self.run_id, f"stop-{self.life}")
 
     def asked_to_stop(self, store: Store) -> bool:
-        """Tell whether the driver with this record is asked to stop."""
+        """Tell whether another process has asked this record's driver to stop."""
         return f"stop-{self.life}" in store.run_marks(self.run_id, "stop")
 
     def status(self, cell: str) -> CellStatus:
-        """Return how a cell stands.
+        """Return the status of a cell.
 
         Raises:
             BadInput: the run has no such cell.
@@ -316,40 +315,40 @@ class RunRecord:
         return self.cells[cell]
 
     def observed_state(self) -> RunState:
-        """Return the state as it is: a run whose driver is dead or silent is interrupted."""
+        """Return the true state: a run with a dead or silent driver is interrupted."""
         lost = self.state is RunState.RUNNING and not self.is_attended()
         return RunState.INTERRUPTED if lost else self.state
 
     def is_at_work(self) -> bool:
-        """Tell whether a driver works at the run; one that stops does so until its cells have."""
+        """Tell whether a driver runs cells of the run, or waits for them to stop."""
         stopping = self.state is RunState.STOPPED and self.is_attended()
         return stopping or self.observed_state() is RunState.RUNNING
 
     def observed_cell_state(self, status: CellStatus) -> State | RunState:
-        """Return how a cell stands: what ran when its driver died is interrupted."""
+        """Return the true state of a cell: one that ran when its driver died is interrupted."""
         lost = status.state is State.RUNNING and not self.is_at_work()
         return RunState.INTERRUPTED if lost else status.state
 
     def is_attended(self) -> bool:
-        """Tell whether a process is at work for the run: its driver, or a `fls sync`.
+        """Tell whether a process attends the run: its driver, or `fls sync`.
 
-        A driver is so for some time after the run's end: until all is recorded.
+        After the run's end, a driver attends it until tracking is complete.
         """
         if not self.heartbeat or self.has_died():
             return False
         return self.silence_s() <= 2 * lease_s()
 
     def has_died(self) -> bool:
-        """Tell whether the process that was last at work for the run is certainly gone."""
+        """Tell whether the process that last attended the run is certainly gone."""
         return has_died(self.machine, self.pid)
 
     def silence_s(self) -> float:
-        """Return the seconds since the last sign of life, however the clocks of machines differ."""
+        """Return the seconds since the last heartbeat, independent of the machines' clocks."""
         return self.silent_s + time.monotonic() - self.seen_s
 
 
 def new_run_id() -> str:
-    """Return an id that sorts by time, to the millisecond, and that two drivers do not share."""
+    """Return a unique id that sorts by time, to the millisecond."""
     now = datetime.now(UTC)
     return f"{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}-{secrets.token_hex(2)}"
 
@@ -357,11 +356,11 @@ def new_run_id() -> str:
 def load_run(store: Store, run_id: str) -> RunRecord:
     """Read a run from the store.
 
-    What was asked for must be whole. Where another document is damaged the run counts as
-    interrupted, and going on with it finds what is done in the store.
+    The request must be whole. With another document damaged, the run counts as interrupted, and a
+    resume finds its results in the store.
 
     Raises:
-        BadInput: there is no such run, or one of another version.
+        BadInput: the store has no such run, or one of another version.
     """
     documents: dict[str, Any] = {"run": store.read_run(run_id, "run")}
     damaged = []
@@ -425,7 +424,7 @@ def _progress(tracking: Mapping[str, Any]) -> TrackingProgress:
 
 
 def load_runs(store: Store) -> tuple[list[RunRecord], list[str]]:
-    """Return all runs but those that have not yet begun, oldest first; and what else is damaged."""
+    """Return all begun runs, oldest first; and messages about damaged ones."""
     records, problems = [], []
     for run_id in store.list_runs():
         try:
@@ -438,10 +437,10 @@ def load_runs(store: Store) -> tuple[list[RunRecord], list[str]]:
 
 
 def _options(fields: Mapping[str, Any]) -> RunOptions:
-    """Return the options that a document holds.
+    """Return the options in a document.
 
     Raises:
-        ValueError: they are damaged.
+        ValueError: the options are damaged.
     """
     if not Path(fields["file"]).name.strip(".") or "\0" in fields["file"]:
         raise ValueError(f"{fields['file']!r} names no file")
@@ -456,20 +455,20 @@ def find_run(store: Store, name: str) -> RunRecord:
     """Return the run whose id is, or begins with, `name`; `last` is the newest.
 
     Raises:
-        BadInput: there is none, or more than one.
+        BadInput: no run matches, or several do.
     """
     known = store.list_runs()
     found = known[-1:] if name == "last" else [one for one in known if one.startswith(name)]
     if not found:
         raise BadInput(f"{store.url} has no run {name!r}{nearest(name, known)}; see `fls status`.")
     if len(found) > 1:
-        raise BadInput(f"{name!r} stands for several runs: {', '.join(found)}.")
+        raise BadInput(f"{name!r} matches several runs: {', '.join(found)}.")
     return load_run(store, found[0])
 
 
 @dataclass(frozen=True)
 class RecordedIds:
-    """Under which ids a result was recorded: its cell's, and those of the records it made."""
+    """The tracking ids of a result: of its cell, and of its records."""
 
     cell: str | None
     records: Mapping[str, str]
@@ -478,12 +477,12 @@ class RecordedIds:
 def recorded_ids(
     store: Store, keys: Iterable[str], destination: str = ""
 ) -> dict[str, RecordedIds]:
-    """Return key -> ids under which the newest run that made the result recorded it.
+    """Return key -> tracking ids of the result, by the newest run that made it.
 
     Args:
-        store: holds what runs have recorded.
+        store: holds the ids.
         keys: of results.
-        destination: only runs that are tracked there; "" for any.
+        destination: of the runs to search; "" for any.
 
     Cost: one small document for each run, newest first, until all keys are found.
     """

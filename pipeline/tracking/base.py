@@ -1,8 +1,8 @@
-"""What every tracker can do, and what it is told: facts about a run and its cells.
+"""The interface of trackers, and the facts about a run and its cells that they record.
 
 The driver alone writes tracking data, so that no two writers meet in a fresh database and a stage
-needs no tracking library. What is to be recorded is in the store, so tracking may fall behind and
-catch up: see `pipeline.tracking.recorder`.
+needs no tracking library. The store holds all news, so tracking may fall behind and catch up: see
+`pipeline.tracking.recorder`.
 """
 
 from __future__ import annotations
@@ -23,40 +23,40 @@ from pipeline.store.events import Cursor, Event
 
 
 class TrackerName(StrEnum):
-    """The trackers there are."""
+    """The names of the trackers."""
 
     MLFLOW = "mlflow"
     JSONL = "jsonl"
 
 
-# Imported by name, because one of them needs MLflow and `fls plan` must not pay for that.
+# Imported by name: one of them imports MLflow, which `fls plan` must not pay for.
 _CLASSES = {
     TrackerName.MLFLOW: "pipeline.tracking.mlflow:MLflowTracker",
     TrackerName.JSONL: "pipeline.tracking.jsonl:JsonLinesTracker",
 }
 
-_OTHERS = r"(?!(__main__|pipeline|stages|fishleg)\b)"  # modules that are none of this project
+_OTHERS = r"(?!(__main__|pipeline|stages|fishleg)\b)"  # modules outside of this project
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What a tracker records about the run itself.
+    """The facts about a run that a tracker records.
 
     Attributes:
         run_id: the runner's id.
         name: the spec's name.
-        experiment: where the run is filed.
+        experiment: of the run in MLflow.
         uri: the tracking server or database.
         spec_file: the spec's path as given.
         spec_text: the spec as it was read.
         resolved: a spec that repeats the run by itself, see `pipeline.spec.resolved`.
         overrides: the `--set` options.
-        selection: option, such as `--only` -> what was given with it.
-        environment: the variables that the spec refers to, with what each stood for.
-        tags: further facts of all that is recorded, such as the commit.
-        driver: facts about the driver's process, as a manifest has them about a worker's.
-        folder: where JSON lines are written.
-        resumed: whether an earlier life of this run may have recorded something.
+        selection: option, such as `--only` -> its values.
+        environment: the variables that the spec refers to, with their values.
+        tags: further facts, such as the commit.
+        driver: facts about the driver's process, of the kind in a manifest about a worker's.
+        folder: of JSON lines.
+        resumed: whether an earlier life of this run may have been recorded.
     """
 
     run_id: str
@@ -77,7 +77,7 @@ class RunFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class CellFacts:
-    """What a tracker records about one cell; JSON.
+    """The facts about a cell that a tracker records; JSON.
 
     Attributes:
         cell: its name.
@@ -89,8 +89,8 @@ class CellFacts:
         promoted: outputs whose files are uploaded with the run itself.
         tags: facts that few cells have.
         registration: `name`, `output` and `loader` of a model to register, or None.
-        calls: what its loader may import and call by what is kept in a stored file, see
-            `pipeline.stage.call_text`; never kept in a store.
+        calls: what stored files may have its loader import and call, see
+            `pipeline.stage.call_text`; never stored.
     """
 
     cell: str
@@ -106,7 +106,7 @@ class CellFacts:
 
 
 class CellState(StrEnum):
-    """What there is to record of a cell; `stopped` is one that a run ended without."""
+    """The state of a cell in tracking; `stopped` is a cell without an end at the run's end."""
 
     RUNNING = "running"
     DONE = "done"
@@ -120,11 +120,11 @@ class CellEnd:
     """How a cell ended.
 
     Attributes:
-        state: `done`, `failed` or `stopped`; `cached` of a result that was there already.
-        outputs: output name -> folder whose files are to be kept with the cell.
+        state: `done`, `failed` or `stopped`; `cached` of a result that the store had.
+        outputs: output name -> folder with files to keep with the cell.
         facts: about the making of its result, from the manifest.
-        output_bytes: size of all its outputs, or None where there is no result.
-        time_s: Unix time of its result's publication; 0 where there is none.
+        output_bytes: size of all its outputs, or None without a result.
+        time_s: Unix time of its result's publication; 0 without one.
     """
 
     state: CellState
@@ -137,14 +137,14 @@ class CellEnd:
 class AbstractTracker(ABC):
     """Records one run; all calls come from one thread, `open_run` first and `close_run` last.
 
-    Every call may be repeated, because an error leaves open how far it came: what it did before is
-    found again, not done twice.
+    Every call may be repeated without effect, because after an error the caller cannot know how
+    much of it was done.
 
     Attributes:
-        ids: JSON data that the tracker wants back when it goes on with the run: `cells` (cell ->
-            id) and `records` (cell -> record name -> id), where the tracker has ids. Whatever in it
-            is a dictionary has cells for its keys.
-        notices: what the user should know and has not been told; who tells it takes it out.
+        ids: JSON data that the tracker needs to continue the run: `cells` (cell -> id) and
+            `records` (cell -> record name -> id), if it has ids. The keys of each dictionary in it
+            are cells.
+        notices: new messages for the user; the reader removes them.
     """
 
     def __init__(self) -> None:
@@ -153,7 +153,7 @@ class AbstractTracker(ABC):
 
     @abstractmethod
     def open_run(self, run: RunFacts) -> None:
-        """Begin the run, or continue what was recorded of it; called again after an error."""
+        """Begin the run, or continue its records; called again after an error."""
 
     @abstractmethod
     def open_cell(self, cell: CellFacts) -> None:
@@ -169,21 +169,21 @@ class AbstractTracker(ABC):
 
     @abstractmethod
     def forget_cell(self, cell: str, *, records: bool = False) -> None:
-        """Drop what was recorded of a cell whose result is no more, or is another one by now.
+        """Drop the data of a cell whose result is lost, or replaced by another one.
 
         Args:
             cell: its name.
-            records: whether its records go as well, because nothing will say them again.
+            records: whether to drop its records as well, because none will be reported again.
         """
 
     @abstractmethod
     def link_cached(self, cell: CellFacts, source: str | None, made: CellEnd) -> None:
-        """Note a cell whose result was there already.
+        """Note a cell whose result the store had.
 
         Args:
             cell: the cell.
-            source: the id that its making was recorded under, if that is known.
-            made: how its making ended.
+            source: the tracking id of the attempt that made it, if known.
+            made: the end of that attempt.
         """
 
     @abstractmethod
@@ -200,27 +200,27 @@ class AbstractTracker(ABC):
 
     @abstractmethod
     def close_orphan(self, run: RunFacts, state: str, cells: Mapping[str, str]) -> bool:
-        """Set the end of another run whose driver died before it could; nothing else of it.
+        """Set only the end of another run, whose driver died before it could.
 
         Args:
             run: that run.
             state: its end, as for `close_run`.
-            cells: cell -> end, as far as known; the rest is "stopped".
+            cells: cell -> end, as far as known; others are "stopped".
 
         Returns:
-            Whether anything was recorded of it.
+            Whether the tracker has the run.
         """
 
     @abstractmethod
     def is_outage(self, error: Exception) -> bool:
-        """Tell whether the same call may well succeed later: the server is away, not unwilling."""
+        """Tell whether the same call may succeed later: the server is away, and did not refuse."""
 
 
 def make_tracker(name: TrackerName) -> AbstractTracker:
     """Return the tracker called `name`.
 
-    From then on, what other projects' modules warn of is ignored in this process: under `-W error`
-    a deprecation inside of a tracker's library would end the tracking.
+    From then on this process ignores warnings of other projects' modules: under `-W error` a
+    deprecation inside a tracker's library would end the tracking.
     """
     warnings.filterwarnings("ignore", module=_OTHERS)
     module, _, attribute = _CLASSES[name].partition(":")
@@ -229,7 +229,7 @@ def make_tracker(name: TrackerName) -> AbstractTracker:
 
 
 def destination(run: RunFacts, tracker: TrackerName) -> str:
-    """Return what tells where a run is recorded from other such places; a user is no part of it.
+    """Return the identity of the place where a run is recorded, without a user.
 
     >>> run = dict(run_id="", name="", experiment="", spec_file="", spec_text="")
     >>> uri = "http://me:secret@host:5000/"
@@ -240,7 +240,7 @@ def destination(run: RunFacts, tracker: TrackerName) -> str:
 
 
 def place(uri: str) -> str:
-    """Return what tells an MLflow server from others; a user is no part of it."""
+    """Return the identity of an MLflow server, without a user."""
     scheme, separator, rest = absolute_uri(uri).partition("://")
     authority, slash, path = rest.partition("/")
     host = authority.rpartition("@")[2]
@@ -250,11 +250,11 @@ def place(uri: str) -> str:
 
 @dataclass(kw_only=True)
 class TrackingProgress:
-    """How far a run is recorded; JSON apart from the cursors' type.
+    """The progress of a run's tracking; JSON apart from the cursors' type.
 
     Attributes:
-        cursors: cell -> up to where its events are recorded.
-        keys: cell -> the key that its cursor is about.
+        cursors: cell -> cursor after its last recorded event.
+        keys: cell -> key of its cursor.
         closed: cells whose result is recorded.
         registered: cells whose model is registered.
         ids: see `AbstractTracker.ids`.
@@ -269,7 +269,7 @@ class TrackingProgress:
     ended: bool = False
 
     def copy(self) -> TrackingProgress:
-        """Return a copy that shares nothing that changes.
+        """Return a deep copy.
 
         Cost: about 1.4 microseconds a cell; `copy.deepcopy` takes six times as long.
         """
@@ -283,9 +283,9 @@ class TrackingProgress:
         )
 
     def follow(self, live: TrackingProgress, cell: str) -> None:
-        """Take over how far one cell is recorded, from progress of which this was a copy before.
+        """Copy the progress of one cell from the progress that this is an earlier copy of.
 
-        Cost: of a cell, and two searches in lists; however many cells there are.
+        Cost: O(1) per cell, apart from two searches in lists.
         """
         _take(cell, live.cursors, self.cursors)
         _take(cell, live.keys, self.keys)
@@ -300,7 +300,7 @@ class TrackingProgress:
 
 
 def _take(name: str, theirs: Mapping[str, Any], ours: dict[str, Any]) -> None:
-    """Take over one value of a dictionary, or that it is gone."""
+    """Copy one value of a dictionary, or its absence."""
     if name in theirs:
         ours[name] = _copy_json(theirs[name])
     else:
