@@ -27,6 +27,7 @@ class Account:
     """Keeps the run's record in the store, and passes news of cells to tracking.
 
     Attributes:
+        schedule, store, record, view, stop: the parts of the run, which its attempts share.
         heartbeat: of the run.
     """
 
@@ -39,21 +40,21 @@ class Account:
         view: LiveView,
         stop: Stop,
     ):
-        self._schedule = schedule
-        self._store = store
-        self._record = record
+        self.schedule = schedule
+        self.store = store
+        self.record = record
         self._tracking = tracking
-        self._view = view
-        self._stop = stop
+        self.view = view
+        self.stop = stop
         self._next_s = 0.0
         self._refused = False
         self.heartbeat = Heartbeat(store, record)
 
     def facts(self, name: str) -> CellFacts:
         """Return the facts of a cell that tracking records."""
-        facts = cell_facts(self._schedule.planned(name))
-        key = self._schedule.statuses[name].key
-        return replace(facts, key=key, calls=self._schedule.calls(name))
+        facts = cell_facts(self.schedule.planned(name))
+        key = self.schedule.statuses[name].key
+        return replace(facts, key=key, calls=self.schedule.calls(name))
 
     def note(self, name: str, state: CellState, source: str | None = None) -> None:
         """Tell tracking that there is something to record of a cell."""
@@ -61,13 +62,13 @@ class Account:
 
     def promote(self) -> None:
         """Give tracking the outputs that are shown with the run."""
-        for name, status in self._schedule.statuses.items():
-            for output, declared in self._schedule.cell(name).declaration.outputs.items():
-                if declared.promote and status.state in {CellState.DONE, CellState.CACHED}:
+        for name, status in self.schedule.statuses.items():
+            for output, declared in self.schedule.cell(name).declaration.outputs.items():
+                if declared.promote and status.state.has_result:
                     try:
-                        self._tracking.promote(self._store.fetch(status.key, output))
+                        self._tracking.promote(self.store.fetch(status.key, output))
                     except Damaged as error:
-                        self._view.say(f"{name}: {error}")
+                        self.view.say(f"{name}: {error}")
 
     def check(self) -> None:
         """Show messages of tracking, and handle requests of other processes.
@@ -87,10 +88,10 @@ class Account:
     def _attend(self) -> None:
         """Show messages, handle requests and save, also while the end waits for tracking."""
         for message in self._tracking.messages():
-            self._view.say(message)
+            self.view.say(message)
         self.heartbeat.check()
         if self.heartbeat.asked_to_stop:
-            self._stop.ask()
+            self.stop.ask()
         self.save()
 
     def save(self, *, now: bool = False, leaving: bool = False) -> None:
@@ -102,9 +103,9 @@ class Account:
         began_s = time.monotonic()
         if not now and began_s < self._next_s:
             return
-        self._record.require_own(self._store)
-        self._record.tracking = self._tracking.progress()
-        self._record.save_progress(self._store, leaving=leaving)
+        self.record.require_own(self.store)
+        self.record.tracking = self._tracking.progress()
+        self.record.save_progress(self.store, leaving=leaving)
         end_s = time.monotonic()
         self._next_s = end_s + max(HEARTBEAT_S, (end_s - began_s) / _SAVING_SHARE)
 
@@ -112,30 +113,30 @@ class Account:
         """Wait until tracking has recorded the run, within limits; save the result."""
         self._announce_registration()
         limit_s = STOPPED_TRACKING_S if state is RunState.STOPPED else _TRACKING_TIMEOUT_S
-        limit_s = min(limit_s, max(self._stop.left_s(), STOPPED_TRACKING_S))
-        away_s = 0.0 if self._record.options.tracking_later else _AWAY_S
-        away_s = min(away_s, self._stop.left_s())
+        limit_s = min(limit_s, max(self.stop.left_s(), STOPPED_TRACKING_S))
+        away_s = 0.0 if self.record.options.tracking_later else _AWAY_S
+        away_s = min(away_s, self.stop.left_s())
         tracked = self._tracking.finish(limit_s, away_s, self._attend)
         for message in self._tracking.messages():
-            self._view.say(message)
-        error, command = self._tracking.error, self._record.sync_command
+            self.view.say(message)
+        error, command = self._tracking.error, self.record.sync_command
         if error is not None and not self._refused:  # it came after the last cell
-            self._view.say(f"{_unusable(error)} `{command}` sends the run later.")
+            self.view.say(f"{_unusable(error)} `{command}` sends the run later.")
         if not tracked and error is None:
-            self._view.say(f"Tracking is not complete; `{command}` sends the rest.")
-        self._record.tracked = tracked
+            self.view.say(f"Tracking is not complete; `{command}` sends the rest.")
+        self.record.tracked = tracked
         self.save(now=True, leaving=True)
 
     def _announce_registration(self) -> None:
         """Announce models to register, each of which may take seconds."""
         done = self._tracking.progress().registered
         count = sum(
-            name not in done and self._schedule.cell(name).registration is not None
-            for name, status in self._schedule.statuses.items()
-            if status.state in {CellState.DONE, CellState.CACHED}
+            name not in done and self.schedule.cell(name).registration is not None
+            for name, status in self.schedule.statuses.items()
+            if status.state.has_result
         )
-        if count and self._record.options.tracking is TrackerName.MLFLOW:
-            self._view.say(f"Registering {count} model{'s' if count > 1 else ''} ...")
+        if count and self.record.options.tracking is TrackerName.MLFLOW:
+            self.view.say(f"Registering {count} model{'s' if count > 1 else ''} ...")
 
 
 def _unusable(error: Exception) -> str:

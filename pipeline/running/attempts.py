@@ -15,11 +15,7 @@ from pipeline.base.states import CellState
 from pipeline.executors import AbstractExecutor
 from pipeline.running.account import Account
 from pipeline.running.cell_run import CellRun
-from pipeline.running.live import LiveView
-from pipeline.running.ready import Schedule
-from pipeline.running.stopping import Stop
 from pipeline.store.events import EVENTS_AT_ONCE, Event, EventTail
-from pipeline.store.store import Store
 from pipeline.worker.inputs import is_published
 from pipeline.worker.task import Outcome
 
@@ -37,28 +33,16 @@ class Attempts:
         unheard: names of cells in flight that are still to be read in this round.
     """
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        store: Store,
-        run_id: str,
-        executor: AbstractExecutor,
-        account: Account,
-        view: LiveView,
-        stop: Stop,
-        requests: Requests,
-    ):
-        self._schedule = schedule
-        self._store = store
-        self._token = store.prepare()
-        self._run_id = run_id
-        self._executor = executor
+    def __init__(self, account: Account, executor: AbstractExecutor, requests: Requests):
         self._account = account
-        self._view = view
-        self._stop = stop
+        self._executor = executor
         self._requests = requests
-        self.tail = EventTail(store, run_id, {})
-        self.cells = {name: CellRun(status) for name, status in schedule.statuses.items()}
+        self._schedule, self._store = account.schedule, account.store
+        self._view, self._stop = account.view, account.stop
+        self._run_id = account.record.run_id
+        self._token = self._store.prepare()
+        self.tail = EventTail(self._store, self._run_id, {})
+        self.cells = {name: CellRun(one) for name, one in self._schedule.statuses.items()}
         self.in_flight: dict[str, CellRun] = {}
         self.unheard: list[str] = []
 
@@ -72,13 +56,6 @@ class Attempts:
             name, run=self._run_id, storage=self._store.url, token=self._token
         )
         self._executor.submit(task, self._schedule.cell(name).resources)
-
-    def finish_earlier(self, name: str, seconds: float) -> None:
-        """Account for a cell that an earlier life of this run completed, but did not record."""
-        self.tail.skip(name, self.cells[name].status.key)
-        self.cells[name].begin(time.monotonic())
-        self.in_flight[name] = self.cells[name]
-        self._settle(name, {"status": "ok", "seconds": seconds})
 
     def use_stored(self, name: str) -> None:
         """Use a result that another run has made meanwhile."""

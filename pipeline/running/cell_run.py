@@ -43,9 +43,9 @@ class CellRun:
     pace: Pace = field(default_factory=Pace)
     outcome: Outcome | None = None
 
-    def begin(self, started_s: float | None = None) -> None:
+    def begin(self) -> None:
         """Begin another attempt."""
-        self.started_s, self.heard_s, self.advanced = started_s, 0.0, False
+        self.started_s, self.heard_s, self.advanced = None, 0.0, False
         self.pace, self.outcome = Pace(), None
 
     def take(self, event: Event) -> None:

@@ -142,8 +142,7 @@ def accept(
         stages: the stages; empty for all.
         why: the reason.
 
-    Returns:
-        The names of the cells whose code had changed.
+    Returns the names of the cells whose code had changed.
 
     Raises:
         BadInput: the run has no such stage, or the reason is empty.

@@ -45,6 +45,9 @@ class Driver:
         view: shows the run.
         stop_after_s: seconds after which the run stops as by SIGTERM, or None.
         grace_s: seconds that workers have for a checkpoint when the run stops.
+
+    Attributes:
+        stop: has the signal that stopped the run.
     """
 
     def __init__(
@@ -65,30 +68,16 @@ class Driver:
         self._tracking = tracking
         self._view = view
         self._grace_s = grace_s
-        self._stop = Stop(stop_after_s)
+        self.stop = Stop(stop_after_s)
         self._requests = Requests(store.storage.at_once)
         self._schedule = Schedule(plan)
         self._statuses = self._schedule.statuses
-        self._account = Account(self._schedule, store, record, tracking, view, self._stop)
-        self._attempts = Attempts(
-            self._schedule,
-            store,
-            record.run_id,
-            executor,
-            self._account,
-            view,
-            self._stop,
-            self._requests,
-        )
+        self._account = Account(self._schedule, store, record, tracking, view, self.stop)
+        self._attempts = Attempts(self._account, executor, self._requests)
         self._leases = LeaseWatch(store, record.run_id)
         self._listened_s = 0.0
         self._looked_s = time.monotonic()
         self._lacking: set[str] = set()
-
-    @property
-    def signal(self) -> int | None:
-        """The signal that stopped the run, or None."""
-        return self._stop.signal
 
     def run(self) -> RunState:
         """Run until all cells have settled, or a signal asks to stop; return the final state.
@@ -98,10 +87,14 @@ class Driver:
 
         Raises:
             StorageUnavailable: the storage was away for longer than the driver waits.
+            TakenOver: another driver has taken the run over.
         """
-        with self._requests, self._account.heartbeat, self._stop.handling_signals():
+        with self._requests, self._account.heartbeat, self.stop.handling_signals():
             try:
                 return self._run()
+            except TakenOver:
+                self._view.close(self._statuses)
+                raise
             except StorageUnavailable as error:
                 self._executor.stop()
                 self._view.close(self._statuses)
@@ -114,29 +107,24 @@ class Driver:
                 ) from error
 
     def _run(self) -> RunState:
-        """Run to the end and record it, unless the storage is away.
+        """Run to the end and record it.
 
         Raises:
-            StorageUnavailable: the storage is away.
-            TakenOver: another driver has taken the run over.
+            StorageUnavailable: the storage is away, so nothing is recorded.
+            TakenOver: another driver has taken the run over, and records it.
         """
-        state: RunState | None = RunState.FAILED
         try:
             self._open()
-            while not self._schedule.settled and self.signal is None:
+            while not self._schedule.settled and self.stop.signal is None:
                 self._step()
-            state = self._final_state()
-            return state
-        except StorageUnavailable:
-            state = None
+        except (StorageUnavailable, TakenOver):
             raise
-        except TakenOver:
-            state = None
-            self._view.close(self._statuses)
+        except BaseException:
+            self._close(RunState.FAILED)
             raise
-        finally:
-            if state is not None:
-                self._close(state)
+        state = self._final_state()
+        self._close(state)
+        return state
 
     # -- beginning and end
 
@@ -161,20 +149,22 @@ class Driver:
                 facts = self._account.facts(name)
                 if facts.registration is not None or facts.tags:  # perhaps not recorded yet
                     self._account.note(name, CellState.CACHED)
-            else:
-                self._attempts.finish_earlier(name, manifest.making.get("seconds", 0.0))
+            else:  # complete, but not recorded so far
+                self._statuses[name].seconds = manifest.making.get("seconds", 0.0)
+                self._schedule.change(name, CellState.DONE)
+                self._account.note(name, CellState.DONE)
 
     def _final_state(self) -> RunState:
-        if self.signal is not None:
+        if self.stop.signal is not None:
             return RunState.STOPPED
         states = {status.state for status in self._statuses.values()}
         return RunState.FAILED if states & {CellState.FAILED, CellState.SKIPPED} else RunState.DONE
 
     def _close(self, state: RunState) -> None:
-        if self.signal is not None:
+        if self.stop.signal is not None:
             self._wind_down(state)
         self._attempts.abandon_all()
-        if self.signal is None:
+        if self.stop.signal is None:
             self._account.promote()
         self._tracking.close(state)
         self._record.state = state
@@ -205,8 +195,8 @@ class Driver:
     # -- the loop
 
     def _step(self) -> None:
-        if self._stop.left_s() == 0:
-            self._stop.ask()
+        if self.stop.left_s() == 0:
+            self.stop.ask()
             return
         self._submit_ready()
         self._attempts.take_outcomes(0.0 if self._attempts.unread else _WAIT_S)

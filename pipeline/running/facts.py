@@ -1,6 +1,6 @@
-"""What tracking has to know of a run and its cells, kept in the store.
+"""The facts about a run and its cells that tracking records, kept in the store.
 
-With it, `fls sync` sends what is missing from anywhere, once somebody there says to which address.
+With them, `fls sync` can send the missing parts of a run from any folder that names the address.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ def save_facts(store: Store, run: RunFacts, plan: Plan) -> None:
 
 
 def unregistered(store: Store, plan: Plan, tracker: TrackerName) -> list[str]:
-    """Return the selected cells in the store whose model is to be registered, and is not.
+    """Return the selected cells with stored results whose models are still to be registered.
 
     Args:
-        store: holds their results, and what earlier runs have registered.
+        store: holds their results, and the registrations of earlier runs.
         plan: the plan.
-        tracker: in whose registry: the one that a run from here would use.
+        tracker: of the registry that a run from here would use.
 
     Cost: two or three small documents for each run, newest first, until all cells are found.
     """
@@ -90,9 +90,9 @@ def unregistered(store: Store, plan: Plan, tracker: TrackerName) -> list[str]:
 def _registered(
     store: Store, run_id: str, tracker: TrackerName, here: str
 ) -> Iterator[tuple[str, str]]:
-    """Yield the key of each model that a run has registered, and the name it is registered by.
+    """Yield the key and the registered name of each model that a run has registered.
 
-    `here` is the server in question; "" for any.
+    `here` is the server; "" for any.
     """
     tracking = store.peek_run(run_id, RunTracking)
     if tracking is None or not tracking.registered:
@@ -111,11 +111,11 @@ def _registered(
 def load_facts(store: Store, run_id: str) -> StoredFacts | None:
     """Return the facts of a run, or None.
 
-    Where it is tracked, and what loads its models, is only what the store says of it: see
-    `pipeline.running.trust` before it is used.
+    Its tracking address and loaders come from the store: check them by `pipeline.running.trust`
+    before use.
 
     Raises:
-        DamagedDocument: they are damaged, or another run's.
+        DamagedDocument: the facts are damaged, or another run's.
     """
     facts = store.read_run(run_id, StoredFacts)
     if facts is None:

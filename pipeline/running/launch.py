@@ -72,9 +72,7 @@ def start_run(
     grace_s: float = GRACE_S,
     run_id: str | None = None,
 ) -> Ended:
-    """Run the selected cells of a spec, unless the store has them all.
-
-    A stored model that is to be registered for the first time is also a reason to run.
+    """Run the selected cells of a spec, unless the store has them all and all models registered.
 
     After `stop_after_s` the run stops as by SIGTERM: finished cells are kept, running ones have
     `grace_s` for a checkpoint, from which a later run resumes.
@@ -118,9 +116,8 @@ def resume_run(
 ) -> Ended:
     """Resume a run that was interrupted or stopped, or that failed.
 
-    The spec is the one that the run began with, even if the file has changed. The file behind
-    `trust` only has to name the imported code, and the place where the run is recorded. With
-    `replan`, cells that have changed otherwise (mostly in code) are made again, under new keys.
+    The spec is the one that the run began with; the file behind `trust` only names the imported
+    code and the place of recording. With `replan`, changed cells are made again, under new keys.
 
     Raises:
         BadInput: the run is still running; or code or data have changed, without `replan`; or the
@@ -211,15 +208,13 @@ def _execute(
         demands = [
             (one.cell.name, one.cell.resources) for one in plan.cells if one.state is PlanState.RUN
         ]
-        for wait in executor.check(demands, may_grow=plan.spec.autoscaling):
-            console.print(wait, soft_wrap=True)
-        console.print(
+        waits = executor.check(demands, may_grow=plan.spec.autoscaling)
+        headline = (
             f"Run {record.run_id}: {_to_run(plan)} of {len(plan.cells)} cells to run, "
-            f"on {options.executor}, into {options.tracking}",
-            soft_wrap=True,
+            f"on {options.executor}, into {options.tracking}"
         )
-        for note in plan.notes:
-            console.print(note, soft_wrap=True)
+        for line in (*waits, headline, *plan.notes):
+            console.print(line, soft_wrap=True)
         plan.commit(store, record.run_id)
         record.save_request(store)
         store.write_run(record.run_id, source)
@@ -239,7 +234,7 @@ def _execute(
         store=store,
         keys=keys,
         record=record,
-        signal=driver.signal,
+        signal=driver.stop.signal,
         folder=facts.folder,
     )
 

@@ -1,4 +1,4 @@
-"""Runs: what the driver writes down about one, so that it can be shown, resumed and found again.
+"""The record of a run in the store, by which it is shown, resumed and found again.
 
 A run has three documents in the store: `RunRequest`, `RunProgress` and `RunTracking`. The planner
 adds a fourth, `pipeline.planning.planner.RunPlan`; tracking a fifth, `pipeline.running.facts`.
@@ -44,7 +44,7 @@ class _Environment(TypedDict, total=False):
 @exact
 @dataclass(kw_only=True)
 class CellStatus:
-    """How one cell stands.
+    """The status of one cell.
 
     Attributes:
         cell: its name.
@@ -54,10 +54,10 @@ class CellStatus:
         began: Unix time at which its running attempt began, or None.
         seconds: how long its last attempt took, or None.
         progress: (done, total, unit) inside the stage, or None.
-        moved: Unix time at which that was last heard of, or None.
-        gap_s: seconds that usually lie between two signs of progress, or None.
-        said: what the stage last said, or None.
-        error: `message`, and mostly `traceback`, of what failed or why it was skipped; or None.
+        moved: Unix time of the last progress, or None.
+        gap_s: usual seconds between two reports of progress, or None.
+        said: the stage's last message, or None.
+        error: `message`, and mostly `traceback`, of a failure or the reason of a skip; or None.
     """
 
     cell: str
@@ -82,7 +82,7 @@ def _require_file(name: str) -> str:
 @exact
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What was asked for: with the spec's text, all that `fls resume` needs to go on.
+    """The request for a run: with the spec's text, all that `fls resume` needs.
 
     Attributes:
         file: the spec's path as given.
@@ -90,11 +90,11 @@ class RunOptions:
         from_: the `--from` options.
         only: the `--only` options.
         until: the `--until` options.
-        force: the `--force` options; what they ask for stays in force, so they are not repeated.
+        force: the `--force` options; their effect lasts, so a resume does not repeat them.
         executor: name of the executor.
         tracking: name of the tracker.
-        tracking_later: wait, neither at the beginning nor at the end, for the tracking server.
-        max_parallel: most cells at once, or None.
+        tracking_later: whether neither beginning nor end wait for the tracking server.
+        max_parallel: maximum number of cells at once, or None.
     """
 
     file: Annotated[str, AfterValidator(_require_file)]
@@ -110,7 +110,7 @@ class RunOptions:
 
     @property
     def selection(self) -> dict[str, Sequence[str]]:
-        """The options that select cells, with what was given."""
+        """The options that select cells, with their values."""
         given = {
             "--from": self.from_,
             "--only": self.only,
@@ -220,9 +220,9 @@ class RunRecord(RunRequest, DriverStatus):
 
     @property
     def where(self) -> str:
-        """The option by which a command finds it, from here or the folder that it was started in.
+        """The option by which a command finds the run from here or its first folder, or "".
 
-        It begins with a space, or is "".
+        It has a leading space.
         """
         if self.storage is not None:
             return f" --storage {shlex.quote(self.storage)}"
@@ -231,21 +231,21 @@ class RunRecord(RunRequest, DriverStatus):
 
     @property
     def resume_command(self) -> str:
-        """The command that goes on with the run."""
+        """The command that resumes the run."""
         return f"fls resume {self.run_id}{self.where}{self.trust}"
 
     def where_in(self, url: str) -> str:
-        """Return the options by which `fls resume` and `fls accept` find it from here, by URL."""
+        """Return the options by which `fls resume` and `fls accept` find the run by URL."""
         trust = self.trust or ("" if self.storage else self.where)
         return f"--storage {shlex.quote(url)}{trust}"
 
     @property
     def sync_command(self) -> str:
-        """The command that sends what is missing of it to the tracking server."""
+        """The command that sends the run's missing parts to the tracking server."""
         return f"fls sync {self.run_id}{self.where}"
 
     def claim(self, store: Store, cells: Mapping[str, CellStatus]) -> None:
-        """Make this process the run's driver, with these cells as they stand."""
+        """Make this process the run's driver, with these statuses of its cells."""
         self.life = store.begin_life(self.run_id)
         self.state, self.tracked = RunState.RUNNING, False
         self.host, self.machine, self.pid = socket.gethostname(), this_machine(), os.getpid()
@@ -257,9 +257,11 @@ class RunRecord(RunRequest, DriverStatus):
         store.write_run(self.run_id, RunRequest(**{name: getattr(self, name) for name in names}))
 
     def take_over(self, store: Store) -> bool:
-        """Make this process the one that records a run that is over, unless another is quicker."""
+        """Make this process the one that records an ended run, unless another is faster."""
         life, time_s = store.newest_life(self.run_id)
-        if life > self.life and store.now() - time_s < 2 * lease_s():  # its owner has yet to say so
+        if (
+            life > self.life and store.now() - time_s < 2 * lease_s()
+        ):  # its owner has yet to record itself
             return False
         if not store.mark_run(self.run_id, life_mark(life + 1)):
             return False
@@ -269,7 +271,7 @@ class RunRecord(RunRequest, DriverStatus):
         return True
 
     def save_progress(self, store: Store, *, leaving: bool = False) -> None:
-        """Write how far the run is, and that its driver is alive, or that it is `leaving`."""
+        """Write the run's progress, and a heartbeat, or that its driver is `leaving`."""
         self.heartbeat = 0.0 if leaving else time.time()
         self.silent_s, self.seen_s = 0.0, time.monotonic()
         status = {name: getattr(self, name) for name in DriverStatus.__dataclass_fields__}
@@ -277,10 +279,7 @@ class RunRecord(RunRequest, DriverStatus):
         self.save_tracking(store)
 
     def beat(self, store: Store) -> None:
-        """Write that the driver is alive, and nothing else.
-
-        Cost: one small file, however many cells the run has.
-        """
+        """Write a heartbeat, at the cost of one small file for any number of cells."""
         store.beat(self.run_id)
         self.silent_s, self.seen_s = 0.0, time.monotonic()
 
@@ -294,7 +293,7 @@ class RunRecord(RunRequest, DriverStatus):
     def why_not_at(self, here: str) -> str | None:
         """Return why the run cannot be recorded at a destination, as a predicate; None if it can.
 
-        A run is tracked by one server, from the first time that one is reached to the run's end.
+        One server tracks a run, from its first contact to the run's end.
         """
         lines = self.options.tracking is TrackerName.JSONL
         if lines or self.destination in {"", here} or not self.tracking.ids:
@@ -307,7 +306,7 @@ class RunRecord(RunRequest, DriverStatus):
         )
 
     def track_at(self, here: str) -> None:
-        """Record the run at a destination from now on; at another than before it begins again."""
+        """Record the run at a destination from now on; a new destination gets all of it."""
         if self.destination not in {"", here}:
             self.tracking, self.tracked = TrackingProgress(), False
         self.destination = here
@@ -319,10 +318,10 @@ class RunRecord(RunRequest, DriverStatus):
         )
 
     def require_own(self, store: Store) -> None:
-        """Check that the run is still this process's; otherwise it writes nothing more of it.
+        """Check that the run still belongs to this process, which may else not write to it.
 
         Raises:
-            TakenOver: another process has taken it over.
+            TakenOver: another process has taken the run over.
         """
         if self.superseded(store):
             raise TakenOver(
@@ -339,7 +338,7 @@ class RunRecord(RunRequest, DriverStatus):
         return stop_mark(self.life) in store.run_marks(self.run_id)
 
     def status(self, cell: str) -> CellStatus:
-        """Return how a cell stands.
+        """Return the status of a cell.
 
         Raises:
             BadInput: the run has no such cell.
@@ -349,12 +348,12 @@ class RunRecord(RunRequest, DriverStatus):
         return self.cells[cell]
 
     def observed_state(self) -> RunState:
-        """Return the state as it is: a run whose driver is dead or silent is interrupted."""
+        """Return the true state: a run with a dead or silent driver is interrupted."""
         lost = self.state is RunState.RUNNING and not self.is_attended()
         return RunState.INTERRUPTED if lost else self.state
 
     def is_at_work(self) -> bool:
-        """Tell whether a driver works at the run; one that stops does so until its cells have."""
+        """Tell whether a driver runs cells of the run, or waits for them to stop."""
         stopping = self.state is RunState.STOPPED and self.is_attended()
         return stopping or self.observed_state() is RunState.RUNNING
 
@@ -364,20 +363,20 @@ class RunRecord(RunRequest, DriverStatus):
         return CellState.INTERRUPTED if lost else status.state
 
     def is_attended(self) -> bool:
-        """Tell whether a process is at work for the run: its driver, or a `fls sync`.
+        """Tell whether a process attends the run: its driver, or `fls sync`.
 
-        A driver is so for some time after the run's end: until all is recorded.
+        After the run's end, a driver attends it until tracking is complete.
         """
         if not self.heartbeat or self.has_died():
             return False
         return self.silence_s() <= 2 * lease_s()
 
     def has_died(self) -> bool:
-        """Tell whether the process that was last at work for the run is certainly gone."""
+        """Tell whether the process that last attended the run is certainly gone."""
         return has_died(self.machine, self.pid)
 
     def silence_s(self) -> float:
-        """Return the seconds since the last sign of life, however the clocks of machines differ."""
+        """Return the seconds since the last heartbeat, independent of the machines' clocks."""
         return self.silent_s + time.monotonic() - self.seen_s
 
 
@@ -386,7 +385,7 @@ DOCUMENTS = (RunRequest, RunProgress, RunTracking)
 
 
 def new_run_id() -> str:
-    """Return an id that sorts by time, to the millisecond, and that two drivers do not share."""
+    """Return a unique id that sorts by time, to the millisecond."""
     now = datetime.now(UTC)
     return f"{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}-{secrets.token_hex(2)}"
 
@@ -394,8 +393,8 @@ def new_run_id() -> str:
 def load_run(store: Store, run_id: str) -> RunRecord:
     """Read a run from the store.
 
-    What was asked for must be whole. Where another document is damaged the run counts as
-    interrupted, and going on with it finds what is done in the store.
+    The request must be whole. With another document damaged, the run counts as interrupted, and a
+    resume finds its results in the store.
 
     Raises:
         BadInput: there is no such run.
@@ -436,7 +435,7 @@ def _silence_s(store: Store, record: RunRecord) -> float:
 
 
 def load_runs(store: Store) -> tuple[list[RunRecord], list[str]]:
-    """Return all runs but those that have not yet begun, oldest first; and what else is damaged."""
+    """Return all begun runs, oldest first; and messages about damaged ones."""
     records, problems = [], []
     for run_id in store.list_runs():
         try:
@@ -452,20 +451,20 @@ def find_run(store: Store, name: str) -> RunRecord:
     """Return the run whose id is, or begins with, `name`; `last` is the newest.
 
     Raises:
-        BadInput: there is none, or more than one.
+        BadInput: no run matches, or several do.
     """
     known = store.list_runs()
     found = known[-1:] if name == "last" else [one for one in known if one.startswith(name)]
     if not found:
         raise BadInput(f"{store.url} has no run {name!r}{nearest(name, known)}; see `fls status`.")
     if len(found) > 1:
-        raise BadInput(f"{name!r} stands for several runs: {', '.join(found)}.")
+        raise BadInput(f"{name!r} matches several runs: {', '.join(found)}.")
     return load_run(store, found[0])
 
 
 @dataclass(frozen=True)
 class RecordedIds:
-    """Under which ids a result was recorded: its cell's, and those of the records it made."""
+    """The tracking ids of a result: of its cell, and of its records."""
 
     cell: str | None
     records: Mapping[str, str]
@@ -474,12 +473,12 @@ class RecordedIds:
 def recorded_ids(
     store: Store, keys: Iterable[str], destination: str = ""
 ) -> dict[str, RecordedIds]:
-    """Return key -> ids under which the newest run that made the result recorded it.
+    """Return key -> tracking ids of the result, by the newest run that made it.
 
     Args:
-        store: holds what runs have recorded.
+        store: holds the ids.
         keys: of results.
-        destination: only runs that are tracked there; "" for any.
+        destination: of the runs to search; "" for any.
 
     Cost: one small document for each run, newest first, until all keys are found.
     """

@@ -1,8 +1,7 @@
-"""Tracking without a driver: sends what is missing of a run, and ends what a dead driver left open.
+"""Tracking without a driver: sends the missing parts of a run, and ends runs of dead drivers.
 
-A driver that is killed can record nothing more, so the next one to start on the same store says in
-its place that the run is over. What the run had still to say stays in the store, for `fls resume`
-or `fls sync` to send.
+The next driver that starts on a store ends the runs of killed drivers in tracking. The unsent news
+of such a run stay in the store, where `fls resume` and `fls sync` find them.
 """
 
 from __future__ import annotations
@@ -63,11 +62,11 @@ def close_orphans(
     Args:
         store: the store.
         kind: the tracker that recorded them.
-        places: where; what was recorded elsewhere is left alone.
-        tracker: one of that kind; None to make one if there is such a run.
-        mine: the run that is starting, if one is, which is none of them.
+        places: the places to end runs at; others are left alone.
+        tracker: one of that kind; None to make one for the first such run.
+        mine: id of the run that is starting, which stays open; "" for none.
 
-    Cost: one small document for each run that is over, three for one that may not be.
+    Cost: one small document for each ended run, three for any other.
     """
     closed: list[str] = []
     away: set[str] = set()
@@ -77,7 +76,7 @@ def close_orphans(
             continue
         try:
             facts, record = load_facts(store, run_id), load_run(store, run_id)
-        except (BadInput, DamagedDocument):  # `fls status` tells of it; this run is none of its
+        except (BadInput, DamagedDocument):  # `fls status` reports it
             continue
         state = record.observed_state()
         run = places.find(facts.run, kind) if facts else None
@@ -122,15 +121,15 @@ def sync_runs(
     *,
     named: bool = True,
 ) -> bool:
-    """Send what is missing of some runs; return whether all of them are complete now.
+    """Send the missing parts of some runs; return whether all of them are complete now.
 
     Args:
-        store: where they are.
+        store: holds them.
         records: the runs.
-        trust: whom the present folder trusts.
-        console: takes a line for each of them.
-        named: whether a person named them. Otherwise a run whose driver is only silent is left to
-            that: a laptop may sleep.
+        trust: of the present folder.
+        console: gets a line for each run.
+        named: whether a person named the runs. Otherwise a run with a silent driver is skipped,
+            because a sleeping laptop may wake up.
     """
     complete = True
     for record in records:
@@ -149,13 +148,13 @@ def sync_runs(
         elif record.tracked:
             said = "is complete."
         elif facts is None:
-            said = "was never begun."
+            said = "never began."
         elif run is None and HIDDEN in facts.run.uri:
             said, complete = HIDDEN_ADDRESS.format(facts.run.uri), False
-        elif not named and _may_go_on(record):
+        elif not named and _may_continue(record):
             said = (
-                f"is not over: process {record.pid} on {record.host} has been silent for "
-                f"{record.silence_s():.0f} s, and may go on. Where it is gone for good, "
+                f"has not ended: process {record.pid} on {record.host} has been silent for "
+                f"{record.silence_s():.0f} s, and may continue. If it is gone for good, "
                 f"`{record.sync_command}` sends the rest."
             )
             complete = False
@@ -164,7 +163,7 @@ def sync_runs(
         elif (why := record.why_not_at(destination(run, tracker))) is not None:
             said, complete = why, False
         elif record.is_attended() or not record.take_over(store):
-            said = f"is being recorded by process {record.pid} on {record.host}; see again later."
+            said = f"is being recorded by process {record.pid} on {record.host}; try again later."
             complete = False
         else:
             record.track_at(destination(run, tracker))
@@ -175,21 +174,21 @@ def sync_runs(
     return complete
 
 
-def _may_go_on(record: RunRecord) -> bool:
-    """Tell whether the driver of a run has not ended it, and is not certainly gone."""
+def _may_continue(record: RunRecord) -> bool:
+    """Tell whether a run's driver has not ended it, and may be alive."""
     return record.state is RunState.RUNNING and record.heartbeat > 0 and not record.has_died()
 
 
 def _sync(
     store: Store, record: RunRecord, facts: StoredFacts, unsure: Sequence[str], console: Console
 ) -> tuple[str, bool]:
-    """Send what is missing of one run; return what to say, and whether it is complete.
+    """Send the missing parts of one run; return a predicate for it, and whether it is complete.
 
-    `unsure` is what will be missing still, and is said as well.
+    `unsure` are messages about parts that stay missing.
 
     Raises:
-        PipelineError: the server is away.
-        StorageUnavailable: the storage is.
+        PipelineError: the tracking server is away.
+        StorageUnavailable: the storage is away.
     """
     tracker = make_tracker(record.options.tracking)
     step, say = partial(_step, store, record), partial(console.print, soft_wrap=True)
@@ -219,23 +218,24 @@ def _sync(
         raise PipelineError(
             f"Run {record.run_id} could not be sent to {redact(facts.run.uri)} "
             f"({type(error).__name__}: {redact(str(error))}). "
-            f"Nothing is lost: `{record.sync_command}` goes on from there."
+            f"Nothing is lost: `{record.sync_command}` sends the rest."
         ) from error
     finally:
         complete = record.tracking.ended and not recorder.set_aside and not lost
         record.tracked = complete
         if not record.superseded(store):
             record.save_progress(store, leaving=True)
-    stands = "is complete" if complete else "is recorded but for what is named above"
-    return f"{stands}: {count} cells sent.", complete
+    state = "is complete" if complete else "is recorded, except for the parts named above"
+    return f"{state}: {count} cells sent.", complete
 
 
 def _with_loaders(
     facts: StoredFacts, record: RunRecord, trust: Trust
 ) -> tuple[StoredFacts, list[str]]:
-    """Register models as the pipeline file here says; return also what to say of the others.
+    """Register models as the present pipeline file does; return also messages about the others.
 
-    What loads a model is run, and so is what the model's own file names.
+    The file must name their loaders, because registration runs a loader and the code that the
+    model's file names.
     """
     wanted = [
         cell.cell
@@ -264,7 +264,7 @@ def _with_loaders(
 
 
 def _read_ahead(recorder: Recorder, store: Store, news: Iterator[News]) -> Iterator[News]:
-    """Yield the news, of which the recorder reads as much at a time as the storage likes."""
+    """Yield the news; the recorder reads the storage's number of cells at a time."""
     with Requests(store.storage.at_once) as requests:
         while some := list(islice(news, requests.at_once)):
             recorder.read_ahead(some, requests)
@@ -272,10 +272,7 @@ def _read_ahead(recorder: Recorder, store: Store, news: Iterator[News]) -> Itera
 
 
 def _step(store: Store, record: RunRecord, cell: str | None) -> None:
-    """Show every few seconds that the run is being recorded here, if it still is.
-
-    See `RunRecord.require_own`.
-    """
+    """Write a heartbeat every few seconds, unless the run was taken over: see `require_own`."""
     if time.time() - record.heartbeat >= HEARTBEAT_S:
         record.require_own(store)
         record.save_progress(store)
@@ -304,7 +301,7 @@ def _missing(store: Store, record: RunRecord, facts: StoredFacts) -> Iterator[Ne
 
 
 def _made(store: Store, run_id: str, key: str) -> bool:
-    """Tell whether the run made the result of `key`, whether or not its driver came to know."""
+    """Tell whether the run made the result of `key`, even unknown to its driver."""
     try:
         manifest = store.manifest(key)
     except Damaged:

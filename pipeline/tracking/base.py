@@ -1,8 +1,8 @@
-"""What every tracker can do, and what it is told: facts about a run and its cells.
+"""The interface of trackers, and the facts about a run and its cells that they record.
 
 The driver alone writes tracking data, so that no two writers meet in a fresh database and a stage
-needs no tracking library. What is to be recorded is in the store, so tracking may fall behind and
-catch up: see `pipeline.tracking.recorder`.
+needs no tracking library. The store holds all news, so tracking may fall behind and catch up: see
+`pipeline.tracking.recorder`.
 """
 
 from __future__ import annotations
@@ -29,41 +29,41 @@ from pipeline.store.events import Cursor, Event
 
 
 class TrackerName(StrEnum):
-    """The trackers there are."""
+    """The names of the trackers."""
 
     MLFLOW = "mlflow"
     JSONL = "jsonl"
 
 
-# Imported by name, because one of them needs MLflow and `fls plan` must not pay for that.
+# Imported by name: one of them imports MLflow, which `fls plan` must not pay for.
 _CLASSES = {
     TrackerName.MLFLOW: "pipeline.tracking.mlflow:MLflowTracker",
     TrackerName.JSONL: "pipeline.tracking.jsonl:JsonLinesTracker",
 }
 
-_OTHERS = r"(?!(__main__|pipeline|stages|fishleg)\b)"  # modules that are none of this project
+_OTHERS = r"(?!(__main__|pipeline|stages|fishleg)\b)"  # modules outside of this project
 
 
 @exact
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What a tracker records about the run itself.
+    """The facts about a run that a tracker records.
 
     Attributes:
         run_id: the runner's id.
         name: the spec's name.
-        experiment: where the run is filed.
+        experiment: of the run in MLflow.
         uri: the tracking server or database.
         spec_file: the spec's path as given.
         spec_text: the spec as it was read.
         resolved: a spec that repeats the run by itself, see `pipeline.spec.resolved`.
         overrides: the `--set` options.
-        selection: option, such as `--only` -> what was given with it.
-        environment: the variables that the spec refers to, with what each stood for.
-        tags: further facts of all that is recorded, such as the commit.
-        driver: facts about the driver's process, as a manifest has them about a worker's.
-        folder: where JSON lines are written.
-        resumed: whether an earlier life of this run may have recorded something.
+        selection: option, such as `--only` -> its values.
+        environment: the variables that the spec refers to, with their values.
+        tags: further facts, such as the commit.
+        driver: facts about the driver's process, of the kind in a manifest about a worker's.
+        folder: of JSON lines.
+        resumed: whether an earlier life of this run may have been recorded.
     """
 
     run_id: str
@@ -89,7 +89,7 @@ def _refuse(calls: object) -> object:
 @exact
 @dataclass(frozen=True, kw_only=True)
 class CellFacts:
-    """What a tracker records about one cell; JSON.
+    """The facts about a cell that a tracker records; JSON.
 
     Attributes:
         cell: its name.
@@ -139,14 +139,14 @@ class CellEnd:
 class AbstractTracker(ABC):
     """Records one run; all calls come from one thread, `open_run` first and `close_run` last.
 
-    Every call may be repeated, because an error leaves open how far it came: what it did before is
-    found again, not done twice.
+    Every call may be repeated without effect, because after an error the caller cannot know how
+    much of it was done.
 
     Attributes:
-        ids: JSON data that the tracker wants back when it goes on with the run: `cells` (cell ->
-            id) and `records` (cell -> record name -> id), where the tracker has ids. Whatever in it
-            is a dictionary has cells for its keys.
-        notices: what the user should know and has not been told; who tells it takes it out.
+        ids: JSON data that the tracker needs to continue the run: `cells` (cell -> id) and
+            `records` (cell -> record name -> id), if it has ids. The keys of each dictionary in it
+            are cells.
+        notices: new messages for the user; the reader removes them.
     """
 
     def __init__(self) -> None:
@@ -155,7 +155,7 @@ class AbstractTracker(ABC):
 
     @abstractmethod
     def open_run(self, run: RunFacts) -> None:
-        """Begin the run, or continue what was recorded of it; called again after an error."""
+        """Begin the run, or continue its records; called again after an error."""
 
     @abstractmethod
     def open_cell(self, cell: CellFacts) -> None:
@@ -171,21 +171,21 @@ class AbstractTracker(ABC):
 
     @abstractmethod
     def forget_cell(self, cell: str, *, records: bool = False) -> None:
-        """Drop what was recorded of a cell whose result is no more, or is another one by now.
+        """Drop the data of a cell whose result is lost, or replaced by another one.
 
         Args:
             cell: its name.
-            records: whether its records go as well, because nothing will say them again.
+            records: whether to drop its records as well, because none will be reported again.
         """
 
     @abstractmethod
     def link_cached(self, cell: CellFacts, source: str | None, made: CellEnd) -> None:
-        """Note a cell whose result was there already.
+        """Note a cell whose result the store had.
 
         Args:
             cell: the cell.
-            source: the id that its making was recorded under, if that is known.
-            made: how its making ended.
+            source: the tracking id of the attempt that made it, if known.
+            made: the end of that attempt.
         """
 
     @abstractmethod
@@ -207,22 +207,22 @@ class AbstractTracker(ABC):
         Args:
             run: that run.
             state: its end, as for `close_run`.
-            cells: cell -> end, as far as known; the rest is "stopped".
+            cells: cell -> end, as far as known; others are "stopped".
 
         Returns:
-            Whether anything was recorded of it.
+            Whether the tracker has the run.
         """
 
     @abstractmethod
     def is_outage(self, error: Exception) -> bool:
-        """Tell whether the same call may well succeed later: the server is away, not unwilling."""
+        """Tell whether the same call may succeed later: the server is away, and did not refuse."""
 
 
 def make_tracker(name: TrackerName) -> AbstractTracker:
     """Return the tracker called `name`.
 
-    From then on, what other projects' modules warn of is ignored in this process: under `-W error`
-    a deprecation inside of a tracker's library would end the tracking.
+    From then on this process ignores warnings of other projects' modules: under `-W error` a
+    deprecation inside a tracker's library would end the tracking.
     """
     warnings.filterwarnings("ignore", module=_OTHERS)
     module, _, attribute = _CLASSES[name].partition(":")
@@ -231,7 +231,7 @@ def make_tracker(name: TrackerName) -> AbstractTracker:
 
 
 def destination(run: RunFacts, tracker: TrackerName) -> str:
-    """Return what tells where a run is recorded from other such places; a user is no part of it.
+    """Return the identity of the place where a run is recorded, without a user.
 
     >>> run = dict(run_id="", name="", experiment="", spec_file="", spec_text="")
     >>> uri = "http://me:secret@host:5000/"
@@ -242,7 +242,7 @@ def destination(run: RunFacts, tracker: TrackerName) -> str:
 
 
 def place(uri: str) -> str:
-    """Return what tells an MLflow server from others; a user is no part of it."""
+    """Return the identity of an MLflow server, without a user."""
     scheme, separator, rest = absolute_uri(uri).partition("://")
     authority, slash, path = rest.partition("/")
     host = authority.rpartition("@")[2]
@@ -263,8 +263,8 @@ class TrackingProgress:
     """How far a run is recorded.
 
     Attributes:
-        cursors: cell -> up to where its events are recorded.
-        keys: cell -> the key that its cursor is about.
+        cursors: cell -> cursor after its last recorded event.
+        keys: cell -> key of its cursor.
         closed: cells whose result is recorded.
         registered: cells whose model is registered.
         ids: see `AbstractTracker.ids`.
@@ -279,7 +279,7 @@ class TrackingProgress:
     ended: bool = False
 
     def copy(self) -> TrackingProgress:
-        """Return a copy that shares nothing that changes.
+        """Return a deep copy.
 
         Cost: about 1.4 microseconds a cell; `copy.deepcopy` takes six times as long.
         """
@@ -293,9 +293,9 @@ class TrackingProgress:
         )
 
     def follow(self, live: TrackingProgress, cell: str) -> None:
-        """Take over how far one cell is recorded, from progress of which this was a copy before.
+        """Copy the progress of one cell from the progress that this is an earlier copy of.
 
-        Cost: of a cell, and two searches in lists; however many cells there are.
+        Cost: O(1) per cell, apart from two searches in lists.
         """
         _take(cell, live.cursors, self.cursors)
         _take(cell, live.keys, self.keys)
@@ -310,7 +310,7 @@ class TrackingProgress:
 
 
 def _take(name: str, theirs: Mapping[str, Any], ours: dict[str, Any]) -> None:
-    """Take over one value of a dictionary, or that it is gone."""
+    """Copy one value of a dictionary, or its absence."""
     if name in theirs:
         ours[name] = _copy_json(theirs[name])
     else:

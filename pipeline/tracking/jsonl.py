@@ -1,4 +1,4 @@
-"""Tracking as JSON lines: `tracking/RUN.jsonl`, one object an event, to follow and to filter."""
+"""Tracking as JSON lines: `tracking/RUN.jsonl`, one object an event."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.tracking.outage import may_pass
 
 
 class JsonLinesTracker(AbstractTracker):
-    """Appends to a file of the run's own; a resumed run goes on with it."""
+    """Appends to one file a run; a resumed run continues it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class JsonLinesTracker(AbstractTracker):
         """Open the file, and write the run's facts.
 
         Raises:
-            PipelineError: there can be no such folder.
+            PipelineError: the folder cannot be made.
         """
         self._path = _path(run)
         try:
@@ -43,18 +43,18 @@ class JsonLinesTracker(AbstractTracker):
         self._write_cell(cell, CellState.RUNNING)
 
     def log(self, cell: str, events: list[Event]) -> None:
-        """Write the events as they are, each with its cell."""
+        """Write the events unchanged, each with its cell."""
         lines = [json.dumps({"cell": cell, **event}) + "\n" for event in events]
         with self._path.open("a", encoding="utf-8") as file:
             file.writelines(lines)
 
     def close_cell(self, cell: str, end: CellEnd) -> None:
-        """Write the cell's end and where its files are."""
+        """Write the cell's end and the folders of its files."""
         paths = {name: str(path) for name, path in end.outputs.items()}
         self._write("cell", cell=cell, state=end.state, outputs=paths)
 
     def forget_cell(self, cell: str, *, records: bool = False) -> None:
-        """Write nothing: the lines say that it runs again."""
+        """Write nothing: later lines say that the cell runs again."""
 
     def link_cached(self, cell: CellFacts, source: str | None, made: CellEnd) -> None:
         """Write that the cell's result was there already, and which run made it."""
@@ -66,7 +66,7 @@ class JsonLinesTracker(AbstractTracker):
         self._write("register", cell=cell.cell, path=str(folder), **about)
 
     def promote(self, output: str, folder: Path) -> None:
-        """Write where the run's report is."""
+        """Write the folder of the run's report."""
         self._write("report", output=output, path=str(folder))
 
     def close_run(self, state: RunState) -> None:
@@ -83,7 +83,7 @@ class JsonLinesTracker(AbstractTracker):
         return path.is_file()
 
     def is_outage(self, error: Exception) -> bool:
-        """Say yes of a full disk, say, which may have room again."""
+        """Return whether the error may pass, such as a full disk."""
         return may_pass(error)
 
     def _write_cell(self, cell: CellFacts, state: CellState, **more: Any) -> None:

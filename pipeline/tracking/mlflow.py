@@ -1,14 +1,13 @@
 """Tracking in MLflow: a parent run for the pipeline, a child for each cell and evaluated model.
 
-With `mlflow_server.py` and `mlflow_writer.py`, all of the runner that imports MLflow. All children
-hang directly under the parent (one nesting level), because that is what MLflow's own tables and
-comparison views handle well. A child's tag `fls.kind` tells what it is: `stage`, `cached` or
-`evaluation`. Metrics go through `log_batch` alone: a thousand in one call take less time than a
-hundred calls of one.
+Only this module, `mlflow_server.py` and `mlflow_writer.py` import MLflow. All children are directly
+under the parent (one nesting level), which MLflow's own tables and comparison views handle well. A
+child's tag `fls.kind` is its kind: `stage`, `cached` or `evaluation`. Metrics go through
+`log_batch` alone: a thousand in one call take less time than a hundred calls of one.
 
-Nothing is done twice, though any call may be: runs are found again by their tags, parameters that
-are there are left out, and a metric with equal step, time and value is one to MLflow. What cannot
-be taken back in a run (a metric) goes with the run when it is no longer true.
+Any call may be repeated without effect: runs are found again by their tags, existing parameters are
+left out, and MLflow keeps one metric of equal step, time and value. A run with a metric that is no
+longer true is deleted, because MLflow cannot delete a metric.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import copy
 import hashlib
 import json
 import math
-import shlex
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -45,6 +43,7 @@ from pipeline.tracking.mlflow_names import (
     fit_text,
 )
 from pipeline.tracking.mlflow_server import connect, database_of, open_experiment, unusable
+from pipeline.tracking.mlflow_tags import asked_tags, making_tags
 from pipeline.tracking.mlflow_writer import RunWriter
 from pipeline.tracking.model import pack
 from pipeline.tracking.outage import PASSING_STATUS, may_pass
@@ -56,12 +55,11 @@ _STATUS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 _PARENT = "mlflow.parentRunId"
 _NOTE = "mlflow.note.content"
 _SPEC_SENT = "fls.spec_sent"
-_MAKING = ("device", "threads", "workers", "platform", "python", "packages")
 _COSTS = ("seconds", "cpu_seconds", "peak_bytes", "gpu_peak_bytes", "output_bytes")
 _SUMS = ("seconds", "cpu_seconds", "output_bytes")  # over cells, on the parent
 _PEAKS = ("peak_bytes", "gpu_peak_bytes")
-_SPENT = "spent_"  # by all attempts of this run at a cell, with or without a result
-_CACHED = "cached_"  # what a result that was there already had cost to make
+_SPENT = "spent_"  # of all attempts of this run at a cell
+_CACHED = "cached_"  # of the making of a result that the store had
 _IS_RUNNING = "attributes.status = 'RUNNING'"
 
 
@@ -78,11 +76,11 @@ class MLflowTracker(AbstractTracker):
         self._said: set[str] = set()
 
     def open_run(self, run: RunFacts) -> None:
-        """Make database, experiment and parent run as far as they are not there.
+        """Make missing parts of database, experiment and parent run.
 
         Raises:
             PipelineError: the server or database cannot be used.
-            ConnectionError: it does not answer.
+            ConnectionError: the server or database does not answer.
         """
         self._run = run
         try:
@@ -98,7 +96,7 @@ class MLflowTracker(AbstractTracker):
         self.ids = {"cells": {}, "records": {}, "series": self.ids.get("series", {})}
         self._writers = {}
         if found is None:
-            about = {**_making_tags(run.driver), **_asked_tags(run)}
+            about = {**making_tags(run.driver), **asked_tags(run)}
             tags = {**about, "fls.kind": "pipeline", "fls.run": run.run_id}
             self._parent = self._create(f"{run.name} {run.run_id}", tags)
         else:
@@ -135,7 +133,7 @@ class MLflowTracker(AbstractTracker):
         for name, folder in end.outputs.items():
             writer.upload(folder, name)
         if end.state is CellState.DONE:
-            points, about = self._series(cell).final_points(), _making_tags(end.making)
+            points, about = self._series(cell).final_points(), making_tags(end.making)
             if end.output_bytes is not None and points:
                 points.append(Point("output_bytes", end.output_bytes, points[-1].time_s, 0))
             cost = [point for point in points if point.name in _COSTS]
@@ -149,7 +147,7 @@ class MLflowTracker(AbstractTracker):
             self.ids["series"].pop(cell, None)
 
     def forget_cell(self, cell: str, *, records: bool = False) -> None:
-        """Delete the cell's run: its metrics are of a result that is no more."""
+        """Delete the cell's run: its metrics belong to a lost result."""
         gone = [self.ids["cells"].pop(cell, None)]
         if records:
             gone += self.ids["records"].pop(cell, {}).values()
@@ -160,7 +158,7 @@ class MLflowTracker(AbstractTracker):
 
     def link_cached(self, cell: CellFacts, source: str | None, made: CellEnd) -> None:
         """Create a light run: parameters, what it had cost, and tags that lead to who made it."""
-        tags = {"fls.kind": "cached", **_making_tags(made.making)}
+        tags = {"fls.kind": "cached", **making_tags(made.making)}
         tags |= {"fls.source_run": source} if source else {}
         tags |= {"fls.made_by": made.making["run"]} if "run" in made.making else {}
         sums = {**made.making, "output_bytes": made.output_bytes}
@@ -174,17 +172,17 @@ class MLflowTracker(AbstractTracker):
             writer = self._create_cell(cell, tags)
             tags = {}
         elif (writer := self._writers[run_id]).status == "FINISHED":
-            writer.send(tags=cell.tags)  # its code may have been accepted since
+            writer.send(tags=cell.tags)  # its code may have been accepted meanwhile
             return
-        # A run that is there already was begun in an earlier life; another made the result.
+        # An earlier life began the existing run; another run made the result.
         writer.send(points, params=cell.params, tags={**tags, **cell.tags})
         writer.terminate("FINISHED")
 
     def register(self, cell: CellFacts, folder: Path) -> None:
-        """Make a version of the registered model, unless there is one of this key.
+        """Make a version of the registered model, unless it has one of this key.
 
         Raises:
-            MlflowException: the server says no.
+            MlflowException: the server refuses.
         """
         registration = cell.registration
         if registration is None:
@@ -213,14 +211,14 @@ class MLflowTracker(AbstractTracker):
             text = fit_text(table.read_text(encoding="utf-8"))
             if len(text) > TAG_CHARACTERS:
                 cut = text.rfind("\n", 0, TAG_CHARACTERS - 100)
-                text = f"{text[:cut]}\n\nCut short; the whole is the artifact {output}/table.md.\n"
+                text = f"{text[:cut]}\n\nCut; the artifact {output}/table.md is complete.\n"
             self._parent.send(tags={_NOTE: text})
 
     def close_run(self, state: RunState) -> None:
         """Set the parent's sums and terminal status; no child of it may be left running.
 
-        What its own cells cost, all attempts of all its lives, is apart from what those had cost
-        that it found in the store.
+        The cost of its own cells, in all attempts of all its lives, is separate from the cost of
+        results that the store had.
         """
         sums = dict.fromkeys((*_SUMS, *(_CACHED + name for name in _SUMS)), 0.0)
         sums |= {"cells": 0.0, "cached_cells": 0.0}
@@ -264,7 +262,7 @@ class MLflowTracker(AbstractTracker):
         return True
 
     def is_outage(self, error: Exception) -> bool:
-        """Say no when the server answers that it does not take what it is told."""
+        """Return whether the error is no refusal by the server."""
         if isinstance(error, InvalidUrlException):
             return False
         if may_pass(error):
@@ -273,13 +271,13 @@ class MLflowTracker(AbstractTracker):
             return isinstance(error, OperationalError)
         if isinstance(error, RestException) or error.__cause__ is not None:
             return error.get_http_status_code() in PASSING_STATUS
-        # Neither the server's own answer nor what became of another error: a gateway's page.
+        # Neither the server's own answer nor a wrapped error: a gateway's page.
         return error.get_http_status_code() >= 500 or error.get_http_status_code() in PASSING_STATUS
 
     # -- runs
 
     def _send_spec(self, sent: str) -> None:
-        """Record on the parent what was asked for; `sent` is the digest of what it has by now."""
+        """Record spec and options on the parent; `sent` is the digest of those that it has."""
         run, name = self._run, Path(self._run.spec_file).name
         asked = {"file": run.spec_file, "set": run.overrides, **run.selection}
         options = json.dumps({**asked, "environment": run.environment}, indent=1)
@@ -294,10 +292,10 @@ class MLflowTracker(AbstractTracker):
                 self._parent.write_text(file, text)
         settings = [option.partition("=") for option in run.overrides]
         params = {target: value for target, _, value in settings}
-        self._parent.send(params=params, tags={**_asked_tags(run), _SPEC_SENT: digest.hexdigest()})
+        self._parent.send(params=params, tags={**asked_tags(run), _SPEC_SENT: digest.hexdigest()})
 
     def _record(self, cell: str, event: Event) -> None:
-        """Make the run of one evaluated object; one that says otherwise is replaced."""
+        """Make the run of one evaluated object, in place of one that contradicts it."""
         records = self.ids["records"].setdefault(cell, {})
         name = fit_label(event["name"], TAG_CHARACTERS)
         points = [Point(key, value, event["time"], 0) for key, value in event["metrics"].items()]
@@ -356,7 +354,7 @@ class MLflowTracker(AbstractTracker):
         return self._writers[self.ids["cells"][cell]]
 
     def _say(self, text: str) -> None:
-        """Tell the user something, once."""
+        """Add a message for the user, once."""
         if text not in self._said:
             self._said.add(text)
             self.notices.append(text)
@@ -376,7 +374,7 @@ class MLflowTracker(AbstractTracker):
             kind, cell, record = (tags.get(f"fls.{name}") for name in ("kind", "cell", "record"))
             if kind == "evaluation" and cell and record:
                 self.ids["records"].setdefault(cell, {})[record] = run_id
-            elif kind in {"stage", "cached"} and cell:  # someone's own run may hang there, too
+            elif kind in {"stage", "cached"} and cell:  # a user's own run may be there, too
                 self.ids["cells"][cell] = run_id
 
     def _children(self) -> Iterator[Any]:
@@ -396,26 +394,9 @@ def _search(client: MlflowClient, experiment: str, condition: str) -> Iterator[A
 
 
 def _agree(sent: Mapping[str, float], points: Iterable[Point]) -> bool:
-    """Tell whether what was sent (nothing, before a kill) is no contradiction to `points`."""
+    """Tell whether sent metrics (none, before a kill) do not contradict `points`."""
     return all(
         sent[point.name] == point.value or math.isnan(point.value)
         for point in points
         if point.name in sent
     )
-
-
-def _asked_tags(run: RunFacts) -> dict[str, str]:
-    """Return what was asked for beside the spec's file, as tags."""
-    words = [shlex.join([option, one]) for option, given in run.selection.items() for one in given]
-    tags = {
-        "fls.set": "\n".join(run.overrides),
-        "fls.selection": " ".join(words),
-        "fls.environment": json.dumps(run.environment) if run.environment else "",
-    }
-    return {name: text for name, text in tags.items() if text}
-
-
-def _making_tags(making: Mapping[str, Any]) -> dict[str, str]:
-    """Return where and with what a result was made, as tags."""
-    found = {f"fls.{name}": making[name] for name in _MAKING if name in making}
-    return {n: value if isinstance(value, str) else json.dumps(value) for n, value in found.items()}

@@ -1,15 +1,14 @@
-"""Makes what a stage says acceptable to MLflow: names, texts, numbers and paths of artifacts.
+"""Makes a stage's names, texts, numbers and paths of artifacts acceptable to MLflow.
 
 Names are data: a stage may call a metric `acc@1`, a parameter `layers[0]`, a file `50%25.txt`.
-MLflow's alphabet and lengths are narrower, its databases differ in what they take for equal, and
-one entry that it refuses costs the whole batch. So each entry that does not fit is changed before
-it is sent, and what it was is kept in a tag: `fls.name.NAME` holds the name that was changed to
-NAME, `fls.value.NAME` the value that NAME does not hold whole.
+MLflow's alphabet and lengths are narrower, its databases compare names differently, and one refused
+entry costs the whole batch. So each entry that does not fit is changed before it is sent, and a tag
+keeps the original: `fls.name.NAME` holds the name that became NAME, `fls.value.NAME` the value that
+NAME does not hold whole.
 
-A name is changed in the same way in each run, whatever else the run holds, so that runs can be
-compared by it; with the digest at its end no two names become one. What fits stays as it is, unless
-an earlier name of the run differs from it in case, accents or trailing spaces alone, which some
-databases take for equal.
+A name changes in the same way in each run, so that runs can be compared by it; the digest at its
+end keeps any two names apart. A name that fits stays, unless an earlier name of the run differs
+from it only in case, accents or trailing spaces, which some databases ignore.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ VALUE_TAG = "fls.value."
 _NAME_CHARACTERS = 250
 _RENAMED_CHARACTERS = _NAME_CHARACTERS - max(len(NAME_TAG), len(VALUE_TAG))
 _ODD = re.compile(r"[^/\w.\- :]")
-_UNSENDABLE = re.compile("[\0\ud800-\udfff]")  # which no database takes, or no encoding
-# A server's address ends at # or ?, and what follows % may be read as a character's number.
+_UNSENDABLE = re.compile("[\0\ud800-\udfff]")  # in no database, or no encoding
+# A URL's path ends at # or ?, and % may begin an escape.
 _ODD_IN_PATH = re.compile(r"[#?]|%(?=[0-9A-Fa-f]{2})")
 _DIGEST = 6
 _STEPS = 2**63
@@ -49,11 +48,11 @@ _NOTHING: Mapping[str, str] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What was changed before it was sent.
+    """A change of an entry before it is sent.
 
     Attributes:
-        tag: the tag that is to keep the original.
-        original: the name or the value as it was.
+        tag: the tag that keeps the original.
+        original: the original name or value.
         message: for people.
     """
 
@@ -66,8 +65,8 @@ class Fitting:
     """Makes the entries of one MLflow run fit, and keeps their names apart.
 
     Args:
-        metrics: names of the metrics that the run has by now.
-        tags: the run's tags by now, which say what these were called.
+        metrics: names of the run's metrics.
+        tags: the run's tags, which have the original names.
     """
 
     def __init__(self, metrics: Iterable[str] = (), tags: Mapping[str, str] = _NOTHING):
@@ -77,11 +76,11 @@ class Fitting:
         self._changes: list[Change] = []
 
     def points(self, points: Iterable[Point]) -> list[Point]:
-        """Return points of metrics as MLflow takes them."""
+        """Return points of metrics that fit."""
         return [self._point(point) for point in points]
 
     def params(self, params: Mapping[str, Any], sent: Iterable[str] = ()) -> dict[str, str]:
-        """Return nested parameters by dotted names, but for those that were `sent` before."""
+        """Return nested parameters by dotted names, without those `sent` before."""
         names, done = _Names({}), set(sent)
         found = {}
         for original, value in _flatten(params):
@@ -92,7 +91,7 @@ class Fitting:
         return found
 
     def tags(self, tags: Mapping[str, str]) -> dict[str, str]:
-        """Return tags as MLflow takes them."""
+        """Return tags that fit."""
         found = {}
         for original, value in tags.items():
             name = self._tags.find(original)
@@ -101,14 +100,14 @@ class Fitting:
         return found
 
     def keep_path(self, original: str, path: str) -> None:
-        """Note that an artifact is called otherwise than its file."""
+        """Note the original path of an artifact, if it differs."""
         if path != original:
             name = fit_name(path, _NAME_CHARACTERS - len(NAME_TAG))
             reason = f"MLflow cannot keep a file called {original!r}"
             self._keep_as("artifact", original, name, f"{reason} by that name")
 
     def take_changes(self) -> list[Change]:
-        """Return what was changed since the last call, and is in no tag of the run yet."""
+        """Return the changes since the last call that no tag of the run keeps yet."""
         taken, self._changes = self._changes, []
         return taken
 
@@ -144,12 +143,14 @@ class Fitting:
     def _keep_as(self, kind: str, original: str, name: str, reason: str) -> None:
         tag = NAME_TAG + name
         self._keep(
-            tag, original, f"{reason}: it is recorded as {name!r}, and its tag {tag} says so."
+            tag,
+            original,
+            f"{reason}: it is recorded as {name!r}, and the tag {tag} keeps its name.",
         )
 
     def _keep_value(self, name: str, original: str, reason: str) -> None:
         tag = VALUE_TAG + fit_name(name, _NAME_CHARACTERS - len(VALUE_TAG))
-        self._keep(tag, original, f"{reason}; the tag {tag} keeps what it was.")
+        self._keep(tag, original, f"{reason}; the tag {tag} keeps the original.")
 
     def _keep(self, tag: str, original: str, message: str) -> None:
         if tag not in self._kept:
@@ -171,7 +172,7 @@ class _Names:
     """The names of one kind in one run, kept apart.
 
     Args:
-        known: name in MLflow -> what it was called, of those that are there.
+        known: name in MLflow -> original name.
     """
 
     def __init__(self, known: Mapping[str, str]):
@@ -179,7 +180,7 @@ class _Names:
         self._taken = {_fold(name): original for name, original in known.items()}
 
     def find(self, original: str) -> str:
-        """Return what a name is in MLflow."""
+        """Return a name's form in MLflow."""
         if original not in self._found:
             free = self._taken.get(_fold(original), original) == original
             name = original if fits(original) and free else _rename(original, _RENAMED_CHARACTERS)
@@ -188,12 +189,12 @@ class _Names:
         return self._found[original]
 
     def like(self, original: str) -> str:
-        """Return the earlier name that some databases take for this one."""
+        """Return the earlier name that some databases treat as equal."""
         return self._taken[_fold(original)]
 
 
 def fits(name: str) -> bool:
-    """Tell whether MLflow takes a name of a metric, a parameter or a tag.
+    """Tell whether MLflow accepts a name of a metric, a parameter or a tag.
 
     >>> fits("train/loss"), fits("acc@1"), fits("a/../b"), fits("")
     (True, False, False, False)
@@ -204,7 +205,7 @@ def fits(name: str) -> bool:
 
 
 def fit_name(name: str, longest: int = _NAME_CHARACTERS) -> str:
-    """Return a name that MLflow takes: the same if it does, else one that only this name becomes.
+    """Return a name that MLflow accepts: the same one, or else one unique to this name.
 
     >>> fit_name("train/loss"), fit_name("acc@1")
     ('train/loss', 'acc_1-71dfc1')
@@ -213,7 +214,7 @@ def fit_name(name: str, longest: int = _NAME_CHARACTERS) -> str:
 
 
 def fit_label(text: str, longest: int) -> str:
-    """Return a text of bounded length; one that is cut ends with its digest, so it stays its own.
+    """Return a text of bounded length; a cut text ends with its digest, so it stays unique.
 
     >>> fit_label("oneshot[seed=0]", 250), fit_label("long" * 5, 16)
     ('oneshot[seed=0]', 'longlongl-53d8fc')
@@ -223,7 +224,7 @@ def fit_label(text: str, longest: int) -> str:
 
 
 def fit_text(text: str) -> str:
-    r"""Return a text as it can be sent and stored: halves of surrogate pairs and NUL as escapes.
+    r"""Return a text that can be sent and stored: lone surrogates and NUL become escapes.
 
     >>> fit_text("a\ud800b\0")
     'a\\ud800b\\x00'
@@ -232,7 +233,7 @@ def fit_text(text: str) -> str:
 
 
 def fit_path(path: str) -> str:
-    """Return the path of an artifact for a file's path relative to its output's folder.
+    """Return the artifact path for a file's path relative to its output's folder.
 
     >>> fit_path("rows.json"), fit_path("a#1/b?.txt")
     ('rows.json', 'a_1/b_-0baf3f.txt')
@@ -256,7 +257,7 @@ def _digest(name: str) -> str:
 
 
 def _fold(name: str) -> str:
-    """Return the same for names that some database takes for equal."""
+    """Return the same text for names that some database treats as equal."""
     letters = unicodedata.normalize("NFKD", name)
     plain = "".join(letter for letter in letters if not unicodedata.combining(letter))
     return plain.casefold().rstrip()

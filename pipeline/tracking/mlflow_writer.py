@@ -1,7 +1,7 @@
-"""Writes into one MLflow run, whatever its entries are called.
+"""Writes into one MLflow run, under any names.
 
-What MLflow does not take is made to fit (see `pipeline.tracking.mlflow_names`), told once, and kept
-in a tag. Should a server refuse an entry all the same, the rest of its batch is sent without it.
+An entry that MLflow does not take is made to fit (see `pipeline.tracking.mlflow_names`), reported
+once, and kept in a tag. If a server still refuses an entry, the rest of its batch is sent without.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from pipeline.store.storage.base import list_files
 from pipeline.tracking.mlflow_names import TAG_CHARACTERS, Fitting, fit_path, fit_text
 from pipeline.tracking.series import Point
 
-_MOST: Mapping[type, int] = {Metric: 1000, Param: 100, RunTag: 100}  # that MLflow takes at once
+_MOST: Mapping[type, int] = {Metric: 1000, Param: 100, RunTag: 100}  # of a batch in MLflow
 _MOST_OF_ALL = 1000
-_MOST_CHARACTERS = 150_000  # in one call: escaped, no more than the megabyte that MLflow takes
+_MOST_CHARACTERS = 150_000  # in one call: escaped, at most MLflow's limit of one megabyte
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
 _NOTHING: Mapping[str, Any] = {}
 
@@ -41,9 +41,9 @@ class RunWriter:
     Args:
         client: of its server.
         run_id: MLflow's id of it.
-        say: takes what the user should know.
-        fitting: what makes entries fit; it knows the names that the run has.
-        params: names of the parameters that the run has, which cannot be set again.
+        say: takes messages for the user.
+        fitting: makes entries fit; it knows the run's names.
+        params: names of the run's parameters, which cannot be set again.
         metrics: the run's metrics, as far as they matter.
         status: the run's status.
 
@@ -73,7 +73,7 @@ class RunWriter:
         self.status = status
 
     def fit(self, points: Iterable[Point]) -> list[Point]:
-        """Return points as this run has them."""
+        """Return points under this run's names."""
         return self._fitting.points(points)
 
     def send(
@@ -82,7 +82,7 @@ class RunWriter:
         params: Mapping[str, Any] = _NOTHING,
         tags: Mapping[str, str] = _NOTHING,
     ) -> None:
-        """Send all in as few calls as can be; parameters that are there cannot be set again."""
+        """Send all in as few calls as possible; existing parameters cannot be set again."""
         metrics = [Metric(p.name, p.value, int(p.time_s * 1000), p.step) for p in self.fit(points)]
         new = self._fitting.params(params, self._params)
         about = {**self._fitting.tags(tags), **self._originals()}
@@ -93,7 +93,7 @@ class RunWriter:
         self._params.update(new)
 
     def upload(self, folder: Path, output: str) -> None:
-        """Upload the files of an output; a name that no server keeps is changed."""
+        """Upload the files of an output; names that servers cannot keep are changed."""
         names = {path: path.relative_to(folder).as_posix() for path in list_files(folder)}
         fit = {path: fit_path(name) for path, name in names.items()}
         target = fit_path(output)
@@ -123,13 +123,13 @@ class RunWriter:
         self.status = status
 
     def reopen(self) -> None:
-        """Let the run be running again, if it is not."""
+        """Set the run's status to running."""
         if self.status != "RUNNING":
             self._client.update_run(self.run_id, status="RUNNING")
             self.status = "RUNNING"
 
     def _originals(self) -> dict[str, str]:
-        """Say what was changed to fit; return the tags that keep what it was."""
+        """Report changed entries; return the tags that keep the originals."""
         tags = {}
         for change in self._fitting.take_changes():
             text = change.original
@@ -144,10 +144,10 @@ class RunWriter:
         return tags
 
     def _log(self, entries: Sequence[Entry]) -> None:
-        """Send entries in one call or, if the server refuses one of them, the others in more.
+        """Send entries in one call or, if the server refuses one of them, the others in several.
 
         Raises:
-            MlflowException: the server refuses them for what they are not to blame for.
+            MlflowException: the server refuses them for another reason.
         """
         metrics = [entry for entry in entries if isinstance(entry, Metric)]
         params = [entry for entry in entries if isinstance(entry, Param)]
@@ -177,7 +177,7 @@ class RunWriter:
 
 
 def _batches(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
-    """Yield entries by as many as MLflow takes at once."""
+    """Yield batches of entries within MLflow's limits."""
     batch: list[Entry] = []
     counts: Counter[type] = Counter()
     size = 0

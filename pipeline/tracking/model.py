@@ -1,7 +1,7 @@
-"""Makes an MLflow model of a stored result, as a `torch.export` program (pt2).
+"""Exports a stored result as an MLflow model: a `torch.export` program (pt2).
 
-Such a program is no pickle and needs nothing of this project where it is loaded. Making one imports
-torch and the code behind the model, so it is done in a process of its own: the driver stays light.
+Such a program is no pickle, and loads without this project. The export imports torch and the
+model's code, so it runs in a process of its own, which keeps the driver light.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def pack(loader: str, calls: Sequence[str], source: Path, destination: Path) -> 
 
     Args:
         loader: see `pipeline.stage.Catalogue`.
-        calls: what it may import and call by what the source says, see `pipeline.stage.call_text`.
+        calls: what the files in `source` may have it import and call, see `call_text`.
         source: folder of the output that holds the model.
         destination: folder to make.
 
     Raises:
-        PipelineError: it cannot be loaded, or not be exported.
+        PipelineError: the model cannot be loaded or exported.
     """
     command = python_command(__name__, loader, str(source), str(destination))
     given = {"CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
@@ -59,7 +59,7 @@ def _main(loader: str, source: str, destination: str) -> None:
     with only_calls(json.load(sys.stdin)):
         model, example = getattr(importlib.import_module(module), attribute)(Path(source))
 
-    import mlflow.pytorch  # takes seconds, so a model that cannot be loaded comes first
+    import mlflow.pytorch  # takes seconds, so it comes after the loading
 
     torch = sys.modules["torch"]
     mlflow.pytorch.save_model(
@@ -67,7 +67,7 @@ def _main(loader: str, source: str, destination: str) -> None:
         destination,
         input_example=example,
         serialization_format="pt2",
-        # Given, because MLflow would find out by loading the model in yet another process.
+        # MLflow would load the model in another process to infer these.
         pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}"],
     )
 

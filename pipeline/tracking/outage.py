@@ -1,4 +1,4 @@
-"""Which errors are outages: of a line, a server or a disk that may be back, and of nothing else."""
+"""Which errors are outages: of a connection, a server or a disk that may recover."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PASSING = {
     errno.EROFS,
     errno.ESTALE,
 }
-# Of libraries that not everyone has, whose classes are no OSError.
+# Of optional libraries, whose classes are not OSErrors.
 _OTHERS = {
     "botocore.exceptions.ConnectionError",
     "botocore.exceptions.HTTPClientError",
@@ -35,7 +35,7 @@ _OTHERS = {
 
 
 def may_pass(error: BaseException | None) -> bool:
-    """Tell whether an error, or one that it came of, is an outage.
+    """Tell whether an error, or one of its causes, is an outage.
 
     >>> may_pass(ConnectionResetError()), may_pass(KeyError("host")), may_pass(FileNotFoundError())
     (True, False, False)
@@ -43,7 +43,7 @@ def may_pass(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, StorageUnavailable) or _is_outage(error):
             return True
-        if isinstance(error, PipelineError):  # it says itself what is wrong
+        if isinstance(error, PipelineError):  # its text has the reason
             return False
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return False

@@ -1,9 +1,8 @@
-"""Brings a tracker up to what the store says of a run.
+"""Brings a tracker up to date with a run in the store.
 
-Everything that is to be recorded lies in the store: events in the attempts, outputs and facts in
-the manifests. So the recorder is only told which cell has news. It reads on from where it stopped,
-and if the server is away, nothing has to be kept for it. The driver's thread and `fls sync` use the
-same recorder.
+The store holds all news: events in the attempts, outputs and facts in the manifests. So the
+recorder only needs the names of cells with news, and reads from where it stopped; for a server that
+is away, nothing has to be kept. The driver's thread and `fls sync` use the same recorder.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _WITH_RESULT = {CellState.DONE, CellState.CACHED}
 
 @dataclass(frozen=True)
 class _Read:
-    """What was read of a cell that had been recorded up to `begin`: of what its attempts say."""
+    """The events of a cell's attempts between the cursors `begin` and `end`."""
 
     key: str
     begin: Cursor
@@ -40,20 +39,20 @@ class _Read:
 class Recorder:
     """Records one run.
 
-    Only an outage is an error of its methods. Of whatever else goes wrong it says what cannot be
-    recorded and why, and goes on: one bad cell keeps no other waiting.
+    Its methods raise outages only. After any other error it reports what cannot be recorded, and
+    continues: one bad cell does not hold up the others.
 
     Args:
-        tracker: where.
-        store: what.
+        tracker: records the run.
+        store: holds its news.
         run: the run.
-        progress: how far it is recorded; changed here, before `changed` is called.
-        changed: called after each step that succeeded, with the cell that it was about, if it was
-            about one.
-        say: takes what the user should know.
+        progress: of the recording; updated before each call of `changed`.
+        changed: called after each successful step, with its cell or None.
+        say: takes messages for the user.
 
     Attributes:
-        set_aside: what cannot be recorded -> why; a cell is tried once more when it has ended.
+        set_aside: cell or other subject that cannot be recorded -> why; a cell is tried once more
+            when it has ended.
     """
 
     def __init__(
@@ -72,8 +71,8 @@ class Recorder:
         self._changed = changed
         self._say = say
         self._open: set[str] = set()
-        self._reads: dict[str, _Read] = {}  # cell -> what was read ahead
-        self._manifests: dict[str, Manifest] = {}  # key -> the same
+        self._reads: dict[str, _Read] = {}  # by cell, read ahead
+        self._manifests: dict[str, Manifest] = {}  # by key, read ahead
         self.set_aside: dict[str, str] = {}
         tracker.ids = progress.ids
 
@@ -81,24 +80,21 @@ class Recorder:
         """Begin the run, or continue it; also after an error, before anything else."""
         self._open.clear()
         run, self._run = self._run, replace(self._run, resumed=True)
-        # An error, of this call or a later one, leaves open what has been recorded: the next time
-        # it is looked for.
+        # An error, of this call or a later one, leaves the recorded state unknown: the next call
+        # looks it up.
         self._tracker.open_run(run)
         self._progress.ended = False
         self._step()
 
     def read_ahead(self, news: Sequence[News], requests: Requests) -> None:
-        """Read what `record` will ask of the store, for many cells at a time.
-
-        What cannot be read is asked for once more there.
-        """
+        """Read the store for `record`, for many cells at a time; it retries failed reads itself."""
         self._reads.clear()
         self._manifests.clear()
         requests.ask(self._try_to_read, news)
 
     def _try_to_read(self, news: News) -> None:
         cell, state, _ = news
-        with suppress(Exception):  # whatever the storage raises
+        with suppress(Exception):  # any error of the storage
             if state is not CellState.CACHED:
                 self._reads[cell.cell] = self._read(cell, state)
             if state in _WITH_RESULT and (manifest := self._manifest(cell.key)) is not None:
@@ -111,11 +107,11 @@ class Recorder:
         return _Read(cell.key, begin, events, end)
 
     def record(self, cell: CellFacts, state: CellState, source: str | None = None) -> None:
-        """Record what is new of a cell.
+        """Record the news of a cell.
 
         Args:
             cell: the cell.
-            state: how it stands.
+            state: its state.
             source: of a cached cell, see `AbstractTracker.link_cached`.
         """
         if state is CellState.RUNNING and cell.cell in self.set_aside:
@@ -126,7 +122,7 @@ class Recorder:
     def _record(self, cell: CellFacts, state: CellState, source: str | None) -> None:
         name = cell.cell
         if state is CellState.CACHED:
-            if self._progress.keys.get(name, cell.key) != cell.key:  # another result, another's
+            if self._progress.keys.get(name, cell.key) != cell.key:  # another run's other result
                 self._forget(name, records=True)
             self._tracker.link_cached(cell, source, self._end(cell, state))
             self._progress.keys[name] = cell.key
@@ -135,15 +131,15 @@ class Recorder:
             return
         self._begin(cell)
         cursors = self._progress.cursors
-        behind = True
-        while behind:
+        more = True
+        while more:
             read = self._reads.pop(name, None)
             if read is None or (read.key, read.begin) != (cell.key, cursors[name]):
                 read = self._read(cell, state)
             self._tracker.log(name, read.events)
             cursors[name] = read.end
             self._step(name)
-            behind = len(read.events) >= EVENTS_AT_ONCE
+            more = len(read.events) >= EVENTS_AT_ONCE
         if state is not CellState.RUNNING:
             self._tracker.close_cell(name, self._end(cell, state))
             self._open.discard(name)
@@ -168,10 +164,10 @@ class Recorder:
 
     @contextmanager
     def _setting_aside(self, what: str) -> Iterator[None]:
-        """Say what cannot be recorded, and go on without it; an outage stays an error.
+        """Report a subject that cannot be recorded, and continue; an outage stays an error.
 
         Raises:
-            TakenOver: the run is another process's by now.
+            TakenOver: another process has taken the run over.
         """
         try:
             yield
@@ -189,10 +185,10 @@ class Recorder:
             self.set_aside.pop(what, None)
 
     def _begin(self, cell: CellFacts) -> None:
-        """Open a cell; what was recorded under another key, or of a lost result, goes first."""
+        """Open a cell; first forget records of another key, or of a lost result."""
         name, progress = cell.cell, self._progress
         if name in progress.closed or progress.keys.get(name, cell.key) != cell.key:
-            self._forget(name)  # its records are said again
+            self._forget(name)  # its records will be reported again
         progress.keys[name] = cell.key
         progress.cursors.setdefault(name, Cursor())
         if name not in self._open:
@@ -216,7 +212,7 @@ class Recorder:
             self._step(cell.cell)
 
     def _end(self, cell: CellFacts, state: CellState) -> CellEnd:
-        """Gather what is kept of a result; one that is damaged by now is recorded without files."""
+        """Gather the kept parts of a result; a damaged one is recorded without files."""
         manifest = None
         if state in _WITH_RESULT:
             manifest = self._manifests.pop(cell.key, None) or self._manifest(cell.key)
@@ -226,7 +222,7 @@ class Recorder:
         for output in cell.kept if state is CellState.DONE else ():
             try:
                 folders[output] = self._store.fetch(cell.key, output)
-            except Damaged:  # who needs it has it made again, and then it is recorded again
+            except Damaged:  # a cell that needs it has it made again, and recorded again
                 continue
         return CellEnd(
             state=state,

@@ -1,9 +1,9 @@
-"""What the attempts at one cell have said, as one series of each metric without contradictions.
+"""The metrics of all attempts at one cell, as one series a metric without contradictions.
 
-An attempt that dies may have said more than it had saved; the next one goes on from its checkpoint
-and says the last steps again, perhaps with other values. A tracking server takes both and forgets
-neither. So a step counts as said by the first attempt that says it; and a final value, which later
-attempts may contradict, is held back until the attempt that gives the result is known.
+An attempt that dies may have reported more steps than its checkpoint holds; the next one resumes
+from the checkpoint and reports the last steps again, perhaps with other values. A tracking server
+keeps both. So the first report of a step counts; and final values, which later attempts may
+contradict, are held back until the attempt with the result is known.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ class Point(NamedTuple):
 
 @dataclass(kw_only=True)
 class Series:
-    """The memory behind it; JSON, small, and the same after a replay from where it was saved.
+    """The state of the series; JSON, small, and equal after a replay from a saved state.
 
     Attributes:
-        before: metric -> last step that earlier attempts said.
-        now: metric -> last step that is said by now.
-        finals: metric -> (value, time) of the attempt that is running.
-        samples: how many samples of the system were taken by all attempts.
-        spent: what earlier attempts have cost, as far as they could say.
-        cost: what the attempt that is running has cost, as it said last.
-        heard_s: Unix time at which that was.
+        before: metric -> last step of earlier attempts.
+        now: metric -> last step so far.
+        finals: metric -> (value, time) of the running attempt.
+        samples: number of system samples of all attempts.
+        spent: reported cost of earlier attempts.
+        cost: last reported cost of the running attempt.
+        heard_s: Unix time of that report.
     """
 
     before: dict[str, int] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Series:
     heard_s: float = 0.0
 
     def take(self, events: Iterable[Event]) -> list[Point]:
-        """Return the points that are new in an attempt's, or several attempts', events."""
+        """Return the new points in the events of one or several attempts."""
         points: list[Point] = []
         for event in events:
             if event["type"] == "start":
@@ -76,7 +76,7 @@ class Series:
         return [Point(name, value, time_s, 0) for name, (value, time_s) in self.finals.items()]
 
     def spent_points(self, prefix: str) -> list[Point]:
-        """Return what all attempts have cost together, at step 0, under names with a prefix."""
+        """Return the total cost of all attempts, at step 0, under names with a prefix."""
         return [
             Point(prefix + name, value, self.heard_s, 0)
             for name, value in self._all_spent().items()

@@ -1,8 +1,8 @@
-"""The thread in which the driver records its run.
+"""The thread in which the driver records its run in tracking.
 
-A slow server must not keep the workers waiting, and one that is away must not end the run. The
-thread holds no events, only which cells have news, so its memory is bounded by their number. While
-the server is away it tries again, ever less often, for as long as the run lasts.
+So a slow server does not delay the workers, and a server that is away does not end the run. The
+thread holds the names of cells with news, no events, so their number bounds its memory. While the
+server is away it retries, with growing pauses, until the run ends.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class TrackingThread:
     """Records a run, in the order of its news.
 
     Args:
-        name: of the tracker; imported in the thread, for MLflow takes seconds.
-        store: holds what is to be recorded.
-        progress: what an earlier life of the run recorded.
+        name: of the tracker; the thread imports it, because MLflow takes seconds.
+        store: holds the news.
+        progress: of an earlier life of the run.
         patient: whether to continue even after a first error that waiting does not correct.
 
     Attributes:
-        error: why tracking could not even begin, or None.
+        error: why tracking could not begin, or None.
         behind: whether the server is away.
     """
 
@@ -55,9 +55,9 @@ class TrackingThread:
         self._store = store
         self._patient = patient or bool(progress.ids)
         self._live = progress.copy()  # the thread's own
-        self._recorded = progress.copy()  # as of its last step
-        self._change = threading.Condition()  # guards all that follows
-        self._news: dict[str, News] = {}  # cell -> what is to be recorded of it
+        self._recorded = progress.copy()  # after its last step
+        self._change = threading.Condition()  # guards the following attributes
+        self._news: dict[str, News] = {}  # by cell
         self._promoted: list[Path] = []
         self._end: RunState | None = None
         self._abandoned = False
@@ -69,7 +69,7 @@ class TrackingThread:
         self.behind = False
 
     def open(self, run: RunFacts, chores: Chores) -> None:
-        """Begin; `chores` are done once, as soon as the run is open."""
+        """Begin; `chores` is called once, as soon as the run is open."""
         self._thread = threading.Thread(
             target=self._work, args=(run, chores), name="tracking", daemon=True
         )
@@ -82,7 +82,7 @@ class TrackingThread:
             self._change.notify()
 
     def promote(self, folder: Path) -> None:
-        """Note an output, called as its folder is, that is kept with the run itself."""
+        """Note an output, named by its folder, that is kept with the run itself."""
         with self._change:
             self._promoted.append(folder)
 
@@ -99,15 +99,15 @@ class TrackingThread:
             self._promoted.clear()
 
     def progress(self) -> TrackingProgress:
-        """Return what is recorded by now."""
+        """Return the progress so far."""
         with self._change:
             return self._recorded.copy()
 
     def messages(self) -> list[str]:
-        """Return what the user should know and has not been told."""
+        """Return new messages for the user."""
         with self._change:
-            told, self._messages = self._messages, []
-            return told
+            messages, self._messages = self._messages, []
+            return messages
 
     def finish(
         self,
@@ -115,11 +115,11 @@ class TrackingThread:
         away_s: float = math.inf,
         meanwhile: Callable[[], object] = lambda: None,
     ) -> bool:
-        """Wait until all is recorded; False when it is not, for lack of time or for an error.
+        """Wait until all is recorded; return False after a timeout or an error.
 
         Args:
-            timeout_s: how long, at most.
-            away_s: how long a server that is away is waited for.
+            timeout_s: limit in seconds.
+            away_s: limit in seconds for a server that is away.
             meanwhile: called every second or so.
         """
         if self._thread is None:
@@ -173,7 +173,7 @@ class TrackingThread:
                 if not self._patient and not tracker.is_outage(error):
                     self.error = error
                     return
-                # How far the failed call came is found out by opening again.
+                # Opening again finds what the failed call has done.
                 self._patient, opened = True, False
                 self._fall_behind(error)
                 with self._change:
@@ -181,23 +181,16 @@ class TrackingThread:
                 pause_s = min(_LONGEST_PAUSE_S, 2 * pause_s)
 
     def _do(self, chores: Chores, tracker: AbstractTracker) -> None:
-        """Do once what is to be done for other runs, whose errors are none of this one.
-
-        Only an outage is.
-        """
+        """Call the chores for other runs; of their errors, only an outage concerns this run."""
         try:
             chores(tracker)
         except Exception as error:
             if tracker.is_outage(error):
                 raise
-            self._tell(f"What earlier runs left open in tracking stays so: {redact(str(error))}")
+            self._tell(f"Earlier runs stay open in tracking: {redact(str(error))}")
 
     def _record_next(self, recorder: Recorder, requests: Requests) -> bool:
-        """Wait for news and record it; once there is no more to come, record the run's end.
-
-        Returns:
-            Whether there is more to do.
-        """
+        """Wait for news and record it, or else the run's end; return whether more may come."""
         with self._change:
             if not self._news:
                 self._catch_up()
@@ -230,8 +223,8 @@ class TrackingThread:
                 self.behind = True
                 self._messages.append(
                     f"Tracking is behind ({type(error).__name__}: {redact(str(error))}); "
-                    "the run goes on, and what is to be recorded waits in the store: it is sent "
-                    "when the server is back, or by `fls sync`."
+                    "the run continues. Its news wait in the store until the server is back, or "
+                    "until `fls sync` sends them."
                 )
 
     def _catch_up(self) -> None:

@@ -1,4 +1,4 @@
-"""Opens the tracking server's pages."""
+"""The pages of the tracking server."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ _HOST = "127.0.0.1"
 
 
 def serve_ui(uri: str, port: int) -> None:
-    """Print the address of the MLflow pages and, unless a server has them already, serve them.
-
-    It ends as any server does: by Ctrl-C or SIGTERM.
+    """Print the address of the MLflow pages, and serve those of a database until a signal.
 
     Args:
         uri: of the tracking server or database.
@@ -31,5 +29,5 @@ def serve_ui(uri: str, port: int) -> None:
 def _listen(port: int) -> socket.socket:
     try:
         return socket.create_server((_HOST, port))
-    except OSError:  # somebody listens there, or may not
+    except OSError:  # busy, or not permitted
         return socket.create_server((_HOST, 0))

@@ -1,8 +1,8 @@
-"""MLflow's pages on a database, for the one who has the password.
+"""MLflow's pages on a database, behind a password.
 
-Every user of the machine reaches 127.0.0.1, and any client of MLflow may delete runs, and read
-and write files of the one who serves it. So a password, new each time, is in the link that is
-printed, and nothing is answered without it.
+Every user of the machine reaches 127.0.0.1, and any client of MLflow may delete runs, and read and
+write files of the user who serves it. So the printed link has a password, new each time, and every
+request needs it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _App = Callable[[_Message, _Receive, _Send], Awaitable[None]]
 
 
 def serve(uri: str, listener: socket.socket) -> None:
-    """Print the link to MLflow's pages and serve them, until a signal says to end.
+    """Print the link to MLflow's pages and serve them until a signal.
 
     Args:
         uri: of a database.
@@ -63,14 +63,14 @@ def serve(uri: str, listener: socket.socket) -> None:
     try:
         uvicorn.Server(config).run(sockets=[listener])
     except KeyboardInterrupt:
-        sys.exit(130)  # as a shell calls it
+        sys.exit(130)  # a shell's code for SIGINT
 
 
 def _check(uri: str) -> None:
-    """Ask a database once, because MLflow would ask one that does not answer for minutes.
+    """Try a database once, because MLflow retries a silent one for minutes.
 
     Raises:
-        PipelineError: it cannot be used.
+        PipelineError: the database cannot be used.
     """
     database = database_of(uri)
     try:
@@ -79,16 +79,18 @@ def _check(uri: str) -> None:
             _ask(uri)
         connect(uri)
     except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
-        reason = getattr(error, "orig", None) or error  # what the driver says, without advice
+        reason = (
+            getattr(error, "orig", None) or error
+        )  # the driver's message, without SQLAlchemy's advice
         text = " ".join(unusable(uri, reason).split())
         raise PipelineError(f"{text}. {ADVICE}") from error
 
 
 def _ask(uri: str) -> None:
-    """Connect to a database once; what a driver raises is raised as it is.
+    """Connect to a database once; errors of the database's driver pass unchanged.
 
     Raises:
-        TimeoutError: it does not answer.
+        TimeoutError: the database does not answer.
     """
     answers: queue.Queue[Exception | None] = queue.Queue()
 
@@ -111,10 +113,9 @@ def _ask(uri: str) -> None:
 
 
 def _pages(uri: str, address: str) -> _App:
-    """Return MLflow's pages as they are served at an address, for requests from there only.
+    """Return MLflow's pages at an address, for requests from these pages only.
 
-    MLflow's passing on of files between clients and a server's own storage is off: the pages read
-    the files of a run from where they are.
+    MLflow does not proxy artifacts: the pages read a run's files directly.
     """
     os.environ[BACKEND_STORE_URI_ENV_VAR] = os.environ[REGISTRY_STORE_URI_ENV_VAR] = uri
     database = database_of(uri)
@@ -131,16 +132,16 @@ def _pages(uri: str, address: str) -> _App:
 
 
 class _Guard:
-    """Answers without the password are 401, to pages of others 403.
+    """Answers requests without the password by 401, and those from other pages by 403.
 
-    MLflow itself takes requests from pages of any other server on this machine.
+    MLflow itself accepts requests from pages of any other server on this machine.
 
-    A page that a browser opened with a password in its address may not ask for more, so the link
-    is that of an entrance, which leads to the same address without it; browsers keep the password.
+    A page with a password in its address may send no further requests, so the link leads to an
+    entrance, which redirects to the address without the password; browsers keep the password.
 
     Args:
-        app: what is guarded.
-        address: of the pages, as browsers name an origin.
+        app: the guarded application.
+        address: of the pages, as a browser's origin.
         password: of `USER`.
     """
 
@@ -150,7 +151,7 @@ class _Guard:
         self._expected = b"Basic " + base64.b64encode(f"{USER}:{password}".encode())
 
     async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
-        """Answer a request, as ASGI has it."""
+        """Answer an ASGI request."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return

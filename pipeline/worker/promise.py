@@ -135,28 +135,21 @@ class DataPromise:
     """
 
     def __init__(self, ingredients: Mapping[str, Any], params: BaseModel):
-        files, folders = ingredients.get("files", {}), ingredients.get("data", {})
         host = socket.gethostname()
         self._things = [
-            _Thing(
-                f"File {path} (params.{name}, on {host})",
-                path,
-                files[name],
-                read_file,
-                state_of_file,
+            _Thing(f"{kind} {path} (params.{name}, on {host})", path, digests[name], read, look)
+            for kind, paths, digests, read, look in (
+                ("File", files_of(params), ingredients.get("files", {}), read_file, state_of_file),
+                (
+                    "Folder",
+                    folders_of(params),
+                    ingredients.get("data", {}),
+                    read_folder,
+                    state_of_folder,
+                ),
             )
-            for name, path in files_of(params).items()
-            if name in files
-        ] + [
-            _Thing(
-                f"Folder {path} (params.{name}, on {host})",
-                path,
-                folders[name],
-                read_folder,
-                state_of_folder,
-            )
-            for name, path in folders_of(params).items()
-            if name in folders
+            for name, path in paths.items()
+            if name in digests
         ]
         self._begun: dict[Path, str] = {}
 

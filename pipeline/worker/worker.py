@@ -122,7 +122,7 @@ def _run_task(
         store.begin_attempt(task["key"]) as attempt,
         LogWriter(attempt.folder / LOG_FOLDER, task["log_bytes"]) as log,
         OutputFile(output, log) as past_python,
-        EventWriter(_redacted(attempt), _keeping(attempt, past_python)) as events,
+        _event_writer(attempt, past_python) as events,
     ):
         events.emit({"type": "start", "time": time.time(), **_who(task)})
         events.flush()
@@ -256,23 +256,17 @@ def _failed(error: BaseException) -> Outcome:
     return {"status": "failed", "error": _error(message, user=is_lasting(error))}
 
 
-def _redacted(attempt: Attempt) -> Callable[[list[Event]], None]:
-    """Return the writer of an attempt's events; it redacts them, for a stage prints anything."""
+def _event_writer(attempt: Attempt, past_python: OutputFile) -> EventWriter:
+    """Return the writer of an attempt's events, which also keeps its log up to date."""
 
     def append(events: list[Event]) -> None:
-        attempt.append_events(redact(events))
-
-    return append
-
-
-def _keeping(attempt: Attempt, past_python: OutputFile) -> Callable[[], None]:
-    """Return the function that updates the log, here and where the attempt is stored."""
+        attempt.append_events(redact(events))  # a stage may have printed its environment
 
     def keep() -> None:
         past_python.drain()
         attempt.save_log()
 
-    return keep
+    return EventWriter(append, keep)
 
 
 def _sink(events: EventWriter, log: LogWriter, meter: CostMeter) -> EventSink:

@@ -121,7 +121,7 @@ def test_a_sync_of_all_runs_takes_over_none_that_may_go_on(run_id: str) -> None:
     be_silent(run_id)
     code, output, _ = fls("sync")
     assert code == 1
-    assert f"{run_id} is not over: process {NOBODY} on " in output
+    assert f"{run_id} has not ended: process {NOBODY} on " in output
     assert f"`fls sync {run_id}` sends the rest" in output
     assert load(run_id).life == 1
     code, output, _ = fls("sync", run_id)

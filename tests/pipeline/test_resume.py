@@ -227,7 +227,7 @@ def test_a_run_is_found_by_the_beginning_of_its_id(toy: Path) -> None:
     first, second = store.list_runs()
     assert find_run(store, "last").run_id == second
     assert find_run(store, first).run_id == first
-    with pytest.raises(BadInput, match="stands for several runs"):
+    with pytest.raises(BadInput, match="matches several runs"):
         find_run(store, "20")
     with pytest.raises(BadInput, match="has no run 'x'"):
         find_run(store, "x")

@@ -496,7 +496,7 @@ def test_a_storage_that_stays_away_ends_a_run_which_resume_takes_up(
             run_mlflow()
     run_id = last_run().run_id
     assert raised.value.exit_code == 1
-    assert f"`fls resume {run_id} --storage {toy}/.fls` goes on" in str(raised.value)
+    assert f"`fls resume {run_id} --storage {toy}/.fls` resumes it" in str(raised.value)
     assert {run.info.status for run in recorded(client, run_id).values()} == {"KILLED"}
     assert not [path for path in Path(".fls").rglob("manifest.json")]
     record = last_run()
@@ -641,7 +641,7 @@ def test_a_password_in_the_address_is_neither_shown_nor_stored(
     monkeypatch.delenv("MLFLOW_TRACKING_URI")  # with it, nobody knows the password
     code, output, _ = fls("sync", last_run().run_id)
     assert code == 1
-    assert "was tracked at http://***@127.0.0.1:9, and what is hidden there is not stored" in output
+    assert "was tracked at http://***@127.0.0.1:9, and the hidden part is not stored" in output
 
 
 def begin_and_fail(toy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -864,7 +864,7 @@ def test_a_server_that_stays_away_gets_it_all_later(
     assert (record.tracking.closed, record.tracked) == (["slow"], False)
     code, _, errors = fls("sync", "last")
     assert code == 1
-    assert f"Nothing is lost: `fls sync {record.run_id}` goes on from there." in errors
+    assert f"Nothing is lost: `fls sync {record.run_id}` sends the rest." in errors
     here, first = True, len(tracker.told)
     code, output, _ = fls("sync")
     assert (code, output) == (0, f"{record.run_id} is complete: 2 cells sent.\n")
@@ -890,7 +890,7 @@ def test_one_process_at_a_time_records_a_run(toy: Path, monkeypatch: pytest.Monk
     use(tracker, monkeypatch)
     assert run_here()[0] == 0
     run_id, me = last_run().run_id, f"process {os.getpid()} on {socket.gethostname()}"
-    assert said == [f"{run_id} is being recorded by {me}; see again later.\n"]
+    assert said == [f"{run_id} is being recorded by {me}; try again later.\n"]
     assert Counter(what for what, _ in tracker.told)["open_run"] == 1
     assert fls("sync", "last")[:2] == (0, f"{run_id} is complete.\n")
 
@@ -902,7 +902,7 @@ def test_one_process_at_a_time_records_a_run(toy: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("FLS_LEASE_S", "30")
     store, record = Store(".fls"), last_run()
     record.save_progress(store)  # as if its driver had yet to give up
-    assert fls("sync", "last")[:2] == (1, f"{run_id} is being recorded by {me}; see again later.\n")
+    assert fls("sync", "last")[:2] == (1, f"{run_id} is being recorded by {me}; try again later.\n")
     with subprocess.Popen(["true"]) as dead:
         pass
     record.pid = dead.pid  # as if it had been killed then
@@ -910,7 +910,7 @@ def test_one_process_at_a_time_records_a_run(toy: Path, monkeypatch: pytest.Monk
     rival, late = last_run(), last_run()
     said.clear()
     assert fls("sync", "last")[:2] == (0, f"{run_id} is complete: 0 cells sent.\n")
-    assert said == [f"{run_id} is being recorded by {me}; see again later.\n"]
+    assert said == [f"{run_id} is being recorded by {me}; try again later.\n"]
     assert not rival.take_over(store)
     monkeypatch.setattr("pipeline.running.record.lease_s", lambda: 0.0)
     assert late.take_over(store), "as if who took it over had died before saying so"
