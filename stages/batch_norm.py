@@ -1,8 +1,9 @@
 """Batch norm over a batch whose parts are in several processes.
 
-The statistics are those of the whole batch, so that training in several processes is training in
-one. `torch.nn.SyncBatchNorm` does this on GPUs only, and in every forward pass; here it is a matter
-of the pass: others, such as an optimiser's over a batch that each process holds whole, are as ever.
+The statistics are those of the whole batch, so that training in several processes equals training
+in one. `torch.nn.SyncBatchNorm` does this on GPUs only, and in every forward pass. Here the passes
+inside `whole_batches` alone do: an optimiser's pass over a batch that each process holds whole
+stays local.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def whole_batches(network: nn.Module, rank_group: RankGroup) -> Iterator[None]:
 
 
 def _forward(norm: _BatchNorm, rank_group: RankGroup, inputs: Tensor) -> Tensor:
-    """Do what the module's own `forward` does, over the rank group's inputs."""
+    """Replace the module's own `forward`, with statistics over the rank group's inputs."""
     if not norm.training:
         return type(norm).forward(norm, inputs)
     norm._check_input_dim(inputs)
@@ -60,7 +61,7 @@ class _Normalise(torch.autograd.Function):
     With n values a channel in all, s = 1 / sqrt(variance + eps) and sums over the rank group,
     dx = w s (dy - sum(dy) / n - (x - mean) s^2 sum(dy (x - mean)) / n) (S. Ioffe and C. Szegedy,
     arXiv 1502.03167). The gradients of w and b are this process's share, as all others are. Sums
-    are kept in float64, as torch does on a CPU, so that hardly a bit depends on the parts.
+    are float64, as in torch on a CPU, so that the split into parts changes hardly a bit.
     """
 
     @staticmethod
@@ -111,5 +112,5 @@ class _Normalise(torch.autograd.Function):
 
 
 def _along(values: Tensor, like: Tensor) -> Tensor:
-    """Return values, one a channel, in the dtype of `like`, and to be broadcast over it."""
+    """Return one value for each channel in the dtype of `like`, shaped to broadcast over it."""
     return values.to(like.dtype).reshape(1, -1, *[1] * (like.ndim - 2))

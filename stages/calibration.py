@@ -19,7 +19,7 @@ from stages.model_folder import Model
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationPlan(CalibrationOptions):
-    """Which samples, and which labels for them; kept beside an estimate, so that it can be remade.
+    """The samples of an estimate and the kind of their labels, kept beside it to repeat it.
 
     See `CalibrationOptions`.
     """
@@ -39,10 +39,10 @@ class CalibrationPlan(CalibrationOptions):
     def gradients(
         self, model: Model, partition: Partition, dataset: DataSet, indices: Tensor | None = None
     ) -> GradientSource:
-        """Return the gradients of the model, as it is when they are asked for, on some samples.
+        """Return the gradients on some samples, at the weights that the model has in each pass.
 
         Args:
-            model: its network is looked at again in every pass.
+            model: its network is read again in every pass.
             partition: the network's groups.
             dataset: holds the training split.
             indices: (n,) int64, of training samples, the plan's own by default; they also key the

@@ -1,6 +1,6 @@
-"""A checkpoint from elsewhere: what its file holds, under the network's own names, or why not.
+"""Weights from elsewhere: a safetensors file, read under the network's own names.
 
-What other tools leave in the names is undone: the prefix of a wrapper (`module.` of DataParallel,
+Traces of other tools in the names are removed: the prefix of a wrapper (`module.` of DataParallel,
 `_orig_mod.` of torch.compile), and the pairs `weight_orig`, `weight_mask` of torch.nn.utils.prune.
 """
 
@@ -23,12 +23,12 @@ _SHOWN = 5  # names in a message
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """What was found in a file besides the values.
+    """The masks in a file, and notes about its names.
 
     Attributes:
         masks: state-dict name -> bool in the tensor's shape, True for survivors: the masks that
             torch.nn.utils.prune keeps beside its tensors, and those that an exported model had.
-        notes: what was done to the names, a sentence each.
+        notes: changes of the names, a sentence each.
     """
 
     masks: Mapping[str, Tensor]
@@ -39,8 +39,8 @@ def load_weights(network: nn.Module, path: Path) -> Loaded:
     """Load a safetensors file whose names and shapes are the network's own.
 
     Raises:
-        StageError: the file is not there, is no safetensors file, does not fit the network, or
-            holds a number that is not finite.
+        StageError: the file is missing, is no safetensors file, does not fit the network, or holds
+            a number that is not finite.
     """
     try:
         tensors = load_tensors(path)
@@ -62,10 +62,10 @@ def load_weights(network: nn.Module, path: Path) -> Loaded:
 
 
 def _masked_here(path: Path) -> list[str]:
-    """Return the names of which a file of ours says that all their zeros are a mask, if it does."""
+    """Return the tensors whose zeros are a mask, as a file of ours lists them."""
     try:
         names = json.loads(load_metadata(path).get(MASKED, "[]"))
-    except ValueError:  # somebody else's text under the same key
+    except ValueError:  # another tool's text under the same key
         return []
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
@@ -73,11 +73,11 @@ def _masked_here(path: Path) -> list[str]:
 def _unwrapped(
     tensors: dict[str, Tensor], own: Mapping[str, Tensor], notes: list[str]
 ) -> dict[str, Tensor]:
-    """Take off the prefix of a wrapper that all names have, and the network's own have not."""
+    """Remove a wrapper's prefix that all names have, and the network's own names lack."""
     for prefix in _WRAPPERS:
         foreign = not any(name.startswith(prefix) for name in own)
         if tensors and foreign and all(name.startswith(prefix) for name in tensors):
-            notes.append(f"{prefix!r} was taken off the names in the file")
+            notes.append(f"the prefix {prefix!r} was removed from the names in the file")
             return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
 
@@ -102,7 +102,7 @@ def _masked(
 
 
 def _of_names(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    """Return what is missing, unexpected, or of another shape, with the nearest names."""
+    """Return the names that are missing, unexpected, or of another shape, with the nearest ones."""
     missing = [name for name in own if name not in tensors]
     strange = [name for name in tensors if name not in own]
     problems = []
@@ -125,7 +125,7 @@ def _of_names(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[
 def _of_values(
     tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], trained: Collection[str]
 ) -> list[str]:
-    """Return which tensors hold another kind of number, or, if trained, one that is not finite."""
+    """Return the tensors with another kind of number or, if trained, one that is not finite."""
     problems = []
     kinds = [
         f"{name} {tensors[name].dtype} (the network's is {own[name].dtype})".replace("torch.", "")
@@ -134,8 +134,8 @@ def _of_values(
     ]
     if kinds:
         problems.append(
-            f"Other kinds of number in the file: {_some(kinds)}; quantised weights have to be "
-            "converted to floating-point numbers with their own scales."
+            f"Other kinds of number in the file: {_some(kinds)}. Convert quantised weights to "
+            "floating-point numbers with their own scales."
         )
     endless = [
         name for name, tensor in tensors.items() if name in trained and not tensor.isfinite().all()
@@ -146,7 +146,7 @@ def _of_values(
 
 
 def _near(names: Iterable[str], others: list[str]) -> list[str]:
-    """Return the names, with the nearest of the others beside each that has one."""
+    """Return the names, the first ones with the nearest of the others."""
     shown = []
     for name in names:
         near = get_close_matches(name, others, 1, cutoff=0.8)
@@ -157,7 +157,7 @@ def _near(names: Iterable[str], others: list[str]) -> list[str]:
 
 
 def _some(names: Iterable[str]) -> str:
-    """Return the first names, and how many more there are."""
+    """Return the first names, and the number of the rest."""
     every = list(names)
     more = f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
     return ", ".join(every[:_SHOWN]) + more

@@ -37,7 +37,7 @@ def compare(ctx: Context) -> None:
             lost = {"model_cell": artifact.cell, "axes": dict(artifact.axes)}
             failed.append({**lost, "stage": stages[0]} if len(stages) == 1 else lost)
     if not rows:
-        raise StageError("compare: no model was evaluated; correct one of the cells upstream.")
+        raise StageError("compare: no model was evaluated; correct a cell upstream.")
     published = [
         (row.method, dict(zip(row.sparsity, row.accuracy, strict=True))) for row in params.published
     ]

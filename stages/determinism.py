@@ -1,6 +1,6 @@
-"""Everything random follows from a seed and what the numbers are for; no generator has a state.
+"""All random numbers follow from a seed and their purpose; no generator keeps a state.
 
-So a resumed run needs to know only where it stood, and sees the same batches, crops and dropout.
+So a resumed run needs its cursor alone, and sees the same batches, crops and dropout.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ def derive_seed(seed: int, *purpose: str | int) -> int:
 
 
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
-    """Return a CPU generator for one purpose; drawn there, numbers are equal on every device."""
+    """Return a CPU generator for one purpose; its numbers are the same for every device."""
     return torch.Generator().manual_seed(derive_seed(seed, *purpose))
 
 
 def compute_deterministically(device: str) -> None:
     """Make torch choose deterministic algorithms, in full float32 outside autocast.
 
-    On a GPU, an operation that has none warns and goes on: networks of the user's own may hold one.
+    On a GPU, an operation without such an algorithm warns only: a user's network may need one.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     # The same switch as torch.use_deterministic_algorithms, without its three seconds of imports.

@@ -1,6 +1,6 @@
-"""The ranks of a stage that runs in several processes: how they meet, and what must be equal.
+"""The ranks of a stage that runs in several processes: their connection, and their equal state.
 
-A stage does its work in `with joined(ctx) as rank_group:`, which does nothing in one process.
+A stage does its work in `with joined(ctx) as rank_group:`; a single process connects to nothing.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch import distributed as dist
 from fishleg.gradients.rank_group import ALONE, RankGroup
 from pipeline.stage import Context
 
-# How long a rank waits for the others, such as for one that measures the validation split. A rank
-# that dies is noticed at once, by the executor; this is about one that hangs.
+# The time that a rank waits for the others, as for one that measures the validation split. The
+# executor notices a rank that dies at once; this limit is for one that hangs.
 _PATIENCE = timedelta(hours=1)
 
 
 @contextmanager
 def joined(ctx: Context) -> Iterator[RankGroup]:
-    """Connect this process with the stage's other ranks, and yield the rank group that they are.
+    """Connect this process with the stage's other ranks, and yield their rank group.
 
-    Tensors on a GPU travel by NCCL, those on a CPU by gloo. After an error the connections stay:
-    the others wait where they are until the executor ends them, instead of failing for want of this
-    rank, with errors that would hide the cause.
+    Tensors on a GPU travel by NCCL, those on a CPU by gloo. After an error the connections stay
+    open: the other ranks wait until the executor ends them. If they failed for lack of this rank,
+    their errors would hide the cause.
     """
     if ctx.world_size == 1:
         yield ALONE

@@ -1,7 +1,7 @@
-"""A curvature estimate as it passes between stages, and how one is made and fitted.
+"""A curvature estimate as stages exchange it, and the recipe that builds one.
 
-On disk, a folder: `curvature.safetensors` (the estimator's tensors) and `curvature.json` (how to
-build it, the samples it was fitted on, its certificate).
+On disk, a folder: `curvature.safetensors` (the estimator's tensors) and `curvature.json` (its
+recipe, calibration samples and certificate).
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How an estimator is built.
+    """The recipe of an estimator.
 
     Attributes:
-        method: what builds it.
+        method: the class or function that builds it.
         damping: gamma, added to the Fisher's diagonal.
         options: further keyword arguments.
-        calibration: the samples it is fitted on.
+        calibration: the samples of its fit.
     """
 
     method: Reference
@@ -67,7 +67,7 @@ class Recipe:
         return asdict(self)
 
     def facts(self, *, mode: str, target: float) -> dict[str, Any]:
-        """Return the facts of a model that was pruned to `target` by an estimate made like this."""
+        """Return the facts of a model that an estimate of this recipe pruned to `target`."""
         return {
             "method": self.method.name,
             "damping": self.damping,
@@ -78,10 +78,10 @@ class Recipe:
         }
 
     def build(self, partition: Partition) -> AbstractEstimator:
-        """Return an estimator that is not fitted yet.
+        """Return an estimator, not fitted yet.
 
         Raises:
-            StageError: an option is unknown, or its value out of range.
+            StageError: an option is unknown, or a value is out of range.
         """
         try:
             return self.method.load()(partition, damping=self.damping, **self.options)
@@ -91,7 +91,7 @@ class Recipe:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn the library's own errors, whose texts say what to do, into errors for the user.
+    """Turn the library's errors, whose texts give the remedy, into errors for the user.
 
     Raises:
         StageError: in place of a FishLegError.
@@ -108,9 +108,9 @@ class StoredEstimate:
 
     Attributes:
         estimator: fitted.
-        recipe: how it was made.
+        recipe: of the estimator.
         step: the same for the lineage of the models that it prunes.
-        model_key: key of the cell whose model it was fitted on.
+        model_key: key of the cell that made the fitted model.
     """
 
     estimator: AbstractEstimator

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: measures any number of models, one row and one tracked run each."""
+"""Stage `evaluate`: measures models, with a row and a tracked run for each."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 def evaluate(ctx: Context) -> None:
-    """Write output `results`: `rows.json`, and `failed.json` with the models that are not there.
+    """Write output `results`: `rows.json`, and `failed.json` with the models that failed upstream.
 
-    What is known of the dense networks is said first, and they are measured first: one that is not
-    as accurate as expected is a StageError. Rows found so far are checkpointed, so that a kill
-    costs the model at hand.
+    Dense networks come first, in the log and in the measurements: a StageError ends the stage where
+    one has not the accuracy that is expected. A checkpoint holds the rows so far, so that a kill
+    costs one model's measurement.
     """
     compute_deterministically(ctx.device)
     last = Checkpoint.last(ctx)
@@ -54,21 +54,21 @@ def evaluate(ctx: Context) -> None:
 
 
 def _say_dense_accuracies(ctx: Context, models: Iterable[Facts]) -> None:
-    """Say how accurate the dense networks were that the models began as, each of them once."""
+    """Log the accuracy of the dense networks behind the models, each once."""
     for line in dict.fromkeys(accuracy_text(one.dense_accuracy) for one in models):
         if line:
             ctx.say(f"dense accuracy: {line}")
 
 
 def _require_known_accuracies(ctx: Context, models: Mapping[str, Facts]) -> None:
-    """Compare what pruned models know of their dense networks with the accuracy expected.
+    """Compare the dense accuracies in the facts of pruned models with the accuracy expected.
 
     Args:
         ctx: its parameters hold the expectation, if any.
         models: cell -> facts of its model.
 
     Raises:
-        StageError: it is another, or nothing here tells what it is.
+        StageError: they differ, or no model here has a dense accuracy.
     """
     params: EvaluateParams = ctx.params
     if params.expect_accuracy is None:
@@ -82,9 +82,9 @@ def _require_known_accuracies(ctx: Context, models: Mapping[str, Facts]) -> None
             require_accuracy(params, known, params.split, load_data(facts.data)[0], origin)
     if models and not compared:
         raise StageError(
-            f"expect_accuracy: no dense network is among the models, and none of them knows the "
-            f"accuracy of its own on the {params.split} split. Connect the dense network as well, "
-            "or expect the accuracy where it is imported."
+            "expect_accuracy: there is nothing to compare; expected a dense network among the "
+            f"models, or one whose dense accuracy on the {params.split} split is known. Connect "
+            "the dense network as well, or set expect_accuracy where it is imported."
         )
 
 

@@ -1,4 +1,4 @@
-"""The accuracy that a dense network is known to have, compared with the one that is found here."""
+"""The known accuracy of a dense network, compared with the measured one."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def require_accuracy(
 
     Args:
         params: the expectation, and its margin.
-        found: accuracy in percent.
-        split: name of the split that it was measured on.
-        dataset: what it was measured on, as it is normalised.
+        found: measured accuracy in percent.
+        split: name of the split that was measured.
+        dataset: the data that were measured, with their normalisation.
         origin: the file, or the cell, that the network comes from.
 
     Raises:
@@ -32,8 +32,8 @@ def require_accuracy(
     raise StageError(
         f"expect_accuracy: found {found:.2f} % on the {len(dataset.split(split)):,} samples of the "
         f"{split} split, expected {expected:g} % within {params.expect_margin:g} (expect_margin). "
-        "Likely causes: the network was trained on inputs that were normalised otherwise than "
-        f"here, where they are {dataset.formula()} (set mean and std as it was trained); its "
-        f"classes are others than the {dataset.num_classes} here, or in another order; {origin} is "
-        "another network; or model and model_args build another one of the same names."
+        "Likely causes: the network was trained with another normalisation than the one here, "
+        f"{dataset.formula()} (set mean and std as in training); its classes are not the "
+        f"{dataset.num_classes} here, or have another order; {origin} is another network; or "
+        "model and model_args build another network with the same names."
     )

@@ -1,4 +1,4 @@
-"""A model as others use it: a user's copy (`fls export`), and a module for the registry."""
+"""A model outside the store: a user's copy (`fls export`), and a module for the registry."""
 
 from __future__ import annotations
 

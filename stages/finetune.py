@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def finetune(ctx: Context) -> None:
-    """Train with masks kept, going on from the last checkpoint, and write output `model`."""
+    """Train with masks kept, from the last checkpoint if any, and write output `model`."""
     params: FinetuneParams = ctx.params
     compute_deterministically(ctx.device)
     model = input_model(ctx, "model")
@@ -42,7 +42,7 @@ def finetune(ctx: Context) -> None:
 
 
 def _step(ctx: Context, model: Model) -> Step:
-    """Return what was done, and by which teacher."""
+    """Return the step in the lineage, with the teacher's origin."""
     if not ctx.inputs.get("teacher"):
         return Step.of("finetune", ctx.params)
     lineage = load_facts(cast(Path, ctx.input("teacher").path)).lineage

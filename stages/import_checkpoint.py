@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 def import_checkpoint(ctx: Context) -> None:
-    """Load the file into the network, look at its accuracy, and write output `model`.
+    """Load the file into the network, measure its accuracy, and write output `model`.
 
-    Zeros that the file brings are a mask, unless `zeros` is free. The validation split is looked at
-    always, and the test split where the accuracy on it is expected: published accuracies are of
-    test images, and nothing is chosen by it. One that is not as expected is a StageError.
+    Zeros in the file are a mask, unless `zeros` is free. The validation split is always measured;
+    the test split where an accuracy on it is expected, since published accuracies are of test
+    images, and no choice follows from it. An accuracy outside the expectation is a StageError.
     """
     params: ImportParams = ctx.params
     compute_deterministically(ctx.device)
@@ -55,12 +55,12 @@ def import_checkpoint(ctx: Context) -> None:
 
 
 def _with_zeros(ctx: Context, model: Model, given: Mapping[str, Tensor]) -> Model:
-    """Return the model with the zeros that it came with as masks, and say what was found.
+    """Return the model with the zeros of its file as masks, and log their number.
 
     Args:
         ctx: its parameter `zeros` decides.
-        model: as it was imported, without masks.
-        given: state-dict name -> masks that the file held beside the weights.
+        model: the imported one, without masks.
+        given: state-dict name -> masks that the file holds beside the weights.
     """
     params: ImportParams = ctx.params
     partition = model.facts.partition(model.network)
@@ -73,7 +73,7 @@ def _with_zeros(ctx: Context, model: Model, given: Mapping[str, Tensor]) -> Mode
             masked.remove(name)
     if masked:
         names = ", ".join(sorted(masked))
-        ctx.say(f"masks of tensors that are not prunable are not kept when they train: {names}")
+        ctx.say(f"not prunable, so training does not keep their masks: {names}")
     removed, prunable = count_masks(partition, masks)
     if not removed:
         return model
@@ -86,8 +86,8 @@ def _with_zeros(ctx: Context, model: Model, given: Mapping[str, Tensor]) -> Mode
     empty = [group.name for group in partition.prunable if not _survivors(group, masks).any()]
     if empty and params.zeros == "keep":
         ctx.say(
-            f"zeros: {', '.join(empty)}: every weight is 0, so that nothing of it can be trained; "
-            "where that is how the layer begins, and not what was pruned, set `zeros: free`"
+            f"zeros: {', '.join(empty)}: every weight is 0 and masked, so no training changes it; "
+            "if the layer begins at 0 and was not pruned, set `zeros: free`"
         )
     imported = model.with_facts(method="imported", mode="imported")
     if params.zeros == "free":
@@ -96,7 +96,7 @@ def _with_zeros(ctx: Context, model: Model, given: Mapping[str, Tensor]) -> Mode
 
 
 def _layers(partition: Partition, masks: Mapping[str, Tensor]) -> str:
-    """Return how many weights of each layer are removed, and of how many."""
+    """Return the removed weights of each layer, and all of its weights, as numbers."""
     found = []
     for group in partition.prunable:
         removed = int((~_survivors(group, masks)).sum())

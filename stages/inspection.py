@@ -1,4 +1,4 @@
-"""Behind `fls inspect`: which weights of a network may be pruned, and why the others may not."""
+"""The report of `fls inspect`: the prunable weights of a network, and why others are not."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _WHAT = ("model", "model_args", "keep", "also_prune", "dataset", "dataset_args")
 
 
 def inspect(cells: Mapping[str, PretrainParams | ImportParams]) -> list[dict[str, Any]]:
-    """Build each distinct network once, and look at its weights with two or more dimensions.
+    """Build each distinct network once, and report its weights with two or more dimensions.
 
     Args:
-        cells: cell name -> parameters of the cells in which networks come in.
+        cells: name -> parameters, of the cells that train or import a network.
 
     Returns:
         For each network, as JSON: `cells`, `title`, `columns`, `rows` (a weight each) and `totals`.
 
-    Cost: the memory of one network at a time; the data are read only where the catalogue does not
-    know their classes.
+    Cost: the memory of one network at a time; data are read where the catalogue does not have the
+    number of their classes.
     """
     alike: dict[str, list[str]] = {}
     for name, params in cells.items():
@@ -77,7 +77,7 @@ def _look(params: PretrainParams | ImportParams) -> dict[str, Any]:
 
 
 def _classes(params: PretrainParams | ImportParams) -> int | None:
-    """Return how many classes the data have, as far as the catalogue knows."""
+    """Return the number of classes of the data, if the catalogue has it."""
     marks = type(params).model_fields["dataset"].metadata
     entries = [mark.find(params.dataset) for mark in marks if isinstance(mark, Registry)]
     return next((one.facts.get("classes") for one in entries if one), None)

@@ -1,8 +1,8 @@
-"""How a model came to be, step by step, and in which settings two models differ.
+"""The steps to a model, and the settings in which two models differ.
 
-Each stage that makes a model adds a `Step` to what it got: its type and all its parameters, those
-apart that have a `Role`. So no parameter can be forgotten, and a comparison of models learns from
-`settings` what tells them apart, and from `seeds` over what they may be averaged.
+Each stage that makes a model appends a `Step`: its type and all its parameters, separated by their
+`Role`. So no parameter is forgotten. A comparison of models separates them by `settings`, and
+averages over `seeds`.
 
 Light: the catalogue, which declares the roles, imports no torch.
 """
@@ -32,21 +32,21 @@ class Role(Enum):
 
     SEED = "a seed: models that differ in it alone are averaged"
     TARGET = "the sparsity that is asked for, which has its own place in every table"
-    AXIS = "repeats what is known of the inputs, to tell cells apart"
+    AXIS = "repeats a fact of the inputs, to tell cells apart"
     NEUTRAL = "changes no model"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one stage did on the way to a model.
+    """One stage's part in the making of a model.
 
     Attributes:
         stage: the stage's type.
         params: its settings; an external file as the beginning of its sha256.
         seeds: its parameters that are seeds.
-        target: its parameter that asks for a sparsity, if it has one.
-        among: of a choice: setting -> the values that the candidates had, where they differ.
-        warnings: what a person should know about what was done, a sentence each.
+        target: its parameter that asks for a sparsity, if any.
+        among: of a choice: setting -> the values of the candidates, where they differ.
+        warnings: about its work, a sentence each.
     """
 
     stage: str
@@ -70,7 +70,7 @@ class Step:
 
         Args:
             stage: its type.
-            params: its parameters; the roles are those that their class declares.
+            params: its parameters, whose class declares their roles.
             further: settings beside the parameters.
             among: see `Step`.
             warnings: see `Step`.
@@ -102,13 +102,13 @@ Lineage = Sequence[Step]
 
 
 def settings(lineage: Lineage) -> dict[str, Any]:
-    """Return what tells a model from others, but its seeds and its target.
+    """Return the settings of a model: all that tells it from others, but seeds and target.
 
     Returns:
-        `path` with the stages' types; and for each setting of each stage `STAGE.PARAMETER`, with
-        the number in the way if there were several such stages: `finetune-2.lr`. A value is what
-        JSON has. Where one of several candidates was chosen, the settings in which they differed
-        are `best of` theirs, whichever it was.
+        `path` with the stages' types; and each setting of each stage as `STAGE.PARAMETER`, with a
+        number from the second stage of a type on: `finetune-2.lr`. Values are JSON. Where one of
+        several candidates was chosen, the settings in which these differ are `best of` all of
+        them.
     """
     last_target = max((i for i, step in enumerate(lineage) if step.target), default=-1)
     found: dict[str, Any] = {PATH: path(lineage)}
@@ -122,7 +122,7 @@ def settings(lineage: Lineage) -> dict[str, Any]:
 
 
 def seeds(lineage: Lineage) -> dict[str, int]:
-    """Return `STAGE.PARAMETER` -> seed of each stage; a seed that was chosen is none."""
+    """Return `STAGE.PARAMETER` -> seed of each stage, without seeds that a choice compared."""
     chosen = {key for step in lineage for key in step.among}
     return {
         f"{name}.{key}": value
@@ -133,12 +133,12 @@ def seeds(lineage: Lineage) -> dict[str, int]:
 
 
 def path(lineage: Lineage) -> str:
-    """Return the types of the stages on the way, in words."""
+    """Return the stages' types as one text."""
     return ARROW.join(step.stage for step in lineage)
 
 
 def differences(lineages: Sequence[Lineage]) -> dict[str, list[Any]]:
-    """Return setting, or seed -> the values that the models have, where they are not equal."""
+    """Return setting, or seed -> the values of the models, where they differ."""
     known = [{**settings(one), **seeds(one)} for one in lineages]
     keys = dict.fromkeys(key for one in known for key in one)
     found = {
@@ -149,9 +149,9 @@ def differences(lineages: Sequence[Lineage]) -> dict[str, list[Any]]:
 
 
 def teacher_of(own: Lineage, other: Lineage) -> Any:
-    """Return the setting that says which teacher a model had.
+    """Return the setting that identifies a model's teacher.
 
-    That is its path where the teacher is an earlier state of the model itself, else its settings.
+    That is the teacher's path where it is an earlier state of the model, else its settings.
     """
     return path(other) if list(own[: len(other)]) == list(other) else settings(other)
 
@@ -172,7 +172,7 @@ def shown(value: Any) -> str:
 
 
 def _named(lineage: Lineage) -> list[tuple[str, Step]]:
-    """Return each step with a name that no other one has."""
+    """Return each step with a unique name."""
     seen: dict[str, int] = {}
     named = []
     for step in lineage:
@@ -190,7 +190,7 @@ def _leaves(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _plain(params: Params) -> dict[Role | None, dict[str, Any]]:
-    """Return role -> the parameters that have it, as JSON; None for settings."""
+    """Return role -> its parameters, as JSON; settings are under None."""
     found: dict[Role | None, dict[str, Any]] = {None: {}, **{role: {} for role in Role}}
     dumped = params.model_dump(mode="json")
     for name, info in type(params).model_fields.items():
@@ -206,10 +206,10 @@ def _plain(params: Params) -> dict[Role | None, dict[str, Any]]:
 
 
 def _digest(file: Path) -> str:
-    """Return what stands for a file, wherever it lies.
+    """Return the beginning of a file's sha256, which does not depend on its path.
 
     Raises:
-        StageError: it is not there, or cannot be read.
+        StageError: it is missing, or cannot be read.
     """
     try:
         with file.open("rb") as content:

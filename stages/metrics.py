@@ -1,7 +1,7 @@
-"""How good a classifier is on a split: accuracy and calibration error in percent, loss in nats.
+"""Measures of a classifier on a split: accuracy and calibration error in percent, loss in nats.
 
-Numbers that are not finite have no largest one: a network that gives them is not measured, but is
-an error with the sample's number. A class may be ruled out by a logit of -inf, a label may not.
+A network whose outputs are not finite has no accuracy; it is an error with the sample's number. A
+logit of -inf may rule out a class, but not a sample's label.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ _BINS = 15
 
 
 class NotFinite(StageError):
-    """Says which sample a network gives nan or infinity for."""
+    """A network gives nan or infinity for a sample."""
 
 
 def require_classifier(network: nn.Module, dataset: DataSet) -> None:
-    """Let the network classify two samples, so that what does not fit is said at once.
+    """Let the network classify two samples, so that a misfit is an error before any training.
 
     Args:
-        network: on any device; nothing of it changes.
-        dataset: the first two validation samples are shown, in eval mode.
+        network: on any device; it stays as it is.
+        dataset: its first two validation samples are classified, in eval mode.
 
     Raises:
-        StageError: it cannot take them, or has not an output for each class.
+        StageError: the network cannot take them, or lacks an output for a class.
     """
     shown = dataset.validation.take(torch.arange(min(2, len(dataset.validation))))
     inputs = dataset.normalise(shown.inputs)
@@ -101,26 +101,27 @@ def measure(
 
 
 def log_validation(ctx: Context, network: nn.Module, dataset: DataSet) -> dict[str, float]:
-    """Report a stage's result on the validation split as its final metrics, and return it."""
+    """Measure a stage's network on validation; log the result as final metrics, and return it."""
     found = measure(network, dataset, dataset.validation)
     ctx.log({f"validation/{name}": value for name, value in found.items()})
     return found
 
 
 def low_accuracy(facts: Facts, accuracy: float, split: str) -> list[str]:
-    """Return the warning about a pruned model that has lost half of its accuracy, if it has.
+    """Return a warning if a pruned model has less than half of the dense network's accuracy.
 
     Args:
         facts: the model's.
-        accuracy: of it, in percent.
-        split: on which split; the dense network's is compared on it, or else on validation.
+        accuracy: the model's, in percent.
+        split: the split that was measured; the dense network's accuracy is the one on it, or else
+            on validation.
     """
     dense = facts.dense_accuracy_on(split)
     if facts.target == 0 or dense is None or accuracy >= dense / 2:
         return []
     return [
-        f"The accuracy on the {split} split, {accuracy:.2f} %, is less than half of what the dense "
-        f"network had, {dense:.2f} %."
+        f"The accuracy on the {split} split, {accuracy:.2f} %, is less than half of the dense "
+        f"network's, {dense:.2f} %."
     ]
 
 

@@ -1,4 +1,4 @@
-"""A model as it passes between stages: a network, the masks of its weights, and facts about it.
+"""A model as stages exchange it: a network, the masks of its weights, and facts about it.
 
 On disk, a folder: `model.safetensors` (the network's own state dict, zeros in place),
 `masks.safetensors` (weight name -> uint8 0 or 1 in the weight's shape; no tensor when dense) and
@@ -34,28 +34,28 @@ _OF_PRUNING = ("method", "mode", "finetuned", "target", "seed", "damping", "stru
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is known about a model besides its weights.
+    """The facts about a model besides its weights.
 
     Attributes:
-        network: what builds the network.
+        network: the network's builder.
         network_args: options of the builder.
         num_classes: number of outputs.
-        data: what it was trained on.
+        data: the training data.
         keep: patterns of weights that are never pruned.
         also_prune: patterns of further parameters that are.
-        method: what chose the removed weights: "dense", a curvature method's name, or "imported",
-            where they were 0 in the file that the network came from.
+        method: the name of the curvature method that chose the removed weights; "dense", or
+            "imported" where they were 0 in the file of the network.
         mode: "dense", "imported", "oneshot" (one step), "multistep" (several, nothing between),
             "refined" (several, refined without labels) or "gradual" (several, trained between).
         finetuned: trained after the last pruning step by a fine-tuning stage.
-        target: the fraction of prunable weights that was to be removed, in [0, 1); what is
-            measured is in `model.json`, too.
+        target: the fraction of prunable weights that was asked to be removed, in [0, 1); the
+            measured one is in `model.json`, too.
         seed: of the model's training, or of the calibration samples for an imported one.
         damping: of the curvature, or None for a dense model.
         structure: of the curvature's blocks where the method has several, or None.
-        dense_accuracy: split -> accuracy in percent, on it, of the network that everything began
-            with, as it was trained or imported: "validation", and "test" where that was measured.
-        lineage: what the stages on the way did, and with which parameters.
+        dense_accuracy: split -> accuracy in percent of the dense network, as trained or imported:
+            "validation", and "test" where that was measured.
+        lineage: the stages before, with their parameters.
     """
 
     network: Reference
@@ -76,11 +76,11 @@ class Facts:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What a person should know about how the model was made, a sentence each."""
+        """Warnings about the steps to the model, a sentence each."""
         return tuple(dict.fromkeys(text for step in self.lineage for text in step.warnings))
 
     def dense_accuracy_on(self, split: str) -> float | None:
-        """Return the dense network's accuracy on `split`, or else on validation, where known."""
+        """Return the dense network's accuracy on `split`, or else on validation, if known."""
         return self.dense_accuracy.get(split, self.dense_accuracy.get("validation"))
 
     def of_pruning(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class Facts:
     def from_params(
         cls, stage: str, params: PretrainParams | ImportParams, dataset: DataSet, source: DataSource
     ) -> Facts:
-        """Return the facts of the dense network that the parameters of a stage describe."""
+        """Return the facts of a dense network from the parameters of its stage."""
         return cls(
             network=refer(params, "model"),
             network_args=params.model_args,
@@ -107,7 +107,7 @@ class Facts:
         """Return the network with fresh weights from torch's global generator, on the CPU.
 
         Raises:
-            StageError: what the name stands for builds something else, or has other options.
+            StageError: the builder returns something else, or has other options.
         """
         builder = self.network.load(self.network_args)
         options = {"num_classes": self.num_classes, **self.network_args}
@@ -121,7 +121,7 @@ class Facts:
         return network
 
     def partition(self, network: nn.Module) -> Partition:
-        """Return the parameter groups of the network, `keep` and `also_prune` taken into account.
+        """Return the parameter groups of the network, by `keep` and `also_prune`.
 
         Raises:
             StageError: a pattern matches no parameter.
@@ -161,12 +161,12 @@ class Model:
         }
 
     def findings(self) -> dict[str, Any]:
-        """Return what the weights themselves say, as JSON; it stands on every row of results.
+        """Return facts measured on the weights, as JSON; rows of results have them too.
 
         Returns:
             The `counts`; `sparsity`, the fraction of prunable weights that are 0; `unprunable`,
             weight -> why it is not prunable, for all with two or more dimensions; `emptied`, the
-            layers of which no weight is left; and `warnings` about how the model was made.
+            layers without any weight left; and `warnings` about the steps to the model.
         """
         counts = self.counts()
         partition = self.facts.partition(self.network)
@@ -196,12 +196,12 @@ def save_model(folder: Path, model: Model, warnings: Sequence[str] = ()) -> None
     """Write a model folder.
 
     Args:
-        folder: where to.
-        model: what.
-        warnings: about the model as it is, which what is made of it does not inherit.
+        folder: its place, which exists.
+        model: the model.
+        warnings: about the model itself, which later stages do not inherit.
     """
     masked = sorted(name for name, mask in model.masks.items() if not mask.all())
-    about = {MASKED: json.dumps(masked)} if masked else {}  # an exported file knows its masks
+    about = {MASKED: json.dumps(masked)} if masked else {}  # so an exported file has its masks
     save_tensors(folder / "model.safetensors", model.network.state_dict(), about)
     masks = {name: mask.to(torch.uint8) for name, mask in model.masks.items()}
     save_tensors(folder / "masks.safetensors", masks)
@@ -227,7 +227,7 @@ def save_model(folder: Path, model: Model, warnings: Sequence[str] = ()) -> None
 
 
 def add_step(folder: Path, step: Step, **notes: Any) -> None:
-    """Add a step that leaves a model as it is to the lineage in its folder, and further notes."""
+    """Append a step that does not change the model to the lineage in its folder, with notes."""
     facts = load_facts(folder)
     known = json.loads((folder / "model.json").read_text("utf-8"))
     lineage = [one.to_json() for one in (*facts.lineage, step)]
@@ -278,5 +278,5 @@ def load_model(folder: Path, device: str) -> Model:
 
 def input_model(ctx: Context, name: str) -> Model:
     """Return the model connected to input `name`, on the stage's device."""
-    folder = cast(Path, ctx.input(name).path)  # `input` has refused an upstream without a result
+    folder = cast(Path, ctx.input(name).path)  # `input` refuses an upstream without a result
     return load_model(folder, ctx.device)

@@ -1,4 +1,4 @@
-"""What `fls plan` says of a model that is in the store, from its `model.json`; needs no torch."""
+"""Notes of `fls plan` about a model in the store, from its `model.json`; needs no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def notes(facts: Mapping[str, Any]) -> list[str]:
-    """Return which weights of a model are not prunable, a line each.
+    """Return a line for each weight of a model that is not prunable.
 
     >>> notes({"unprunable": {"embed.weight": "an embedding; prunable when named"}})
     ['not prunable: embed.weight: an embedding; prunable when named']

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def pick(ctx: Context) -> None:
-    """Copy the step of the wanted sparsity, or the sparsest in the budget, to output `model`."""
+    """Copy the step at a sparsity, or the sparsest step in the budget, to output `model`."""
     params: PickParams = ctx.params
     folder = cast(Path, ctx.input("steps").path)
     facts = json.loads((folder / "steps.json").read_text("utf-8"))
@@ -35,26 +35,26 @@ def pick(ctx: Context) -> None:
 
 
 def _of_sparsity(steps: Sequence[dict[str, float]], sparsity: float) -> int:
-    """Return the number of the step that stopped at `sparsity`.
+    """Return the number of the step at `sparsity`.
 
     Raises:
-        StageError: none did.
+        StageError: there is none.
     """
     for number, step in enumerate(steps):
         if target_of(step) == sparsity:
             return number
     known = ", ".join(f"{target_of(step):g}" for step in steps)
     raise StageError(
-        f"pick: no step stopped at sparsity {sparsity:g}; the steps are {known}. Add it to `stops` "
-        "of the multi-step pruning."
+        f"pick: no step has sparsity {sparsity:g}; the steps have {known}. Add it to `stops` of "
+        "the multi-step pruning."
     )
 
 
 def _within(steps: Sequence[dict[str, float]], dense: float, points: float) -> int:
-    """Return the number of the sparsest step that is at most `points` below dense.
+    """Return the number of the sparsest step at most `points` below dense.
 
     Raises:
-        StageError: even the first is not.
+        StageError: there is none.
     """
     good = [
         number for number, step in enumerate(steps) if step["validation_accuracy"] >= dense - points

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def pretrain(ctx: Context) -> None:
-    """Train, going on from the last checkpoint if there is one, and write output `model`."""
+    """Train, from the last checkpoint if there is one, and write output `model`."""
     params: PretrainParams = ctx.params
     compute_deterministically(ctx.device)
     dataset, source = load_data(DataSource.from_params(params))
@@ -29,7 +29,7 @@ def pretrain(ctx: Context) -> None:
     torch.manual_seed(derive_seed(params.seed, "weights"))
     network = facts.build().to(ctx.device)
     require_classifier(network, dataset)
-    facts.partition(network)  # a pattern that matches nothing is an error now, not after hours
+    facts.partition(network)  # so a pattern that matches nothing is an error now
     with joined(ctx) as rank_group:
         training = Training(network, dataset, params, rank_group=rank_group)
         training.resume(ctx)

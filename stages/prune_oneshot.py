@@ -21,7 +21,7 @@ from stages.metrics import NotFinite, measure
 from stages.model_folder import Model, input_model
 from stages.pruning import begin, finish, made_by, prune
 
-_PARTS = 2**10  # sparsities that are told apart
+_PARTS = 2**10  # the bisection resolves sparsity to 1 / _PARTS
 
 if TYPE_CHECKING:
     from stages.catalogue import OneshotParams
@@ -31,7 +31,7 @@ def prune_oneshot(ctx: Context) -> None:
     """Prune input `model` by input `curvature`, to a sparsity or a budget; write output `model`.
 
     Raises:
-        StageError: the curvature is another model's.
+        StageError: the curvature was estimated on another model.
     """
     params: OneshotParams = ctx.params
     compute_deterministically(ctx.device)
@@ -71,11 +71,11 @@ def _sparsest_within(
     source: GradientSource,
     dataset: DataSet,
 ) -> float:
-    """Return the highest sparsity, to 1/1024, that keeps within the budget of accuracy.
+    """Return the highest sparsity, to 1/1024, within the budget of accuracy.
 
-    Bisection takes accuracy to fall with sparsity, and begins at the model's own, since removed
-    weights do not come back. Each trial prunes a copy and measures it on the
-    validation split; the estimate is the same throughout.
+    Bisection assumes that accuracy falls with sparsity. It begins at the model's own sparsity,
+    since removed weights stay removed. Each trial prunes a copy, by the same estimate, and
+    measures it on the validation split.
     """
     params: OneshotParams = ctx.params
     points = cast(float, params.within)
@@ -104,7 +104,7 @@ def _sparsest_within(
 
 
 def _validated(model: Model, dataset: DataSet) -> float:
-    """Return a trial's accuracy on the validation split; 0 of one whose outputs are not finite."""
+    """Return a trial's accuracy on the validation split; 0 where outputs are not finite."""
     try:
         return measure(model.network, dataset, dataset.validation)["accuracy"]
     except NotFinite:

@@ -1,4 +1,4 @@
-"""One pruning step on a model, and what is reported about it."""
+"""One pruning step on a model, and its report."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from stages.model_folder import Model, save_model
 if TYPE_CHECKING:
     from stages.catalogue import PruningParams
 
-_AT_ONCE = 500  # samples that a batch norm is measured on, about
+_AT_ONCE = 500  # samples, about, in a batch that norms are measured on
 
 
 def begin(ctx: Context, partition: Partition, sparsity: float | None) -> None:
-    """Say which weights are not up for removal, before anything is computed.
+    """Log the weights that are not prunable, before any computation.
 
     Args:
         ctx: takes the report.
         partition: the network's groups.
-        sparsity: what is wanted; None for as much as a budget allows.
+        sparsity: the one asked for; None for the highest within a budget.
 
     Raises:
-        StageError: weights are to be removed, and none can be.
+        StageError: weights are to be removed, and none is prunable.
     """
     found = [f"{name} ({why})" for name, why in partition.unprunable]
     if not partition.prunable and sparsity != 0:
         named = f": {'; '.join(found)}" if found else ", and none has two or more dimensions"
         raise StageError(
-            "No weight of the network is prunable, so nothing can be removed; expected one at "
-            f"least. What it has{named}. Name some of them in `also_prune`, or take them out of "
-            "`keep`, where the network comes in (pretrain, import_checkpoint)."
+            "No weight of the network is prunable; expected at least one. Its weights"
+            f"{named}. Add weights to `also_prune`, or remove them from `keep`, in the stage that "
+            "trains or imports the network (pretrain, import_checkpoint)."
         )
     if found:
         ctx.say(f"not prunable, {len(found)} weights: {'; '.join(found)}")
@@ -73,9 +73,9 @@ def prune(
     sparsity: float,
     step: int | None = None,
 ) -> tuple[Model, tuple[str, ...]]:
-    """Prune the network in place; return it with its new masks, and the warnings of the report.
+    """Prune the network in place; return it with its new masks, and the report's warnings.
 
-    Batch norms are measured again on the samples of `source`, if wanted.
+    With `norms: reestimated`, batch norms are measured again on the samples of `source`.
 
     Args:
         ctx: takes the report.
@@ -84,7 +84,7 @@ def prune(
         source: gradients of the model on its calibration samples.
         params: selection, distribution, least survivors, compensation and norms.
         sparsity: fraction of the prunable weights removed after the step, in [0, 1).
-        step: number of the step in the metrics' series, or None for a single one.
+        step: number of the step in the series of metrics, or None for a single step.
     """
     partition = estimator.partition
     with user_errors():
@@ -102,7 +102,7 @@ def prune(
         )
     if params.norms == "reestimated":
         count = len(source.calibration)
-        pieces = -(-count // _AT_ONCE)  # of about equal size, since one sample has no variance
+        pieces = -(-count // _AT_ONCE)  # of about equal size: one sample has no variance
         batches = source.batches(-(-count // pieces))
         reestimate_norms(model.network, (batch.inputs for batch in batches))
     found = {"pruned/sparsity": report.sparsity, "pruned/saliency": report.saliency}

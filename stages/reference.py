@@ -1,7 +1,7 @@
-"""Registry names as stages keep them on disk, so that a later stage can load what they stand for.
+"""References to networks, data sets and methods, as stages store them for later stages.
 
-A stage never imports the catalogue (its code would enter every key). The registry of a parameter
-travels with the parameter class, as its annotation; `refer` reads it from there.
+A stage never imports the catalogue, whose code would enter every key. The annotation of a parameter
+holds its registry; `refer` reads it from there.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ RENAMED = {
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """What a registry name stands for.
+    """A registry name with its target.
 
     Attributes:
         name: the name as the user wrote it, such as `resnet20` or `torchvision/resnet50`.
         target: `module:attribute`.
-        argument: for a name of a family (`torchvision/resnet50`), what follows the prefix; it is
-            passed first to the target. None otherwise.
+        argument: for a name of a family (`torchvision/resnet50`), the part after the prefix, which
+            is the target's first argument. None otherwise.
         digest: declared sha256 of the entry's data, or None.
     """
 
@@ -43,15 +43,15 @@ class Reference:
         object.__setattr__(self, "target", RENAMED.get(self.target, self.target))
 
     def load(self, options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
-        """Import the target and return it, with the family's argument already given.
+        """Import the target and return it, with the family's argument bound.
 
         Args:
-            options: of a network or data set: those of the user, with which it will be called.
+            options: the user's, of a network or data set, for the later call.
 
         Raises:
             StageError: the module or the attribute does not exist.
 
-        One that a stored file names, and no parameter does, is a StageError as well.
+        A target that a stored file names, and no parameter does, is a StageError as well.
         """
         require_call(self.target, self.argument, options)
         module, _, attribute = self.target.partition(":")
@@ -59,9 +59,8 @@ class Reference:
             loaded = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise StageError(
-                f"{self.name!r} stands for {self.target}, which cannot be imported: {error}. "
-                "It must be importable in the worker: `pip install` it, or put its folder on "
-                "PYTHONPATH."
+                f"{self.name!r} is {self.target}, which cannot be imported: {error}. Make it "
+                "importable in the worker: `pip install` it, or put its folder on PYTHONPATH."
             ) from error
         return loaded if self.argument is None else partial(loaded, self.argument)
 
@@ -73,17 +72,17 @@ def require_options(
     given: Sequence[Any],
     options: Mapping[str, Any],
 ) -> None:
-    """Check options against the signature of the function that will be called with them.
+    """Check options against the signature of a function, before it is called with them.
 
     Args:
-        function: what `reference` stands for.
-        reference: names it, for the message.
-        field: the parameter that holds the options of the user.
+        function: the target of `reference`.
+        reference: gives the name in the message.
+        field: the parameter that holds the user's options.
         given: positional arguments of the call.
         options: keyword arguments of the call.
 
     Raises:
-        StageError: it has no such option, or needs another one.
+        StageError: the function has no such option, or requires another one.
     """
     signature = inspect.signature(function)
     try:

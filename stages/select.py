@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def select(ctx: Context) -> None:
-    """Measure all candidates, copy the best to output `model`, and say how close it was.
+    """Measure all candidates, log their scores, and copy the best to output `model`.
 
-    The earlier of two equal candidates wins. Candidates whose cells failed are passed over.
+    The earlier of two equal candidates wins. Candidates whose cells failed are skipped.
 
     Raises:
         StageError: all of them failed.
@@ -30,7 +30,7 @@ def select(ctx: Context) -> None:
     compute_deterministically(ctx.device)
     folders = {one.cell: one.path for one in ctx.inputs["candidates"] if one.path is not None}
     if not folders:
-        raise StageError("select: every candidate failed; correct one of the cells upstream.")
+        raise StageError("select: every candidate failed; correct a cell upstream.")
     scores: dict[str, dict[str, float]] = {}
     for cell, folder in folders.items():
         model = load_model(folder, ctx.device)
@@ -46,7 +46,7 @@ def select(ctx: Context) -> None:
 
 
 def _pass_on(ctx: Context, cell: str, folders: Mapping[str, Path]) -> None:
-    """Copy the chosen model's folder, and note in its facts what it was chosen from."""
+    """Copy the chosen model's folder, and note the differences of the candidates in its facts."""
     folder = ctx.output("model")
     shutil.copytree(folders[cell], folder, dirs_exist_ok=True)
     among = differences([load_facts(one).lineage for one in folders.values()])

@@ -1,4 +1,4 @@
-"""Named tensors in safetensors files, whatever their device, layout and sharing."""
+"""Named tensors in safetensors files, of any device, layout and sharing of memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PICKLES = (b"\x80", b"PK\x03\x04")  # how pickles begin, and the archives of to
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors to `path`, with texts about them; tied ones go under each of their names.
+    """Write tensors to `path`, with texts as metadata; tied tensors have all of their names.
 
     Equal content gives equal bytes.
     """
@@ -37,13 +37,13 @@ def save_tensors(
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put the texts of a safetensors file in order, in place.
+    """Sort the texts of a safetensors file, in place.
 
-    The library writes them in an order that changes from call to call, and equal content has to
-    have equal bytes. A file begins with the length of its header, 8 bytes, and the header as JSON.
+    The library writes them in an order that changes from call to call. A file begins with the
+    length of its header, 8 bytes, and the header as JSON.
 
     Raises:
-        RuntimeError: the header does not fit its place, written by another version of the library.
+        RuntimeError: the sorted header is longer, as another version of the library may write it.
     """
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -62,16 +62,16 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     Raises:
         StageError: it is no such file, perhaps a pickle, which could run any code when read.
 
-    A file that is not there is a FileNotFoundError.
+    A missing file is a FileNotFoundError.
     """
     try:
         return load_file(path, device=device)
     except SafetensorError as error:
         with path.open("rb") as file:
             pickled = file.read(4).startswith(_PICKLES)
-        what = "a pickle, which can run any code when it is read; it was not" if pickled else error
+        found = "a pickle, which can run any code when it is read; it was not" if pickled else error
         raise StageError(
-            f"{path.absolute()}: expected a safetensors file, got {what}. If you trust the file, "
+            f"{path.absolute()}: expected a safetensors file, got {found}. If you trust the file, "
             "convert it: safetensors.torch.save_file(torch.load(path, weights_only=True), path)."
         ) from None
 
@@ -83,10 +83,10 @@ def load_metadata(path: Path) -> dict[str, str]:
 
 
 def load_into(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load the state dict that was read from a file into a network, whose names must be the same.
+    """Load tensors into a network with the same state-dict names.
 
-    A state dict also carries the versions of its modules, which a file of tensors does not keep,
-    and which some modules insist on (torchvision's MNASNet): here they are the network's own.
+    A state dict also carries the versions of its modules, which a file of tensors lacks, and which
+    some modules require (torchvision's MNASNet): the network's own are used.
     """
     state = network.state_dict()
     state.clear()

@@ -1,4 +1,4 @@
-"""The one place that imports torchvision, which a CPU-only torch may refuse.
+"""The only import of torchvision, which may fail with a CPU-only torch.
 
 The package registry's torchvision wheel registers its compiled operators from a CUDA library. With
 a torch built without CUDA that library does not load, and the import then fails with `operator
@@ -23,7 +23,7 @@ _SCHEMAS = (
 
 @cache
 def import_torchvision(submodule: str) -> ModuleType:
-    """Return `torchvision.<submodule>`, declaring the missing operators first if need be.
+    """Return `torchvision.<submodule>`; declare the missing operators first where it needs them.
 
     Args:
         submodule: such as "models" or "datasets".
@@ -42,7 +42,7 @@ def import_torchvision(submodule: str) -> ModuleType:
 
 @cache
 def _declare_operators() -> torch.library.Library:
-    """Declare the operators; the library lives as long as the process, held by the cache."""
+    """Declare the operators; the cache keeps the library for the life of the process."""
     library = torch.library.Library("torchvision", "DEF")
     for schema in _SCHEMAS:
         library.define(schema)

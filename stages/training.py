@@ -42,7 +42,7 @@ _PROGRESS_EVERY_S = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """A network whose outputs are matched besides the labels.
+    """A network whose outputs are targets besides the labels.
 
     The loss is (1 - weight) CE(labels) + weight T^2 KL(teacher_T || student_T), with outputs
     divided by the temperature T (G. Hinton et al., arXiv 1503.02531).
@@ -62,8 +62,8 @@ class Training:
         params: the recipe.
         masks: weight name -> bool in the weight's shape; weights outside are zero after each step.
         teacher: for distillation, or None.
-        purpose: tells apart the runs of one stage; different purposes see different batches.
-        rank_group: the processes that train together, each with the same arguments.
+        purpose: distinguishes the runs of one stage: each purpose has its own batches.
+        rank_group: the processes that train together, each with equal arguments.
 
     Raises:
         StageError: a batch has fewer samples than there are processes.
@@ -168,7 +168,7 @@ class Training:
             first_step: number of the first epoch in the metrics' series.
             checkpoint: writes a checkpoint; by default of network and training alone.
 
-        A loss that is not finite ends the stage with a StageError; the last checkpoint is kept.
+        A loss that is not finite is a StageError; the last checkpoint stays.
         """
         write = checkpoint or (lambda: Checkpoint(states=self._states()).write(ctx))
         shown = time.monotonic()
@@ -201,7 +201,7 @@ class Training:
         self.network.eval()
 
     def _step(self, inputs: Tensor, labels: Tensor) -> None:
-        """Take one optimiser step; dropout and the like draw from a seed of this very batch."""
+        """Take one optimiser step; dropout draws from a seed of this batch."""
         rank = (self.rank_group.rank,) if self.rank_group.rank else ()
         torch.manual_seed(derive_seed(self.seed, "batch", self.epoch, self.batch, *rank))
         for group in self.optimizer.param_groups:
@@ -219,7 +219,7 @@ class Training:
         self.masks.apply()
 
     def _descend(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Leave the gradients of the batch's mean loss in the parameters, and return that loss."""
+        """Put the gradients of the batch's mean loss into the parameters, and return the loss."""
         if self.rank_group.size == 1:
             loss = self._loss(inputs, labels)
             loss.backward()
@@ -266,7 +266,7 @@ class Training:
         return self.params.precision == "bfloat16"
 
     def _finish_epoch(self, ctx: Context, first_step: int) -> None:
-        """Report the epoch that ends here, and move the cursor to the next one."""
+        """Report the finished epoch, and move the cursor to the next one."""
         self._require_finite()
         self.epoch, self.batch = self.epoch + 1, 0
         metrics = {"train/loss": self.loss_sum.item() / self.batches}
@@ -280,7 +280,7 @@ class Training:
         if not math.isfinite(self.loss_sum.item()):
             raise StageError(
                 f"The training loss became {self.loss_sum.item()} in epoch {self.epoch + 1}, by "
-                f"batch {self.batch} of {self.batches}. The last checkpoint before it is kept. "
+                f"batch {self.batch} of {self.batches}. The last checkpoint before it stays. "
                 f"Lower lr (now {self.params.lr}) or raise warmup_epochs."
             )
 

@@ -1,8 +1,8 @@
 """The catalogue of the science: every stage with its parameters, inputs, outputs and entry point.
 
-Light on purpose: pydantic, `fishleg.options` and the standard library only, so that `validate` and
-`plan` need no torch. Stages import this package for type checking only; the target of a parameter's
-name reaches them through the parameter class (see `stages.reference`).
+It imports pydantic, `fishleg.options` and the standard library alone, so that `validate` and `plan`
+need no torch. Stages import this package for type checking only; `stages.reference` takes the
+target of a parameter's name from the parameter class.
 """
 
 from stages.catalogue.declarations import CATALOGUE

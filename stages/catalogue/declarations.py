@@ -58,7 +58,7 @@ CATALOGUE = Catalogue(
                 "curvature": Input(kind="curvature", summary="estimated on that model"),
             },
             outputs=_GIVES_MODEL,
-            summary="removes weights in one step, and moves the others",
+            summary="removes weights in one step, and moves the survivors",
         ),
         Stage(
             name="prune_multistep",

@@ -23,8 +23,8 @@ OptionError = InvalidOption | UnknownName
 class _FromOptions(ModelMetaclass):
     """Gives a class of parameters the fields of the options classes among its bases.
 
-    A field that the class declares itself keeps that annotation and default, with the range and
-    the meaning of the option. One that it makes a `ClassVar` is no parameter.
+    A field that the class declares itself keeps its annotation and default, with the range and the
+    meaning of the option. An option that the class makes a `ClassVar` is no parameter.
     """
 
     def __new__(
@@ -67,7 +67,7 @@ class OptionParams(Params, metaclass=_FromOptions):
         class ObsParams(OptionParams, ObsOptions):
             ...
 
-    Type checkers then see the fields. At run time an instance is no instance of the options; see
+    Type checkers see the fields. At run time an instance is no instance of the options; see
     `Options.taken_from`.
 
     Attributes:
@@ -78,7 +78,7 @@ class OptionParams(Params, metaclass=_FromOptions):
 
     @model_validator(mode="after")
     def _as_the_library_has_it(self) -> OptionParams:
-        """Make the options, so that values that do not fit each other are refused."""
+        """Make the options, which refuses values that do not fit each other."""
         for kind in self.options_kinds:
             try:
                 kind.taken_from(self)
@@ -88,10 +88,10 @@ class OptionParams(Params, metaclass=_FromOptions):
 
 
 def refuse(errors: Iterable[tuple[OptionError, tuple[str, ...]]]) -> NoReturn:
-    """Raise pydantic's error, which says where among the parameters each option is.
+    """Raise pydantic's error, with the place of each option among the parameters.
 
     Args:
-        errors: each with its place, from the parameters that are being validated.
+        errors: each with its place below the value that is being validated.
     """
     details = [
         InitErrorDetails(
@@ -105,9 +105,15 @@ def refuse(errors: Iterable[tuple[OptionError, tuple[str, ...]]]) -> NoReturn:
     raise refused
 
 
+def reset(params: Params, *names: str) -> None:
+    """Give fields their defaults, so that unused values stay out of the key."""
+    for name in names:
+        object.__setattr__(params, name, type(params).model_fields[name].default)
+
+
 @cache
 def meanings(kind: type) -> dict[str, str]:
-    """Return field -> the first sentence that the docstrings of an options class say of it.
+    """Return field -> the first sentence about it in the docstrings of an options class.
 
     >>> from fishleg.options import ObsOptions
     >>> meanings(ObsOptions)

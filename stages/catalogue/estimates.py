@@ -15,7 +15,7 @@ _PROCESS_BYTES = 500 * 2**20  # Python with torch
 
 
 def _parameters(params: Sequence[Params]) -> int | None:
-    """Return the size of the network that `params`, or what is upstream of them, name."""
+    """Return the size of the network that the nearest of `params` names, if known."""
     named = next((one for one in params if isinstance(one, ModelParams)), None)
     entry = MODELS.find(named.model) if named is not None else None
     if named is None or entry is None or "parameters" not in entry.facts:
@@ -25,7 +25,7 @@ def _parameters(params: Sequence[Params]) -> int | None:
 
 
 def _data_bytes(params: Sequence[Params]) -> int:
-    """Return the size of the decoded data, 0 where it is not known."""
+    """Return the size of the decoded data, or 0 if unknown."""
     named = next((one for one in params if isinstance(one, DataParams)), None)
     entry = DATASETS.find(named.dataset) if named is not None else None
     return 0 if entry is None else entry.facts.get("bytes", 0)
@@ -61,7 +61,7 @@ def estimate_training(params: TrainingParams, upstream: Sequence[Params]) -> Est
 def estimate_curvature(params: CurvatureParams, upstream: Sequence[Params]) -> Estimate:
     """Forecast `curvature`: the estimate itself, and the gradients that are held for it.
 
-    Factors depend on the shapes of the layers, which are not known here; they are left out.
+    Factors are left out: they depend on the shapes of the layers, which are not known here.
     """
     parameters = _parameters(upstream)
     if parameters is None:

@@ -1,7 +1,7 @@
 """Batches of a training epoch: shuffled, cropped and flipped on the device, in a fixed order.
 
-Everything random of an epoch is drawn at its start from (seed, epoch), so batch b of epoch e is the
-same whether or not the run was interrupted before it.
+All random numbers of an epoch are drawn at its start from (seed, epoch), so batch b of epoch e is
+the same in a run that was interrupted before it.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def training_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (inputs, labels) of the batches from number `start` on.
 
-    The remainder that fills no batch is left out; each epoch leaves out other samples.
+    Samples beyond the last full batch are left out; each epoch leaves out other ones.
 
     Args:
-        dataset: its training split may be on any device, where the batches are made.
+        dataset: its training split may be on any device; batches are made there.
         batch_size: samples in a batch.
         seed: of the run.
         epoch: number of the epoch, from 0.
@@ -63,7 +63,7 @@ def training_batches(
 
 
 def crop(images: Tensor, shifts: Tensor, padding: int) -> Tensor:
-    """Return each image padded with zeros by `padding` and cut back to its size at its own place.
+    """Return each image padded with zeros by `padding`, then cropped to its size at its own place.
 
     Args:
         images: (n, C, H, W).

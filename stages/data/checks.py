@@ -1,6 +1,6 @@
-"""What every data set must be, checked once, when it is loaded; own loaders pass the same checks.
+"""Checks of a data set when it is loaded, the same for a user's own loaders.
 
-Each message names the split and the index of the first sample that is at fault.
+Each message names the split and the index of the first wrong sample.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from torch import Tensor
 from pipeline.stage import StageError
 from stages.data.dataset import IDS, SPLITS, VALUES, DataSet, Split
 
-_AT_ONCE = 4096  # samples that are looked through at a time
+_AT_ONCE = 4096  # samples checked at a time
 
 
 def check(dataset: DataSet, name: str) -> None:
-    """Refuse what a network would be trained or measured on wrongly, or fail on late.
+    """Refuse data that would give a wrong training or measurement, or a late error.
 
     Args:
-        dataset: as its loader returned it, with the normalisation that will be used.
+        dataset: from its loader, with the normalisation to be used.
         name: of the data set, for the message.
 
     Raises:
-        StageError: a split is empty, inputs and labels do not go together, a label is no class, a
-            number is not finite, or the normalisation does not fit the inputs.
+        StageError: a split is empty, inputs and labels do not fit each other, a label is no class,
+            a number is not finite, or the normalisation does not fit the inputs.
 
-    Cost: one look at all labels, and at all inputs that are floating-point numbers.
+    Cost: one pass over all labels, and over all floating-point inputs.
     """
     problem = next(_problems(dataset), None)
     if problem is not None:
@@ -103,37 +103,37 @@ def _between_splits(dataset: DataSet) -> Iterator[str]:
             train.shape[1:2],
         ):
             yield (
-                f"{name}.inputs: {_described(inputs)} does not go with train.inputs, "
-                f"{_described(train)}; type, dimensions and channels must be the same."
+                f"{name}.inputs: expected the type, dimensions and channels of train.inputs, "
+                f"{_described(train)}, got {_described(inputs)}."
             )
 
 
 def _of_normalisation(dataset: DataSet) -> Iterator[str]:
     inputs = dataset.train.inputs
-    for what, given in (("mean", dataset.mean), ("std", dataset.std)):
+    for name, given in (("mean", dataset.mean), ("std", dataset.std)):
         if not isinstance(given, Sequence):
-            yield f"{what}: expected a tuple of numbers, got {given!r}."
+            yield f"{name}: expected a tuple of numbers, got {given!r}."
     if inputs.dtype in IDS:
         if dataset.mean or dataset.std:
             yield (
-                f"mean, std: {_plain(inputs.dtype)} inputs are ids and go to the network as they "
-                "are; leave mean and std out, or convert numbers that are values to float32."
+                f"mean, std: {_plain(inputs.dtype)} inputs are ids, which go to the network "
+                "unchanged; leave mean and std out, or convert inputs that are values to float32."
             )
         return
     if bool(dataset.mean) != bool(dataset.std):
         yield "mean and std: got one of them; expected both or none."
     channels = inputs.shape[1]
-    for what, values in (("mean", dataset.mean), ("std", dataset.std)):
+    for name, values in (("mean", dataset.mean), ("std", dataset.std)):
         if len(values) not in (0, 1, channels):
             yield (
-                f"{what}: got {len(values)} numbers for inputs of {channels} channel"
+                f"{name}: got {len(values)} numbers for inputs of {channels} channel"
                 f"{'s' * (channels != 1)}, {_described(inputs)}; expected one for each, or one for "
                 "all."
             )
         for number, value in enumerate(values):
-            if not math.isfinite(value) or (what == "std" and value <= 0):
-                expected = "a finite number" if what == "mean" else "a number above 0"
-                yield f"{what}[{number}] is {value}; expected {expected}."
+            if not math.isfinite(value) or (name == "std" and value <= 0):
+                expected = "a finite number" if name == "mean" else "a number above 0"
+                yield f"{name}[{number}] is {value}; expected {expected}."
     if not math.isfinite(dataset.scale) or dataset.scale == 0:
         yield f"scale is {dataset.scale}; expected a finite number that is not 0."
 

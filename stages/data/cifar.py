@@ -21,7 +21,7 @@ from stages.data.missing import MissingData, find_or_fetch
 from stages.data.place import CIFAR100
 from stages.torchvision_import import import_torchvision
 
-# What unpickling raises when the bytes are not those of a batch.
+# Errors of unpickling for bytes that are no batch.
 _BROKEN = (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError)
 _PIXELS = 3 * 32 * 32
 _VALIDATION = 5_000
@@ -29,7 +29,7 @@ _VALIDATION = 5_000
 
 @dataclass(frozen=True, kw_only=True)
 class _Version:
-    """One published form of a data set: a folder, its files, and where the label stands."""
+    """One published form of a data set: a folder, its files, and the place of the label."""
 
     folder: str
     train: tuple[str, ...]
@@ -109,7 +109,7 @@ def _load(
         )
         raise MissingData(name, root, layout)
     train = version.read(root, version.train)
-    held = min(_VALIDATION, len(train) // 2)  # a cut-down copy keeps something to train on
+    held = min(_VALIDATION, len(train) // 2)  # a cut-down copy keeps training samples
     training, validation = hold_out_last(train.inputs, train.labels, held)
     return DataSet(
         train=training,
@@ -127,7 +127,7 @@ def _read_binary(path: Path, label_bytes: int) -> tuple[Tensor, Tensor]:
     """Read rows of label bytes followed by 3,072 pixels.
 
     Raises:
-        StageError: the file has not whole rows.
+        StageError: the file does not hold whole rows.
     """
     row = label_bytes + _PIXELS
     size = path.stat().st_size
@@ -158,7 +158,7 @@ def _read_pickled(path: Path, label_key: str) -> tuple[Tensor, Tensor]:
     return pixels, labels
 
 
-class _ArraysOnly(pickle.Unpickler):  # noqa: S301 - it is what makes unpickling safe
+class _ArraysOnly(pickle.Unpickler):  # noqa: S301 - it makes unpickling safe
     """Unpickles numpy arrays and plain containers; any other type in the file is refused."""
 
     _ALLOWED = {
@@ -169,7 +169,7 @@ class _ArraysOnly(pickle.Unpickler):  # noqa: S301 - it is what makes unpickling
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return a permitted type; numpy's old module names are followed to the present ones.
+        """Return a permitted type; numpy's old module names lead to the present ones.
 
         Raises:
             pickle.UnpicklingError: any other type.

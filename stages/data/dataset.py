@@ -1,9 +1,9 @@
-"""What a data set is: decoded arrays in three splits, held as they are stored (uint8 for images).
+"""A data set: decoded arrays in three splits, in their stored type (uint8 for images).
 
-Letters: N samples, C channels, H height, W width. The type of the inputs says what they are: bytes
-and floating-point numbers are `VALUES`, int32 and int64 are `IDS`, of tokens say. Normalisation is
-part of the data set, and is applied to batches of values on the device: x -> (x * scale - mean) /
-std, channel by channel. Ids go to the network as they are.
+Letters: N samples, C channels, H height, W width. The type of the inputs gives their meaning: bytes
+and floating-point numbers are `VALUES`, int32 and int64 are `IDS`, as of tokens. Normalisation is
+part of the data set, and applies to batches of values on the device: x -> (x * scale - mean) / std,
+channel by channel. Ids go to the network unchanged.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """Three disjoint splits, and how a batch of them becomes a model's input.
+    """Three disjoint splits, and the normalisation that makes a model's input of a batch.
 
     Attributes:
-        train: what is trained on, and what calibration samples are drawn from.
+        train: samples for training, and for calibration.
         validation: training samples set apart; all choices are made on them.
         test: read once for each reported number.
         num_classes: number of labels.
@@ -60,7 +60,7 @@ class DataSet:
         scale: factor before the normalisation (1/255 for images in bytes).
         crop_padding: augmentation: zeros added on each side before a random crop; 0 for none.
         flip: augmentation: random horizontal flips.
-        notes: what people should know about the data, a sentence each; told where they come in.
+        notes: about the data, a sentence each; the stage that loads them first logs them.
     """
 
     train: Split
@@ -88,9 +88,9 @@ class DataSet:
         )
 
     def formula(self) -> str:
-        """Return what `normalise` does to a stored input x, for people."""
+        """Return the formula of `normalise` for a stored input x."""
         if self.train.inputs.dtype in IDS:
-            return "ids, as they are"
+            return "ids, unchanged"
         scaled = "x" if self.scale == 1 else f"x * {self.scale:.6g}"
         if not self.mean:
             return scaled
@@ -104,8 +104,8 @@ class DataSet:
             batch: samples of a split, on any device.
 
         Returns:
-            The same shape. Values become float32, and images are laid out channels-last, which
-            convolutions like; ids stay what they are.
+            The same shape. Values become float32, and images channels-last, which is fast in
+            convolutions; ids stay unchanged.
         """
         if batch.dtype in IDS:
             return batch
@@ -123,7 +123,7 @@ class DataSet:
 def digest_arrays(dataset: DataSet) -> str:
     """Return the hex sha256 of all decoded arrays, with their names, types and shapes.
 
-    Equal arrays have equal digests whatever files they came from. Cost: about 0.5 s a gigabyte.
+    Equal arrays from different files have equal digests. Cost: about 0.5 s a gigabyte.
     """
     total = hashlib.sha256()
     for name in SPLITS:
@@ -139,7 +139,7 @@ def digest_arrays(dataset: DataSet) -> str:
 
 
 def spread(split: Split, count: int) -> Split:
-    """Return `count` samples spread evenly over the split (all, when it has no more).
+    """Return `count` samples spread evenly over the split, or all if it has fewer.
 
     Even spacing keeps all classes in a subset of data that are stored class by class.
     """
@@ -149,7 +149,7 @@ def spread(split: Split, count: int) -> Split:
 
 
 def hold_out_last(inputs: Tensor, labels: Tensor, count: int) -> tuple[Split, Split]:
-    """Cut the last `count` training samples off as the validation split."""
+    """Split off the last `count` training samples for validation."""
     cut = len(labels) - count
     return (
         Split(inputs=inputs[:cut], labels=labels[:cut]),
@@ -158,7 +158,7 @@ def hold_out_last(inputs: Tensor, labels: Tensor, count: int) -> tuple[Split, Sp
 
 
 def hold_out_per_class(inputs: Tensor, labels: Tensor, fraction: float) -> tuple[Split, Split]:
-    """Set apart the last `fraction` of each class as the validation split, order kept.
+    """Split off the last `fraction` of each class for validation, order kept.
 
     At least one sample of every class that has two goes to validation.
     """

@@ -1,11 +1,11 @@
-"""Trees of images: one folder a class, one folder a split. Tiny ImageNet is one of them.
+"""Trees of images: a folder for each split, and in it one for each class; Tiny ImageNet is one.
 
-A tree has `train/CLASS/*` and a test split `test/CLASS/*` or `val/CLASS/*`; where both are there,
-`val` is the validation split, else a tenth of each class's training images is set apart for it. The
-folders in `train`, sorted by name, are the classes, for all splits: one that another split lacks
-moves no label, and one that only another split has is an error. What is hidden (`.DS_Store`,
-`.ipynb_checkpoints`, `__MACOSX`) is passed over. How a file becomes bytes: `stages.data.images`.
-Decoded arrays are cached beside the tree, since decoding 100,000 JPEGs takes a minute.
+A tree has `train/CLASS/*` and a test split `test/CLASS/*` or `val/CLASS/*`; with both, `val` is the
+validation split, else a tenth of each class's training images is. The folders in `train`, sorted by
+name, are the classes of all splits: a class that another split lacks moves no label, and a class
+that `train` lacks is an error. Hidden files (`.DS_Store`, `.ipynb_checkpoints`, `__MACOSX`) are
+ignored. `stages.data.images` reads the files. Decoded arrays are cached in the tree, since decoding
+100,000 JPEGs takes a minute.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 _LAYOUT = "train/CLASS/IMAGE, and test/CLASS/IMAGE or val/CLASS/IMAGE (jpeg, png, bmp, webp, ppm)"
 
 _Labelled = list[tuple[Path, int]]
-_HIDDEN = (".", "__MACOSX")  # how the names begin that a tree's own files do not have
+_HIDDEN = (".", "__MACOSX")  # prefixes of names
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Decoded:
-    """The splits of a tree, and what is said about their images."""
+    """The splits of a tree, and notes about their images."""
 
     splits: Mapping[str, Split]
     notes: tuple[str, ...]
@@ -63,18 +63,17 @@ def load(
     Args:
         path: the tree's folder.
         root: the data folder.
-        download: trees cannot be downloaded; the error says so.
+        download: ignored, since a tree has no source to download from.
         image_size: shorter side after resizing, then a centre crop to a square; None when all
             images have the same size already.
         background: grey level, 0 to 255, behind transparent pixels; None refuses such images.
-        upright: turn photographs as their EXIF orientation says. By default they stay as stored,
-            which is how torchvision's ImageFolder shows them to the networks that it trains; that
-            there are such photographs is noted.
+        upright: turn photographs by their EXIF orientation. By default they stay as stored, as in
+            torchvision's ImageFolder, and a note tells their number.
 
     Raises:
-        MissingData: the tree is not there.
+        MissingData: the tree is missing.
         StageError: a split has a class that `train` lacks, a class has no training image, images
-            differ in size, or one is damaged or refused; the message has its path.
+            differ in size, or an image is damaged or refused; the message has its path.
     """
     del download
     tree = tree_folder(root, path)
@@ -83,12 +82,12 @@ def load(
         raise MissingData(f"The tree of images {path!r}", tree, _LAYOUT, downloadable=False)
     classes = _folders(tree / "train")
     others = [name for name in _folders(tree) if name not in names]
-    notes = [f"{tree}: {_some(others)}: no train, val or test, and left out"] if others else []
+    notes = [f"{tree}: {_some(others)}: ignored, not train, val or test"] if others else []
     splits = {name: _labelled(tree / name, classes, notes) for name in names}
     without = sorted(set(range(len(classes))) - {label for _, label in splits["train"]})
     if without:
         raise StageError(
-            f"{tree / 'train' / classes[without[0]]} has no image, and each folder in train is a "
+            f"{tree / 'train' / classes[without[0]]} has no image, but each folder in train is a "
             f"class. Put images there, or remove the folder. Expected {_LAYOUT}."
         )
     reading = Reading(image_size=image_size, background=background, upright=upright)
@@ -101,8 +100,8 @@ def load(
         test = parts["test" if "test" in parts else "val"]
     if not len(validation):
         raise StageError(
-            f"{tree / 'train'}: no class has two images, so that none can be set apart for "
-            "validation. Add images, or a folder val beside it and test."
+            f"{tree / 'train'}: no class has two images, so that validation gets none. Add images, "
+            "or a folder val beside train and test."
         )
     return _data_set(train, validation, test, len(classes), (*notes, *decoded.notes))
 
@@ -114,7 +113,7 @@ def load_tiny_imagenet(root: Path, *, download: bool = False) -> DataSet:
     here, as in the literature; validation is the last 5 % of each class's training images.
 
     Raises:
-        MissingData: it is not there.
+        MissingData: it is missing.
     """
     tree = root / TINY_IMAGENET
 
@@ -147,7 +146,7 @@ def _annotated(folder: Path, classes: Sequence[str]) -> _Labelled:
     """Return (image, class number) of each line of Tiny ImageNet's annotations, sorted.
 
     Raises:
-        StageError: a line names no image that is there, or no class.
+        StageError: a line names a missing image, or no class.
     """
     path = folder / "val_annotations.txt"
     numbers = {name: number for number, name in enumerate(classes)}
@@ -161,7 +160,7 @@ def _annotated(folder: Path, classes: Sequence[str]) -> _Labelled:
         if label not in numbers:
             raise StageError(f"{path}:{line}: {label!r} is no class folder of train.")
         if not image.is_file():
-            raise StageError(f"{path}:{line}: {image} is not there.")
+            raise StageError(f"{path}:{line}: {image} is missing.")
         labelled.append((image, numbers[label]))
     return sorted(labelled)
 
@@ -183,7 +182,7 @@ def _data_set(
 
 
 def _folders(folder: Path) -> list[str]:
-    """Return the names of the folders in `folder` that are not hidden, sorted."""
+    """Return the sorted names of the folders in `folder`, without hidden ones."""
     found = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
     return sorted(name for name in found if not name.startswith(_HIDDEN))
 
@@ -194,10 +193,10 @@ def _labelled(folder: Path, classes: Sequence[str], notes: list[str]) -> _Labell
     Args:
         folder: of the split.
         classes: names of the class folders of `train`, in the order of their numbers.
-        notes: what is left out is noted here.
+        notes: gets notes about ignored files.
 
     Raises:
-        StageError: the split has a folder that is no class, no image at all, or a link to nothing.
+        StageError: the split has a folder that is no class, no image, or a dangling link.
     """
     here = _folders(folder)
     for name in here:
@@ -205,8 +204,8 @@ def _labelled(folder: Path, classes: Sequence[str], notes: list[str]) -> _Labell
             near = get_close_matches(name, classes, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise StageError(
-                f"{folder / name} is no class: {folder.parent / 'train'} has no folder of that "
-                f"name, and the classes are the folders there.{hint}"
+                f"{folder / name} is no class: {folder.parent / 'train'}, whose folders are the "
+                f"classes, has no folder of that name.{hint}"
             )
     missing = [name for name in classes if name not in here]
     if missing:
@@ -224,8 +223,8 @@ def _labelled(folder: Path, classes: Sequence[str], notes: list[str]) -> _Labell
     left_out = [path for path in others if not _is_hidden(path.relative_to(folder))]
     if left_out:
         notes.append(
-            f"{folder}: {len(left_out)} files are left out, since they lie in no class folder or "
-            f"are not jpeg, png, bmp, webp or ppm by their names; the first is {left_out[0]}."
+            f"{folder}: {len(left_out)} files are ignored: they are in no class folder, or not "
+            f"jpeg, png, bmp, webp or ppm by their names; the first is {left_out[0]}."
         )
     if not labelled:
         raise StageError(f"{folder} has no image. Expected {_LAYOUT}.")
@@ -233,7 +232,7 @@ def _labelled(folder: Path, classes: Sequence[str], notes: list[str]) -> _Labell
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return all files below a folder, sorted; links are followed, but for those around themselves.
+    """Return all files below a folder, sorted; links are followed, except to a folder above.
 
     `Path.rglob` follows links to folders in some versions of Python only.
     """
@@ -251,7 +250,7 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _some(names: Sequence[str]) -> str:
-    """Return up to five names, quoted, and how many more there are."""
+    """Return up to five names, quoted, and the number of the rest."""
     shown = ", ".join(repr(name) for name in names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
@@ -259,9 +258,9 @@ def _some(names: Sequence[str]) -> str:
 def _decode_cached(tree: Path, splits: Mapping[str, _Labelled], reading: Reading) -> _Decoded:
     """Decode all splits, or take them from `.decoded-HASH.safetensors` in the tree.
 
-    The hash covers every path, size, time and inode, how images are read, and the version of
-    the rules, so a changed tree is decoded again, and so is one whose cache is not what was
-    written. A tree that cannot be written to is decoded each time.
+    The hash covers every path, size, time and inode, the options, and the version of the rules, so
+    a changed tree is decoded again, as is a tree with a damaged cache. A tree without permission to
+    write is decoded each time.
     """
     listing = [
         [name, str(path.relative_to(tree)), *_signature(path)]
@@ -285,7 +284,7 @@ def _decode_cached(tree: Path, splits: Mapping[str, _Labelled], reading: Reading
 
 
 def _read_cache(cache: Path) -> tuple[dict[str, Tensor], tuple[str, ...]] | None:
-    """Return the images and notes in a cache, or None unless it is there and whole."""
+    """Return the images and notes in a cache; None if it is missing or damaged."""
     try:
         images = load_file(cache)
         with safe_open(cache, "pt") as file:
@@ -299,7 +298,7 @@ def _read_cache(cache: Path) -> tuple[dict[str, Tensor], tuple[str, ...]] | None
 
 
 def _write_cache(cache: Path, images: dict[str, Tensor], notes: tuple[str, ...]) -> None:
-    """Write a cache, whole and to the disk; where there is no room there is none."""
+    """Write a cache atomically and durably; without room on the disk, write none."""
     text = json.dumps(notes)
     about = {"notes": text, "sha256": _checksum(images, text)}
     part = cache.with_name(f"{cache.name}.{uuid.uuid4().hex}.part")
@@ -326,17 +325,17 @@ def _checksum(images: Mapping[str, Tensor], notes: str) -> str:
 
 
 def _signature(path: Path) -> tuple[int, ...]:
-    """Return what tells that a file was changed: size, times and inode.
+    """Return the size, times and inode of a file, which change with it.
 
-    The modification time alone is anyone's to set, as tools that copy files do.
+    The modification time alone does not: tools that copy files set it.
 
     Raises:
-        StageError: the path is a link to nothing.
+        StageError: the path is a dangling link.
     """
     try:
         found = path.stat()
     except FileNotFoundError:
-        raise StageError(f"{path} is a link to a file that is not there.") from None
+        raise StageError(f"{path} is a link to a missing file.") from None
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
@@ -349,9 +348,8 @@ def _decode_all(
     if not turned:
         return images, ()
     note = (
-        f"{len(turned)} images have an EXIF orientation and are used as they are stored, not "
-        f"turned, as torchvision does; the first is {turned[0]}. `dataset_args: {{upright: true}}` "
-        "turns them."
+        f"{len(turned)} images have an EXIF orientation and are used as stored, not turned, as in "
+        f"torchvision; the first is {turned[0]}. `dataset_args: {{upright: true}}` turns them."
     )
     return images, (note,)
 

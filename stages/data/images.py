@@ -1,9 +1,9 @@
-"""One image file as three channels of bytes: each kind of pixel by its own range, or refused.
+"""One image file as three channels of bytes: each kind of pixel is read by its range, or refused.
 
-Palettes, grey levels, one bit, CMYK and YCbCr become RGB as Pillow converts them. 16-bit grey
-levels are divided by 257, so that black is 0 and white 255. Refused, by path: what has no range of
-its own (floating-point numbers, 32-bit integers), several frames, damaged files, and transparent
-pixels unless a background is given, since what is under them shows in no viewer.
+Palettes, grey levels, one bit, CMYK and YCbCr become RGB as in Pillow. 16-bit grey levels are
+divided by 257, so that black is 0 and white 255. Refused, by path: pixels without a range
+(floating-point numbers, 32-bit integers), several frames, damaged files, and transparent pixels
+unless a background is given, since no viewer shows the colour under them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = {".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm"}
-RULES = 2  # raise it when any image decodes otherwise than before: decoded copies are told apart
+RULES = 2  # raise it when any image decodes to other bytes, so that decoded copies are not mixed
 _AS_PILLOW_DOES = {"RGB", "L", "1", "P", "CMYK", "YCbCr", "HSV"}
 _WITH_ALPHA = {"RGBA", "LA", "PA"}
 _16_BITS = {"I;16", "I;16L", "I;16B", "I;16N"}
@@ -38,21 +38,21 @@ _TURNS = {
     8: "ROTATE_90",
 }
 _TRANSPARENT = (
-    "{} has transparent pixels, and nothing says what is behind them. Give a grey level: "
+    "{} has transparent pixels, and no background. Give a grey level: "
     "`dataset_args: {{background: 255}}` is white, 0 is black."
 )
-# What Pillow raises for bytes that are no whole image of their kind.
+# Errors of Pillow for bytes that are no whole image.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How images are read, besides what their files say.
+    """Options of reading images.
 
     Attributes:
         image_size: shorter side after resizing, then a centre crop to a square; None to keep sizes.
         background: grey level, 0 to 255, behind transparent pixels; None to refuse such images.
-        upright: turn photographs as their EXIF orientation says; else they stay as stored.
+        upright: turn photographs by their EXIF orientation; else they stay as stored.
 
     Raises:
         StageError: a value is out of range.
@@ -73,10 +73,10 @@ class Reading:
 
 
 def read_image(path: Path, reading: Reading) -> tuple[Tensor, bool]:
-    """Return the pixels, uint8 (3, H, W), and whether an EXIF orientation was left out.
+    """Return the pixels, uint8 (3, H, W), and whether an EXIF orientation was ignored.
 
     Raises:
-        StageError: the file is damaged, or is refused; see the module.
+        StageError: the file is damaged or refused; see the module.
     """
     from PIL import Image, ImageOps  # lazily: only trees of images need it
 
@@ -105,10 +105,10 @@ def read_image(path: Path, reading: Reading) -> tuple[Tensor, bool]:
 
 
 def _turn(image: Image) -> str | None:
-    """Return the name of what turns the image upright, or None when it is."""
+    """Return the `Transpose` that turns the image upright, or None when it is."""
     try:
         return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    except _BROKEN:  # damaged EXIF data beside pixels that are whole
+    except _BROKEN:  # damaged EXIF data beside whole pixels
         return None
 
 
@@ -116,7 +116,7 @@ def _in_bytes(path: Path, image: Image, background: int | None) -> Image:
     """Return the image in mode RGB.
 
     Raises:
-        StageError: its pixels have no range of their own, or some are transparent.
+        StageError: its pixels have no range, or some are transparent.
     """
     if image.mode in _16_BITS or (image.mode == "I" and image.format in {"PNG", "PPM"}):
         if "transparency" in image.info:
@@ -126,14 +126,14 @@ def _in_bytes(path: Path, image: Image, background: int | None) -> Image:
         return _opaque(path, image, background)
     if image.mode not in _AS_PILLOW_DOES:
         raise StageError(
-            f"{path}: pixels of kind {image.mode} have no range of their own, so that nothing says "
-            "what is white. Convert them to 8 or 16 bits, or write a loader of your own."
+            f"{path}: pixels of kind {image.mode} have no range, so that white is not defined. "
+            "Convert them to 8 or 16 bits, or write a loader of your own."
         )
     return image.convert("RGB")
 
 
 def _from_16_bits(path: Path, image: Image) -> Image:
-    """Divide by 257, rounded: 65535 is white, and bytes that were widened come back unchanged.
+    """Divide by 257, rounded: 65535 is white, and widened bytes come back unchanged.
 
     Raises:
         StageError: there are numbers of more than 16 bits.
@@ -152,7 +152,7 @@ def _from_16_bits(path: Path, image: Image) -> Image:
 
 
 def _opaque(path: Path, image: Image, background: int | None) -> Image:
-    """Lay the image over the background; one that is opaque all over needs none.
+    """Put the background behind the image; an opaque image needs none.
 
     Raises:
         StageError: there is no background, and it needs one.

@@ -1,4 +1,4 @@
-"""The one way to say that data are not there, and to download them safely."""
+"""The error of missing data, and their download by one process at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.stage import StageError
 
 
 class MissingData(StageError):
-    """Names the folder, the layout expected, and the way to get the data.
+    """Data are missing; the message has the folder, the expected layout, and the remedy.
 
     Args:
         name: the data set, for people.
@@ -36,7 +36,7 @@ class MissingData(StageError):
 
 @contextmanager
 def download_lock(root: Path) -> Iterator[None]:
-    """Let one process at a time download into `root`; the others wait, then find the files."""
+    """Let one process at a time download into `root`; the others wait."""
     root.mkdir(parents=True, exist_ok=True)
     with open(root / ".download.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""Mixing of images: a rectangle of each is taken from another, for targets that need no label."""
+"""CutMix: a rectangle of an image is taken from another, for targets without labels."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _SIDES = (0.25, 0.75)  # of a rectangle, as fractions of the image's
 def cutmix(images: Tensor, fraction: float, draw: torch.Generator) -> Tensor:
     """Return the images, some with a rectangle from another image of the batch in place of theirs.
 
-    CutMix (Yun et al., arXiv 1905.04899), but for the targets: there labels are mixed by area, here
-    the dense network says what it makes of the mixed image. Height and width of a rectangle are
-    uniform between a quarter and three quarters of the image's, and its place is uniform.
+    CutMix (Yun et al., arXiv 1905.04899) with other targets: there labels are mixed by area, here
+    the target is the dense network's output for the mixed image. Height and width of a rectangle
+    are uniform between a quarter and three quarters of the image's, and its place is uniform.
 
     Args:
         images: (n, C, H, W), on any device; not modified.
         fraction: probability that an image is changed, in [0, 1].
-        draw: on the CPU; gives 5 n numbers and a permutation.
+        draw: on the CPU; draws 5 n numbers and a permutation.
 
     Raises:
         StageError: these are no images.

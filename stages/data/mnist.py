@@ -1,4 +1,4 @@
-"""MNIST and Fashion-MNIST from their idx files, where torchvision puts them: NAME/raw/.
+"""MNIST and Fashion-MNIST from their idx files in NAME/raw/, as in torchvision.
 
 Y. LeCun et al., 1998; H. Xiao et al., arXiv 1708.07747. The validation split is the last 5,000
 training images.
@@ -59,7 +59,7 @@ def _load(name: str, root: Path, download: bool, *, mean: float, std: float) -> 
     images, labels, test_images, test_labels = (
         _read_idx(path, rank) for path, rank in zip(found, (3, 1, 3, 1), strict=True)
     )
-    held = min(_VALIDATION, len(labels) // 2)  # a cut-down copy keeps something to train on
+    held = min(_VALIDATION, len(labels) // 2)  # a cut-down copy keeps training samples
     train, validation = hold_out_last(images.unsqueeze(1), labels.to(torch.int64), held)
     return DataSet(
         train=train,
@@ -81,7 +81,7 @@ def _read_idx(path: Path, rank: int) -> Tensor:
     """Return the uint8 array of an idx file: magic 00 00 08 RANK, big-endian sizes, then bytes.
 
     Raises:
-        StageError: the file is none, is not whole, or its array has not `rank` dimensions.
+        StageError: the file is no idx file, is damaged, or has another number of dimensions.
     """
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()

@@ -1,4 +1,4 @@
-"""Where data are looked for. The catalogue imports this, so it imports nothing heavy."""
+"""The folders of data sets. The catalogue imports this, so it imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ TINY_IMAGENET = "tiny-imagenet-200"
 
 
 def data_folder() -> Path:
-    """Return the folder that data sets are under: `FISHLEG_DATA`, by default `data`."""
+    """Return the folder of all data sets: `FISHLEG_DATA`, by default `data`."""
     return Path(os.path.expanduser(os.environ.get("FISHLEG_DATA") or "data"))
 
 
 def tree_folder(root: Path, path: str) -> Path:
-    """Return the folder of a tree of images: `path` under `root`; absolute, or from `~`, itself."""
+    """Return the folder of a tree of images: `path` under `root`, unless absolute or from `~`."""
     return root / os.path.expanduser(path)
 
 
 def complete_folder(root: Path, forms: Mapping[str, Sequence[str]]) -> Path:
-    """Return the first folder under `root` that has all its files, or else the first one."""
+    """Return the first folder under `root` with all its files, or else the first one."""
     whole = (
         name for name, files in forms.items() if all((root / name / f).is_file() for f in files)
     )

@@ -24,9 +24,9 @@ class DataSource:
     """A data set with its options, as it is kept beside each model for the stages that follow.
 
     Attributes:
-        reference: what the name stands for.
+        reference: the loader.
         args: options of the loader.
-        download: whether the loader may fetch what is missing.
+        download: whether the loader may fetch missing data.
         verify: whether the arrays must have the digest in `reference`.
         subset: samples kept of each split, or None for all.
         mean: replaces the data set's own normalisation, or None.
@@ -70,12 +70,12 @@ class DataSource:
 
 
 def load_data(source: DataSource) -> tuple[DataSet, DataSource]:
-    """Return the data set and the source with the digest of what was loaded.
+    """Return the data set, and the source with the digest of the loaded arrays.
 
-    A declared digest is verified; where none is declared, the digest found is put into the source
-    returned, so that later stages notice when the data have changed in between.
+    A declared digest is verified. Without a declared one, the source returned has the digest found,
+    so that later stages notice changed data.
 
-    Data that are missing, that are not those declared, or that `stages.data.checks` refuses, are a
+    Missing data, data of another digest, and data that `stages.data.checks` refuses are a
     StageError.
     """
     return _load(data_folder().absolute(), json.dumps(source.to_json(), sort_keys=True))
@@ -118,7 +118,7 @@ def _verified(dataset: DataSet, source: DataSource) -> DataSource:
     if declared is not None and declared != found:
         raise StageError(
             f"The arrays of data set {source.reference.name!r} have the sha256 {found}, expected "
-            f"{declared}: files are damaged, cut down or changed. Get them again, or use them "
-            "knowingly with `verify: false` among the params of the stage that names the data set."
+            f"{declared}: files are damaged, cut down or changed. Get them again, or accept them "
+            "with `verify: false` among the params of the stage that names the data set."
         )
     return replace(source, reference=replace(source.reference, digest=found))

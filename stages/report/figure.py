@@ -15,8 +15,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from stages.report.summary import PUBLISHED, SECTIONS, Lines, Point, Summary
 
-# Okabe and Ito's palette, which people with any colour vision can tell apart; methods differ in
-# their markers, too.
+# Okabe and Ito's palette, which all kinds of colour vision distinguish; methods differ in their
+# markers, too.
 _COLOURS = {
     "fishleg": "#D55E00",
     "obs": "#0072B2",
@@ -31,7 +31,7 @@ _GREY = "#777777"
 
 @dataclass(frozen=True, kw_only=True)
 class _Style:
-    """How one section's lines look; `shift` sets them apart, in doublings of compression."""
+    """The style of a section's lines; `shift` separates them, in doublings of compression."""
 
     line: Literal["-", "--", ":", "-."]
     filled: bool
@@ -75,7 +75,7 @@ def draw(summary: Summary, title: str, path: Path) -> None:
     colours = _colours(methods)
     style: dict[Any, Any] = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(style):
-        wide = len(panels) > 1  # then the legend has room below, else beside
+        wide = len(panels) > 1  # the legend is below, else beside
         width = 6.4 * len(panels) if wide else 9.0
         figure = Figure(figsize=(width, 5.2), layout="constrained")
         axes = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
@@ -196,14 +196,14 @@ def _kind_handle(section: str) -> Line2D:
 
 
 def _colours(methods: Iterable[str]) -> dict[str, str]:
-    """Return a colour for each method; those without one of their own take the spare ones."""
+    """Return a colour for each method; a method without its own takes a spare one."""
     unknown = dict.fromkeys(method for method in methods if method not in _COLOURS)
     spare = {m: _SPARE_COLOURS[i % len(_SPARE_COLOURS)] for i, m in enumerate(unknown)}
     return {method: _COLOURS.get(method) or spare[method] for method in dict.fromkeys(methods)}
 
 
 def _scale(axis: Any, sparsities: Sequence[float]) -> None:
-    """Space sparsities by doublings of compression, so that 0.9, 0.95 and 0.98 stand apart."""
+    """Space sparsities by doublings of compression, which separates 0.9, 0.95 and 0.98."""
     axis.set_xscale("function", functions=(_from_sparsity, _to_sparsity))
     axis.xaxis.set_major_locator(FixedLocator(list(sparsities)))
     axis.xaxis.set_minor_locator(NullLocator())

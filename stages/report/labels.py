@@ -1,7 +1,7 @@
-"""What a line of the table is called: its method, and whatever else tells it from other lines.
+"""The names of the table's lines: the method, and the settings that tell a line from others.
 
-Models that are equal but for their seeds are one line, and averaged. Whatever else differs makes
-lines of its own, so that no mean is taken over anything but seeds.
+Models that are equal but for their seeds are one line, and averaged. Models that differ in any
+setting are separate lines, so that means are over seeds alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _EARLIER = "of an earlier version"
 
 
 def labels_of(rows: Sequence[Row]) -> Callable[[Row], str]:
-    """Return what names a row's line, for these rows and no others."""
+    """Return a function that names the line of each of these rows."""
     kinds: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         kinds.setdefault(_kind(row), []).append(row)
@@ -29,7 +29,7 @@ def labels_of(rows: Sequence[Row]) -> Callable[[Row], str]:
 
 
 def _kind(row: Row) -> tuple[Any, ...]:
-    """Return what a row shares with all rows that it stands beside under one heading."""
+    """Return the kind of a row's model, which all lines under a heading share."""
     return row["mode"], row["finetuned"], row["method"]
 
 
@@ -63,8 +63,8 @@ def _names(rows: Sequence[Row]) -> dict[str, str]:
 def _differing(rows: Sequence[Row]) -> list[str]:
     """Return the settings in which rows of one kind and path differ.
 
-    In a row of before there were settings, a damping may have been chosen for its place by a
-    `select`: it counts only where two rows of one place differ in it.
+    In a row from before there were settings, a `select` may have chosen the damping for its place:
+    it counts only where two rows of one place differ in it.
     """
     found = [settings_of(row) for row in rows]
     keys = dict.fromkeys(key for one in found for key in one)
@@ -80,7 +80,7 @@ def _differing(rows: Sequence[Row]) -> list[str]:
 
 
 def _short_names(rows: Sequence[Row]) -> dict[str, str]:
-    """Return setting -> its name, without the stage where no other stage has one of that name."""
+    """Return setting -> its name, without the stage where that is unique."""
     keys = {key for row in rows for key in settings_of(row)}
     owners: dict[str, int] = {}
     for key in keys:
@@ -91,13 +91,13 @@ def _short_names(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _words(name: str, value: Any) -> str:
-    """Return a setting for people; what a structure is called says that it is one."""
+    """Return a setting for people; the value of a structure needs no name."""
     text = shown(value)
     return text if name.rpartition(".")[2] == "structure" else f"{name} {text}"
 
 
 def _turns(paths: Sequence[str | None]) -> dict[str | None, str]:
-    """Return path -> where it leaves the others."""
+    """Return path -> the part from which it differs from the others."""
     parts = {path: path.split(ARROW) for path in paths if path is not None}
     common = 0
     while parts and len({tuple(one[: common + 1]) for one in parts.values()}) == 1:
@@ -111,7 +111,7 @@ def _turns(paths: Sequence[str | None]) -> dict[str | None, str]:
 
 
 def _tell_apart(rows: Sequence[Row], details: Mapping[str, list[str]]) -> None:
-    """Add the stage's or the cell's name to rows that nothing else tells apart, not even a seed."""
+    """Add the stage's or the cell's name to rows that are equal in all else, even in seeds."""
     for name in (stage_of, lambda row: str(row["model_cell"])):
         for same in _collisions(rows, details):
             if len({name(row) for row in same}) > 1:

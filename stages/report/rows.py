@@ -9,7 +9,7 @@ from stages.columns import Row
 
 
 def settings_of(row: Row) -> dict[str, Any]:
-    """Return what tells the row's model from others, apart from seeds and target; and the split.
+    """Return all that tells the row's model from others, but seeds and target; and the split.
 
     A row of before there were settings has those that it had columns for.
     """
@@ -20,12 +20,12 @@ def settings_of(row: Row) -> dict[str, Any]:
 
 
 def seeds_of(row: Row) -> dict[str, int]:
-    """Return the seeds of all stages on the model's way."""
+    """Return the seeds of all stages before the model."""
     return dict(row["seeds"]) if "seeds" in row else {"seed": row["seed"]}
 
 
 def model_of(row: Row) -> str:
-    """Return what rows of one model share, and no others."""
+    """Return the identity of the row's model."""
     return row["key"] or json.dumps(dict(row), sort_keys=True)
 
 
@@ -35,7 +35,7 @@ def stage_of(row: Row) -> str:
 
 
 def warnings_of(row: Row) -> list[str]:
-    """Return what a reader has to know of the row's model, a sentence each."""
+    """Return the warnings about the row's model, a sentence each."""
     found = list(row.get("warnings", ()))
     emptied = row.get("emptied", ())
     if emptied and not any(all(name in text for name in emptied) for text in found):

@@ -30,8 +30,8 @@ class Point:
 
     Attributes:
         accuracies: in percent, one for each model that was evaluated.
-        failed: names of the cells that should have given a model and did not.
-        warned: names of the cells whose models come with a warning.
+        failed: names of the cells that failed to give a model.
+        warned: names of the cells whose models have a warning.
     """
 
     accuracies: tuple[float, ...] = ()
@@ -55,13 +55,13 @@ Lines = dict[str, dict[float, Point]]
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """All that table and figure show.
+    """The content of table and figure.
 
     Attributes:
         dense: dense networks, as shown -> point.
         sections: section title -> lines.
         failed: names of all cells that failed, in order.
-        warnings: what a reader has to know -> names of the cells whose models it is about.
+        warnings: warning -> names of the cells of its models.
         unprunable: weight -> why it is not prunable, over all networks.
     """
 
@@ -77,9 +77,9 @@ def summarise(
     failed: Sequence[Row] = (),
     published: Sequence[tuple[str, Mapping[float, float]]] = (),
 ) -> Summary:
-    """Group rows by section, line and target; seeds fall together.
+    """Group rows by section, line and target; seeds are averaged.
 
-    Rows that differ in anything else are lines of their own; see `labels_of`. A model that was
+    Rows that differ in anything else are separate lines; see `labels_of`. A model that was
     evaluated twice counts once.
 
     Args:
@@ -160,10 +160,10 @@ def _lines(
 def _lost_points(
     rows: Sequence[Row], failed: Sequence[Row], label: Callable[[Row], str]
 ) -> dict[tuple[str, str, float], list[str]]:
-    """Return (section, line, target) -> failed cells, for cells whose place is known.
+    """Return (section, line, target) -> failed cells, where these can be inferred.
 
     A failed cell belongs to the section of its stage's other cells, and to the method and sparsity
-    of its axes; to the line of its stage's other cells of that method, where they are of one.
+    of its axes; to the line of its stage's other cells of that method, if they have one line.
     """
     section_of = {stage_of(row): SECTIONS.get((row["mode"], row["finetuned"])) for row in rows}
     lines: dict[tuple[str, str], set[str]] = {}

@@ -18,17 +18,17 @@ def markdown(summary: Summary, title: str) -> str:
         parts += [f"## {section}", _table(lines)]
     parts.append(
         "Accuracy in percent, mean ± half the range over seeds; the best of a column is bold. "
-        "Columns are the fractions of prunable weights that were to be removed."
+        "Columns are the fractions of prunable weights that were asked to be removed."
     )
     parts += _footnotes(summary)
     if summary.failed:
         cells = "\n".join(f"- `{name}`" for name in summary.failed)
-        parts.append(f"† Failed, and so not in the numbers:\n\n{cells}")
+        parts.append(f"† Failed, so not in the numbers:\n\n{cells}")
     return "\n\n".join(parts) + "\n"
 
 
 def dense_title(label: str) -> str:
-    """Return how a dense network is called.
+    """Return the title of a dense network.
 
     >>> dense_title("dense"), dense_title("dense (width 8)")
     ('Dense network', 'Dense network (width 8)')
@@ -37,7 +37,7 @@ def dense_title(label: str) -> str:
 
 
 def _footnotes(summary: Summary) -> list[str]:
-    """Return what must be seen: warnings, and weights that were never up for removal."""
+    """Return the warnings, and the weights that are not prunable."""
     parts = []
     if summary.warnings:
         found = [f"- {text} ({_listed(cells)})" for text, cells in summary.warnings.items()]

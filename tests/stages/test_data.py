@@ -201,7 +201,7 @@ def test_changed_data_are_noticed_by_the_next_stage(
 
 
 def test_a_source_survives_json() -> None:
-    source = source_of("digits", mean=[0.1], subset=12, dataset_args={"a": 1})
+    source = source_of("own:load", mean=[0.1], subset=12, dataset_args={"a": 1})
     assert DataSource.from_json(source.to_json()) == source
 
 

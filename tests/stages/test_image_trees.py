@@ -66,7 +66,7 @@ def test_a_class_that_a_split_lacks_moves_no_label_and_is_told(
 def test_a_class_that_training_lacks_is_an_error_with_its_path(tmp_path: Path) -> None:
     tree(tmp_path, {"train": "ab", "test": "ab"})
     save(tmp_path / "test" / "A" / "0.png")
-    with pytest.raises(StageError, match=r"/test/A is no class.*train has no folder"):
+    with pytest.raises(StageError, match=r"/test/A is no class: .*/train, whose folders"):
         load(tmp_path)
 
 
@@ -80,7 +80,7 @@ def test_a_misspelt_class_is_told_the_nearest_name(tmp_path: Path) -> None:
 def test_a_class_without_a_training_image_is_an_error_with_its_path(tmp_path: Path) -> None:
     tree(tmp_path, {"train": "ab", "test": "ab"})
     (tmp_path / "train" / "logs").mkdir()
-    with pytest.raises(StageError, match=r"train/logs has no image, and each folder"):
+    with pytest.raises(StageError, match=r"train/logs has no image, but each folder"):
         load(tmp_path)
 
 
@@ -113,7 +113,7 @@ def test_files_that_are_left_out_are_told(tmp_path: Path) -> None:
     save(tmp_path / "train" / "stray.png")
     (tmp_path / "train" / "a" / "x.gif").write_bytes(b"GIF89a")
     (note,) = load(tmp_path).notes
-    assert "train: 2 files are left out" in note
+    assert "train: 2 files are ignored" in note
     assert str(tmp_path / "train" / "stray.png") in note
 
 
@@ -121,7 +121,7 @@ def test_folders_that_are_no_split_are_told(tmp_path: Path) -> None:
     """The failing case: `validation` was passed over, training images set apart in its place."""
     tree(tmp_path, {"train": "ab", "validation": "ab", "test": "ab"})
     (note,) = load(tmp_path).notes
-    assert "'validation': no train, val or test, and left out" in note
+    assert "'validation': ignored, not train, val or test" in note
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
@@ -136,14 +136,14 @@ def test_an_empty_split_is_an_error_with_its_path(tmp_path: Path, split: str) ->
 
 def test_a_tree_of_which_nothing_can_be_held_out_is_an_error(tmp_path: Path) -> None:
     tree(tmp_path, {"train": "ab", "test": "ab"}, count=1)
-    with pytest.raises(StageError, match="none can be set apart for validation"):
+    with pytest.raises(StageError, match="so that validation gets none"):
         load(tmp_path)
 
 
 def test_a_link_to_nothing_is_an_error_with_its_path(tmp_path: Path) -> None:
     tree(tmp_path, {"train": "ab", "test": "ab"})
     (tmp_path / "test" / "b" / "9.png").symlink_to(tmp_path / "gone.png")
-    with pytest.raises(StageError, match=r"test/b/9.png is a link to a file that is not there"):
+    with pytest.raises(StageError, match=r"test/b/9.png is a link to a missing file"):
         load(tmp_path)
 
 
@@ -173,7 +173,7 @@ def test_tiny_imagenet_names_the_line_that_is_wrong(tmp_path: Path) -> None:
     annotations.write_text("v0.JPEG\tn01\t0\t0\n")
     assert image_folder.load_tiny_imagenet(tmp_path).test.labels.tolist() == [0]
     annotations.write_text("v0.JPEG\tn01\t0\t0\nv1.JPEG\tn01\t0\t0\n")
-    with pytest.raises(StageError, match=r"val_annotations.txt:2: .*v1.JPEG is not there"):
+    with pytest.raises(StageError, match=r"val_annotations.txt:2: .*v1.JPEG is missing"):
         image_folder.load_tiny_imagenet(tmp_path)
     annotations.write_text("v0.JPEG\tn02\t0\t0\n")
     with pytest.raises(StageError, match=r"val_annotations.txt:1: 'n02' is no class folder"):

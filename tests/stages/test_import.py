@@ -148,12 +148,12 @@ def test_a_budget_is_spent_from_the_sparsity_that_was_imported(
     assert facts_of(after)["target"] == 1023 / 1024
 
 
-def test_a_layer_that_is_0_all_over_is_told_to_be_dead(dense: Ran, tmp_path: Path) -> None:
+def test_a_layer_whose_weights_are_all_0_is_named(dense: Ran, tmp_path: Path) -> None:
     """Some heads begin at 0; a mask of all of it would keep them there."""
     tensors = load_file(dense.output() / "model.safetensors")
     tensors["fc2.weight"].zero_()
     save_file(tensors, tmp_path / "x.safetensors")
-    told = "zeros: fc2: every weight is 0, so that nothing of it can be trained"
+    told = "zeros: fc2: every weight is 0 and masked, so no training changes it"
     kept = import_file(tmp_path / "x.safetensors", tmp_path / "kept")
     free = import_file(tmp_path / "x.safetensors", tmp_path / "free", zeros="free")
     assert told in kept.texts()
@@ -181,9 +181,7 @@ def test_masks_of_torch_are_applied_and_kept(dense: Ran, tmp_path: Path) -> None
     save_file(state, tmp_path / "torch.safetensors")
     ran = import_file(tmp_path / "torch.safetensors", tmp_path / "import")
     assert "3 masks of torch.nn.utils.prune were applied" in ran.texts()
-    assert "masks of tensors that are not prunable are not kept when they train: fc2.bias" in (
-        ran.texts()
-    )
+    assert "not prunable, so training does not keep their masks: fc2.bias" in (ran.texts())
     zeros = zeros_of(ran.output())
     for name in ("fc1", "fc2"):
         assert torch.equal(zeros[f"{name}.weight"], state[f"{name}.weight_mask"] == 0)
@@ -203,11 +201,11 @@ def renamed(dense: Ran, path: Path, prefix: str) -> Path:
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model."])
-def test_the_prefix_of_a_wrapper_is_taken_off_and_told(
+def test_the_prefix_of_a_wrapper_is_removed_with_a_note(
     dense: Ran, tmp_path: Path, prefix: str
 ) -> None:
     ran = import_file(renamed(dense, tmp_path / "x.safetensors", prefix), tmp_path / "import")
-    assert f"'{prefix}' was taken off the names in the file" in ran.texts()
+    assert f"'{prefix}' was removed from the names in the file" in ran.texts()
     assert facts_of(ran.output())["dense_accuracy"] == facts_of(dense.output())["dense_accuracy"]
 
 
@@ -326,7 +324,7 @@ def test_evaluate_requires_the_accuracy_expected_of_dense_networks(
     of_validation = {"split": "validation", "expect_accuracy": known - 3}
     with pytest.raises(StageError, match="the dense network of up is another network"):
         run_stage("evaluate", tmp_path / "known", of_validation, {"models": pruned})
-    with pytest.raises(StageError, match="no dense network is among the models"):
+    with pytest.raises(StageError, match="expected a dense network among the models"):
         run_stage("evaluate", tmp_path / "unknown", right, {"models": pruned})
 
 

@@ -117,9 +117,7 @@ def test_a_run_that_was_killed_reaches_the_same_bits(
 def test_pick_takes_a_sparsity(refined: Ran, tmp_path: Path) -> None:
     ran = run_stage("pick", tmp_path, {"sparsity": 0.8}, {"steps": refined.output("steps")})
     assert_sparsity(load_model(ran.output(), "cpu"), 0.8)
-    with pytest.raises(
-        StageError, match=r"no step stopped at sparsity 0.7; the steps are 0.5, 0.8"
-    ):
+    with pytest.raises(StageError, match=r"no step has sparsity 0.7; the steps have 0.5, 0.8"):
         run_stage("pick", tmp_path / "no", {"sparsity": 0.7}, {"steps": refined.output("steps")})
 
 

@@ -130,7 +130,7 @@ def test_min_kept_keeps_a_fraction_of_each_layer(dense: Ran, tmp_path: Path) -> 
 
 
 def test_less_than_half_of_the_dense_accuracy_is_a_warning(dense: Ran, tmp_path: Path) -> None:
-    said = "is less than half of what the dense network had"
+    said = "is less than half of the dense network's"
     ran = pruned(tmp_path / "a", dense.output(), sparsity=0.99)
     assert said in ran.texts()
     assert said in facts_of(ran)["warnings"][-1]

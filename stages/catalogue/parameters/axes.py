@@ -13,11 +13,14 @@ Seed = Annotated[int, Role.SEED]
 
 
 class MethodAxes(Params):
-    """Axes that tell cells apart, where what they name is known from the inputs already."""
+    """Axes that tell cells apart, and repeat a fact of their inputs."""
 
     method: Annotated[str | None, Role.AXIS] = Field(
         default=None, description="axis: the inputs' curvature method"
     )
     damping: Annotated[float | None, Role.AXIS] = Field(
         default=None, description="axis: the inputs' damping"
+    )
+    sparsity: Annotated[float | None, Role.AXIS] = Field(
+        default=None, description="axis: the inputs' sparsity"
     )

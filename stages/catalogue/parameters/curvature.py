@@ -16,7 +16,7 @@ from fishleg.options import (
     ObsOptions,
     mistakes_in,
 )
-from stages.catalogue.declared import OptionParams, refuse
+from stages.catalogue.declared import OptionParams, refuse, reset
 from stages.catalogue.parameters.axes import Seed
 from stages.catalogue.registries import METHODS
 from stages.lineage import Role
@@ -44,7 +44,7 @@ class LayerParams(OptionParams, LayerOptions):
 
 
 class EstimatorParams(OptionParams, CalibrationOptions, EstimatorOptions):
-    """How curvature is estimated. Each method reads its own options and no other's."""
+    """Options of the estimation. Each method reads its own options only."""
 
     seed: Seed = CalibrationOptions.seed
     memory_limit: ClassVar[int | None] = EstimatorOptions.memory_limit
@@ -62,27 +62,18 @@ class EstimatorParams(OptionParams, CalibrationOptions, EstimatorOptions):
     )
 
     def method_options(self) -> dict[str, Any]:
-        """Return the keyword arguments of the method, but the partition and the damping."""
-        own = getattr(self, self.method, None)  # the method's own options, if it has any
+        """Return the keyword arguments of the method, without the partition and the damping."""
+        own = getattr(self, self.method, None)  # None for a method without options here
         return {**(own.model_dump() if own else {}), **self.options}
 
     @model_validator(mode="after")
     def _forget_other_methods(self) -> EstimatorParams:
-        """Reset the options of other methods: what is not used must not enter the key."""
-        own = {
-            "fishleg": FishLegParams(),
-            "obs": ObsParams(),
-            "mfac": MfacParams(),
-            "layer": LayerParams(),
-        }
-        for name, default in own.items():
-            if self.method != name:
-                object.__setattr__(self, name, default)
+        reset(self, *{"fishleg", "obs", "mfac", "layer"} - {self.method})
         return self
 
     @model_validator(mode="after")
     def _options_of_the_method(self) -> EstimatorParams:
-        """Check the options as the method will; a method of your own checks its own."""
+        """Check the options of a built-in method; a method of your own checks its own."""
         if self.method in ESTIMATOR_OPTIONS:
             mistakes = [
                 (error, ("options" if error.option in self.options else self.method, error.option))

@@ -8,6 +8,7 @@ from pydantic import Field, FiniteFloat, ValidationInfo, field_validator, model_
 
 from fishleg.options import Zeros
 from pipeline.stage import ExternalFile, Params
+from stages.catalogue.declared import reset
 from stages.catalogue.parameters.axes import Seed
 from stages.catalogue.registries import DATASETS, MODELS
 from stages.catalogue.signatures import only_known
@@ -15,7 +16,7 @@ from stages.lineage import Role
 
 
 class DataParams(Params):
-    """Which data, and how they are read."""
+    """A data set, and options of its reading."""
 
     dataset: Annotated[str, DATASETS] = Field(description="name of the data set")
     dataset_args: dict[str, Any] = Field(
@@ -61,7 +62,7 @@ class DataParams(Params):
 
 
 class ModelParams(Params):
-    """Which network, and which of its weights may be pruned."""
+    """A network, and the choice of its prunable weights."""
 
     model: Annotated[str, MODELS] = Field(description="name of the network")
     model_args: dict[str, Any] = Field(
@@ -81,24 +82,22 @@ class ModelParams(Params):
 
 
 class ExpectationParams(Params):
-    """How accurate a dense network is known to be."""
+    """The known accuracy of a dense network."""
 
     expect_accuracy: Annotated[float | None, Role.NEUTRAL] = Field(
         default=None,
         ge=0,
         le=100,
-        description="in percent; a dense network that is more or less accurate is an error",
+        description="in percent; a dense network with another accuracy is an error",
     )
     expect_margin: Annotated[float, Role.NEUTRAL] = Field(
-        default=1.0, ge=0, description="points that expect_accuracy may be missed by"
+        default=1.0, ge=0, description="points of difference from expect_accuracy that are allowed"
     )
 
     @model_validator(mode="after")
     def _forget_margin(self) -> ExpectationParams:
-        """Reset the margin of no expectation: what is not used must not enter the key."""
         if self.expect_accuracy is None:
-            default = ExpectationParams.model_fields["expect_margin"].default
-            object.__setattr__(self, "expect_margin", default)
+            reset(self, "expect_margin")
         return self
 
 
@@ -122,8 +121,6 @@ class ImportParams(DataParams, ModelParams, ExpectationParams):
 
     @model_validator(mode="after")
     def _forget_split(self) -> ImportParams:
-        """Reset the split of no expectation: what is not used must not enter the key."""
         if self.expect_accuracy is None:
-            default = ImportParams.model_fields["expect_split"].default
-            object.__setattr__(self, "expect_split", default)
+            reset(self, "expect_split")
         return self

@@ -18,18 +18,12 @@ class SelectParams(MethodAxes):
     metric: Literal["accuracy", "nll"] = Field(
         default="accuracy", description="highest accuracy or lowest nll on the validation split"
     )
-    sparsity: Annotated[float | None, Role.AXIS] = Field(
-        default=None, description="axis: the inputs' sparsity"
-    )
     seed: Seed = Field(default=0, ge=0, description="axis: the inputs' seed")
 
 
 class EvaluateParams(MethodAxes, ExpectationParams):
     """Of `evaluate`; the expectation is of the dense networks, on `split`."""
 
-    sparsity: Annotated[float | None, Role.AXIS] = Field(
-        default=None, description="axis: the inputs' sparsity"
-    )
     seed: Annotated[int | None, Role.SEED] = Field(
         default=None, description="axis: the inputs' seed"
     )
@@ -42,9 +36,9 @@ class EvaluateParams(MethodAxes, ExpectationParams):
 
 
 class Published(Params):
-    """Numbers from the literature, shown beside ours."""
+    """Results from the literature, shown beside the measured ones."""
 
-    method: str = Field(description="as it is shown")
+    method: str = Field(description="name in table and figure")
     sparsity: list[float] = Field(description="fractions removed")
     accuracy: list[float] = Field(description="in percent, one for each sparsity")
 

@@ -13,7 +13,7 @@ from fishleg.options import (
     RefinementOptions,
     Schedule,
 )
-from stages.catalogue.declared import OptionParams
+from stages.catalogue.declared import OptionParams, reset
 from stages.catalogue.parameters.axes import MethodAxes, Seed
 from stages.catalogue.parameters.curvature import EstimatorParams
 from stages.catalogue.parameters.training import TrainingParams
@@ -21,7 +21,7 @@ from stages.lineage import Role
 
 
 class PruningParams(OptionParams, PruningOptions):
-    """How weights are chosen and survivors moved."""
+    """Options of a pruning step."""
 
     norms: Literal["kept", "reestimated"] = Field(
         default="kept",
@@ -39,8 +39,8 @@ class OneshotParams(PruningParams, MethodAxes):
     within: float | None = Field(
         default=None,
         ge=0,
-        description="instead of a sparsity: the highest one that costs at most so many points of "
-        "accuracy on the validation split, by bisection",
+        description="instead of a sparsity: the highest one that costs at most this many points "
+        "of accuracy on the validation split, by bisection",
     )
     seed: Seed = Field(default=0, ge=0, description="axis: the inputs' seed")
     certificate_samples: Annotated[int, Role.NEUTRAL] = Field(
@@ -76,7 +76,7 @@ class StepwiseParams(PruningParams, EstimatorParams):
     )
     carry: Literal["refine", "reestimate"] = Field(
         default="refine",
-        description="between steps: take the new weights and masks into the estimate, or start "
+        description="between steps: refine the estimate with the new weights and masks, or start "
         "again (methods without a state always do)",
     )
     seed: Seed = Field(default=0, ge=0, description="of samples, labels, batches and crops")
@@ -96,11 +96,10 @@ class GradualParams(StepwiseParams, TrainingParams):
 
     epochs: int = Field(default=1, ge=0, description="of training after each step")
     batch_size: int = Field(default=128, ge=1, description="samples in an optimiser step")
-    seed: Seed = Field(default=0, ge=0, description="of samples, labels, batches and crops")
 
 
 class RefinementParams(OptionParams, RefinementOptions):
-    """Of the short runs that move survivors towards the dense model's outputs."""
+    """Options of the short runs that move survivors towards the dense model's outputs."""
 
     method: ClassVar[RefinementMethod] = RefinementOptions.method  # `refine` of the stage
     learning_rate: ClassVar[float | None] = RefinementOptions.learning_rate  # `lr` here
@@ -112,8 +111,8 @@ class RefinementParams(OptionParams, RefinementOptions):
         default=0.1,
         ge=0,
         le=0.5,
-        description="fraction of these that is not seen, and tells how much of a refinement is "
-        "kept: all, three quarters, ..., or nothing; 0: all",
+        description="fraction of these that refinement does not see, and that decides its kept "
+        "part: all, three quarters, ..., or nothing; 0: all",
     )
     steps: NonNegativeInt | list[NonNegativeInt] = Field(
         default=100,
@@ -147,12 +146,12 @@ class MultistepParams(StepwiseParams):
     carry: Literal["refine", "reestimate"] = Field(
         default="reestimate",
         description="between steps: start the estimate again, on the full Fisher with all zeros as "
-        "constraints, or take the new weights and masks into it",
+        "constraints, or refine it with the new weights and masks",
     )
     refine: Literal["none", RefinementMethod] = Field(
         default="adam",
-        description="after each step, by KL(dense || pruned) on the calibration samples: not at "
-        "all, or by one of these",
+        description="method that lowers KL(dense || pruned) on the calibration samples after each "
+        "step, or none",
     )
     refinement: RefinementParams = Field(
         default=RefinementParams(), description="options of the refinement"
@@ -177,9 +176,8 @@ class MultistepParams(StepwiseParams):
 
     @model_validator(mode="after")
     def _forget_refinement(self) -> MultistepParams:
-        """Reset the options when nothing is refined: what is not used must not enter the key."""
         if self.refine == "none":
-            object.__setattr__(self, "refinement", RefinementParams())
+            reset(self, "refinement")
         return self
 
 
@@ -187,13 +185,13 @@ class PickParams(MethodAxes):
     """Of `pick`: a sparsity, or a budget."""
 
     sparsity: Annotated[float | None, Role.TARGET] = Field(
-        default=None, ge=0, lt=1, description="one of those that the pruning stopped at"
+        default=None, ge=0, lt=1, description="sparsity of a step of the pruning"
     )
     within: float | None = Field(
         default=None,
         ge=0,
-        description="instead of a sparsity: the sparsest step that costs at most so many points of "
-        "accuracy on the validation split",
+        description="instead of a sparsity: the sparsest step that costs at most this many points "
+        "of accuracy on the validation split",
     )
     seed: Seed = Field(default=0, ge=0, description="axis: the input's seed")
 

@@ -8,10 +8,9 @@ from pydantic import Field, model_validator
 
 from fishleg.options import Directions, DrawnLabels, Start, StepOptions, TrackingOptions
 from pipeline.stage import Params
-from stages.catalogue.declared import OptionParams
+from stages.catalogue.declared import OptionParams, reset
 from stages.catalogue.parameters.axes import MethodAxes, Seed
 from stages.catalogue.parameters.data import DataParams, ModelParams
-from stages.lineage import Role
 
 
 class FishLegOptimizerParams(OptionParams, TrackingOptions, StepOptions):
@@ -55,9 +54,8 @@ class TrainingParams(Params):
 
     @model_validator(mode="after")
     def _forget_other_optimizers(self) -> TrainingParams:
-        """Reset the options of other optimisers: what is not used must not enter the key."""
         if self.optimizer != "fishleg":
-            object.__setattr__(self, "fishleg_optimizer", FishLegOptimizerParams())
+            reset(self, "fishleg_optimizer")
         return self
 
 
@@ -72,6 +70,3 @@ class FinetuneParams(TrainingParams, MethodAxes):
         default=0.5, ge=0, le=1, description="weight of the teacher, where one is connected"
     )
     temperature: float = Field(default=2.0, gt=0, description="of the teacher's outputs")
-    sparsity: Annotated[float | None, Role.AXIS] = Field(
-        default=None, description="axis: the input's sparsity"
-    )
