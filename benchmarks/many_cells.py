@@ -22,9 +22,11 @@ from pipeline.base.console import RedactingConsole
 from pipeline.base.states import RunState
 from pipeline.executors import ExecutorName
 from pipeline.planning.planner import make_plan
+from pipeline.running.documents import RunOptions, RunProgress
 from pipeline.running.driver import Driver
 from pipeline.running.live import LiveView
-from pipeline.running.record import HEARTBEAT_S, RunOptions, RunProgress, RunRecord, new_run_id
+from pipeline.running.record import HEARTBEAT_S, RunRecord
+from pipeline.running.runs import new_run_id
 from pipeline.spec.load import load_spec
 from pipeline.store.runs import RunDocument
 from pipeline.store.store import Store

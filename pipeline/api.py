@@ -19,9 +19,9 @@ from pipeline.base.states import CellState, RunState
 from pipeline.base.variables import check_variables
 from pipeline.executors import ExecutorName
 from pipeline.planning.planner import Plan, Selection, make_plan
+from pipeline.running.documents import RunOptions
 from pipeline.running.driver import GRACE_S
 from pipeline.running.launch import Ended, start_run
-from pipeline.running.record import RunOptions
 from pipeline.running.results import result_rows
 from pipeline.spec.load import load_spec
 from pipeline.spec.spec import Spec

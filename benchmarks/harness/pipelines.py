@@ -21,7 +21,7 @@ from pipeline.base.errors import BadInput
 from pipeline.cli.run_commands import run_spec
 from pipeline.executors import ExecutorName
 from pipeline.planning.planner import Selection
-from pipeline.running.record import RunOptions
+from pipeline.running.documents import RunOptions
 from pipeline.running.results import result_rows
 from pipeline.spec.load import load_spec
 from pipeline.spec.spec import Spec

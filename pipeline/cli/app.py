@@ -14,7 +14,8 @@ from rich.console import Console
 from pipeline.base.console import RedactingConsole
 from pipeline.base.secrets import presentable
 from pipeline.base.variables import VARIABLES, check_variables
-from pipeline.running.record import RunRecord, find_run
+from pipeline.running.record import RunRecord
+from pipeline.running.runs import find_run
 from pipeline.spec.load import load_spec
 from pipeline.spec.spec import Spec
 from pipeline.store.store import Store

@@ -18,7 +18,9 @@ from pipeline.base.states import DRIVER_STATES, CellState, PlanState, RunState
 from pipeline.base.text import clock
 from pipeline.planning.planner import Plan, PlannedCell
 from pipeline.running.activity import describe
-from pipeline.running.record import CellStatus, RunRecord, load_run
+from pipeline.running.documents import CellStatus
+from pipeline.running.record import RunRecord
+from pipeline.running.runs import load_run
 from pipeline.spec.cells import shorten
 from pipeline.spec.describe import example_of, names_of, parameters_of
 from pipeline.spec.spec import Spec

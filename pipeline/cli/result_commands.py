@@ -21,9 +21,10 @@ from pipeline.cli.printing import (
     print_runs,
     run_summary,
 )
-from pipeline.running.record import DEFAULT_FILE, find_run, load_runs
+from pipeline.running.record import DEFAULT_FILE
 from pipeline.running.results import export as export_cell
 from pipeline.running.results import result_rows
+from pipeline.running.runs import find_run, load_runs
 from pipeline.spec.cells import shorten
 from pipeline.store.store import Store
 from pipeline.tracking.ui import serve_ui

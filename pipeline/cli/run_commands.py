@@ -32,9 +32,11 @@ from pipeline.cli.options import (
 from pipeline.cli.printing import print_failures, print_plan, print_reports, print_tracking
 from pipeline.executors import ExecutorName
 from pipeline.planning.planner import Selection, make_plan
+from pipeline.running.documents import RunOptions
 from pipeline.running.driver import GRACE_S
 from pipeline.running.launch import Ended, resume_run, start_run, stop_run
-from pipeline.running.record import DEFAULT_FILE, RunOptions, find_run, load_runs
+from pipeline.running.record import DEFAULT_FILE
+from pipeline.running.runs import find_run, load_runs
 from pipeline.running.sync import sync_runs
 from pipeline.running.trust import read_trust
 from pipeline.spec.spec import Spec

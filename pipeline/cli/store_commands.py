@@ -26,7 +26,8 @@ from pipeline.cli.printing import size
 from pipeline.planning.planner import make_plan
 from pipeline.running.drift import accept as accept_code
 from pipeline.running.drift import plan_of
-from pipeline.running.record import DEFAULT_FILE, find_run
+from pipeline.running.record import DEFAULT_FILE
+from pipeline.running.runs import find_run
 from pipeline.running.trust import read_trust
 from pipeline.spec.spec import Spec
 from pipeline.store.store import Store

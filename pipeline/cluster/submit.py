@@ -25,7 +25,7 @@ from pipeline.base.variables import STORAGE, TRACKING_URI
 from pipeline.cluster.forwarding import Forwarding, forwarding, refuse_secrets
 from pipeline.cluster.packing import IGNORE_FILE, Package, collect
 from pipeline.code.provenance import SOURCE_FILE, Provenance, look_at, this_machine
-from pipeline.running.record import new_run_id
+from pipeline.running.runs import new_run_id
 from pipeline.spec.params import marked
 from pipeline.spec.spec import Spec
 from pipeline.stage import ExternalFile

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from pipeline.running.activity import Pace, first_line
-from pipeline.running.record import CellStatus
+from pipeline.running.documents import CellStatus
 from pipeline.store.events import Event
 from pipeline.store.leases import lease_s
 from pipeline.worker.task import Outcome, died

@@ -20,7 +20,8 @@ from pipeline.running.account import STOPPED_TRACKING_S, Account
 from pipeline.running.attempts import LISTEN_S, Attempts
 from pipeline.running.live import LiveView
 from pipeline.running.ready import Schedule
-from pipeline.running.record import RunRecord, recorded_ids
+from pipeline.running.record import RunRecord
+from pipeline.running.runs import recorded_ids
 from pipeline.running.stopping import Stop
 from pipeline.store.leases import Holder, LeaseWatch
 from pipeline.store.store import Store

@@ -15,7 +15,7 @@ from pipeline.base.places import absolute_uri
 from pipeline.base.states import PlanState
 from pipeline.planning.acceptance import describe
 from pipeline.planning.planner import Plan, PlannedCell
-from pipeline.running.record import RunRequest, RunTracking
+from pipeline.running.documents import RunRequest, RunTracking
 from pipeline.store.layout import run_document
 from pipeline.store.store import Store
 from pipeline.tracking import CellFacts, RunFacts, TrackerName, place

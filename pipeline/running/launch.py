@@ -26,11 +26,13 @@ from pipeline.code.provenance import (
 )
 from pipeline.executors import ExecutorName, make_executor
 from pipeline.planning.planner import Plan, Selection, make_plan
+from pipeline.running.documents import RunOptions
 from pipeline.running.drift import Drift, find_drift, is_complete, plan_of
 from pipeline.running.driver import GRACE_S, Driver
 from pipeline.running.facts import load_facts, save_facts, unregistered
 from pipeline.running.live import LiveView
-from pipeline.running.record import RunOptions, RunRecord, load_run, new_run_id
+from pipeline.running.record import RunRecord
+from pipeline.running.runs import load_run, new_run_id
 from pipeline.running.sync import HIDDEN_ADDRESS, close_orphans
 from pipeline.running.trust import Places, Trust, places_of
 from pipeline.spec.cells import shorten

@@ -15,7 +15,7 @@ from pipeline.base.secrets import presentable
 from pipeline.base.states import DRIVER_STATES, CellState
 from pipeline.base.text import clock
 from pipeline.running.activity import describe, stalled_since, unfinished
-from pipeline.running.record import CellStatus
+from pipeline.running.documents import CellStatus
 
 _STYLES = {
     CellState.WAITING: "dim",

@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.base.states import CellState, PlanState
 from pipeline.planning.keys import known_calls
 from pipeline.planning.planner import Plan, PlannedCell
-from pipeline.running.record import CellStatus
+from pipeline.running.documents import CellStatus
 from pipeline.spec.cells import Cell, Upstream, shorten
 from pipeline.worker.task import Task, TaskInput
 

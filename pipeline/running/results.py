@@ -15,7 +15,8 @@ from typing import Any
 from pipeline.base.errors import BadInput, StoreError
 from pipeline.base.states import PlanState
 from pipeline.planning.planner import Plan, PlannedCell, RunPlan, make_plan
-from pipeline.running.record import RunProgress, recorded_ids
+from pipeline.running.documents import RunProgress
+from pipeline.running.runs import recorded_ids
 from pipeline.spec.cells import Cell, resolve, shorten
 from pipeline.spec.spec import Spec
 from pipeline.stage import Results

@@ -25,8 +25,10 @@ from pipeline.base.errors import (
 from pipeline.base.parallel import Requests
 from pipeline.base.secrets import HIDDEN, redact
 from pipeline.base.states import CellState, RunState
+from pipeline.running.documents import RunTracking
 from pipeline.running.facts import StoredFacts, load_facts
-from pipeline.running.record import HEARTBEAT_S, RunRecord, RunTracking, load_run, recorded_ids
+from pipeline.running.record import HEARTBEAT_S, RunRecord
+from pipeline.running.runs import load_run, recorded_ids
 from pipeline.running.trust import Places, Trust
 from pipeline.spec.cells import Registration
 from pipeline.store.store import Store

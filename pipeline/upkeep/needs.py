@@ -8,7 +8,9 @@ from pipeline.base.errors import BadInput, DamagedDocument, StoreError
 from pipeline.base.states import PlanState, RunState
 from pipeline.planning.keys import base_of
 from pipeline.planning.planner import Plan, RunPlan
-from pipeline.running.record import DOCUMENTS, CellStatus, RunProgress, RunRecord, load_run
+from pipeline.running.documents import DOCUMENTS, CellStatus, RunProgress
+from pipeline.running.record import RunRecord
+from pipeline.running.runs import load_run
 from pipeline.store.layout import RUNS, run_folder
 from pipeline.store.manifest import Manifest
 from pipeline.upkeep.survey import Survey

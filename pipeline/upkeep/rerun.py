@@ -15,7 +15,7 @@ from pipeline.executors import ExecutorName, make_executor
 from pipeline.planning.keys import explain
 from pipeline.planning.planner import Plan, PlannedCell, RunPlan
 from pipeline.running.ready import Schedule
-from pipeline.running.record import load_run
+from pipeline.running.runs import load_run
 from pipeline.spec.cells import resolve, shorten
 from pipeline.spec.spec import Spec
 from pipeline.store.checksum import with_checksum

@@ -8,8 +8,8 @@ import pytest
 from pipeline.base.console import RedactingConsole
 from pipeline.base.states import CellState
 from pipeline.running.activity import Pace, describe, stalled_since
+from pipeline.running.documents import CellStatus
 from pipeline.running.live import LiveView, _line
-from pipeline.running.record import CellStatus
 
 
 def status(done: float, total: float = 500, **fields: Any) -> CellStatus:

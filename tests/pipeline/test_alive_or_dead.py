@@ -12,7 +12,8 @@ from toy_runs import fls, last_run, run_here, write_spec
 
 from pipeline.base.errors import StorageUnavailable, TakenOver
 from pipeline.base.states import RunState
-from pipeline.running.record import RunRecord, load_run
+from pipeline.running.record import RunRecord
+from pipeline.running.runs import load_run
 from pipeline.store.checksum import verified, with_checksum
 from pipeline.store.leases import has_died, this_machine
 from pipeline.store.store import Store

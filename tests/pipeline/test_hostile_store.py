@@ -21,7 +21,7 @@ from pipeline.base.names import require_inside
 from pipeline.base.search_path import look_here_last, search_variable
 from pipeline.base.text import CONTROLS
 from pipeline.planning.planner import RunPlan
-from pipeline.running.record import RunProgress
+from pipeline.running.documents import RunProgress
 from pipeline.running.trust import read_trust
 from pipeline.spec.cells import Registration
 from pipeline.spec.load import load_spec

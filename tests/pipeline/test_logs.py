@@ -26,7 +26,7 @@ from toy_runs import (
 
 from pipeline.base.states import CellState
 from pipeline.executors.local import LocalExecutor
-from pipeline.running.record import load_runs
+from pipeline.running.runs import load_runs
 from pipeline.stage import Resources
 from pipeline.store.checksum import lines_with_checksum
 from pipeline.store.events import EVENTS_AT_ONCE, EventTail, EventWriter

@@ -14,7 +14,7 @@ from servers import Proxy, mlflow_server
 from toy_runs import fls, kill, last_run, start_fls, wait_for, write_spec
 
 from pipeline.base.states import RunState
-from pipeline.running.record import RunTracking
+from pipeline.running.documents import RunTracking
 from pipeline.store.store import Store
 from pipeline.tracking.mlflow_names import fit_path
 

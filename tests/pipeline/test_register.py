@@ -14,7 +14,7 @@ from toy_runs import fls, last_run, ran, resume_here, run_here, write_spec
 from pipeline.base.errors import SpecError
 from pipeline.planning.planner import Selection, make_plan
 from pipeline.running.facts import unregistered
-from pipeline.running.record import load_run
+from pipeline.running.runs import load_run
 from pipeline.spec.load import load_spec
 from pipeline.store.store import Store
 from pipeline.tracking import TrackerName

@@ -31,7 +31,7 @@ from toy_runs import (
 from pipeline.base.errors import BadInput
 from pipeline.base.states import CellState, RunState
 from pipeline.cli.options import read_duration
-from pipeline.running.record import find_run, new_run_id
+from pipeline.running.runs import find_run, new_run_id
 from pipeline.stage import Context
 from pipeline.store.store import Store
 

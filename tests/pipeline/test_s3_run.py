@@ -20,7 +20,7 @@ from toy_runs import (
 )
 
 from pipeline.base.states import CellState, RunState
-from pipeline.running.record import load_runs
+from pipeline.running.runs import load_runs
 from pipeline.store.store import Store
 
 STORAGE = f"s3://{BUCKET}/runs"

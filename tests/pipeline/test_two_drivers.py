@@ -22,7 +22,7 @@ from toy_runs import (
 
 from pipeline.base.errors import BadInput
 from pipeline.base.states import CellState, RunState
-from pipeline.running.record import load_run
+from pipeline.running.runs import load_run
 from pipeline.store.store import Store
 
 SLOW = """

@@ -25,8 +25,10 @@ from pipeline.cli.run_commands import print_end, run_spec
 from pipeline.executors import ExecutorName, make_executor
 from pipeline.executors.base import AbstractExecutor
 from pipeline.planning.planner import Selection
+from pipeline.running.documents import RunOptions
 from pipeline.running.launch import resume_run
-from pipeline.running.record import RunOptions, RunRecord, load_run
+from pipeline.running.record import RunRecord
+from pipeline.running.runs import load_run
 from pipeline.running.trust import read_trust
 from pipeline.spec.load import load_spec
 from pipeline.store.logs import read_text
