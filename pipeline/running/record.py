@@ -30,21 +30,21 @@ HEARTBEAT_S = 2.0
 
 @dataclass(kw_only=True)
 class RunRecord(RunRequest, DriverStatus):
-    """One run, as it stands in the store.
+    """One run, as in the store.
 
     Attributes:
         run_id: `YYYYMMDD-HHMMSS-xxxx`, in UTC.
-        silent_s: seconds since the driver's last sign of life when the record was read, by the
-            storage's clock.
-        seen_s: when that was, by this process's monotonic clock.
+        silent_s: seconds from the last heartbeat to the reading of the record, by the storage's
+            clock.
+        seen_s: time of the reading, by this process's monotonic clock.
         cells: cell -> status.
-        tracking: how far the run is recorded.
-        tracked: whether all of it is.
-        destination: where that is so, see `RunTracking`.
-        damaged: names of its damaged documents; what they said counts as unknown.
-        storage: where it was looked for by --storage, and so where hints say it is; or None.
-        trust: the option by which the code of its spec is trusted here; it begins with a space, or
-            is "" where none is needed or known.
+        tracking: progress of its tracking.
+        tracked: whether it is tracked completely.
+        destination: of its tracking, see `RunTracking`.
+        damaged: names of its damaged documents; their content counts as unknown.
+        storage: the URL given as --storage, which hints repeat; or None.
+        trust: the option by which the code of its spec is trusted here, with a leading space; ""
+            if none is needed or known.
     """
 
     run_id: str
@@ -92,16 +92,15 @@ class RunRecord(RunRequest, DriverStatus):
         self.cells = cells
 
     def save_request(self, store: Store) -> None:
-        """Write what was asked for."""
+        """Write the request."""
         names = RunRequest.__dataclass_fields__.keys() - {"DOCUMENT"}
         store.write_run(self.run_id, RunRequest(**{name: getattr(self, name) for name in names}))
 
     def take_over(self, store: Store) -> bool:
         """Make this process the one that records an ended run, unless another is faster."""
         life, time_s = store.newest_life(self.run_id)
-        if (
-            life > self.life and store.now() - time_s < 2 * lease_s()
-        ):  # its owner has yet to record itself
+        new = store.now() - time_s < 2 * lease_s()
+        if life > self.life and new:  # its driver has not written its record yet
             return False
         if not store.mark_run(self.run_id, life_mark(life + 1)):
             return False
@@ -124,7 +123,7 @@ class RunRecord(RunRequest, DriverStatus):
         self.silent_s, self.seen_s = 0.0, time.monotonic()
 
     def save_tracking(self, store: Store) -> None:
-        """Write how far the run is recorded."""
+        """Write the progress of the run's tracking."""
         document = RunTracking(
             **vars(self.tracking), tracked=self.tracked, destination=self.destination
         )
@@ -152,10 +151,9 @@ class RunRecord(RunRequest, DriverStatus):
         self.destination = here
 
     def superseded(self, store: Store) -> bool:
-        """Tell whether another driver has taken the run over, because this one was silent."""
-        return (
-            sum(parse_life(mark) is not None for mark in store.run_marks(self.run_id)) > self.life
-        )
+        """Tell whether another driver has taken the run over from this silent one."""
+        lives = [mark for mark in store.run_marks(self.run_id) if parse_life(mark) is not None]
+        return len(lives) > self.life
 
     def require_own(self, store: Store) -> None:
         """Check that the run still belongs to this process, which may else not write to it.
@@ -170,11 +168,11 @@ class RunRecord(RunRequest, DriverStatus):
             )
 
     def ask_to_stop(self, store: Store) -> None:
-        """Ask the run's present driver to stop, wherever it is."""
+        """Ask the run's present driver to stop, on any machine."""
         store.mark_run(self.run_id, stop_mark(self.life))
 
     def asked_to_stop(self, store: Store) -> bool:
-        """Tell whether the driver with this record is asked to stop."""
+        """Tell whether another process has asked this record's driver to stop."""
         return stop_mark(self.life) in store.run_marks(self.run_id)
 
     def status(self, cell: str) -> CellStatus:
@@ -198,7 +196,7 @@ class RunRecord(RunRequest, DriverStatus):
         return stopping or self.observed_state() is RunState.RUNNING
 
     def observed_cell_state(self, status: CellStatus) -> CellState:
-        """Return how a cell stands: what ran when its driver died is interrupted."""
+        """Return the true state of a cell: one that ran when its driver died is interrupted."""
         lost = status.state is CellState.RUNNING and not self.is_at_work()
         return CellState.INTERRUPTED if lost else status.state
 
