@@ -24,16 +24,16 @@ run: $(READY)  ## Run the default experiment (pipeline.yaml): trains, prunes, co
 test: $(READY)  ## Run the tests
 	@$(BIN)/python -m pytest -n 3 --dist loadfile
 
-acceptance: $(READY)  ## Build the wheel and use it as a newcomer would, in an environment of its own (a minute)
-	@$(BIN)/python -m tests.acceptance.wheel
+acceptance: $(READY)  ## Do everything that the README has a newcomer do, in a fresh clone (ten minutes)
+	@$(BIN)/python -m tests.acceptance
 
-test-faults: $(READY)  ## Shoot at everything on a cluster of three nodes (half an hour; goes on where it was)
+test-faults: $(READY)  ## Inject faults on a cluster of three nodes (half an hour; resumable)
 	@$(BIN)/python -m tests.faults --out build/faults.jsonl
 
-benchmarks: $(READY)  ## Run what is not finished of the benchmarks (hours)
+benchmarks: $(READY)  ## Run the unfinished benchmarks (hours)
 	@$(BIN)/python -m benchmarks run
 
-results: $(READY)  ## Make docs/results.md from the benchmarks' results
+results: $(READY)  ## Write docs/results.md from the benchmarks' results
 	@$(BIN)/python -m benchmarks report
 
 tree: $(READY)  ## Write the tree of files into docs/architecture.md

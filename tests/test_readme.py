@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 from pipeline.cli.commands import app
 from stages.columns import COLUMNS
 from tests import module_tree
+from tests.acceptance.readme import pieces
+from tests.acceptance.walk import EXCEPTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,6 +48,18 @@ def test_a_link_leads_somewhere(page):
 def test_the_readme_is_two_screens():
     assert len(README.encode()) <= 10_000
     assert max(map(len, README.splitlines())) <= 120
+
+
+def test_make_acceptance_finds_the_commands_and_its_exceptions_are_among_them():
+    commands = [one.text for one in pieces(README) if one.kind == "command"]
+    assert {"make run", "fls results pipeline.yaml", "fls resume last"} <= set(commands)
+    for beginning in EXCEPTIONS:
+        assert any(command.startswith(beginning) for command in commands), beginning
+
+
+def test_make_acceptance_refuses_a_line_that_is_no_known_command():
+    with pytest.raises(ValueError, match="'    rm -r x' begins with none of make, "):
+        list(pieces("Text.\n\n    rm -r x\n"))
 
 
 def test_the_library_example_runs():

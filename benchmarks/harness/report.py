@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -17,12 +18,14 @@ from stages.report.labels import labels_of
 from stages.report.summary import PUBLISHED, Lines, Point, summarise
 from stages.report.table import dense_title
 
+_WIDTH = 120
 RESULTS = BENCHMARKS / "results"
 REPORT = BENCHMARKS.parent / "docs" / "results.md"
-_HEAD = """# Results
-
-`make results` writes this page from the documents in `benchmarks/results`; `make benchmarks` runs the unfinished cells.
-Each document names its environment."""  # noqa: E501 - a paragraph of a page
+_HEAD = (
+    "# Results\n\n"
+    "`make results` writes this page from the documents in `benchmarks/results`; `make benchmarks` "
+    "runs the unfinished cells. Each document names its environment."
+)
 _LEGEND = (
     "Accuracy on the test images in percent, mean ± half the range over seeds, the best of a "
     "column bold; in brackets the cost of making the model from the dense one: processor seconds "
@@ -59,7 +62,15 @@ def write_report(
         if (documents := read_cells(results, benchmark.name))
     ]
     text = "\n\n".join([_HEAD, *(section.strip() for section in sections)])
-    report.write_text(f"{text}\n", encoding="utf-8")
+    lines = [_wrapped(line) for line in text.splitlines()]
+    report.write_text("\n".join([*lines, ""]), encoding="utf-8")
+
+
+def _wrapped(line: str) -> str:
+    """Return a line of prose in lines of at most 120 characters; tables, titles and links as is."""
+    if line.startswith(("|", "#", "!")):
+        return line
+    return textwrap.fill(line, _WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def _section(benchmark: Benchmark, documents: Mapping[str, Document], figures: Path) -> str:
