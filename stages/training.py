@@ -191,12 +191,16 @@ class Training:
                     shown = time.monotonic()
                     done = self.epoch + self.batch / self.batches
                     ctx.progress(first_step + done, first_step + self.params.epochs, "epoch")
-                if self.team.any(ctx.rank == 0 and ctx.checkpoint_due()):
-                    self._require_finite()
-                    require_equal(self.team, self._bits())
-                    if ctx.rank == 0:
-                        write()
+                self._checkpoint_if_due(ctx, write)
         self.network.eval()
+
+    def _checkpoint_if_due(self, ctx: Context, write: Callable[[], None]) -> None:
+        """Let the first rank write a checkpoint, after a check of all ranks."""
+        if self.team.any(ctx.rank == 0 and ctx.checkpoint_due()):
+            self._require_finite()
+            require_equal(self.team, self._bits())
+            if ctx.rank == 0:
+                write()
 
     def _step(self, inputs: Tensor, labels: Tensor) -> None:
         """Take one optimiser step; dropout draws from a seed of this batch."""
