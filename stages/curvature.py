@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fishleg.certificate import certify
-from fishleg.estimators.base import FitProgress
+from fishleg.estimators.base import AbstractEstimator, FitProgress
+from fishleg.gradients import GradientSource
 from pipeline.stage import Context
 from stages.checkpoint import Checkpoint, share
 from stages.data.source import load_data
@@ -33,23 +34,7 @@ def curvature(ctx: Context) -> None:
         ctx.say(f"fewer training samples than the {params.samples} asked for: all are used")
     for parameter, path in source.report():
         ctx.say(f"{parameter}: {path}")
-    last = Checkpoint.last(ctx)
-    if last is not None:
-        estimator.load_state_dict(last.state("estimator", ctx.device))
-        ctx.say("resuming an unfinished fit")
-
-    def report(progress: FitProgress) -> None:
-        ctx.progress(progress.done, progress.total, "fit step")
-        if progress.metrics:
-            ctx.log({f"fit/{k}": v for k, v in progress.metrics.items()}, step=progress.done)
-        if ctx.rank == 0 and ctx.checkpoint_due():
-            Checkpoint(states={"estimator": estimator.state_dict()}).write(ctx)
-
-    with joined(ctx) as source.rank_group, user_errors():
-        resume = source.rank_group.any(last is not None)
-        if resume:
-            estimator.load_state_dict(share(source.rank_group, estimator.state_dict(), ctx.device))
-        estimator.fit(source, report, resume=resume)
+    _fit(ctx, estimator, source)
     if ctx.rank > 0:
         return
     for warning in estimator.warnings:
@@ -68,3 +53,24 @@ def curvature(ctx: Context) -> None:
         model_key=ctx.input("model").key,
     )
     save_estimate(ctx.output("curvature"), made, certificate)
+
+
+def _fit(ctx: Context, estimator: AbstractEstimator, source: GradientSource) -> None:
+    """Fit in all ranks, from the first rank's last checkpoint if there is one."""
+    last = Checkpoint.last(ctx)
+    if last is not None:
+        estimator.load_state_dict(last.state("estimator", ctx.device))
+        ctx.say("resuming an unfinished fit")
+
+    def report(progress: FitProgress) -> None:
+        ctx.progress(progress.done, progress.total, "fit step")
+        if progress.metrics:
+            ctx.log({f"fit/{k}": v for k, v in progress.metrics.items()}, step=progress.done)
+        if ctx.rank == 0 and ctx.checkpoint_due():
+            Checkpoint(states={"estimator": estimator.state_dict()}).write(ctx)
+
+    with joined(ctx) as source.rank_group, user_errors():
+        resume = source.rank_group.any(last is not None)
+        if resume:
+            estimator.load_state_dict(share(source.rank_group, estimator.state_dict(), ctx.device))
+        estimator.fit(source, report, resume=resume)

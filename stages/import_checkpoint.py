@@ -12,12 +12,12 @@ from torch import Tensor
 from fishleg.parameters import ParameterGroup, Partition
 from fishleg.pruning import count_masks, weight_masks, zero_masks
 from pipeline.stage import Context
-from stages.checkpoint_file import load_weights
 from stages.data.source import DataSource, load_data
 from stages.determinism import compute_deterministically
 from stages.expectation import require_accuracy
 from stages.metrics import accuracy_text, log_validation, measure, require_classifier
 from stages.model_folder import Facts, Model, save_model
+from stages.weights_file import load_weights
 
 if TYPE_CHECKING:
     from stages.catalogue import ImportParams

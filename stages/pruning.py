@@ -36,11 +36,11 @@ def begin(ctx: Context, partition: Partition, sparsity: float | None) -> None:
     """
     found = [f"{name} ({why})" for name, why in partition.unprunable]
     if not partition.prunable and sparsity != 0:
-        named = f": {'; '.join(found)}" if found else ", and none has two or more dimensions"
+        named = f"Its weights: {'; '.join(found)}" if found else "None has two or more dimensions"
         raise StageError(
-            "No weight of the network is prunable; expected at least one. Its weights"
-            f"{named}. Add weights to `also_prune`, or remove them from `keep`, in the stage that "
-            "trains or imports the network (pretrain, import_checkpoint)."
+            f"No weight of the network is prunable; expected at least one. {named}. Add weights to "
+            "`also_prune`, or remove them from `keep`, in the stage that trains or imports the "
+            "network (pretrain, import_checkpoint)."
         )
     if found:
         ctx.say(f"not prunable, {len(found)} weights: {'; '.join(found)}")

@@ -25,7 +25,7 @@ from fishleg.optim import FishLeg
 from fishleg.pruning import HeldMasks
 from pipeline.stage import Context, StageError
 from stages.batch_norm import whole_batches
-from stages.checkpoint import Checkpoint, State, share
+from stages.checkpoint import CellState, Checkpoint, share
 from stages.data.batches import batches_per_epoch, training_batches
 from stages.data.dataset import DataSet
 from stages.determinism import derive_seed
@@ -103,7 +103,7 @@ class Training:
 
     # -- state
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> CellState:
         """Return the optimiser's moments and the cursor; the network is not in it."""
         moments = {
             f"{index}.{name}": value
@@ -116,7 +116,7 @@ class Training:
             "meta": {"epoch": self.epoch, "batch": self.batch},
         }
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: CellState) -> None:
         """Restore the state that `state_dict` returned, with its tensors on the CPU."""
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in without_prefix("optimizer", state["tensors"]).items():
@@ -139,11 +139,11 @@ class Training:
             )
             require_equal(self.rank_group, self._bits())
 
-    def _states(self) -> dict[str, State]:
+    def _states(self) -> dict[str, CellState]:
         network = {"tensors": self.network.state_dict()}
         return {"network": network, "training": self.state_dict()}
 
-    def _restore(self, states: Mapping[str, State]) -> None:
+    def _restore(self, states: Mapping[str, CellState]) -> None:
         load_into(self.network, states["network"]["tensors"])
         self.load_state_dict(states["training"])
 
@@ -193,12 +193,16 @@ class Training:
                     shown = time.monotonic()
                     done = self.epoch + self.batch / self.batches
                     ctx.progress(first_step + done, first_step + self.params.epochs, "epoch")
-                if self.rank_group.any(ctx.rank == 0 and ctx.checkpoint_due()):
-                    self._require_finite()
-                    require_equal(self.rank_group, self._bits())
-                    if ctx.rank == 0:
-                        write()
+                self._checkpoint_if_due(ctx, write)
         self.network.eval()
+
+    def _checkpoint_if_due(self, ctx: Context, write: Callable[[], None]) -> None:
+        """Let the first rank write a checkpoint, after a check of all ranks."""
+        if self.rank_group.any(ctx.rank == 0 and ctx.checkpoint_due()):
+            self._require_finite()
+            require_equal(self.rank_group, self._bits())
+            if ctx.rank == 0:
+                write()
 
     def _step(self, inputs: Tensor, labels: Tensor) -> None:
         """Take one optimiser step; dropout draws from a seed of this batch."""

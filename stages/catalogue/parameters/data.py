@@ -40,7 +40,7 @@ class DataParams(Params):
         "set's own",
     )
     std: list[Annotated[FiniteFloat, Field(gt=0)]] | None = Field(
-        default=None, min_length=1, description="likewise; each above 0"
+        default=None, min_length=1, description="normalisation, like mean; each above 0"
     )
 
     @field_validator("dataset_args")
@@ -88,7 +88,7 @@ class ExpectationParams(Params):
         default=None,
         ge=0,
         le=100,
-        description="in percent; a dense network with another accuracy is an error",
+        description="known accuracy in percent; a dense network with another accuracy is an error",
     )
     expect_margin: Annotated[float, Role.NEUTRAL] = Field(
         default=1.0, ge=0, description="points of difference from expect_accuracy that are allowed"

@@ -39,8 +39,8 @@ class Published(Params):
     """Results from the literature, shown beside the measured ones."""
 
     method: str = Field(description="name in table and figure")
-    sparsity: list[float] = Field(description="fractions removed")
-    accuracy: list[float] = Field(description="in percent, one for each sparsity")
+    sparsity: list[float] = Field(description="fractions of the weights that are removed")
+    accuracy: list[float] = Field(description="accuracies in percent, one for each sparsity")
 
     @model_validator(mode="after")
     def _same_length(self) -> Published:
@@ -54,5 +54,5 @@ class Published(Params):
 class CompareParams(Params):
     """Of `compare`."""
 
-    title: str = Field(default="Accuracy against sparsity", description="of table and figure")
+    title: str = Field(default="Accuracy against sparsity", description="title of table and figure")
     published: list[Published] = Field(default=[], description="rows from the literature")

@@ -62,9 +62,9 @@ class StepwiseParams(PruningParams, EstimatorParams):
         gt=0, lt=1, description="fraction removed after the last step"
     )
     initial_sparsity: float = Field(
-        default=0.0, ge=0, lt=1, description="where the schedule begins"
+        default=0.0, ge=0, lt=1, description="sparsity where the schedule begins"
     )
-    steps: int = Field(default=8, ge=1, description="pruning steps")
+    steps: int = Field(default=8, ge=1, description="number of pruning steps")
     schedule: Schedule = Field(
         default="cubic",
         description="fast at first and slow at the end; equal steps; or equal fractions of the "
@@ -79,7 +79,7 @@ class StepwiseParams(PruningParams, EstimatorParams):
         description="between steps: refine the estimate with the new weights and masks, or start "
         "again (methods without a state always do)",
     )
-    seed: Seed = Field(default=0, ge=0, description="of samples, labels, batches and crops")
+    seed: Seed = Field(default=0, ge=0, description="seed of samples, labels, batches and crops")
 
     @model_validator(mode="after")
     def _rising(self) -> StepwiseParams:
@@ -94,7 +94,7 @@ class StepwiseParams(PruningParams, EstimatorParams):
 class GradualParams(StepwiseParams, TrainingParams):
     """Of `prune_gradual`."""
 
-    epochs: int = Field(default=1, ge=0, description="of training after each step")
+    epochs: int = Field(default=1, ge=0, description="epochs of training after each step")
     batch_size: int = Field(default=128, ge=1, description="samples in an optimiser step")
 
 
@@ -131,7 +131,7 @@ class RefinementParams(OptionParams, RefinementOptions):
         "samples, where the steps are many (from some 400)",
     )
     precision: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="of forward and backward"
+        default="float32", description="number type of both passes"
     )
 
 

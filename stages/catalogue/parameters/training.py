@@ -38,9 +38,9 @@ class TrainingParams(Params):
         default=FishLegOptimizerParams(), description="options of the optimiser fishleg"
     )
     lr: float = Field(default=0.1, gt=0, description="peak learning rate; a cosine takes it to 0")
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="of SGD and FishLeg")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum of SGD and FishLeg")
     weight_decay: float = Field(
-        default=5e-4, ge=0, description="of matrices and kernels; not of biases and norms"
+        default=5e-4, ge=0, description="decay of matrices and kernels; biases and norms have none"
     )
     warmup_epochs: float = Field(default=1.0, ge=0, description="epochs of linear warm-up")
     label_smoothing: float = Field(
@@ -48,9 +48,10 @@ class TrainingParams(Params):
     )
     augment: bool = Field(default=True, description="the data set's own random crops and flips")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="of forward and backward; auto: bfloat16 on a GPU that has it"
+        default="auto",
+        description="number type of both passes; auto: bfloat16 on a GPU that has it",
     )
-    seed: Seed = Field(default=0, ge=0, description="of weights, batches, crops and dropout")
+    seed: Seed = Field(default=0, ge=0, description="seed of weights, batches, crops and dropout")
 
     @model_validator(mode="after")
     def _forget_other_optimizers(self) -> TrainingParams:
@@ -69,4 +70,4 @@ class FinetuneParams(TrainingParams, MethodAxes):
     distillation: float = Field(
         default=0.5, ge=0, le=1, description="weight of the teacher, where one is connected"
     )
-    temperature: float = Field(default=2.0, gt=0, description="of the teacher's outputs")
+    temperature: float = Field(default=2.0, gt=0, description="divides the logits that are matched")
