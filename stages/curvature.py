@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fishleg import GradientSource
 from fishleg.certificate import certify
 from fishleg.estimators.base import AbstractEstimator, FitProgress
-from fishleg.gradients import GradientSource
 from pipeline.stage import Context
 from stages.checkpoint import Checkpoint, share
 from stages.data.source import load_data

@@ -25,7 +25,7 @@ from fishleg.optim import FishLeg
 from fishleg.pruning import HeldMasks
 from pipeline.stage import Context, StageError
 from stages.batch_norm import whole_batches
-from stages.checkpoint import CellState, Checkpoint, share
+from stages.checkpoint import Checkpoint, State, share
 from stages.data.batches import batches_per_epoch, training_batches
 from stages.data.dataset import DataSet
 from stages.determinism import derive_seed
@@ -103,7 +103,7 @@ class Training:
 
     # -- state
 
-    def state_dict(self) -> CellState:
+    def state_dict(self) -> State:
         """Return the optimiser's moments and the cursor; the network is not in it."""
         moments = {
             f"{index}.{name}": value
@@ -116,7 +116,7 @@ class Training:
             "meta": {"epoch": self.epoch, "batch": self.batch},
         }
 
-    def load_state_dict(self, state: CellState) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Restore the state that `state_dict` returned, with its tensors on the CPU."""
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in without_prefix("optimizer", state["tensors"]).items():
@@ -139,11 +139,11 @@ class Training:
             )
             require_equal(self.rank_group, self._bits())
 
-    def _states(self) -> dict[str, CellState]:
+    def _states(self) -> dict[str, State]:
         network = {"tensors": self.network.state_dict()}
         return {"network": network, "training": self.state_dict()}
 
-    def _restore(self, states: Mapping[str, CellState]) -> None:
+    def _restore(self, states: Mapping[str, State]) -> None:
         load_into(self.network, states["network"]["tensors"])
         self.load_state_dict(states["training"])
 

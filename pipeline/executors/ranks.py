@@ -80,7 +80,7 @@ def cause(outcomes: Mapping[int, Outcome], size: int) -> Outcome:
     outcome = outcomes[rank]
     if size == 1:
         return outcome
-    message = f"worker {rank} of {size}: {outcome['error']['message']}"
+    message = f"rank {rank} of {size}: {outcome['error']['message']}"
     return {**outcome, "error": {**outcome["error"], "message": message}}
 
 

@@ -8,7 +8,6 @@ import os
 import socket
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from pipeline.base.states import CellState, PlanState
 from pipeline.planning.keys import known_calls
@@ -42,7 +41,7 @@ class Schedule:
             for one in planned
         }
         self._calls = known_calls(plan.spec.cells)
-        self._rank = self._ranks()
+        self._order = self._orders()
         self._downstream: dict[str, list[str]] = {}
         for one in planned:
             for source in one.cell.sources:
@@ -51,7 +50,7 @@ class Schedule:
             name for name, status in self.statuses.items() if not status.state.is_settled
         }
         self._unsure = set(self._unsettled)  # cells to examine
-        self._ready: list[tuple[tuple[int, int], str]] = []  # by rank, which is unique
+        self._ready: list[tuple[tuple[int, int], str]] = []  # in order
 
     def cell(self, name: str) -> Cell:
         """Return the cell called `name`."""
@@ -60,10 +59,6 @@ class Schedule:
     def planned(self, name: str) -> PlannedCell:
         """Return the planned cell called `name`."""
         return self._planned[name]
-
-    def ingredients(self, name: str) -> dict[str, Any]:
-        """Return the ingredients of the cell's result, with the inputs that are available."""
-        return {**self._planned[name].ingredients, "inputs": self._input_keys(name)}
 
     def calls(self, name: str) -> Sequence[str]:
         """Return the calls that stored files may have a cell make, see `call_text`."""
@@ -90,9 +85,12 @@ class Schedule:
             "calls": list(self.calls(name)),
             "params_model": f"{params.__module__}:{params.__qualname__}",
             "params": cell.params.model_dump(mode="json"),
-            "inputs": self.task_inputs(name),
+            "inputs": self._task_inputs(name),
             "outputs": list(cell.declaration.outputs),
-            "ingredients": self.ingredients(name),
+            "ingredients": {
+                **self._planned[name].ingredients,
+                "inputs": self._input_keys(name),
+            },
             "num_cpus": cell.resources.num_cpus,
             "num_gpus": cell.resources.num_gpus,
             "checkpoint_every_s": cell.checkpoint_every_s,
@@ -101,7 +99,7 @@ class Schedule:
             "directory": os.getcwd(),
         }
 
-    def task_inputs(self, name: str) -> dict[str, list[TaskInput]]:
+    def _task_inputs(self, name: str) -> dict[str, list[TaskInput]]:
         """Return the inputs in the task of a cell."""
         return {
             key: [
@@ -111,7 +109,7 @@ class Schedule:
                     "key": self.statuses[source.cell].key,
                     "axes": dict(self.cell(source.cell).axes),
                     "output": source.output,
-                    "available": self.available(source),
+                    "available": self._available(source),
                 }
                 for source in sources
             ]
@@ -146,7 +144,7 @@ class Schedule:
 
     def _examine(self, name: str) -> None:
         """Add a cell to the ready ones if it may run now, else remove it."""
-        place = self._rank[name], name
+        place = self._order[name], name
         at = bisect_left(self._ready, place)
         if self._ready[at : at + 1] == [place]:
             del self._ready[at]
@@ -163,7 +161,7 @@ class Schedule:
         status.key = self._key(name)
         self._ready.insert(at, place)
 
-    def available(self, source: Upstream) -> bool:
+    def _available(self, source: Upstream) -> bool:
         """Tell whether a connected output can be fetched."""
         return self._state(source.cell).has_result
 
@@ -202,7 +200,7 @@ class Schedule:
         """Return the failed cells that `cell` requires."""
         lost = []
         for name, sources in cell.inputs.items():
-            missing = [source.cell for source in sources if not self.available(source)]
+            missing = [source.cell for source in sources if not self._available(source)]
             partial = cell.declaration.inputs[name].many and len(missing) < len(sources)
             lost += [] if partial else missing
         return lost
@@ -220,14 +218,14 @@ class Schedule:
         """Return the keys of the inputs; that of a failed cell is marked."""
         return {
             key: [
-                ("" if self.available(source) else "failed:") + self.statuses[source.cell].key
+                ("" if self._available(source) else "failed:") + self.statuses[source.cell].key
                 for source in sources
             ]
             for key, sources in self.cell(name).inputs.items()
         }
 
-    def _ranks(self) -> dict[str, tuple[int, int]]:
-        """Return each cell's rank: the negative length of its longest path to the end, in cells.
+    def _orders(self) -> dict[str, tuple[int, int]]:
+        """Return each cell's order: the negative length of its longest path to the end, in cells.
 
         The cell's place breaks ties.
         """

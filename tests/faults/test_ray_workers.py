@@ -62,7 +62,7 @@ def test_a_rank_that_dies_takes_all_down(executor: AbstractExecutor) -> None:
     os.kill(pids[1], 9)
     outcome = collect(executor, 1, 30)["cell"]
     assert outcome["status"] == "died"
-    assert outcome["error"]["message"].startswith("worker 1 of 2: ")
+    assert outcome["error"]["message"].startswith("rank 1 of 2: ")
     wait_for(lambda: not any(map(alive, pids)))
     executor.submit(ranks_task(), TWO_HALVES)  # what the driver does next
     assert collect(executor, 1, 120)["cell"]["status"] == "ok"
@@ -75,14 +75,14 @@ def test_an_error_of_any_rank_is_the_tasks(executor: AbstractExecutor) -> None:
     outcome = collect(executor, 1, 120)["cell"]
     assert outcome["status"] == "failed"
     assert outcome["error"]["user"]
-    assert outcome["error"]["message"] == "worker 1 of 2: rank 1 fails on purpose."
+    assert outcome["error"]["message"] == "rank 1 of 2: rank 1 fails on purpose."
 
 
 def test_other_code_of_any_rank_is_not_published(executor: AbstractExecutor) -> None:
     executor.submit(ranks_task(ingredients=OTHER_CODE, imports="toy.operations.times"), TWO_HALVES)
     outcome = collect(executor, 1, 120)["cell"]
     assert outcome["error"]["user"]
-    assert outcome["error"]["message"].startswith("worker 1 of 2: Module toy.operations.times (")
+    assert outcome["error"]["message"].startswith("rank 1 of 2: Module toy.operations.times (")
     assert Store(".fls").manifest("a" * 64) is None
 
 

@@ -70,7 +70,7 @@ def check_file_changed_under_ranks(executor: AbstractExecutor) -> None:
     assert outcome["status"] == "failed", outcome
     assert outcome["error"]["user"]
     assert "File number.txt (params.path, on " in outcome["error"]["message"]
-    assert "what the stage has read is not known" in outcome["error"]["message"]
+    assert "data that the stage has read are not known" in outcome["error"]["message"]
     assert Store(".fls").manifest("a" * 64) is None
 
 
@@ -126,7 +126,7 @@ def test_a_rank_that_dies_takes_all_down_and_the_next_attempt_goes_on(
     os.kill(pids[1], 9)
     outcome = collect(executor, 1)["cell"]
     assert outcome["status"] == "died"
-    assert "worker 1 of 2: The worker process died by signal SIGKILL" in outcome["error"]["message"]
+    assert "rank 1 of 2: The worker process died by signal SIGKILL" in outcome["error"]["message"]
     assert not any(map(alive, pids))
     assert executor._machine._free_cpus == 2  # nothing is held any more
 
@@ -149,7 +149,7 @@ def test_an_error_of_any_rank_is_the_tasks(executor: LocalExecutor) -> None:
     outcome = collect(executor, 1)["cell"]
     assert outcome["status"] == "failed"
     assert outcome["error"]["user"]
-    assert outcome["error"]["message"] == "worker 1 of 2: rank 1 fails on purpose."
+    assert outcome["error"]["message"] == "rank 1 of 2: rank 1 fails on purpose."
     assert not alive(pid_of_rank(0))
 
 
@@ -157,7 +157,7 @@ def test_other_code_of_rank_1_alone_is_not_published(executor: LocalExecutor) ->
     executor.submit(ranks_task(ingredients=OTHER_CODE, imports="toy.operations.times"), TWO)
     outcome = collect(executor, 1)["cell"]
     assert outcome["error"]["user"]
-    assert outcome["error"]["message"].startswith("worker 1 of 2: Module toy.operations.times (")
+    assert outcome["error"]["message"].startswith("rank 1 of 2: Module toy.operations.times (")
     assert Store(".fls").manifest("a" * 64) is None
 
 
