@@ -14,12 +14,7 @@ from pipeline.base import limits
 from pipeline.base.errors import Position, Problem, SpecError, nearest
 from pipeline.base.places import lead, moved, tracking_folder_of
 from pipeline.base.variables import STORAGE
-from pipeline.spec.cells import (
-    Registration,
-    Scalar,
-    StageSpec,
-    cell_name,
-)
+from pipeline.spec.cells import Registration, Scalar, StageSpec, cell_name
 from pipeline.spec.joins import expand, topological
 from pipeline.spec.params import Issue, issues_of, marked, name_trouble
 from pipeline.spec.plugins import Plugin, import_catalogue
@@ -221,9 +216,7 @@ class Builder:
                 known = declaration.inputs
                 hint = nearest(key, known) or f"; inputs: {', '.join(known) or 'none'}"
                 self.note(
-                    (*root, key),
-                    f"{declaration.name!r} has no input {key!r}{hint}",
-                    key=True,
+                    (*root, key), f"{declaration.name!r} has no input {key!r}{hint}", key=True
                 )
                 continue
             if len(upstream) > 1 and not declared.many:
