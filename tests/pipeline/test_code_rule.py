@@ -46,7 +46,7 @@ def test_its_results_are_kept_by_accepting_and_the_plan_says_so(toy: Path) -> No
     assert f"apply: run: {RULE_CHANGED}" in output
     assert "code of" not in output
     assert (
-        "\n2 cells run because the digests of their code are made by a newer rule. `fls " in output
+        "\n2 cells run because a newer rule makes the digests of their code. `fls " in output
     )
     assert fls("accept", "start", "apply", "--why", "the same code")[0] == 0
     assert "Nothing to do" in run_here()[1]

@@ -16,8 +16,8 @@ from toy_runs import ROOT, fls
 
 from pipeline.base.errors import BadInput, StorageUnavailable, StorageUnsupported, StoreError
 from pipeline.stage import Context
-from pipeline.store import remote as remote_storage
 from pipeline.store.storage import open_storage
+from pipeline.store.storage import remote as remote_storage
 from pipeline.store.storage.remote import RemoteStorage
 from pipeline.store.store import Store
 from pipeline.upkeep.gc import collect, find_garbage
