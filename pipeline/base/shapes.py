@@ -5,14 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Annotated, Any, TypeVar, cast
 
-from pydantic import (
-    ConfigDict,
-    Field,
-    GetPydanticSchema,
-    TypeAdapter,
-    ValidationError,
-    with_config,
-)
+from pydantic import ConfigDict, Field, GetPydanticSchema, TypeAdapter, ValidationError, with_config
 
 from pipeline.base.text import cut
 

@@ -1,1 +1,1 @@
-"""Keys of cells, and the plan of a run: what is there and what has to be made."""
+"""Keys of cells, and plans of runs."""

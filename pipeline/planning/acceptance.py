@@ -1,9 +1,8 @@
-"""Code that counts as equivalent to earlier code, because someone said so and why.
+"""Code that a user accepted as equivalent to earlier code.
 
-The planner asks before it makes keys, so results that were made by that other code are found again,
-and new ones join them. A document's name is made of stage type and code, so it is found without a
-search. It is written once: accepted code that is accepted again, under yet other code, takes along
-all that counts as the same.
+The planner replaces accepted code in keys by the earlier code, so earlier results are found. The
+document's name is a digest of stage type and code. Chains are followed: code accepted as code that
+was accepted itself counts as the last one.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from pipeline.store.layout import ACCEPTED
 from pipeline.store.store import Store
 
 Code = Mapping[str, str]  # module -> digest
-_IN_KEYS = ("code", "who", "why", "time")  # the part of an acceptance that ingredients have
+_IN_KEYS = ("code", "who", "why", "time")  # the fields in ingredients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +36,7 @@ class Acceptance:
     Attributes:
         stage: the stage type.
         code: module -> digest.
-        as_: the code that it counts as; `as` in the document.
+        as_: the code that replaces it in keys; `as` in the document.
         who: the person who accepted it.
         why: the reason.
         time: Unix time.
@@ -55,11 +54,11 @@ class Acceptance:
 
 @dataclass(frozen=True)
 class Equivalence:
-    """What code counts as.
+    """The code that replaces accepted code in keys.
 
     Attributes:
-        code: the code that stands in the key.
-        accepted: {code, who, why, time}: the code that there is, and who said that it counts.
+        code: the code in the key.
+        accepted: {code, who, why, time}: the accepted code, and who accepted it.
     """
 
     code: Code
@@ -67,7 +66,7 @@ class Equivalence:
 
 
 class Acceptances:
-    """What was accepted in a store, as it stands when it is first asked."""
+    """The acceptances of a store, as of the first request."""
 
     def __init__(self, store: Store):
         self._store = store
@@ -75,10 +74,10 @@ class Acceptances:
         self._known: dict[str, Acceptance | None] = {}
 
     def find(self, stage: str, code: Code) -> Equivalence | None:
-        """Return what code of a stage type counts as, or None if it stands for itself.
+        """Return the code that replaces accepted code of a stage type; None if it is not accepted.
 
         Raises:
-            StoreError: what was accepted goes round in a circle.
+            StoreError: the acceptances form a circle.
         """
         names = [_identify(stage, code)]
         target, first = code, self._look_up(stage, names[0])
@@ -88,9 +87,9 @@ class Acceptances:
             if (name := _identify(stage, target)) in names:
                 circle = shorten(names[names.index(name) :])
                 raise StoreError(
-                    f"{self._store.url}/{ACCEPTED}: what was accepted of {stage} goes round in a "
-                    f"circle ({circle}), so no code stands for the others. Delete the one of "
-                    "these files that is wrong."
+                    f"{self._store.url}/{ACCEPTED}: the acceptances of {stage} form a circle "
+                    f"({circle}), so none of its code counts as the original. Delete the wrong "
+                    "one of these files."
                 )
             names.append(name)
             document = self._look_up(stage, name)
@@ -99,19 +98,14 @@ class Acceptances:
         return Equivalence(target, {name: getattr(first, name) for name in _IN_KEYS})
 
     def root(self, stage: str, code: Code) -> Code:
-        """Return the code that stands in the keys for `code`."""
+        """Return the code that keys contain for `code`."""
         found = self.find(stage, code)
         return found.code if found else code
 
     def add(self, stage: str, code: Code, as_: Code, *, why: str, run: str) -> bool:
-        """Record that code of a stage type counts as other code; tell whether that was news.
+        """Record that code of a stage type counts as `as_`; tell whether that is new.
 
-        Args:
-            stage: the stage type.
-            code: the code.
-            as_: what it counts as.
-            why: the reason.
-            run: the run that used `as_`.
+        `why` is the reason, and `run` the run that used `as_`.
         """
         code, as_ = self.root(stage, code), self.root(stage, as_)
         if code == as_:
@@ -150,7 +144,7 @@ class Acceptances:
 
 
 def describe(accepted: Mapping[str, Any]) -> str:
-    """Say who accepted code, when and why."""
+    """Return a phrase with the person, day and reason of an acceptance."""
     day = datetime.fromtimestamp(accepted["time"])
     return f"accepted as equivalent by {accepted['who']} on {day:%Y-%m-%d}: {accepted['why']}"
 

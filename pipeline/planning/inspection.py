@@ -1,7 +1,6 @@
-"""What a plugin has to say about cells before they run, in a process of its own: `fls inspect`.
+"""Inspection of cells before they run, by the plugin's inspector: `fls inspect`.
 
-The plugin's inspector may import what it likes; planning stays light, and a crash ends that process
-alone.
+The inspector runs in its own process, so its imports and crashes do not affect planning.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from pipeline.stage import StageError
 
 
 def inspect(spec: Spec, address: str | None) -> list[dict[str, Any]]:
-    """Return what plugins say of the cells that they can look into; see `Catalogue.inspector`.
+    """Return the inspectors' reports on cells; see `Catalogue.inspector`.
 
     Args:
         spec: the pipeline.
-        address: of cells; None for all. Of others, what is upstream of them is looked into.
+        address: the address of cells, inspected with all cells upstream; None for all cells.
 
     Raises:
-        BadInput: there is nothing to look into, or the inspector says what is wrong.
+        BadInput: no cell can be inspected, or an inspector refuses one.
     """
     wanted = (
         {cell.name for cell in spec.cells} if address is None else _with_upstream(spec, address)
@@ -101,6 +100,6 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with contextlib.redirect_stdout(sys.stderr):  # what is imported may print
+    with contextlib.redirect_stdout(sys.stderr):  # imports may print
         reply = _answer(json.load(sys.stdin))
     sys.stdout.write(json.dumps(reply))

@@ -1,9 +1,8 @@
-"""What a cell's result depends on, and the key that stands for it.
+"""Keys of cells: digests of everything that a cell's result depends on.
 
 The key is the sha256 of the canonical JSON of the cell's ingredients: stage type, code, resolved
 parameters, upstream keys, digests of external files and data, and a generation that `--force`
-raises. Resources, retries, names and paths are no ingredients: names are kept beside them for
-people only.
+raises. Resources, retries, names and paths do not count; names are stored for people.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from pipeline.spec.params import Marked, marked
 from pipeline.spec.plugins import Plugin
 from pipeline.stage import ExternalFile, Registry, call_text
 
-CODE_CHANGED = ("code of ", "the rule for code digests")  # how phrases of `explain` begin
+CODE_CHANGED = ("code of ", "the rule for code digests")  # prefixes of phrases of `explain`
 _NOT_HASHED = {"names", "accepted", "rule"}
 
 
@@ -41,7 +40,7 @@ class _Names(TypedDict):
 
 @with_config(ConfigDict(extra="allow"))
 class Ingredients(TypedDict):
-    """The ingredients of a key, as they are stored; see `Identity`."""
+    """The stored ingredients of a key; see `Identity`."""
 
     stage: str
     code: Code
@@ -56,18 +55,17 @@ class Ingredients(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What a cell is, to the store.
+    """The key of a cell, and its ingredients.
 
     Attributes:
         key: hex sha256 of the ingredients.
-        base: the same without the generation; what `--force` counts generations of.
+        base: the same without the generation; `--force` counts generations per base.
         ingredients: JSON with `stage`, `code` {module: digest}, `params`, `inputs` {name: [key]},
-            `files` {parameter: sha256}, `data` {parameter: digest} and `generation`; and `names`,
-            which is not hashed: `inputs` {name: [cell]}, `files` {parameter: path}, and
-            `unchecked` [parameter], which stand for data that the key does not know. Nor is `rule`,
-            by which the digests of code are made (1, if absent). Where code was accepted as
-            equivalent, `code` is what it counts as, and `accepted`, which is not hashed either,
-            says what it is (see `pipeline.planning.acceptance`).
+            `files` {parameter: sha256}, `data` {parameter: digest} and `generation`. Not hashed
+            are: `names`, with `inputs` {name: [cell]}, `files` {parameter: path} and `unchecked`
+            [parameter], whose data has no digest in the key; `rule`, the version of the code digest
+            (default 1); and `accepted`, the actual code where `code` is the code that replaces it
+            (see `pipeline.planning.acceptance`).
     """
 
     key: str
@@ -83,15 +81,15 @@ def identify(
 ) -> dict[str, Identity]:
     """Return cell name -> identity.
 
+    Missing or invalid modules and unreadable files are `BadInput`.
+
     Args:
         cells: in topological order.
-        plugins: whose packages hold the code.
+        plugins: their packages contain the code.
         generation: cell and base identity -> generation.
-        equivalent: stage type and code -> what that counts as, if not as itself.
+        equivalent: stage type and code -> the code that replaces accepted code, or None.
 
-    A module that is not there, or no valid Python, and a file that cannot be read are `BadInput`.
-
-    Cost: one read of each source and external file, and of files in folders of data that are new.
+    Cost: one read of each source, external file, and new file in folders of data.
     """
     code = CodeIndex(
         packages={
@@ -120,7 +118,7 @@ def _ingredients(
     content: Callable[[Callable[[Path], Reading], Path], str],
     upstream: Mapping[str, Identity],
 ) -> dict[str, Any]:
-    """Return a cell's ingredients but its generation."""
+    """Return a cell's ingredients without its generation."""
     params = cell.params.model_dump(mode="json")
     targets, data, unchecked = {cell.declaration.entry}, {}, []
     folders, paths = folders_of(cell.params), files_of(cell.params)
@@ -158,19 +156,19 @@ def _ingredients(
 
 
 def base_of(ingredients: Mapping[str, Any]) -> str:
-    """Return the base identity (see `Identity.base`) that these ingredients belong to."""
+    """Return `Identity.base` of ingredients."""
     return _hash({name: value for name, value in ingredients.items() if name != "generation"})
 
 
 def _is_verified(params: BaseModel, mark: Marked) -> bool:
-    """Tell whether a declared digest is compared, by the parameter beside the name that says so."""
+    """Tell whether the stage compares a declared digest: the parameter `verified_by` is not off."""
     marker = mark.marker
     switch = marker.verified_by if isinstance(marker, Registry) else ""
     return bool(getattr(_beside(params, mark), switch, True)) if switch else True
 
 
 def _beside(params: BaseModel, mark: Marked) -> Any:
-    """Return what holds a marked parameter."""
+    """Return the container of a marked parameter."""
     found: Any = params
     for part in mark.path[:-1]:
         found = getattr(found, str(part)) if isinstance(found, BaseModel) else found[part]
@@ -178,7 +176,7 @@ def _beside(params: BaseModel, mark: Marked) -> Any:
 
 
 def _blank(params: Any, path: Sequence[str | int]) -> None:
-    """Put None in place of a path, which is a name: the file's digest counts, not where it is."""
+    """Replace a file's path by None: only the file's digest counts."""
     for part in path[:-1]:
         params = params[part]
     params[path[-1]] = None
@@ -191,12 +189,10 @@ def _hash(ingredients: Mapping[str, Any]) -> str:
 
 
 def known_calls(cells: Iterable[Cell]) -> dict[str, frozenset[str]]:
-    """Return cell name -> all that its parameters, or those upstream, stand for.
+    """Return cell name -> the calls that its parameters, and those upstream, name.
 
-    Each is a `pipeline.stage.call_text`, without options and with those beside the name.
-
-    Args:
-        cells: in topological order.
+    Each call is a `pipeline.stage.call_text`, without and with its options. `cells` are in
+    topological order.
     """
     known: dict[str, frozenset[str]] = {}
     for cell in cells:
@@ -206,10 +202,7 @@ def known_calls(cells: Iterable[Cell]) -> dict[str, frozenset[str]]:
 
 
 def own_calls(cell: Cell) -> Iterator[tuple[str, list[str]]]:
-    """Yield each `module:function` of a cell's parameters, which is in no catalogue.
-
-    With it goes all that `known_calls` has of it.
-    """
+    """Yield each `module:function` parameter of a cell, with its `known_calls`."""
     for mark in marked(cell.params):
         registry = mark.marker
         entry = registry.find(mark.value) if isinstance(registry, Registry) else None
@@ -235,12 +228,12 @@ def _calls(params: BaseModel, mark: Marked) -> Iterator[str]:
 def explain(
     before: Mapping[str, Any], after: Mapping[str, Any], cached: Container[str] = ()
 ) -> list[str]:
-    """Say which ingredients differ, one phrase each; nothing if none does.
+    """Return one phrase for each ingredient that differs.
 
     Args:
         before: ingredients of an earlier run of the cell.
         after: its ingredients now.
-        cached: cells whose results are there, so that nothing of them changes now.
+        cached: cells with stored results.
     """
     changes = []
     if before["stage"] != after["stage"]:
@@ -256,11 +249,11 @@ def explain(
 
 
 def _code(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Return which code changed; behind what was accepted, the code that it was."""
+    """Return the changes of code; for accepted code, those of the actual code."""
     if before["code"] == after["code"]:
         return []
     rules = before.get("rule", 1), after.get("rule", 1)
-    if rules[0] != rules[1]:  # by which the same code has other digests
+    if rules[0] != rules[1]:
         return [
             f"the rule for code digests changed ({rules[0]} -> {rules[1]}); `fls accept` keeps the "
             "results"
@@ -280,7 +273,7 @@ def _entries(name: str, before: Any, after: Any) -> Iterator[str]:
 
 
 def _digests(name: str, before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
-    """Return which of the named digests changed, came or went, in at most three phrases."""
+    """Return up to three phrases: the digests that changed, came in, or went out."""
     both = [key for key in after if key in before and before[key] != after[key]]
     came = [key for key in after if key not in before]
     gone = [key for key in before if key not in after]
@@ -294,9 +287,9 @@ def _digests(name: str, before: Mapping[str, str], after: Mapping[str, str]) -> 
 def _upstream(
     before: Mapping[str, Any], after: Mapping[str, Any], cached: Container[str]
 ) -> list[str]:
-    """Return which upstream cells changed, came or went.
+    """Return phrases about the upstream cells, by name, that changed, came in, or went out.
 
-    Cells are told apart by name; a renamed one with the same key in the same place is no change.
+    A renamed cell with the same key in the same place is no change.
     """
     if before["inputs"] == after["inputs"]:
         return []

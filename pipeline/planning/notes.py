@@ -1,4 +1,4 @@
-"""What plugins have to say of results that a plan found in the store."""
+"""Notes of plugins on cached results."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from pipeline.store.store import Store
 
 
 def plan_notes(plan: Plan, store: Store) -> list[str]:
-    """Return lines about cached cells in which something of a described kind begins.
+    """Return the plugins' notes on cached cells with outputs of a kind that they describe.
 
-    Cells that take an output of the same kind are left out: what is to be said is said of the first
-    one. What cannot be read has nothing to say.
+    Cells that take an input of that kind are left out, and so are unreadable outputs.
 
     Cost: one read of a small file for each such cell.
     """
@@ -32,10 +31,10 @@ def plan_notes(plan: Plan, store: Store) -> list[str]:
                     continue
                 for output in outputs:
                     try:
-                        facts = json.loads(store.read_file(planned.manifest, output, about.file))
-                        lines = describe(facts)
+                        data = store.read_file(planned.manifest, output, about.file)
+                        lines = describe(json.loads(data))
                     except (OSError, StoreError, ValueError, TypeError, AttributeError):
-                        continue  # whatever stands there, it is not what the stage wrote
+                        continue  # damaged
                     for line in lines:
                         said.setdefault(line, []).append(planned.cell.name)
     return [f"{shorten(cells)}: {line}" for line, cells in said.items()]

@@ -1,9 +1,9 @@
-"""What a cell reads that is neither code nor in the store: files and folders of the user's.
+"""Digests of external files and folders of data that cells read.
 
-A folder's digest stands for the names, sizes and contents of its files, at any depth, links
-followed; hidden ones (`.name`) are left out. Reading 100,000 images takes minutes, so digests of
-files are kept in the user's cache, and hold as long as size, inode and times are the same. A file
-changed within the last seconds is read again next time: its times may not tell a further change.
+A folder's digest covers the names, sizes and contents of its files at any depth; links are
+followed, and hidden files (`.name`) left out. Reading 100,000 images takes minutes, so the user's
+cache keeps digests of files, valid for unchanged size, inode and times. A recently changed file is
+read again next time, as its times may not show a further change.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from pipeline.base.variables import CACHE_HOME
 from pipeline.spec.params import Marked, marked
 from pipeline.stage import ExternalFile
 
-_SETTLED_S = 10.0  # older than the steps of a file system's clock, and than clocks differ
-_MUCH_BYTES = 1_000_000_000  # takes long enough to be announced
+_SETTLED_S = 10.0  # above the resolution of file times and the difference of clocks
+_MUCH_BYTES = 1_000_000_000  # announced, as it takes long
 _SAVE_EVERY_S = 30.0
 _VERSION = 1
 
@@ -36,16 +36,13 @@ Signature = tuple[int, ...]
 
 
 def files_of(params: BaseModel) -> dict[str, Path]:
-    """Return parameter -> path, of the files that the parameters name."""
+    """Return parameter -> path of the file that it names."""
     found = [mark for mark in marked(params) if isinstance(mark.marker, ExternalFile)]
     return {name_of(mark): Path(mark.value) for mark in found}
 
 
 def folders_of(params: BaseModel) -> dict[str, Path]:
-    """Return parameter -> folder of the data that it stands for, as this process sees them.
-
-    Of data with a declared digest there is none: the reader compares.
-    """
+    """Return parameter -> folder of the data that it names, without declared digests."""
     found = {}
     for mark in marked(params):
         entry = None if isinstance(mark.marker, ExternalFile) else mark.marker.find(mark.value)
@@ -55,20 +52,19 @@ def folders_of(params: BaseModel) -> dict[str, Path]:
 
 
 def name_of(mark: Marked) -> str:
-    """Return what a marked parameter is called in ingredients: `teacher.path`."""
+    """Return the name of a marked parameter in ingredients, such as `teacher.path`."""
     return ".".join(map(str, mark.path))
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What was read of a file or folder.
+    """The content of a file or folder.
 
     Attributes:
         digest: hex sha256 of the content.
-        state: of what shows that something was written, though the content be the same again:
-            sizes and times of all files and folders, among them the time of the last change of
-            whatever kind, which no user sets at will. Inodes are left out: file systems over object
-            stores make them up again.
+        state: digest of sizes and times, which changes with each write, even of equal content; it
+            includes ctimes, which users cannot set, and no inodes, which change on file systems
+            over object stores.
     """
 
     digest: str
@@ -76,12 +72,10 @@ class Reading:
 
 
 def read_file(path: Path) -> Reading:
-    """Read a file.
+    """Read a file, once.
 
     Raises:
         BadInput: it cannot be read.
-
-    Cost: one read.
     """
     state = state_of_file(path)
     try:
@@ -95,7 +89,7 @@ def state_of_file(path: Path) -> str:
     """Return the `state` of `read_file`, without reading.
 
     Raises:
-        BadInput: it cannot be looked at.
+        BadInput: it is inaccessible.
     """
     try:
         return repr(_sign(path)[_SIZE:])
@@ -107,9 +101,9 @@ def read_folder(folder: Path) -> Reading:
     """Read a folder.
 
     Raises:
-        BadInput: it, or something in it, cannot be read.
+        BadInput: the folder or a file in it cannot be read.
 
-    Cost: one look at each file, and one read of those that are new or were changed.
+    Cost: one stat of each file, and one read of new and changed ones.
     """
     found = _walk(folder)
     cache, content = _Cache(folder), hashlib.sha256()
@@ -126,7 +120,7 @@ def read_folder(folder: Path) -> Reading:
 
 
 def state_of_folder(folder: Path) -> str:
-    """Return the `state` of `read_folder`, without reading any file; raises what that does."""
+    """Return the `state` of `read_folder`, without reading any file; may raise `BadInput`."""
     return _state(_walk(folder))
 
 
@@ -137,7 +131,7 @@ def _state(found: Iterable[tuple[bytes, Signature]]) -> str:
     return digest.hexdigest()
 
 
-_SIZE = 1  # where a signature's size and times begin
+_SIZE = 1  # index of size in a signature; times follow
 
 
 def _sign(path: Path | os.DirEntry[bytes]) -> Signature:
@@ -146,13 +140,8 @@ def _sign(path: Path | os.DirEntry[bytes]) -> Signature:
 
 
 def _walk(folder: Path) -> list[tuple[bytes, Signature]]:
-    """Return the relative name and signature of each file, and of each folder (`name/`), sorted.
-
-    A link to a folder around itself is left out.
-
-    Raises:
-        BadInput: something cannot be read.
-    """
+    # Returns sorted relative names and signatures of files and folders (`name/`), without links to
+    # a parent folder.
     root = os.fsencode(folder)
     found: list[tuple[bytes, Signature]] = []
     try:
@@ -177,11 +166,11 @@ def _walk(folder: Path) -> list[tuple[bytes, Signature]]:
 
 
 _Digests = dict[str, tuple[Signature, str]]  # relative path -> signature, sha256
-_known: dict[Path, _Digests] = {}  # of this process, which may have no folder to write to
+_known: dict[Path, _Digests] = {}  # of this process, which may be unable to write the cache
 
 
 class _Cache:
-    """Digests of the files of one folder, in the user's cache; a damaged or foreign one is none."""
+    """The user's cache of digests of one folder's files; a damaged cache counts as empty."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -193,7 +182,7 @@ class _Cache:
         self._saved_s = time.monotonic()
 
     def announce(self, found: Iterable[tuple[bytes, Signature]]) -> None:
-        """Say that reading what is new will take long, if it will."""
+        """Announce the read of new files if it takes long."""
         new = sum(
             signature[_SIZE]
             for name, signature in found
@@ -201,13 +190,13 @@ class _Cache:
         )
         if new > _MUCH_BYTES:
             RedactingConsole(stderr=True).print(
-                f"Reading {new / 1e9:.0f} GB of {self._folder}, which is to enter a key. Digests "
-                f"are kept in {self._file.parent}: next time only what has changed is read.",
+                f"Reading {new / 1e9:.0f} GB of {self._folder}, whose digest enters a key. Digests "
+                f"are kept in {self._file.parent}: next time, only changed files are read.",
                 soft_wrap=True,
             )
 
     def digest(self, name: bytes, signature: Signature) -> str:
-        """Return the sha256 of a file with this signature, read again unless that is known."""
+        """Return the sha256 of a file; reads it if the signature is new."""
         found = self._find(name, signature)
         if found is None:
             with open(os.path.join(os.fsencode(self._folder), name), "rb") as file:
@@ -220,7 +209,7 @@ class _Cache:
         return found
 
     def save(self) -> None:
-        """Keep what is known; where the cache cannot be written, as long as this process lives."""
+        """Write new digests to the cache; an unwritable cache lasts for this process."""
         if self._news:
             self._write(self._now)
 
@@ -254,7 +243,7 @@ def _cache_folder() -> Path:
     base = CACHE_HOME.read() or os.path.expanduser("~/.cache")
     if os.path.isabs(base):
         return Path(base, "fishleg-surgeon", "folders")
-    place = private_place("folders")  # of a user without a home
-    with suppress(OSError):  # where none can be made, nothing is kept
+    place = private_place("folders")  # for a user without a home
+    with suppress(OSError):  # without a folder, nothing is kept
         make_private(place)
     return place

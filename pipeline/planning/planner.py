@@ -1,4 +1,4 @@
-"""What a run would do, and why: which cells are in the store, which are run, which cannot be."""
+"""Plans of runs: the state of each cell (cached, run or blocked), with the reason."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from pipeline.stage import Estimate, Params
 from pipeline.store.manifest import Manifest
 from pipeline.store.store import Store
 
-_MEMORY = 10  # how many earlier runs `why` looks through
+_MEMORY = 10  # number of earlier runs that `why` searches
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which part of a spec is wanted; each a list of addresses, see `pipeline.spec.cells.resolve`.
+    """The requested part of a spec, as lists of addresses, see `pipeline.spec.cells.resolve`.
 
     Attributes:
-        from_: these and what depends on them may run; all else comes from the store.
-        only: these alone may run.
-        until: these and what they depend on may run.
-        force: these run again, though the store has them; what depends on them follows.
+        from_: these and all downstream cells may run; others come from the store.
+        only: only these may run.
+        until: these and all upstream cells may run.
+        force: these run again, and so do all downstream cells.
     """
 
     from_: Sequence[str] = ()
@@ -49,14 +49,13 @@ class PlannedCell:
         cell: the cell.
         key: its key.
         ingredients: see `pipeline.planning.keys.Identity`.
-        data: parameter -> digests of the data that the result comes from: the cell's own, or else
-            those of what is upstream.
+        data: parameter -> digests of the data behind the result, its own or that of upstream cells.
         state: see `PlanState`.
         why: the reason of the state, for people.
         selected: whether the selection lets it run.
         manifest: of a cached cell.
-        collected: whether it is cached without its files, because nothing is to be made of them.
-        estimate: the stage's forecast, or None if it makes none.
+        collected: whether it is cached without its files, which no cell needs.
+        estimate: the stage's forecast, or None.
     """
 
     cell: Cell
@@ -71,7 +70,7 @@ class PlannedCell:
     estimate: Estimate | None
 
     def row(self) -> dict[str, str]:
-        """Return what `fls plan --json` says of it."""
+        """Return its row in `fls plan --json`."""
         return {
             "cell": self.cell.name,
             "stage": self.cell.stage,
@@ -83,7 +82,7 @@ class PlannedCell:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredCell:
-    """A cell as a run planned it: its key, its ingredients (see `Identity`), and `keep:`."""
+    """A cell of a stored plan: its key, its ingredients (see `Identity`), and `keep:`."""
 
     key: str
     ingredients: Annotated[Mapping[str, Any], checked_as(Ingredients)]
@@ -101,9 +100,7 @@ class RunPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run would do.
-
-    Two cells may have the same key, because they have the same ingredients; one run serves both.
+    """The plan of a run. Two cells with equal ingredients have the same key, and run once.
 
     Attributes:
         spec: the spec.
@@ -116,19 +113,19 @@ class Plan:
     generations: Mapping[str, int] = field(default_factory=dict)
 
     def require_runnable(self) -> None:
-        """Check that nothing selected is blocked.
+        """Check that no selected cell is blocked.
 
         Raises:
-            BadInput: something is; the message says what is absent.
+            BadInput: cells are blocked; names them and their absent inputs.
         """
         stuck = [one for one in self.cells if one.selected and one.state is PlanState.BLOCKED]
         if stuck:
             lines = [f"{one.cell.name} {one.why}" for one in stuck]
-            raise BadInput("\n".join(["cannot run what is selected:", *lines]))
+            raise BadInput("\n".join(["cannot run the selected cells:", *lines]))
 
     @property
     def notes(self) -> list[str]:
-        """Return what is to be known of the plan besides its cells, a sentence or two each."""
+        """Return warnings and hints about the plan, a sentence or two each."""
         unchecked = dict.fromkeys(
             one.cell.stage for one in self.cells if one.ingredients["names"]["unchecked"]
         )
@@ -136,29 +133,26 @@ class Plan:
         notes = []
         if unchecked:
             notes.append(
-                f"Data not checked: {shorten(list(unchecked))}. No digest of them enters the key, "
-                "so what is cached stays so when they change."
+                f"Data not checked: {shorten(list(unchecked))}. No digest of it enters the key, "
+                "so cached results stay valid when the data changes."
             )
         if ruled:
             notes.append(
-                f"{ruled} cells run because the digests of their code are made by a newer rule. "
-                "`fls accept` keeps the results that there are, if their code is the same."
+                f"{ruled} cells run because a newer rule makes the digests of their code. "
+                "`fls accept` keeps existing results, if their code is the same."
             )
         elif coded := sum(
             one.state is PlanState.RUN and _code_alone(one.why) for one in self.cells
         ):
             notes.append(
                 f"{coded} cells run for changes of code alone, and others downstream of them. "
-                "Where the results stay as they are, `fls accept --why REASON` keeps those of the "
-                "run that `fls plan --why` names."
+                "If the changes do not affect results, `fls accept --why REASON` keeps those of "
+                "the run that `fls plan --why` names."
             )
         return notes
 
     def commit(self, store: Store, run_id: str) -> None:
-        """Record that this plan is being run: once, before the first cell runs.
-
-        What `--force` asked for stays in force from now on, and `why` compares with this run.
-        """
+        """Record this plan as that of a run, and its forced generations, before a cell runs."""
         for base, generation in self.generations.items():
             store.raise_generation(base, generation)
         cells = {
@@ -169,26 +163,21 @@ class Plan:
 
 
 def _code_alone(why: str) -> bool:
-    """Tell whether the reason of a cell names changes of code and no others."""
+    """Tell whether a cell's reason names only changes of code."""
     causes = why.partition(" (since run ")[0].split("; ")
     return all(cause.startswith(CODE_CHANGED) for cause in causes)
 
 
 def make_plan(spec: Spec, store: Store, selection: Selection | None = None) -> Plan:
-    """Plan a run; nothing is written.
+    """Plan a run of all or selected cells; writes nothing.
 
-    Args:
-        spec: the spec.
-        store: where results are.
-        selection: what is wanted; None for all.
+    A store with the layout of another version is a `StoreError`.
 
     Raises:
         BadInput: an address that no cell has, or a forced cell that is not selected.
 
-    A store that has the layout of another version is a `StoreError`.
-
-    Cost: one read of each source, each external file and each manifest; and of the plans of
-    earlier runs, if cells are to run.
+    Cost: one read of each source, external file and manifest, and of the plans of earlier runs if
+    cells are to run.
     """
     selection = selection or Selection()
     selected = _selected(spec.cells, selection)
@@ -196,7 +185,7 @@ def make_plan(spec: Spec, store: Store, selection: Selection | None = None) -> P
     if not forced <= selected:
         stray = [cell.name for cell in spec.cells if cell.name in forced - selected]
         raise BadInput(f"--force names what {selection} leaves out: {shorten(stray)}")
-    store.exists()  # what another version wrote is refused, not taken for damage
+    store.exists()  # refuses another version's layout
     stored = store.generations()
     raised: dict[str, int] = {}
 
@@ -255,16 +244,14 @@ class _Judge:
         self.found: dict[str, Manifest] = {}
         self.damaged: set[str] = set()
         self.collected: dict[str, Manifest] = {}
-        self.needed: set[str] = set()  # cells whose files something is to be made of
+        self.needed: set[str] = set()  # cells whose files other cells need
         self.upstream: dict[str, dict[str, Params]] = {}
         self.data: dict[str, dict[str, list[str]]] = {}
 
     def look(self, cells: Sequence[Cell], asked: set[str]) -> None:
-        """Look up what is in the store, and find out which files are needed.
+        """Look up results in the store, and find the cells whose files are needed.
 
-        Args:
-            cells: in topological order.
-            asked: cells whose own files are wanted.
+        `cells` are in topological order; the files of those `asked` are needed.
         """
         for cell in cells:
             key = self.identities[cell.name].key
@@ -307,7 +294,7 @@ class _Judge:
         )
 
     def data_behind(self, cell: Cell, identity: Identity) -> dict[str, list[str]]:
-        """Return the digests of the data that a cell, or what is upstream of it, reads."""
+        """Return the digests of the data that a cell or its upstream cells read."""
         found: dict[str, set[str]] = {}
         for source in cell.sources:
             for name, digests in self.data[source].items():
@@ -317,7 +304,7 @@ class _Judge:
         return self.data[cell.name]
 
     def estimate(self, cell: Cell) -> Estimate | None:
-        """Return the stage's forecast, which may look at the parameters of all cells upstream."""
+        """Return the stage's forecast from the parameters of the cell and all cells upstream."""
         upstream: dict[str, Params] = {}
         for source in cell.sources:
             upstream |= self.upstream[source]
@@ -355,17 +342,17 @@ class _Judge:
 
 
 class _History:
-    """What cells were made of in earlier runs of the pipeline; read only as far as asked."""
+    """Ingredients of cells in earlier runs of the pipeline, read on demand."""
 
     def __init__(self, store: Store, pipeline: str):
         self.store = store
         self.pipeline = pipeline
         self.unread: list[str] | None = None  # run ids, the newest last
-        self.forgotten = False  # whether there are earlier runs that are not looked at
+        self.forgotten = False  # whether earlier runs are not searched
         self.known: dict[str, tuple[str, Mapping[str, Any]]] = {}  # cell -> run, ingredients
 
     def why(self, name: str, identity: Identity, cached: Container[str]) -> str:
-        """Return why the absent result of a cell is to be made, and compared with which run."""
+        """Return the reason why a cell runs, with the run of comparison."""
         found = self.find(name)
         if found is None:
             return f"in none of the last {_MEMORY} runs" if self.forgotten else "never ran"

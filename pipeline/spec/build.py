@@ -1,4 +1,4 @@
-"""Builds a spec: from the data of a pipeline file to connected cells, noting all its problems."""
+"""Builds a spec with connected cells from the data of a pipeline file, and notes all problems."""
 
 from __future__ import annotations
 
@@ -14,12 +14,7 @@ from pipeline.base import limits
 from pipeline.base.errors import Position, Problem, SpecError, nearest
 from pipeline.base.places import lead, moved, tracking_folder_of
 from pipeline.base.variables import STORAGE
-from pipeline.spec.cells import (
-    Registration,
-    Scalar,
-    StageSpec,
-    cell_name,
-)
+from pipeline.spec.cells import Registration, Scalar, StageSpec, cell_name
 from pipeline.spec.joins import expand, topological
 from pipeline.spec.params import Issue, issues_of, marked, name_trouble
 from pipeline.spec.plugins import Plugin, import_catalogue
@@ -30,7 +25,7 @@ from pipeline.stage import Params, Resources, Stage
 
 
 class Builder:
-    """Turns a document into a spec, noting problems in the document on the way."""
+    """Turns a document into a spec, and adds problems to the document."""
 
     def __init__(
         self,
@@ -47,14 +42,14 @@ class Builder:
         self.folder = folder
         self.plugins: list[Plugin] = []
         self.types: dict[str, Stage] = {}
-        self.unsure: set[str] = set()  # stages whose axes are wrong
-        self.wrong: set[Position] = set()  # where the values are that have the wrong shape
+        self.unsure: set[str] = set()  # stages with invalid axes
+        self.wrong: set[Position] = set()  # values of the wrong shape
 
     def build(self) -> Spec:
-        """Return the spec; it can be used only if the document has no problems afterwards.
+        """Return the spec, usable only if the document has no problems afterwards.
 
         Raises:
-            SpecError: the top level is not in order.
+            SpecError: the top level has mistakes.
         """
         raw = self.document.value
         try:
@@ -106,10 +101,10 @@ class Builder:
         )
 
     def require_few_cells(self, stages: Iterable[StageSpec]) -> None:
-        """Check how many cells there would be, before any is made.
+        """Check the number of cells before they are made.
 
         Raises:
-            SpecError: too many; nothing more can be said about the spec then.
+            SpecError: too many, with all problems so far.
         """
         total = 0
         for stage in stages:
@@ -128,7 +123,7 @@ class Builder:
         """Import a plugin's catalogue."""
         try:
             plugin = import_catalogue(name)
-        except (Exception, SystemExit) as error:  # any: it is the plugin author's code that runs
+        except (Exception, SystemExit) as error:  # runs the plugin author's code
             self.note(path, f"cannot import plugin {name!r}: {type(error).__name__}: {error}")
             return
         if plugin is None:
@@ -143,7 +138,7 @@ class Builder:
     # -- stages
 
     def stages(self, raw: Any) -> Iterator[tuple[str, StageSpec]]:
-        """Yield the stages whose own entries are in order."""
+        """Yield the stages with valid entries."""
         for name, entry in raw.items() if isinstance(raw, dict) else ():
             shape = self.stage_shape(name, entry)
             if shape is None:
@@ -176,7 +171,7 @@ class Builder:
             )
 
     def stage_shape(self, name: str, entry: Any) -> StageShape | None:
-        """Read a stage's own keys; those that are wrong are noted, then taken as not given."""
+        """Read a stage's own keys; invalid ones are noted and left out."""
         try:
             return StageShape.model_validate(entry)
         except ValidationError as error:
@@ -213,7 +208,7 @@ class Builder:
         """Return the declared inputs that are connected."""
         root = ("stages", name, "inputs")
         if stages[name].get("inputs") and not shape.inputs:
-            return {}  # what is there could not be read
+            return {}  # unreadable
         connected: dict[str, list[str]] = {}
         for key, upstream in shape.inputs.items():
             declared = declaration.inputs.get(key)
@@ -221,9 +216,7 @@ class Builder:
                 known = declaration.inputs
                 hint = nearest(key, known) or f"; inputs: {', '.join(known) or 'none'}"
                 self.note(
-                    (*root, key),
-                    f"{declaration.name!r} has no input {key!r}{hint}",
-                    key=True,
+                    (*root, key), f"{declaration.name!r} has no input {key!r}{hint}", key=True
                 )
                 continue
             if len(upstream) > 1 and not declared.many:
@@ -232,7 +225,7 @@ class Builder:
                 if other not in stages:
                     self.note(
                         (*root, key, index),
-                        f"{name!r} depends on a stage that is not there: {other!r}"
+                        f"{name!r} depends on a missing stage: {other!r}"
                         f"{nearest(other, stages) or '; stages: ' + ', '.join(stages)}",
                     )
                 elif other in upstream[:index]:
@@ -245,7 +238,7 @@ class Builder:
         return connected
 
     def check_keep(self, stages: Mapping[str, StageSpec]) -> None:
-        """Note stages whose files are results, and yet are not to be kept."""
+        """Note stages whose files are results but would not be kept."""
         taken = {
             other for stage in stages.values() for one in stage.inputs.values() for other in one
         }
@@ -255,7 +248,7 @@ class Builder:
                 self.note(("stages", name, "keep"), f"keep: results: {message}; leave it out")
 
     def registration(self, name: str, shape: StageShape, declaration: Stage) -> Registration | None:
-        """Return how the stage's models are registered, if they are to be."""
+        """Return the registration of the stage's models, if the spec asks for it."""
         if shape.registered is None:
             return None
         (catalogue,) = (
@@ -273,7 +266,7 @@ class Builder:
         return None
 
     def resources(self, name: str, shape: StageShape, declaration: Stage) -> Resources:
-        """Return what a cell needs: the stage type's own resources, as changed by the spec."""
+        """Return a cell's resources: those of the stage type, as changed by the spec."""
         changes = shape.resources.model_dump(exclude_none=True)
         if "memory" in changes:
             changes["memory_bytes"] = changes.pop("memory")
@@ -317,7 +310,7 @@ class Builder:
                         self.note_param(stage, point, issue)
                 wrong = {issue.path[0] for issue in issues if issue.path}
                 right = {key: value for key, value in values.items() if key not in wrong}
-                params = model.model_construct(**right)  # its names can be checked all the same
+                params = model.model_construct(**right)  # to check its names
             else:
                 found[name] = params
             for mark in marked(params):
@@ -327,13 +320,13 @@ class Builder:
         return found
 
     def follows_from_matrix(self, stage: str, issue: Issue) -> bool:
-        """Tell whether a parameter is missing only because its axis could not be read."""
+        """Tell whether a parameter is missing only because its axis is unreadable."""
         given = self.document.value["stages"][stage].get("matrix")
         axes = given if stage in self.unsure and isinstance(given, dict) else ()
         return any(issue.message == f"missing key {axis!r}" for axis in axes)
 
     def note_param(self, stage: StageSpec, point: Mapping[str, Scalar], issue: Issue) -> None:
-        """Note a problem with a parameter, where the file gives it: in `params` or `matrix`."""
+        """Note a problem with a parameter at its place in `params` or `matrix`."""
         root: Path = ("stages", stage.name)
         first = issue.path[0] if issue.path else None
         if first in point:
@@ -347,23 +340,23 @@ class Builder:
     # -- problems
 
     def note_cycle(self, cycle: Sequence[str], last: StageSpec) -> None:
-        """Note a cycle, where the stage that closes it takes its input."""
+        """Note a cycle at the input that closes it."""
         key = next(key for key, upstream in last.inputs.items() if cycle[-2] in upstream)
         self.note_input(last.name, key, cycle[-2], f"the stages form a cycle: {' -> '.join(cycle)}")
 
     def note_join(self, stage: str, key: str, upstream: str, message: str) -> None:
-        """Note cells that do not join, unless that follows from axes that are wrong."""
+        """Note cells that do not join, unless invalid axes are the cause."""
         if self.unsure.isdisjoint((stage, upstream)):
             self.note_input(stage, key, upstream, message)
 
     def note_input(self, stage: str, key: str, upstream: str, message: str) -> None:
-        """Note a problem with what input `key` of `stage` takes from `upstream`."""
+        """Note a problem with `upstream` at input `key` of `stage`."""
         given = self.document.value["stages"][stage]["inputs"][key]
         path: Path = ("stages", stage, "inputs", key)
         self.note((*path, given.index(upstream)) if isinstance(given, list) else path, message)
 
     def note(self, path: Path, message: str, *, key: bool = False) -> None:
-        """Note a problem at `path`, unless the value there could not even be read."""
+        """Note a problem at `path`, unless the value there is unreadable."""
         position = self.document.position(path, key=key)
         if position not in self.document.unknown:
             self.document.add(Problem(position, message))
@@ -371,7 +364,7 @@ class Builder:
     def note_issues(
         self, error: ValidationError, model: type[BaseModel], values: Any, path: Path
     ) -> set[str | int]:
-        """Note what is wrong with the `values` at `path`; return their keys that are."""
+        """Note the problems of the `values` at `path`; return their invalid keys."""
         issues = issues_of(error, model, values, PLACES)
         for issue in issues:
             self.note((*path, *issue.path), issue.message, key=issue.key)

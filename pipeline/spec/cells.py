@@ -1,4 +1,4 @@
-"""Stages of a spec, the cells that a matrix makes of them, and their names."""
+"""Stages of a spec, the cells of their matrices, and the names of cells."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from pipeline.base.errors import BadInput, nearest
@@ -20,12 +20,9 @@ Scalar = str | int | float | bool | None
 @exact
 @dataclass(frozen=True, kw_only=True)
 class Registration:
-    """That a cell's model is to be registered.
+    """The registration of a cell's model: its name there, its output and its loader.
 
-    Attributes:
-        name: of the registered model.
-        output: the output that holds it.
-        loader: see `pipeline.stage.Catalogue`.
+    `loader`: see `pipeline.stage.Catalogue`.
     """
 
     name: str
@@ -34,29 +31,21 @@ class Registration:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageSpec:
-    """One entry of the spec's `stages:`.
+class Settings:
+    """Settings that all cells of a stage share.
 
     Attributes:
-        name: its name in the spec.
         declaration: the stage type that `uses:` names.
-        matrix: axis -> values.
-        inputs: input name -> names of upstream stages.
-        params: the parameters given, without axes and defaults.
-        resources: what a cell needs.
-        retries: how often the driver tries again after a failure that is not the user's.
+        resources: the resources of a cell.
+        retries: number of retries after a failure that a retry may correct.
         timeout_s: seconds after which an attempt is stopped, or None.
         checkpoint_every_s: seconds between in-stage checkpoints.
-        log_bytes: how much is kept of an attempt's log: half of its beginning, half of its end.
-        keep: "all", or "results": its files may go once all that follows is there.
-        registration: of its cells' models, or None.
+        log_bytes: maximal size of an attempt's log: half for its beginning, half for its end.
+        keep: "all", or "results": files may be collected once all downstream cells are complete.
+        registration: of the cells' models, or None.
     """
 
-    name: str
     declaration: Stage
-    matrix: Mapping[str, Sequence[Scalar]]
-    inputs: Mapping[str, Sequence[str]]
-    params: Mapping[str, Any]
     resources: Resources
     retries: int
     timeout_s: float | None
@@ -65,8 +54,29 @@ class StageSpec:
     keep: str
     registration: Registration | None = None
 
+
+@dataclass(frozen=True, kw_only=True)
+class StageSpec(Settings):
+    """One entry of the spec's `stages:`.
+
+    Attributes:
+        name: its name in the spec.
+        matrix: axis -> values.
+        inputs: input name -> names of upstream stages.
+        params: the parameters in the file, without axes and defaults.
+    """
+
+    name: str
+    matrix: Mapping[str, Sequence[Scalar]]
+    inputs: Mapping[str, Sequence[str]]
+    params: Mapping[str, Any]
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that its cells share, by name."""
+        return {one.name: getattr(self, one.name) for one in fields(Settings)}
+
     def count_cells(self) -> int:
-        """Return how many cells there are; nothing is made."""
+        """Return the number of cells, without making them."""
         return math.prod(map(len, self.matrix.values()))
 
     def points(self) -> list[dict[str, Scalar]]:
@@ -84,42 +94,26 @@ class Upstream:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One cell of a stage: what is run, cached and named.
+class Cell(Settings):
+    """One cell of a stage, the unit of running and caching.
 
     Attributes:
         name: such as `oneshot[method=fishleg,seed=0]`, axes sorted; the stage's name without axes.
         stage: the stage's name in the spec.
-        declaration: the stage type.
         axes: axis -> value, in the spec's order.
-        params: the validated parameters, axes among them.
+        params: the validated parameters, including axes.
         inputs: input name -> upstream outputs, in the spec's order of stages, then of cells.
-        resources: what it needs.
-        retries: see `StageSpec`.
-        timeout_s: see `StageSpec`.
-        checkpoint_every_s: see `StageSpec`.
-        log_bytes: see `StageSpec`.
-        keep: see `StageSpec`.
-        registration: see `StageSpec`.
     """
 
     name: str
     stage: str
-    declaration: Stage
     axes: Mapping[str, Scalar]
     params: Params
     inputs: Mapping[str, Sequence[Upstream]]
-    resources: Resources
-    retries: int
-    timeout_s: float | None
-    checkpoint_every_s: float
-    log_bytes: int
-    keep: str
-    registration: Registration | None = None
 
     @property
     def sources(self) -> list[str]:
-        """Names of the cells that this one takes from, each once."""
+        """Names of the upstream cells, each once."""
         joined = itertools.chain.from_iterable(self.inputs.values())
         return list(dict.fromkeys(source.cell for source in joined))
 
@@ -132,14 +126,14 @@ def cell_name(stage: str, axes: Mapping[str, Scalar]) -> str:
 
 
 def show(value: Scalar) -> str:
-    """Return an axis value as it stands in a cell's name."""
+    """Return an axis value as cell names show it."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def coordinates(
     point: Mapping[str, Scalar], axes: Sequence[str]
 ) -> tuple[tuple[bool, Scalar], ...]:
-    """Return a point's values on `axes`, such that 1 and 1.0 are equal, but 1 and true are not."""
+    """Return a point's values on `axes`; 1 and 1.0 are equal, 1 and true are not."""
     return tuple((isinstance(point[axis], bool), point[axis]) for axis in axes)
 
 
@@ -152,7 +146,7 @@ def resolve(address: str, cells: Sequence[Cell]) -> list[Cell]:
         cells: the cells of a spec.
 
     Raises:
-        BadInput: no cell has the address; the message has the nearest name.
+        BadInput: no cell has the address; names the nearest one.
     """
     stage, bracket, rest = address.partition("[")
     mine = [cell for cell in cells if cell.stage == stage]
@@ -171,11 +165,6 @@ def resolve(address: str, cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _narrow(address: str, cells: Sequence[Cell], axis: str, text: str) -> list[Cell]:
-    """Return those of one stage's cells whose `axis` has the value written as `text`.
-
-    Raises:
-        BadInput: there is no such axis, or none has the value.
-    """
     axes = cells[0].axes
     if axis not in axes:
         known = ", ".join(axes) or "none"
@@ -196,6 +185,6 @@ def _narrow(address: str, cells: Sequence[Cell], axis: str, text: str) -> list[C
 
 
 def shorten(names: Sequence[str], limit: int = 5) -> str:
-    """Return `names` as a list for people, only the first `limit` if there are many."""
+    """Return the first `limit` names as text, with the number of the others."""
     more = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")

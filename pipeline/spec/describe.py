@@ -1,4 +1,4 @@
-"""What a stage type takes, as its declaration says: for `fls list STAGE` and the documentation."""
+"""Descriptions of stage types for `fls list STAGE` and the documentation."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Parameter:
     """One parameter of a stage type.
 
     Attributes:
-        name: as a pipeline file writes it; dots lead into a group.
+        name: as in a pipeline file, with dots for groups.
         type: in words, such as "number or null", or the choices.
-        default: as YAML, or None where a value has to be given.
+        default: as YAML, or None of a required parameter.
         range: in words, or "".
         meaning: one line.
     """
@@ -55,7 +55,7 @@ def parameters_of(stage: Stage) -> list[Parameter]:
 
 
 def example_of(stage: Stage) -> str:
-    """Return an entry of a pipeline file that gives what has to be given, as one line of YAML."""
+    """Return an entry of a pipeline file with all required keys, as one line of YAML."""
     parts = [f"uses: {stage.name}"]
     inputs = [f"{name}: ..." for name, one in stage.inputs.items() if not one.optional]
     if inputs:
@@ -67,7 +67,7 @@ def example_of(stage: Stage) -> str:
 
 
 def description_of(stage: Stage) -> dict[str, Any]:
-    """Return all that a stage type takes and gives, as JSON has it."""
+    """Return inputs, outputs and parameters of a stage type as JSON data."""
     return {
         "name": stage.name,
         "summary": stage.summary,
@@ -109,7 +109,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _type(annotation: Any, metadata: list[Any]) -> str:
-    """Return a type in words; a registry's names are told by the list of its kind."""
+    """Return a type in words; `fls list` shows the names of a registry."""
     for one in metadata:
         if isinstance(one, Registry):
             return f"name of a {one.kind}"
@@ -126,7 +126,7 @@ def _type(annotation: Any, metadata: list[Any]) -> str:
 
 
 def _range(field: FieldInfo) -> str:
-    """Return the bounds of a number in words, such as "at least 0, below 1"; the strictest ones."""
+    """Return the strictest bounds of a number in words, such as "at least 0, below 1"."""
     found = []
     for name, (word, strictest) in _BOUNDS.items():
         bounds = [getattr(one, name, None) for one in _constraints(field)]

@@ -1,9 +1,8 @@
 """`${vars.x}` and `${env.NAME}` in a spec, and `--set`.
 
-A reference that is a whole value stands for the variable with its type; inside text it must be a
-scalar. An environment variable that is a whole value is read as a YAML scalar. There is no
-expression language. A spec is recorded, so a secret has no place in it: see
-`pipeline.base.secrets`.
+A reference that is a whole value has the variable's type; inside text the variable must be a
+scalar. An environment variable that is a whole value is read as a YAML scalar. Specs are recorded,
+so secrets are refused, see `pipeline.base.secrets`.
 """
 
 from __future__ import annotations
@@ -20,20 +19,20 @@ from pipeline.base.text import CONTROLS, cut
 from pipeline.spec.yaml_loader import Budget, Document, Path, load, read_scalar
 
 _REFERENCE = re.compile(r"\$\{([^{}]*)\}")
-# Where a URL with a password may come from the environment: it is redacted wherever it is shown.
+# These may take a URL with a password from the environment; output redacts it.
 _ADDRESSES = {("storage",), ("mlflow", "tracking_uri")}
 _ENVIRONMENT = re.compile(r"env\.([A-Za-z_][A-Za-z0-9_]*)(?::-(.*))?", re.DOTALL)
 
 
 class _Unresolved(Exception):
-    """A reference that stands for nothing; without a text, it is already reported."""
+    """A reference that cannot be resolved; without a text, it is already reported."""
 
 
 def interpolate(document: Document, environment: Mapping[str, str]) -> dict[str, str]:
-    """Replace all references in `document`, noting what cannot be replaced as its problems.
+    """Replace all references in `document`; unresolved ones become its problems.
 
     Returns:
-        The environment variables that were referred to, with the text that each stood for.
+        The environment variables of these references, with their values.
     """
     resolver = _Resolver(document, environment)
     document.value = resolver.value(document.value, ())
@@ -43,14 +42,12 @@ def interpolate(document: Document, environment: Mapping[str, str]) -> dict[str,
 def override(
     document: Document, options: Sequence[str], environment: Mapping[str, str]
 ) -> dict[str, str]:
-    """Apply `--set` options and interpolate.
-
-    Variables are set before the references to them are replaced, parameters and axes after.
+    """Set variables, `interpolate`, then set parameters and axes.
 
     Args:
-        document: the spec; problems of the options are noted in it.
-        options: each `vars.x=value`, `stage.parameter=value` or `stage.axis=[values]`; the value is
-            YAML.
+        document: the spec; mistakes in the options become its problems.
+        options: `--set` options: `vars.x=value`, `stage.parameter=value` or `stage.axis=[values]`,
+            with values in YAML.
         environment: environment variables.
 
     Returns:
@@ -77,10 +74,10 @@ class _Resolver:
         self.characters = 0
         self.depth = 0
         self.failures = 0
-        self.place: Path = ()  # where in the file what is being replaced ends up
+        self.place: Path = ()  # path of the value whose references are being replaced
 
     def value(self, value: Any, path: Path) -> Any:
-        """Return `value`, which stands at `path`, with its references replaced."""
+        """Return the `value` at `path` with its references replaced."""
         self.budget.take(self.document.position(path), self.depth)
         self.depth += 1
         try:
@@ -93,11 +90,6 @@ class _Resolver:
             self.depth -= 1
 
     def replaced(self, value: Any, path: Path) -> Any:
-        """Return `value`, which stands at `path`, with its references replaced.
-
-        Raises:
-            SpecError: the texts become too long.
-        """
         if isinstance(value, dict):
             return {key: self.value(child, (*path, key)) for key, child in value.items()}
         if isinstance(value, list):
@@ -120,21 +112,11 @@ class _Resolver:
         return text
 
     def text(self, text: str) -> str:
-        """Return `text` with the references inside it replaced.
-
-        Raises:
-            _Unresolved: a reference without its end.
-        """
         if "${" in _REFERENCE.sub("", text):
             raise _Unresolved(f"'${{' without its '}}' in {cut(text, 60)!r}")
         return _REFERENCE.sub(lambda match: self.embedded(match[1]), text)
 
     def embedded(self, expression: str) -> str:
-        """Return what a reference inside text stands for, as text.
-
-        Raises:
-            _Unresolved: it stands for a list or a mapping.
-        """
         value = self.reference(expression, False)
         if isinstance(value, dict | list):
             kind = "mapping" if isinstance(value, dict) else "list"
@@ -142,11 +124,6 @@ class _Resolver:
         return value if isinstance(value, str) else json.dumps(value)
 
     def reference(self, expression: str, whole: bool) -> Any:
-        """Return what `${expression}` stands for.
-
-        Raises:
-            _Unresolved: it stands for nothing.
-        """
         if expression.startswith("vars."):
             return self.variable(expression)
         match = _ENVIRONMENT.fullmatch(expression)
@@ -177,17 +154,12 @@ class _Resolver:
         if "${" in text:
             raise _Unresolved(
                 f"the environment variable {name} holds '${{', and references inside of it are "
-                "not replaced; set it to what they stand for"
+                "not replaced; set it to their values"
             )
         self.used[name] = text
         return read_scalar(text) if whole else text
 
     def variable(self, expression: str) -> Any:
-        """Return the value of `vars.a.b`, its own references replaced.
-
-        Raises:
-            _Unresolved: there is none, or it depends on itself.
-        """
         name, *inner = expression.split(".")[1:]
         if name in self.open:
             ring = [*self.open[self.open.index(name) :], name]
@@ -208,11 +180,6 @@ class _Resolver:
 
 
 def _entry(folder: Any, name: str, where: str) -> Any:
-    """Return the entry `name` of the mapping that stands at `where`.
-
-    Raises:
-        _Unresolved: there is none.
-    """
     if not isinstance(folder, dict):
         raise _Unresolved(f"{where} has no entries, so there is no ${{{where}.{name}}}")
     if name not in folder:
@@ -222,7 +189,7 @@ def _entry(folder: Any, name: str, where: str) -> Any:
 
 
 def _parse(document: Document, options: Sequence[str]) -> Iterator[tuple[Position, Path, Any]]:
-    """Yield position, dotted path and value of each option that can be read."""
+    """Yield position, path and value of each valid option."""
     for option in options:
         position = Position(f"--set {cut(option, 100)}")
         target, equals, text = option.partition("=")

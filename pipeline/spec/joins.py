@@ -1,6 +1,6 @@
-"""Joins of cells: each takes from an upstream stage the cells with equal values on shared axes.
+"""Joins of cells: each takes the upstream cells with equal values on shared axes.
 
-Axes that only the upstream has are a fan-in, which an input must be declared `many` to take.
+An axis that only the upstream stage has is a fan-in, for inputs that are declared `many`.
 """
 
 from __future__ import annotations
@@ -15,19 +15,15 @@ from pipeline.stage import Params
 
 
 class JoinError(Exception):
-    """Cells of a stage that do not find what an input needs; the text is for the user."""
+    """Cells of a stage cannot be joined to an input; the text is for the user."""
 
 
 def topological(stages: Mapping[str, StageSpec]) -> tuple[list[str], list[list[str]]]:
-    """Sort stages so that each follows its upstream, else in the order given.
-
-    Args:
-        stages: name -> stage; upstream stages that are not among them are ignored.
+    """Sort stages topologically, else in the given order; ignores unknown upstream stages.
 
     Returns:
-        The sorted names, and the cycles found, each as [a, b, ..., a] along the flow of data. A
-        cycle is cut at its last step, so that the order holds for the rest. Of very many cycles
-        only the first are found, and the order is the one given.
+        The sorted names, and the cycles, each as [a, b, ..., a] along the flow of data. Each cycle
+        is cut at its last step. After `limits.PROBLEMS` cycles the order is the given one.
     """
     edges = {
         name: [other for others in stage.inputs.values() for other in others if other in stages]
@@ -59,18 +55,13 @@ def topological(stages: Mapping[str, StageSpec]) -> tuple[list[str], list[list[s
 
 
 def _from_first(cycle: list[str], order: Sequence[str]) -> list[str]:
-    """Turn a cycle so that it begins, and ends, with the name that comes first in `order`."""
+    """Rotate a cycle to begin and end with its first name in `order`."""
     ring = cycle[:-1]
     start = ring.index(min(ring, key=order.index))
     return [*ring[start:], *ring[:start], ring[start]]
 
 
 def _output_of_kind(upstream: StageSpec, kind: str) -> str:
-    """Return the name of the only output of `kind` that `upstream` gives.
-
-    Raises:
-        JoinError: it has none, or several.
-    """
     outputs = upstream.declaration.outputs
     found = [name for name, output in outputs.items() if output.kind == kind]
     if len(found) == 1:
@@ -88,11 +79,7 @@ def _output_of_kind(upstream: StageSpec, kind: str) -> str:
 def _join(
     stage: StageSpec, upstream: StageSpec, points: Sequence[Mapping[str, Scalar]], many: bool
 ) -> list[list[str]]:
-    """Return for each point of `stage` the cells of `upstream` it takes.
-
-    Raises:
-        JoinError: an axis that only `upstream` has, or points that find nothing.
-    """
+    # Returns the upstream cells of each point of `stage`.
     extra = [axis for axis in upstream.matrix if axis not in stage.matrix]
     shared = [axis for axis in upstream.matrix if axis in stage.matrix]
     if extra and not many:
@@ -122,9 +109,9 @@ def expand(
     """Make the cells of all stages and connect them.
 
     Args:
-        stages: name -> stage, in topological order; inputs name declared inputs of theirs.
-        params: cell name -> validated parameters; cells without are left out.
-        report: is told what does not join: stage, input, upstream stage, message.
+        stages: name -> stage, in topological order, with declared inputs only.
+        params: cell name -> validated parameters; cells without them are left out.
+        report: called with stage, input, upstream stage and message of each failed join.
 
     Returns:
         The cells, in topological order.
@@ -149,14 +136,22 @@ def expand(
         for point, wire in zip(points, wires, strict=True):
             full_name = cell_name(stage.name, point)
             if full_name in params:
-                cells.append(_cell(stage, full_name, point, params[full_name], wire))
+                cell = Cell(
+                    name=full_name,
+                    stage=stage.name,
+                    axes=point,
+                    params=params[full_name],
+                    inputs=wire,
+                    **stage.settings(),
+                )
+                cells.append(cell)
     return cells
 
 
 def _connections(
     stage: StageSpec, stages: Mapping[str, StageSpec]
 ) -> Iterator[tuple[str, StageSpec]]:
-    """Yield each input name of `stage` with each stage that is connected to it."""
+    """Yield each input name of `stage` with each of its upstream stages."""
     for name, connected in stage.inputs.items():
         for upstream in connected:
             if upstream in stages:
@@ -166,44 +161,15 @@ def _connections(
 def _connect(
     stage: StageSpec, name: str, upstream: StageSpec, points: Sequence[Mapping[str, Scalar]]
 ) -> tuple[str, list[list[str]]]:
-    """Return what output of `upstream` the input `name` takes; for each point, of which cells."""
+    """Return the output of `upstream` for the input `name`, and the cells for each point."""
     declared = stage.declaration.inputs[name]
     output = _output_of_kind(upstream, declared.kind)
     return output, _join(stage, upstream, points, declared.many)
 
 
 def _require_few_links(count: int) -> None:
-    """Check how many connections the cells have.
-
-    Raises:
-        JoinError: too many.
-    """
     if count > limits.LINKS:
         raise JoinError(
             f"expected at most {limits.LINKS:,} connections between cells, got {count:,} with "
             "these; give both stages the same axes, or fewer values"
         )
-
-
-def _cell(
-    stage: StageSpec,
-    name: str,
-    axes: Mapping[str, Scalar],
-    params: Params,
-    inputs: Mapping[str, Sequence[Upstream]],
-) -> Cell:
-    return Cell(
-        name=name,
-        stage=stage.name,
-        declaration=stage.declaration,
-        axes=axes,
-        params=params,
-        inputs=inputs,
-        resources=stage.resources,
-        retries=stage.retries,
-        registration=stage.registration,
-        timeout_s=stage.timeout_s,
-        checkpoint_every_s=stage.checkpoint_every_s,
-        log_bytes=stage.log_bytes,
-        keep=stage.keep,
-    )

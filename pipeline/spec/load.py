@@ -1,10 +1,9 @@
-"""Loads a `pipeline.yaml`: from its text to a spec, or to all its problems at once."""
+"""Loads a `pipeline.yaml`: returns a spec, or raises all its problems at once."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.base.errors import SpecError
+from pipeline.base.search_path import look_here_too
 from pipeline.base.secrets import has_credentials, redact
 from pipeline.base.variables import STORAGE
 from pipeline.spec import yaml_loader
@@ -30,40 +30,32 @@ def load_spec(
     folder: Path | None = None,
     admit: Callable[[Sequence[str]], None] = lambda plugins: None,
 ) -> Spec:
-    """Read a spec, check all of it, and make its cells.
+    """Read and check a spec, and make its cells; an unreadable file is `BadInput`.
 
-    The working directory is put on the path of Python's imports, behind what is installed, because
-    plugins and the user's own functions are looked for there.
+    The working directory is added to the end of Python's search path, for plugins and functions.
 
     Args:
         path: the YAML file.
         overrides: `--set` options, see `pipeline.spec.interpolate.override`.
-        folder: where relative paths in it start, or None for that of the file.
-        admit: is given its plugins before one of them is imported, and raises where that must not
-            happen.
-
-    Returns:
-        The spec, free of mistakes.
+        folder: origin of relative paths; None for the file's folder.
+        admit: gets the plugins' names before their import, and may raise to refuse them.
 
     Raises:
-        SpecError: it has mistakes; all of them, in file order.
+        SpecError: the spec has mistakes; all of them, in file order.
 
-    A file that cannot be read is `BadInput`. Whatever the file holds, checking it takes less than a
-    second (the import of its plugins apart) and bounded memory, see `pipeline.base.limits`.
+    Cost: less than a second without the import of plugins, see `pipeline.base.limits`.
     """
     text = read_text(Path(path))
     refuse_secrets(text, str(path), overrides)
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    look_here_too()
     document = yaml_loader.load(text, str(path))
     if not isinstance(document.value, dict):
         document.note(document.root, "expected a mapping with 'name', 'plugins' and 'stages'")
         raise SpecError(document.problems)
     given = document.value.get("storage"), document.value.get("mlflow")
     environment = override(document, overrides, os.environ)
-    path = Path(path)
-    folder = path.parent if folder is None else folder
-    spec = Builder(document, path, text, folder, admit).build()
+    folder = Path(path).parent if folder is None else folder
+    spec = Builder(document, Path(path), text, folder, admit).build()
     if document.problems:
         raise SpecError(document.problems)
     return dataclasses.replace(
@@ -75,10 +67,10 @@ def load_spec(
 
 
 def read_values(path: Path) -> FileShape:
-    """Return what a spec says, its references replaced; nothing that it names is imported.
+    """Return the top level of a spec with its references replaced; imports nothing.
 
     Raises:
-        SpecError: it is no YAML, or the top level is not in order.
+        SpecError: it is no YAML, or its top level has mistakes.
     """
     document = yaml_loader.load(read_text(path), str(path))
     if isinstance(document.value, dict):
@@ -95,13 +87,9 @@ def read_values(path: Path) -> FileShape:
 
 
 def _resolve(value: Mapping[str, Any], spec: Spec, storage: Any, mlflow: Any) -> str:
-    """Return the text that repeats a spec; an address with a password stays as the file gives it.
+    """Return the text that repeats a spec; an address with a password stays as in the file.
 
-    Args:
-        value: the spec as data.
-        spec: the spec.
-        storage: what the file gives as `storage:`.
-        mlflow: what it gives as `mlflow:`.
+    `storage` and `mlflow` are these entries of the file.
     """
     if has_credentials(spec.storage):
         storage = f"${{env.{STORAGE.name}}}" if STORAGE.read() else storage

@@ -34,13 +34,7 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Issue:
-    """One thing that is wrong with values given for a model.
-
-    Attributes:
-        path: where, from the root of the values.
-        message: what.
-        key: whether it is about the key at `path` rather than the value.
-    """
+    """One mistake in the values for a model, at `path`; with `key`, in the key there."""
 
     path: Path
     message: str
@@ -49,13 +43,7 @@ class Issue:
 
 @dataclass(frozen=True)
 class Marked:
-    """A string among the parameters that a registry or a file gives its meaning.
-
-    Attributes:
-        path: where, from the root of the parameters.
-        marker: what the annotation says.
-        value: the string.
-    """
+    """A string parameter that names an entry of a registry or a file, as `marker` says."""
 
     path: Path
     marker: Registry | ExternalFile
@@ -68,19 +56,19 @@ def issues_of(
     values: Any,
     elsewhere: Mapping[str, type[BaseModel]] = MappingProxyType({}),
 ) -> list[Issue]:
-    """Say in words, with the nearest names, what pydantic found wrong.
+    """Return pydantic's errors in words, with the nearest names.
 
     Args:
-        error: what `model.model_validate(values)` raised.
+        error: raised by `model.model_validate(values)`.
         model: the model.
-        values: the values given.
-        elsewhere: place, in words -> model of what stands there, for keys that are misplaced.
+        values: the values.
+        elsewhere: other place, in words -> its model, to detect misplaced keys.
     """
     return [_issue(detail, model, values, elsewhere) for detail in error.errors(include_url=False)]
 
 
 def marked(params: BaseModel, path: Path = ()) -> Iterator[Marked]:
-    """Yield every string of `params` that has a marker, nested ones too; fields may be missing."""
+    """Yield all strings with a marker in `params`, also nested ones; fields may be missing."""
     for name, info in type(params).model_fields.items():
         value = getattr(params, name, None)
         yield from _walk(info.annotation, info.metadata, value, (*path, name))
@@ -108,7 +96,7 @@ def _walk(annotation: Any, metadata: Sequence[Any], value: Any, path: Path) -> I
 
 
 def name_trouble(mark: Marked) -> str | None:
-    """Return what is wrong with the name or file that a parameter gives, or None."""
+    """Return the mistake in a parameter that names something, or None."""
     name = str(mark.path[-1])
     if isinstance(mark.marker, Registry):
         registry = mark.marker
@@ -147,7 +135,7 @@ def _issue(
     if kind == "missing":
         return Issue(path[:-1], f"missing key {path[-1]!r}", key=True)
     path = _present(values, path)
-    if last == ("[key]",):  # what pydantic calls a key
+    if last == ("[key]",):  # pydantic's name of a key
         return Issue(path, _explain(detail), key=True)
     name = ".".join(map(str, path))
     return Issue(path, f"{name}: {_explain(detail)}" if name else _explain(detail))
@@ -170,7 +158,7 @@ def _explain(detail: ErrorDetails) -> str:
 
 
 def _show(value: Any) -> str:
-    """Return a value of the user's with its type, cut where it is long."""
+    """Return a value with its type, cut after 60 characters."""
     if value is None:
         return "nothing"
     text = ""
@@ -183,7 +171,7 @@ def _show(value: Any) -> str:
 
 
 def _present(values: Any, path: tuple[str | int, ...]) -> Path:
-    """Return as much of `path` as there is in `values`; pydantic appends the names of choices."""
+    """Return the part of `path` that exists in `values`; pydantic appends names of choices."""
     for depth, part in enumerate(path):
         inside = isinstance(values, Mapping) and part in values
         if not inside and not (isinstance(values, list) and isinstance(part, int)):
@@ -193,7 +181,7 @@ def _present(values: Any, path: tuple[str | int, ...]) -> Path:
 
 
 def _fields_at(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
-    """Return the field names of the model that stands at `path` inside `model`."""
+    """Return the field names of the model at `path` inside `model`."""
     at: Any = model
     for part in path:
         found = (

@@ -12,14 +12,14 @@ from pipeline.stage import Catalogue
 
 @dataclass(frozen=True, kw_only=True)
 class Plugin:
-    """A plugin: the module that holds its catalogue, and the catalogue."""
+    """A plugin's catalogue, and the module of it."""
 
     module: str
     catalogue: Catalogue
 
 
 def import_catalogue(name: str) -> Plugin | None:
-    """Return the CATALOGUE of the module `name.catalogue`, or of `name` if that is not there.
+    """Return the CATALOGUE of the module `name.catalogue`, or else of `name`; None without one.
 
     Raises:
         ImportError: the module lies in a store.

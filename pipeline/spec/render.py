@@ -13,7 +13,7 @@ class Drawing:
     """A graph to be drawn.
 
     Attributes:
-        labels: node -> the lines that stand in it.
+        labels: node -> the lines of its label.
         edges: (from, to) along the flow of data.
     """
 

@@ -1,8 +1,7 @@
-"""The spec that a run followed, as a file that repeats it: nothing left to replace or to set.
+"""The resolved spec of a run: a pipeline file that repeats it, with all options applied.
 
-A pipeline file alone does not say what ran: `--set` changes it, and `${env.NAME}` differs from
-machine to machine. The resolved text holds every value as it was. Only an address with a password
-stays a reference, because what is written here is recorded.
+`--set` and `${env.NAME}` change a pipeline file; the resolved text holds their values. Only an
+address with a password stays a reference, because the text is recorded.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 from pipeline.spec.yaml_loader import read_scalar
 
 _PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*")
-_UNPRINTABLE = re.compile("[\ufffe\uffff]")  # YAML takes them as escapes alone
+_UNPRINTABLE = re.compile("[\ufffe\uffff]")  # YAML allows them only as escapes
 _INDENT = 2
 
 
@@ -23,8 +22,8 @@ def resolved_text(value: Mapping[str, Any], file: str) -> str:
     """Return the text of a spec without references and variables.
 
     Args:
-        value: the spec as data, all references replaced and all options applied.
-        file: the name of its file, for a comment.
+        value: the spec as data, with all references replaced and all options applied.
+        file: its file's name, for a comment.
     """
     spec = {name: entry for name, entry in value.items() if name != "vars"}
     head = f"# {json.dumps(file)} as it ran: all references are replaced, all options applied.\n"
@@ -32,7 +31,7 @@ def resolved_text(value: Mapping[str, Any], file: str) -> str:
 
 
 def to_yaml(value: Mapping[str, Any]) -> str:
-    """Return data as YAML that `pipeline.spec.yaml_loader` reads as the same: mappings as blocks.
+    """Return data as YAML, with mappings as blocks, that `yaml_loader` reads as equal data.
 
     >>> print(to_yaml({"stages": {"a": {"uses": "start", "params": {"on": "1e-3", "x": [1.5]}}}}))
     stages:

@@ -1,4 +1,4 @@
-"""The shape of a spec file, before its names mean anything: keys, types, ranges and defaults."""
+"""The shape of a spec file: keys, types, ranges and defaults, before names are looked up."""
 
 from __future__ import annotations
 
@@ -25,11 +25,7 @@ _MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
 
 
 def _size(value: Any) -> Any:
-    """Read `4GB` as 4_000_000_000 and `4GiB` as 2**32.
-
-    Raises:
-        ValueError: text that is no size.
-    """
+    # `4GB` is 4_000_000_000, and `4GiB` is 2**32.
     if isinstance(value, str):
         match = _SIZE.fullmatch(value)
         if not match or len(match[1]) > 18:
@@ -40,11 +36,6 @@ def _size(value: Any) -> Any:
 
 
 def _axis(value: Any) -> Any:
-    """Check the values of an axis; one that stands alone is a list of one.
-
-    Raises:
-        ValueError: a value that cannot stand in a cell's name, or does twice.
-    """
     values = value if isinstance(value, list) else [value]
     if not values:
         raise ValueError("expected at least one value")
@@ -60,14 +51,7 @@ def _axis(value: Any) -> Any:
 
 
 def _require_plain(value: str) -> None:
-    """Check an axis value, which becomes part of a cell's name.
-
-    Two texts that look the same, such as a letter in Latin and in Cyrillic, would name two cells
-    that look alike; so they are of ASCII.
-
-    Raises:
-        ValueError: it is empty, too long, or has a character that a cell's name cannot have.
-    """
+    # Only ASCII: equal-looking letters, such as in Latin and in Cyrillic, would name two cells.
     shown = repr(cut(value, 60))
     if not value or set(value) & set("[],= \t\n"):
         raise ValueError(f"{shown} cannot name a cell: no spaces, nor any of [ ] , =")
@@ -81,11 +65,6 @@ def _require_plain(value: str) -> None:
 
 
 def _name(value: str) -> str:
-    """Check a name.
-
-    Raises:
-        ValueError: it could not stand in a cell's name or in a `--set`.
-    """
     if not _NAME.fullmatch(value):
         shown = repr(cut(value, 60))
         raise ValueError(f"expected a name of letters, digits, '-' and '_', got {shown}")
@@ -97,11 +76,6 @@ def _name(value: str) -> str:
 
 
 def _module(value: str) -> str:
-    """Check the name of a plugin.
-
-    Raises:
-        ValueError: it is no name of a Python module.
-    """
     if not _MODULE.fullmatch(value):
         shown = ascii(cut(value, 60))
         raise ValueError(f"expected the name of a Python module, got {shown}")
@@ -113,11 +87,6 @@ def _optional_name(value: str | None) -> str | None:
 
 
 def _experiment(value: str | None) -> str | None:
-    """Check the name of an experiment.
-
-    Raises:
-        ValueError: MLflow's databases would not keep all of it.
-    """
     if value is not None and len(value) > limits.EXPERIMENT_CHARACTERS:
         raise ValueError(
             f"expected a name of at most {limits.EXPERIMENT_CHARACTERS} characters, "
@@ -127,11 +96,6 @@ def _experiment(value: str | None) -> str | None:
 
 
 def _whole_above_one(value: float) -> float:
-    """Check a number of GPUs: a share of one, or some whole ones.
-
-    Raises:
-        ValueError: neither.
-    """
     if value > 1 and not value.is_integer():
         raise ValueError(f"expected a share of one GPU, or a whole number, got {value:g}")
     return value
@@ -146,7 +110,7 @@ class _Shape(BaseModel):
 
 
 class ResourcesShape(_Shape):
-    """`resources:` of a stage; what is left out is as the stage type declares it."""
+    """`resources:` of a stage; the stage type declares the defaults."""
 
     num_cpus: float | None = Field(default=None, ge=0)
     num_gpus: Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)] | None = None
@@ -157,12 +121,10 @@ class ResourcesShape(_Shape):
 class StageShape(_Shape):
     """One entry of `stages:`.
 
-    `keep: results` says that the files of this stage only serve those that follow: once all cells
-    that depend on one of its cells are complete, `fls gc` may delete that cell's files. Its
-    manifest, metrics and log stay, so it counts as complete; it is run again only when something
-    after it is to run, or when it is asked for by `--only` or `--until`. Outputs that are tracked
-    or promoted are results, so a cell that has one is kept whole, and so is one that nothing takes
-    from.
+    With `keep: results`, `fls gc` may delete a cell's files once all cells that depend on it are
+    complete. Its manifest, metrics and log stay, so it counts as complete; it runs again only for a
+    downstream cell, or on request by `--only` or `--until`. Cells with tracked or promoted outputs,
+    and cells without downstream cells, are kept whole.
     """
 
     uses: str
@@ -178,27 +140,27 @@ class StageShape(_Shape):
         logs.DEFAULT_BYTES
     )
     keep: Literal["all", "results"] = "all"
-    # `register` itself is a method of every abstract class.
+    # `register` is a method of every abstract base class.
     registered: Annotated[str | None, AfterValidator(_optional_name)] = Field(
         default=None, alias="register"
     )
 
 
 class MlflowShape(_Shape):
-    """`mlflow:`; without an experiment, runs go to the one of the pipeline's name."""
+    """`mlflow:`; the pipeline's name is the default experiment."""
 
     experiment: Annotated[str | None, AfterValidator(_experiment)] = None
     tracking_uri: str | None = None
 
 
 class ClusterShape(_Shape):
-    """`cluster:`; with autoscaling, what no node has is waited for instead of refused."""
+    """`cluster:`; with autoscaling, a stage waits for resources that no node has."""
 
     autoscaling: bool = False
 
 
 class FileShape(_Shape):
-    """The whole file; stages are read one by one, so that none hides the mistakes of others."""
+    """The whole file; stages are checked one by one, to find the mistakes of all."""
 
     name: Annotated[str, AfterValidator(_name)]
     plugins: Annotated[list[Annotated[str, AfterValidator(_module)]], Field(min_length=1)]
@@ -209,7 +171,7 @@ class FileShape(_Shape):
     stages: Annotated[dict[Annotated[str, AfterValidator(_name)], Any], Field(min_length=1)]
 
 
-# A place in a pipeline file, in words -> the shape of what stands there.
+# A place in a pipeline file, in words -> its shape.
 PLACES: Mapping[str, type[BaseModel]] = {
     "a stage": StageShape,
     "a stage's `resources:`": ResourcesShape,

@@ -14,7 +14,7 @@ from pipeline.spec.plugins import Plugin
 
 @dataclass(frozen=True, kw_only=True)
 class MlflowSpec:
-    """Where runs are tracked; `tracking_uri` None leaves it to the environment."""
+    """Experiment and address of tracking; `tracking_uri` None means the default."""
 
     experiment: str
     tracking_uri: str | None = None
@@ -26,20 +26,19 @@ class Spec:
 
     Attributes:
         name: the pipeline's name.
-        path: the file it is from.
-        text: what the file says.
-        resolved: the same with all references replaced and all `--set` options applied: a file
-            that repeats it.
-        environment: the variables that it refers to, with the text that each stands for.
+        path: its file.
+        text: the text of the file.
+        resolved: the text with all references replaced and all `--set` options applied.
+        environment: the variables that it refers to, with their values.
         overrides: the `--set` options.
         plugins: in the file's order.
         storage: absolute path of a folder, or an fsspec URL.
-        storage_given: the same as the environment or the file gives it; perhaps a relative path.
-        folder: where relative paths in it start, its file's.
-        tracking_folder: where `mlflow.db` and `tracking/` lie by default.
-        moved: sentences for people whose store lies where it was looked for by earlier versions.
-        autoscaling: whether the cluster may grow to meet what stages ask for.
-        mlflow: where runs are tracked.
+        storage_given: the storage as the environment or the file gives it, perhaps relative.
+        folder: origin of relative paths.
+        tracking_folder: default folder of `mlflow.db` and `tracking/`.
+        moved: hints about a store where earlier versions put it.
+        autoscaling: whether the cluster may grow to provide the stages' resources.
+        mlflow: experiment and address of tracking.
         stages: name -> stage, in the file's order.
         cells: all cells, stages in topological order.
     """
@@ -67,7 +66,7 @@ class Spec:
         return shlex.join(["fls", "run", str(self.path), *settings, *arguments])
 
     def tracking_uri(self, recorded: str | None = None) -> str:
-        """Return where MLflow data goes, see `pipeline.base.places.tracking_uri`."""
+        """Return MLflow's address, see `pipeline.base.places.tracking_uri`."""
         return tracking_uri(
             self.mlflow.tracking_uri,
             recorded,

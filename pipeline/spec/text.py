@@ -13,11 +13,11 @@ from pipeline.base.secrets import find_secret
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file, reading no more of it than the limit.
+    """Return the text of a file.
 
     Raises:
         BadInput: it cannot be read.
-        SpecError: it is too large, or is not text.
+        SpecError: it is too large, or is not UTF-8.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -43,10 +43,10 @@ def read_text(path: Path) -> str:
 
 
 def refuse_secrets(text: str, file: str, overrides: Sequence[str]) -> None:
-    """Check that a spec and its `--set` options, which are recorded, hold no secret.
+    """Check that a spec and its `--set` options contain no secret, because both are recorded.
 
     Raises:
-        SpecError: they do.
+        SpecError: they contain secrets.
     """
     problems = []
     for where, given in [(file, text), *(("--set", option) for option in overrides)]:

@@ -1,9 +1,9 @@
 """YAML with positions: the scalars of YAML 1.2, no duplicate keys, plain data only.
 
 `1e-3` is a number, `on` and `2024-01-01` are strings, `010` is 10, `0o10` is 8. Anchors, aliases
-and merge keys work. Every value is JSON-able: dict with string keys, list, str without control
+and merge keys work. Values are JSON data: dict with string keys, list, str without control
 characters, int, finite float, bool or None. A path is a tuple of keys and indices from the root,
-such as `("stages", "a", 0)`. What is too large or too deep is refused before it is expanded.
+such as `("stages", "a", 0)`. Too large or too deep documents are refused before expansion.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def _finite(text: str) -> float | str:
 
 
 def _whole(text: str, base: int = 10) -> int | str:
-    """Read an integer; one of more than 64 bits, which no parameter can be, stays text."""
+    """Read an integer; one of more than 64 bits stays text."""
     if len(text) > 2 + 64:
         return text
     value = int(text, base)
     return value if -(2**63) <= value < 2**64 else text
 
 
-# The core schema of YAML 1.2.2, section 10.3.2, in the order in which the types are tried;
-# without .inf and .nan, which JSON lacks: they are strings here, as are integers beyond 64 bits.
+# The core schema of YAML 1.2.2, section 10.3.2, in order of precedence; .inf, .nan and integers
+# beyond 64 bits are strings, as JSON has none of them.
 _SCALARS = (
     (re.compile(r"(?:|~|null|Null|NULL)"), lambda text: None),
     (re.compile(r"true|True|TRUE"), lambda text: True),
@@ -48,21 +48,21 @@ _SCALARS = (
 )
 _MERGE = "<<"
 _KINDS = "keys and values (aliases and '<<' replaced), got more"
-_PLAIN = "plain"  # our own tag of scalars without quotes and without a tag
+_PLAIN = "plain"  # our tag of scalars without quotes and tag
 _TAGS = {_PLAIN, *(f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str"))}
 
 
 class Budget:
-    """Counts the keys and values of a file, so that it is refused as soon as there are too many."""
+    """Counts the keys and values of a file, and refuses it at the limit."""
 
     def __init__(self) -> None:
         self.values = 0
 
     def take(self, position: Position, depth: int) -> None:
-        """Count a key or value that stands in `depth` mappings and lists.
+        """Count a key or value inside `depth` mappings and lists.
 
         Raises:
-            SpecError: it is one too many.
+            SpecError: it exceeds the limit.
         """
         self.values += 1
         if self.values > limits.SPEC_VALUES:
@@ -72,10 +72,10 @@ class Budget:
         self.check_depth(position, depth)
 
     def check_depth(self, position: Position, depth: int) -> None:
-        """Check how many mappings and lists something stands in.
+        """Check a depth of mappings and lists.
 
         Raises:
-            SpecError: too many.
+            SpecError: it exceeds the limit.
         """
         if depth > limits.SPEC_DEPTH:
             message = f"expected at most {limits.SPEC_DEPTH} mappings, lists and variables in each "
@@ -83,7 +83,7 @@ class Budget:
 
 
 class _Loader(yaml.SafeLoader):
-    """Marks plain scalars instead of resolving them by the rules of YAML 1.1."""
+    """Tags plain scalars instead of resolving them by the rules of YAML 1.1."""
 
     def __init__(self, text: str, file: str):
         super().__init__(text)
@@ -92,13 +92,13 @@ class _Loader(yaml.SafeLoader):
         self.depth = 0
 
     def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
-        """Return the tag of a node that has none of its own."""
+        """Return the tag of a node without an explicit one."""
         if kind is yaml.ScalarNode and implicit[0]:
             return _PLAIN
         return super().resolve(kind, value, implicit)
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Compose the next node, unless it lies too deep."""
+        """Compose the next node, unless it is too deep."""
         self.budget.check_depth(_place(self.file, self.peek_event().start_mark), self.depth)
         self.depth += 1
         node = super().compose_node(parent, index)
@@ -112,16 +112,16 @@ def _place(file: str, mark: yaml.Mark) -> Position:
 
 @dataclass
 class Document:
-    """A YAML document as plain data, with the place of each key and value.
+    """A YAML document as plain data, with the position of each key and value.
 
     Attributes:
         value: the data.
-        root: position of the whole.
+        root: position of the document.
         values: path -> position of the value there.
         keys: path -> position of the key of the mapping entry there.
-        problems: what is wrong, beyond the syntax.
-        unknown: where values are that could not be read; nothing more can be said about them.
-        known: the problems, to tell quickly whether one is new.
+        problems: all mistakes beyond the syntax.
+        unknown: positions of unreadable values, for which no further problems are reported.
+        known: the problems as a set.
     """
 
     value: Any
@@ -136,7 +136,7 @@ class Document:
         """Add a problem.
 
         Raises:
-            SpecError: there are as many as people read at once.
+            SpecError: there are `limits.PROBLEMS`.
         """
         if problem not in self.known:
             self.known.add(problem)
@@ -145,16 +145,15 @@ class Document:
             raise SpecError(self.problems, more=True)
 
     def note(self, position: Position, message: str) -> None:
-        """Add a problem with the value at `position`; without a message, it is reported already."""
+        """Add a problem with the value at `position`, unless the message is empty."""
         if message:
             self.add(Problem(position, message))
         self.unknown.add(position)
 
     def position(self, path: Path, *, key: bool = False) -> Position:
-        """Return the position of the value (or the key) at `path`.
+        """Return the position of the value (or the key) at `path`, or of its nearest ancestor.
 
-        A path that is not in the text itself, such as an element of a list that a variable stands
-        for, has the position of its nearest ancestor that is.
+        An element of a list from a variable, for example, has no position itself.
         """
         if key and path in self.keys:
             return self.keys[path]
@@ -164,7 +163,7 @@ class Document:
         return self.root
 
     def replace(self, path: Path, value: Any, position: Position) -> None:
-        """Put `value` at `path`, making the mappings on the way; it stands at `position` now."""
+        """Put `value` with `position` at `path`, and make missing mappings on the way."""
         for known in (self.values, self.keys):
             for old in [old for old in known if old[: len(path)] == path]:
                 del known[old]
@@ -178,7 +177,7 @@ class Document:
 
 
 def read_scalar(text: str) -> Any:
-    """Return what the plain (unquoted) scalar `text` stands for in YAML 1.2."""
+    """Return the value of a plain (unquoted) scalar in YAML 1.2."""
     for pattern, convert in _SCALARS:
         if pattern.fullmatch(text):
             return convert(text)
@@ -186,19 +185,17 @@ def read_scalar(text: str) -> Any:
 
 
 def load(text: str, file: str) -> Document:
-    """Read one YAML document.
+    """Read one YAML document in less than a second.
 
     Args:
         text: the document.
-        file: what positions name.
+        file: its name in positions.
 
     Returns:
-        The document; what is wrong with it beyond its syntax is in `problems`.
+        The document, with its mistakes beyond the syntax in `problems`.
 
     Raises:
         SpecError: the text is no YAML, or exceeds a limit.
-
-    Cost: below a second, whatever the text.
     """
     where, node = Position(file, 1, 1), None
     if len(text) > limits.SPEC_BYTES:
@@ -209,10 +206,7 @@ def load(text: str, file: str) -> Document:
         where = _place(file, loader.get_mark())
         try:
             node = loader.get_single_node()
-        except (
-            ValueError,
-            OverflowError,
-        ) as error:  # a number in an escape or directive that Python cannot take
+        except (ValueError, OverflowError) as error:  # a number beyond Python's range
             where = _place(file, loader.get_mark())
             what = f"a number is out of range in an escape or directive ({error})"
             raise SpecError([Problem(where, f"no valid YAML: {what}")]) from None
@@ -234,7 +228,7 @@ def load(text: str, file: str) -> Document:
 
 
 class _Reader:
-    """Turns nodes into data, noting positions and problems in a document."""
+    """Turns nodes into data, and adds positions and problems to a document."""
 
     def __init__(self, document: Document, budget: Budget):
         self.document = document
@@ -242,14 +236,14 @@ class _Reader:
         self.open: list[yaml.Node] = []
 
     def read(self, node: yaml.Node, path: Path) -> Any:
-        """Return the value of `node`, which stands at `path`."""
+        """Return the value of `node`, at `path`."""
         position = self.document.values[path] = self.place(node)
         self.budget.take(position, len(self.open))
         if node.tag not in _TAGS:
             self.problem(node, f"tag {_quoted(node.tag)} is not supported; write the value plainly")
             return None
         if any(node is parent for parent in self.open):
-            self.problem(node, "an alias to a mapping or list that it is itself a part of")
+            self.problem(node, "an alias to a mapping or list that contains it")
             return None
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(node)
@@ -293,10 +287,10 @@ class _Reader:
         return result
 
     def merge(self, node: yaml.Node, path: Path, into: dict[str, Any]) -> None:
-        """Add the entries that `<<: node` brings and `into` lacks."""
+        """Add the entries of `<<: node` that `into` lacks."""
         if isinstance(node, yaml.SequenceNode):
             for child in node.value:
-                if isinstance(child, yaml.SequenceNode):  # or a list could hold itself
+                if isinstance(child, yaml.SequenceNode):  # a list could contain itself
                     self.problem(child, "expected a mapping in the list after '<<'")
                 else:
                     self.merge(child, path, into)
@@ -322,7 +316,7 @@ class _Reader:
             ours |= {at: p for at, p in theirs.items() if len(at) > depth and at[depth] in brought}
 
     def key(self, node: yaml.Node) -> str | None:
-        """Return a mapping's key, which must be a string, or None after noting the problem."""
+        """Return a mapping's key, or None after noting that it is no string."""
         self.budget.take(self.place(node), len(self.open))
         if isinstance(node, yaml.ScalarNode):
             known = len(self.document.problems)
@@ -338,7 +332,7 @@ class _Reader:
         return None
 
     def place(self, node: yaml.Node) -> Position:
-        """Return where `node` begins."""
+        """Return the position of `node`."""
         return _place(self.document.root.file, node.start_mark)
 
     def problem(self, node: yaml.Node, message: str) -> None:

@@ -1,7 +1,4 @@
-"""One attempt at a cell: its local folder, its events, and its publication or failure.
-
-`pipeline.store.layout` has the layout of the store.
-"""
+"""One attempt at a cell: its local folder, its events, and its publication or failure."""
 
 from __future__ import annotations
 
@@ -19,33 +16,20 @@ from pipeline.base.errors import StorageUnavailable, StoreError
 from pipeline.base.names import numbers
 from pipeline.base.shapes import to_json
 from pipeline.stage import StageError
-from pipeline.store import logs
+from pipeline.store import layout, logs
 from pipeline.store.checksum import lines_with_checksum, verified, verified_lines, with_checksum
 from pipeline.store.events import EVENTS_AT_ONCE, merge
-from pipeline.store.layout import (
-    CHECKPOINTS,
-    DIGESTS,
-    OUTPUTS,
-    attempt_folder,
-    attempts_folder,
-    checkpoint_folder,
-    checkpoints_folder,
-    event_segment,
-    failure_path,
-    manifest_path,
-    output_folder,
-)
 from pipeline.store.manifest import FileDigest, Manifest, digest_files
 from pipeline.store.storage.base import AbstractStorage
 
 _CHECKPOINTS_KEPT = 2
-_SAID_BYTES = 16_000_000  # of events, of which an attempt that says more merges none
+_SAID_BYTES = 16_000_000  # an attempt with more bytes of events merges none
 
 
 class Failure(TypedDict, total=False):
     """The reason why an attempt has no result.
 
-    `user` marks what no retry corrects, see `pipeline.worker.failures`.
+    `user` marks an error that no retry corrects, see `pipeline.worker.failures`.
     """
 
     message: Required[str]
@@ -54,32 +38,31 @@ class Failure(TypedDict, total=False):
 
 
 class Attempt:
-    """An attempt that this process makes; `Store.begin_attempt` begins one.
-
-    It is a context manager: on leaving, a scratch folder is deleted.
+    """An attempt of this process, from `Store.begin_attempt`; a context manager.
 
     Attributes:
         key: the cell's key.
         number: the attempt's fencing number, unique under the key.
-        folder: local folder for the stage's context; holds `checkpoints/`, `outputs/` and `log/`.
-        passed_over: checkpoints of earlier attempts that this one cannot use, each with the reason.
+        folder: local folder with `checkpoints/`, `outputs/` and `log/`; a scratch folder is deleted
+            at the end.
+        passed_over: unusable checkpoints of earlier attempts, each with the reason.
     """
 
     def __init__(self, storage: AbstractStorage, key: str, number: int):
         self.key = key
         self.number = number
         self._storage = storage
-        self._path = attempt_folder(key, number)
+        self._path = layout.attempt_folder(key, number)
         self._segments = 0
-        # Their content: a storage that is far away would take minutes to give back a day's.
+        # The segments' content: reading back a day's events from a remote storage takes minutes.
         self._said: list[bytes] = []
         self._said_bytes = 0
-        self._log: dict[str, tuple[int, int]] = {}  # what is stored of it: size and time of writing
+        self._log: dict[str, tuple[int, int]] = {}  # stored file -> its size and time of writing
         self.passed_over: list[str] = []
         self.folder = storage.workspace(self._path)
         try:
             self._take_over_checkpoint()
-        except BaseException:  # then no caller will leave this attempt as a context
+        except BaseException:  # `__exit__` will not run
             storage.release(self.folder)
             raise
 
@@ -92,8 +75,8 @@ class Attempt:
     def append_events(self, events: Sequence[Mapping[str, Any]]) -> None:
         """Store events as the next segment.
 
-        A `checkpoint` event stores the checkpoint first; but what came before it is stored earlier,
-        in a segment of its own: an attempt that resumes from the checkpoint does not say it again.
+        A `checkpoint` event stores the checkpoint. Earlier events are stored before it, in their
+        own segment: an attempt that resumes from the checkpoint does not repeat them.
         """
         types = [event["type"] for event in events]
         if "checkpoint" in types:
@@ -104,15 +87,12 @@ class Attempt:
         self._append(events)
 
     def _append(self, events: Sequence[Mapping[str, Any]]) -> None:
-        """Write a segment; after the `end`, which is the last event, merge all.
-
-        The segments of an attempt that said a very great deal stay: they are large, and few.
-        """
+        """Write a segment; after the `end` event, merge all, unless they are very large."""
         if not events:
             return
         data = lines_with_checksum(events)
         self._segments += 1
-        self._storage.write(event_segment(self.key, self.number, self._segments), data)
+        self._storage.write(layout.event_segment(self.key, self.number, self._segments), data)
         self._said.append(data)
         self._said_bytes += len(data)
         if self._said_bytes > _SAID_BYTES:
@@ -121,11 +101,10 @@ class Attempt:
             self._merge_segments()
 
     def _merge_segments(self) -> None:
-        """Leave as few segments as hold the events without being too large to be read at once.
+        """Merge the segments into as few as possible; see `pipeline.store.events`.
 
-        Each replaces the first of those that it holds, which are deleted only then: at any moment,
-        and wherever this is interrupted, a reader finds each event once. See
-        `pipeline.store.events`.
+        A merged segment replaces its first part before the others are deleted, so a reader finds
+        each event once at any moment.
         """
         number, segments = 1, [verified_lines(data) for data in self._said]
         while segments:
@@ -133,19 +112,19 @@ class Attempt:
             count = max(1, sum(size <= EVENTS_AT_ONCE for size in sizes))
             parts, segments = segments[:count], segments[count:]
             if count > 1:
-                path = event_segment(self.key, self.number, number)
+                path = layout.event_segment(self.key, self.number, number)
                 self._storage.write(path, lines_with_checksum(merge(parts)))
                 merged = range(number + 1, number + count)
                 self._storage.remove_files(
-                    [event_segment(self.key, self.number, one) for one in merged]
+                    [layout.event_segment(self.key, self.number, one) for one in merged]
                 )
             number += count
 
     def save_log(self) -> None:
-        """Store what is new in `log/`, and delete what was left out there."""
+        """Store new files of `log/`, and delete stored ones that are gone there."""
         folder, found = self.folder / logs.FOLDER, {}
         for path in folder.iterdir() if folder.is_dir() else ():
-            with suppress(FileNotFoundError):  # left out meanwhile
+            with suppress(FileNotFoundError):  # deleted meanwhile
                 about = path.stat()
                 found[path.name] = about.st_size, about.st_mtime_ns
                 if self._log.get(path.name) != found[path.name]:
@@ -157,7 +136,7 @@ class Attempt:
     def publish(
         self, ingredients: Mapping[str, Any], outputs: Iterable[str], making: Mapping[str, Any]
     ) -> bool:
-        """Publish what `outputs/` holds as the key's result.
+        """Publish `outputs/` as the key's result; the manifest is stored after all outputs.
 
         Args:
             ingredients: see `pipeline.planning.keys.Identity`.
@@ -167,26 +146,24 @@ class Attempt:
         Returns:
             True, or False if another attempt was first; then this one's work is discarded.
 
-        All outputs are on the disk, or in the object store, before the manifest is.
-
         Raises:
-            StageError: the stage left out a declared output, or wrote one that is not declared.
-            StoreError: an output holds a symbolic link or the like, or a file with a wild name.
-            FileNotFoundError: a file vanished while it was read; or the whole attempt was set
-                aside with a damaged result, and what is left of its outputs is not all.
+            StageError: the stage left out a declared output, or wrote an undeclared one.
+            StoreError: an output contains a link or a file with an invalid name.
+            FileNotFoundError: a file vanished during the read, or the attempt was set aside with a
+                damaged result.
 
         Cost: one read of all output files; on remote storage an upload.
         """
         try:
             found = self._outputs(list(outputs))
             for name in found:
-                folder = self.folder / OUTPUTS / name
-                self._storage.save(folder, output_folder(self.key, self.number, name))
+                folder = self.folder / layout.OUTPUTS / name
+                self._storage.save(folder, layout.output_folder(self.key, self.number, name))
             self._check_not_set_aside()
         except (StageError, StoreError, FileNotFoundError):
             if not self._beaten():
                 raise
-            first = False  # the winner has deleted what this attempt wrote
+            first = False  # the winner has deleted this attempt's files
         else:
             manifest = Manifest(
                 key=self.key,
@@ -196,52 +173,36 @@ class Attempt:
                 making=making,
                 time=time.time(),
             )
-            first = self._storage.create(manifest_path(self.key), with_checksum(to_json(manifest)))
+            first = self._storage.create(
+                layout.manifest_path(self.key), with_checksum(to_json(manifest))
+            )
         if first:
             self._clear_up()
         else:
-            self._storage.remove(f"{self._path}/{OUTPUTS}")
-            self._storage.remove(f"{self._path}/{CHECKPOINTS}")
+            self._storage.remove(f"{self._path}/{layout.OUTPUTS}")
+            self._storage.remove(f"{self._path}/{layout.CHECKPOINTS}")
             self.fail({"message": "another attempt published first; this one's work is discarded"})
         return first
 
     def fail(self, error: Failure) -> None:
-        """Record that the attempt ends without a result; checkpoints stay for the next one.
-
-        Args:
-            error: the reason; JSON.
-        """
-        self._storage.write(failure_path(self.key, self.number), with_checksum(error))
+        """Record that the attempt ends without a result; checkpoints stay for the next one."""
+        self._storage.write(layout.failure_path(self.key, self.number), with_checksum(error))
 
     def _check_not_set_aside(self) -> None:
-        """Refuse to publish what is left of an attempt whose folder was moved away meanwhile.
-
-        Raises:
-            FileNotFoundError: it was.
-        """
         try:
             self._storage.read(f"{self._path}/attempt.json")
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"attempt {self.number} was set aside together with a damaged result; what it "
-                "has written since may not be all, so it begins again"
+                f"attempt {self.number} was set aside together with a damaged result; its outputs "
+                "may be incomplete, so it begins again"
             ) from error
 
     def _beaten(self) -> bool:
         """Tell whether another attempt has published."""
-        try:
-            self._storage.read(manifest_path(self.key))
-        except FileNotFoundError:
-            return False
-        return True
+        return bool(self._storage.files(layout.manifest_path(self.key)))
 
     def _outputs(self, declared: Sequence[str]) -> dict[str, dict[str, FileDigest]]:
-        """Return output -> file -> digest and size.
-
-        Raises:
-            StageError: see `publish`.
-        """
-        root = self.folder / OUTPUTS
+        root = self.folder / layout.OUTPUTS
         written = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
         extra = [name for name in written if name not in declared]
         if extra:
@@ -253,54 +214,50 @@ class Attempt:
         return found
 
     def _clear_up(self) -> None:
-        """Delete what this attempt and the earlier ones need no more: all but their records."""
-        self._storage.remove(f"{self._path}/{CHECKPOINTS}")
+        """Delete all of this attempt and the earlier ones but outputs in use and records."""
+        self._storage.remove(f"{self._path}/{layout.CHECKPOINTS}")
         for number in _earlier(self._storage, self.key, self.number):
-            for part in (CHECKPOINTS, OUTPUTS):
-                self._storage.remove(f"{attempt_folder(self.key, number)}/{part}")
+            for part in (layout.CHECKPOINTS, layout.OUTPUTS):
+                self._storage.remove(f"{layout.attempt_folder(self.key, number)}/{part}")
 
     # -- in-stage checkpoints
 
     def _save_checkpoint(self) -> None:
         """Store the newest checkpoint, its digests last; delete all but the one before it."""
-        root = self.folder / CHECKPOINTS
-        found = root.iterdir() if root.is_dir() else ()  # a winner deletes it with all else
+        root = self.folder / layout.CHECKPOINTS
+        found = root.iterdir() if root.is_dir() else ()  # a winner may have deleted it
         newest = max(numbers(path.name for path in found), default=0)
         if not newest:
             return
         folder = root / f"{newest:06d}"
-        path = checkpoint_folder(self.key, self.number, newest)
+        path = layout.checkpoint_folder(self.key, self.number, newest)
         digests = _digest_checkpoint(folder)
         self._storage.save(folder, path)
-        self._storage.write(f"{path}/{DIGESTS}", with_checksum(digests))
+        self._storage.write(f"{path}/{layout.DIGESTS}", with_checksum(digests))
         for old in _checkpoints(self._storage, self.key, self.number):
             if old <= newest - _CHECKPOINTS_KEPT:
-                self._storage.remove(checkpoint_folder(self.key, self.number, old))
+                self._storage.remove(layout.checkpoint_folder(self.key, self.number, old))
 
     def _take_over_checkpoint(self) -> None:
-        """Put the newest whole checkpoint of earlier attempts into this one's folder.
-
-        Raises:
-            StorageUnavailable: perhaps there is one, but it cannot be had now.
-        """
+        # Copies the newest whole checkpoint of earlier attempts into this one's folder.
         found = [
             (checkpoint, number)
             for number in _earlier(self._storage, self.key, self.number)
             for checkpoint in _checkpoints(self._storage, self.key, number)
         ]
         for checkpoint, number in sorted(found, reverse=True):
-            path = checkpoint_folder(self.key, number, checkpoint)
-            part = self.folder / CHECKPOINTS / f"{checkpoint:06d}.part"
+            path = layout.checkpoint_folder(self.key, number, checkpoint)
+            part = self.folder / layout.CHECKPOINTS / f"{checkpoint:06d}.part"
             try:
-                wanted = verified(self._storage.read(f"{path}/{DIGESTS}"))
+                wanted = verified(self._storage.read(f"{path}/{layout.DIGESTS}"))
                 self._storage.load(path, part)
                 whole = _digest_checkpoint(part) == wanted
                 why = "its files differ from their digests"
             except StorageUnavailable:  # the next attempt may find it
                 raise
-            except FileNotFoundError:  # it is in the making, or its attempt lives, further on
+            except FileNotFoundError:  # unfinished, or deleted by its attempt, which still lives
                 whole, why = False, ""
-            except shutil.Error as error:  # of links: another owner's files, or another device
+            except shutil.Error as error:  # hard links to another owner's files, or across devices
                 whole, why = False, str(error.args[0][0][2])
             except (ValueError, StoreError) as error:  # a link in it, for example
                 whole, why = False, str(error)
@@ -318,20 +275,26 @@ def attempt_numbers(storage: AbstractStorage, folder: str) -> list[int]:
 
 
 def _earlier(storage: AbstractStorage, key: str, before: int) -> list[int]:
-    return [number for number in attempt_numbers(storage, attempts_folder(key)) if number < before]
+    return [
+        number
+        for number in attempt_numbers(storage, layout.attempts_folder(key))
+        if number < before
+    ]
 
 
 def whole_checkpoints(storage: AbstractStorage, key: str, number: int) -> list[str]:
-    """Return where the checkpoints of an attempt are that were stored whole, oldest first."""
-    found = [checkpoint_folder(key, number, one) for one in _checkpoints(storage, key, number)]
-    return [folder for folder in found if storage.files(f"{folder}/{DIGESTS}")]
+    """Return the folders of an attempt's complete checkpoints, oldest first."""
+    found = [
+        layout.checkpoint_folder(key, number, one) for one in _checkpoints(storage, key, number)
+    ]
+    return [folder for folder in found if storage.files(f"{folder}/{layout.DIGESTS}")]
 
 
 def _checkpoints(storage: AbstractStorage, key: str, number: int) -> list[int]:
-    return sorted(numbers(storage.names(checkpoints_folder(key, number))))
+    return sorted(numbers(storage.names(layout.checkpoints_folder(key, number))))
 
 
 def _digest_checkpoint(folder: Path) -> dict[str, FileDigest]:
     found = digest_files(folder)
-    found.pop(DIGESTS, None)
+    found.pop(layout.DIGESTS, None)
     return found

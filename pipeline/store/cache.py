@@ -1,14 +1,13 @@
 """A cache of stored folders on the local disk, shared by all processes of a user on a machine.
 
-    <folder>/lock                   held for a moment while one marks or deletes
-    <folder>/users/<user>           locked as long as this user of the cache lives
-    <folder>/copies/<id>/copy/      a copy; comes into being by rename: it is whole or not there
-    <folder>/copies/<id>/part-*     one in the making; `old-*` is one that a fresh one replaced
-    <folder>/copies/<id>/<user>     says who uses it; the folder's time is that of the last use
+    <folder>/lock                   held briefly to mark or delete copies
+    <folder>/users/<user>           locked while this user of the cache lives
+    <folder>/copies/<id>/copy/      a copy, created whole by a rename
+    <folder>/copies/<id>/part-*     a copy in the making; `old-*` is a replaced copy
+    <folder>/copies/<id>/<user>     marks a user of the copy; the folder's time is the last use
 
-A lock ends with its process, however that ends. So a copy in use is never deleted, and what a
-killed process left behind is. Nothing here says that a copy is right: its user compares it with the
-manifest, and asks for a fresh one if it differs.
+A lock ends with its process, so copies in use stay and those of killed processes are deleted.
+The cache does not check copies: the caller compares them with the manifest.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ import shutil
 import uuid
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.base.variables import CACHE_BYTES
 
 
 class Cache:
-    """The copies that this object handed out stay until it is gone.
+    """Local copies of stored folders; those that this object returned stay while it lives.
 
     Args:
-        folder: where the copies are; made if need be.
+        folder: the cache's folder; created on demand.
     """
 
     def __init__(self, folder: Path):
@@ -43,19 +42,17 @@ class Cache:
         return {**self.__dict__, "_user": None}  # a lock belongs to a process
 
     def get(self, name: str, fill: Callable[[Path], None], *, fresh: bool = False) -> Path:
-        """Return the local copy of a folder.
-
-        Two processes may fill the same place at once; the first one's copy is taken.
+        """Return the local copy of a folder; of two concurrent copies the first counts.
 
         Args:
             name: of the stored folder.
-            fill: makes the copy at the path it is given, which does not exist yet.
-            fresh: make a new one in place of any that is there.
+            fill: copies the folder to a path that does not exist yet.
+            fresh: replace an existing copy.
 
         Raises:
             OSError: the disk is full, or broken.
 
-        Cost: nothing if there is a copy; else filling it, and a look at the size of all others.
+        Cost: none if a copy exists; else that of `fill`, and a walk over all copies.
         """
         place = self._copies / hashlib.sha256(name.encode()).hexdigest()[:32]
         self._mark(place)
@@ -68,7 +65,7 @@ class Cache:
                 fill(part)
                 part.rename(copy)
             except OSError:
-                if not copy.exists():  # otherwise another process was quicker
+                if not copy.exists():  # else another process was faster
                     raise
             finally:
                 shutil.rmtree(part, ignore_errors=True)
@@ -76,7 +73,7 @@ class Cache:
         return copy
 
     def _mark(self, place: Path) -> None:
-        """Note that this object uses a place, from now on."""
+        """Mark a place as used by this object."""
         self._users.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._locked():
             if self._user is None:
@@ -89,7 +86,7 @@ class Cache:
             os.utime(place)
 
     def _shrink(self) -> None:
-        """Delete what was used longest ago, and is not in use, until the rest is small enough."""
+        """Delete unused copies, the longest unused first, until the cache is small enough."""
         with self._locked():
             living = {user.name for user in self._users.iterdir() if is_locked(user)}
             for user in self._users.iterdir():
@@ -109,7 +106,6 @@ class Cache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Keep all others from marking and deleting."""
         with open(self._folder / "lock", "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -128,22 +124,18 @@ def is_locked(path: Path) -> bool:
 
 
 def _discard(folder: Path) -> None:
-    """Delete a folder that others may look for: they find it whole, or not at all."""
+    """Delete a folder; other processes see it whole or not at all."""
     aside = folder.with_name(f"old-{uuid.uuid4().hex}")
-    try:
+    with suppress(FileNotFoundError):
         folder.rename(aside)
-    except FileNotFoundError:
-        return
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return the bytes of all files in a folder; what vanishes meanwhile counts nothing."""
+    """Return the bytes of all files in a folder; a file that vanishes counts 0."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
-            try:
+            with suppress(FileNotFoundError):
                 total += os.lstat(os.path.join(parent, name)).st_size
-            except FileNotFoundError:
-                continue
     return total

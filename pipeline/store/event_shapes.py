@@ -1,4 +1,4 @@
-"""The shapes of events: the fields of each type, and the check of a stored one."""
+"""The shapes of events: the fields of each type, and their check."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ _SHAPES: dict[str, Any] = {
 
 
 def require_event(event: Any) -> None:
-    """Check that a JSON value is an event: with the fields of its type, or of an unknown type.
+    """Check that a JSON value is an event: it has the fields of its type, or an unknown type.
 
     Raises:
-        ValueError: it is not; names the first field that is wrong, and the expected value.
+        ValueError: it is none; names the first wrong field, and the expected value.
     """
     kind = event.get("type") if isinstance(event, dict) else None
     try:

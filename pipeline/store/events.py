@@ -1,25 +1,24 @@
-"""Events: what a running stage tells the world, on its way through the store.
+"""Events of running stages: metrics, progress and the like, passed on through the store.
 
-A worker appends events to its attempt in numbered segments; the driver tails them, so many at a
-time that it stays awake. What a stage prints is no event, see `pipeline.store.logs`. One event is a
-flat JSON object with `type` and `time` (Unix seconds); the types, with their further fields:
+A worker appends events to its attempt in numbered segments, and the driver tails them. Printed
+output is no event, see `pipeline.store.logs`. An event is a flat JSON object with `type` and `time`
+(Unix seconds); the types, with their further fields:
 
     start       run, host, pid: first in every attempt
     metrics     values (name -> number), step (None: a final value)
     system      values (name -> number): a sample, see `pipeline.worker.system`
     progress    done, total, unit
-    text        text: a line that the stage said, which is also in its log
+    text        text: a message of the stage, which is also in its log
     record      name, params, metrics: one evaluated object
-    checkpoint  number; and what the attempt has cost so far, see `pipeline.worker.cost`
-    heartbeat   nothing: the stage is alive and has nothing to say
-    end         status: last in every attempt that was not killed; and the cost of one that failed
+    checkpoint  number; and the cost of the attempt so far, see `pipeline.worker.cost`
+    heartbeat   no fields: the stage is alive
+    end         status: last in every attempt that was not killed; and the cost of a failed one
 
-Of `progress` and `text`, which tell how a stage stands, a segment holds the latest one alone.
+A segment holds only the latest `progress` and the latest `text`.
 
-Once an attempt has ended, runs of its segments are merged: the first of a run is replaced by all of
-them, and the others are deleted. So a new reader finds what there was, and one that has
-read some of a run goes on within it: a merged segment says in a first line which of its events had
-been in which segment.
+After an attempt has ended, consecutive segments are merged: the first is replaced by all of them,
+then the others are deleted. The first line of a merged segment counts the events of each, so a
+reader that has read some of them continues within it.
 """
 
 from __future__ import annotations
@@ -29,42 +28,43 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from pipeline.base.shapes import Count
 from pipeline.store.leases import lease_s
+
+if TYPE_CHECKING:
+    from pipeline.store.store import Store
 
 Event = dict[str, Any]
 
 _FIRST_INTERVAL_S = 1.0
 _LAST_INTERVAL_S = 10.0
 _LATEST_ALONE = {"progress", "text"}
-EVENTS_AT_ONCE = 5000  # in a segment, and of a cell in one turn of its reader
+EVENTS_AT_ONCE = 5000  # most events of a segment, and of one read
 _MERGED = "merged"  # the type of a merged segment's first line
 
 
 class EventWriter:
-    """Appends events in the background, and a heartbeat when there are none.
+    """Appends events in the background, or a heartbeat when there are none.
 
-    The interval between segments grows from 1 s to 10 s over a stage's first ten minutes: a short
-    stage is seen at once, a long one does not leave thousands of tiny files.
+    The interval between segments grows from 1 s to 10 s over a stage's first ten minutes: events of
+    a short stage are seen at once, and a long one leaves few files.
 
     Args:
         append: takes the events of one segment.
-        meanwhile: called before each look for events, also when there are none.
+        meanwhile: called before each segment, and when there are no events.
     """
 
     def __init__(
-        self,
-        append: Callable[[list[Event]], None],
-        meanwhile: Callable[[], object] = lambda: None,
+        self, append: Callable[[list[Event]], None], meanwhile: Callable[[], object] = lambda: None
     ):
         self._append = append
         self._meanwhile = meanwhile
         self._pending: list[Event | None] = []
-        self._latest: dict[str, int] = {}  # type -> where in `_pending` the latest one is
+        self._latest: dict[str, int] = {}  # type -> index of the latest in `_pending`
         self._lock = threading.Lock()
-        self._writing = threading.Lock()  # apart, so that a slow storage does not slow the stage
+        self._writing = threading.Lock()  # not `_lock`: a slow storage must not block the stage
         self._stopping = threading.Event()
         self._began = time.monotonic()
         self._thread = threading.Thread(target=self._work, name="events", daemon=True)
@@ -80,12 +80,12 @@ class EventWriter:
         self.flush()
 
     def emit(self, event: Event) -> None:
-        """Take an event; a checkpoint is written at once, with all that was said before it.
+        """Take an event; a checkpoint is written at once, with all events before it.
 
-        Otherwise a kill right after it would lose what the next attempt does not say again.
+        The next attempt resumes from it and does not repeat these events.
 
         Raises:
-            OSError: the store refused earlier events; the stage must not go on unheard.
+            OSError: the store refused earlier events, so the stage must stop.
         """
         if self._error is not None:
             raise OSError(f"Events cannot be written: {self._error}") from self._error
@@ -96,11 +96,11 @@ class EventWriter:
                     self._pending[self._latest[kind]] = None
                 self._latest[kind] = len(self._pending)
             self._pending.append(event)
-        if event["type"] == "checkpoint":
+        if kind == "checkpoint":
             self.flush()
 
     def flush(self) -> None:
-        """Write what is pending, as one segment unless that is a great deal."""
+        """Write the pending events, in segments of at most `EVENTS_AT_ONCE`."""
         with self._writing:
             self._meanwhile()
             with self._lock:
@@ -120,7 +120,7 @@ class EventWriter:
                     last_written = now
                     self.emit({"type": "heartbeat", "time": time.time()})
                 self.flush()
-            except Exception as error:  # whatever the storage raises belongs to the stage's thread
+            except Exception as error:  # `emit` raises it in the stage's thread
                 self._error = error
                 return
 
@@ -142,7 +142,7 @@ def merge(segments: Iterable[Sequence[Mapping[str, Any]]]) -> list[Mapping[str, 
 
 
 def split(lines: list[Any]) -> list[list[Any]]:
-    """Return the segments that a stored one holds: itself, or those that were merged into it.
+    """Return the segments in a stored one: itself, or those that were merged into it.
 
     Raises:
         ValueError: its first line does not fit the others.
@@ -162,7 +162,7 @@ def split(lines: list[Any]) -> list[list[Any]]:
 
 
 def words(event: Mapping[str, Any]) -> str:
-    """Return what an event says to people, or "".
+    """Return an event as text for people, or "".
 
     >>> words({"type": "metrics", "step": 3, "values": {"loss": 0.25}})
     'step 3: loss 0.25'
@@ -177,60 +177,44 @@ def words(event: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Cursor:
-    """How far a cell's events have been read: up to `segment` of `attempt`, both included."""
+    """The position of a reader: it has read up to and including `segment` of `attempt`."""
 
     attempt: Count = 0
     segment: Count = 0
 
 
-class EventSource(Protocol):
-    """The part of the store that a tail reads."""
-
-    def attempts(self, key: str) -> list[int]:
-        """Return the numbers of the key's attempts, ascending."""
-
-    def read_events(
-        self, key: str, attempt: int, after: int, *, limit: int, merged: bool
-    ) -> tuple[list[Event], int]:
-        """Return `limit` events or so after segment `after`, and the last segment's number.
-
-        With `merged`, they are also looked for in what was merged meanwhile.
-        """
-
-
 class EventTail:
-    """Follows the events that the cells of one run write.
+    """Follows the events of one run's cells.
 
-    Attempts of other runs at the same key (two drivers may race for a cell) are passed over: the
-    first event of an attempt says whose it is, unless it got lost by damage.
+    Attempts of other runs at the same key (two drivers may race for a cell) are skipped: the first
+    event of an attempt names its run, unless it is damaged.
 
     Args:
         source: the store.
-        run_id: the run whose attempts are followed.
-        cursors: cell -> where to go on; what came before has been handled in an earlier life.
+        run_id: the run.
+        cursors: cell -> position to continue from.
     """
 
-    def __init__(self, source: EventSource, run_id: str, cursors: Mapping[str, Cursor]):
+    def __init__(self, source: Store, run_id: str, cursors: Mapping[str, Cursor]):
         self._source = source
         self._run_id = run_id
         self._cursors = dict(cursors)
         self._foreign: set[tuple[str, int]] = set()
 
     def skip(self, cell: str, key: str) -> None:
-        """Pass over the attempts that there are: only what later ones say will be read."""
+        """Skip the existing attempts: only events of later ones are read."""
         attempts = self._source.attempts(key)
         self._cursors[cell] = Cursor(attempts[-1] + 1 if attempts else 0)
 
     def read(self, cell: str, key: str, *, ended: bool = True) -> tuple[list[Event], Cursor]:
-        """Return the cell's next events, and how far they go.
+        """Return the cell's next events, and the position after them.
 
-        Fewer than `EVENTS_AT_ONCE` are all that there are.
+        Fewer than `EVENTS_AT_ONCE` are all events so far.
 
         Args:
             cell: the cell.
             key: its key.
-            ended: whether its attempt may have ended. While it has not, nothing is merged, and a
-                storage need not be asked for that.
+            ended: whether its attempt may have ended; only then can segments have been merged.
         """
         cursor = self._cursors.get(cell, Cursor())
         found: list[Event] = []

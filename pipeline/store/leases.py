@@ -1,9 +1,8 @@
-"""Leases: how long a silent process counts as alive, and whether another run works at a cell.
+"""Leases: detection of other runs at work on a cell, and of dead processes.
 
-A lease is nothing but signs of life: a run that finds another one at work on a cell waits for its
-result, until it has been silent for as long as the lease lasts. Only changes count, timed by the
-watcher's own clock, so the clocks of two machines need not agree. It saves work; that each result
-is published once never rests on it.
+A run that finds another one at work on a cell waits for its result until that run has been silent
+for the length of the lease. The watcher times changes by its own clock, so machines' clocks may
+differ. Leases save work; publication once per key does not depend on them.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ if TYPE_CHECKING:
 
 
 def lease_s() -> float:
-    """Return the silence in seconds after which a worker is given up."""
+    """Return the silence in seconds after which a worker counts as dead."""
     return float(LEASE_S.read())
 
 
 @cache
 def this_machine() -> str:
-    """Return what tells where process numbers mean what they mean here.
+    """Return an identifier of the scope of this machine's process ids.
 
-    It is the boot of the kernel and the namespace of process numbers: two containers may share a
-    host name. Without Linux it is the host name.
+    It is the kernel's boot id and the pid namespace (containers may share a host name); elsewhere
+    than on Linux, the host name.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -44,11 +43,11 @@ def this_machine() -> str:
 
 
 def has_died(machine: str, pid: int) -> bool:
-    """Tell whether a process is certainly gone; of other machines nothing is certain.
+    """Tell whether a process has certainly died; False for other machines.
 
     Args:
-        machine: what `this_machine` returned there.
-        pid: the process.
+        machine: `this_machine` of the process.
+        pid: its process id.
     """
     if machine != this_machine():
         return False
@@ -58,12 +57,15 @@ def has_died(machine: str, pid: int) -> bool:
         return True
     except psutil.AccessDenied:  # another user's, and alive
         return False
-    return state in {psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD}  # as in a container without an init
+    return state in {
+        psutil.STATUS_ZOMBIE,
+        psutil.STATUS_DEAD,
+    }  # zombies stay in a container without an init
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who works at a cell: the run, its host, and the attempt."""
+    """The run at work on a cell, its host, and its attempt."""
 
     run: str
     host: str
@@ -72,7 +74,7 @@ class Holder:
 
 @dataclass
 class _Sight:
-    """What was last seen of a key's newest attempt, and when by our clock."""
+    """The last observation of a key's newest attempt, with its time by our clock."""
 
     attempt: int
     segment: int
@@ -82,12 +84,7 @@ class _Sight:
 
 
 class LeaseWatch:
-    """Sees whether other runs work at cells.
-
-    Args:
-        store: where their attempts are.
-        run_id: the run that watches; its own attempts are not another's.
-    """
+    """Detects other runs at work on cells of the run `run_id`."""
 
     def __init__(self, store: Store, run_id: str):
         self._store = store
@@ -95,7 +92,7 @@ class LeaseWatch:
         self._sights: dict[str, _Sight] = {}
 
     def holder(self, key: str) -> Holder | None:
-        """Return who else works at a cell, or None.
+        """Return another run at work on a cell, or None.
 
         Cost: a listing, and a read for each new segment of events.
         """

@@ -1,15 +1,14 @@
-"""A cell's log: what its stage prints and says, as plain text.
+"""A cell's log: the printed output and the messages of its stage, as plain text.
 
-An attempt's log lies in its folder as segments, files named by the number of bytes before them:
+An attempt's log consists of segments, files named by the number of bytes before them:
 
     log/000000000000.log   0:00  first line
     log/000001048576.log   0:07  ...
 
-Of a long log the middle is left out: the first half of `log_bytes` stays, and of what follows the
-newest segments. How much is missing is the gap between the end of a segment and the next one's
-name, so a reader needs nothing else, and a killed writer leaves nothing half said. Each line goes
-to the operating system as it ends, and a part of one when it is flushed: what a process printed
-outlives the process, however that ends. Secrets are hidden before.
+The middle of a long log is left out: the first half of `log_bytes` stays, and the newest segments
+after it. The gap between the end of a segment and the next one's name is the missing amount. Each
+line goes to the operating system when it ends, and an unfinished line when it is flushed, so output
+survives a killed process. Secrets are redacted first.
 """
 
 from __future__ import annotations
@@ -31,21 +30,21 @@ from pipeline.store.storage.base import AbstractStorage
 DEFAULT_BYTES = 16 * 2**20
 FOLDER = "log"
 _SUFFIX = ".log"
-_HEAD, _TAIL = 8, 8  # segments that are kept of the beginning, and of the end
+_HEAD, _TAIL = 8, 8  # segments kept at the beginning and at the end
 _LONGEST_LINE = 64 * 1024  # characters; a longer one is cut
-_OVERLAP = 4 * 1024  # of it that wait for what follows: a secret may stand across the cut
+_OVERLAP = 4 * 1024  # its last characters wait for the next ones: a secret may cross the cut
 _PIECE_BYTES = 2**20
-_FILE_BYTES = 16 * 2**20  # of output past Python, after which its file begins again
+_FILE_BYTES = 16 * 2**20  # the file of output that bypasses Python is then emptied
 
 # --------------------------------------------------------------------------------- writing
 
 
 class LogWriter:
-    """Writes the log of one attempt; for several threads.
+    """Writes the log of one attempt; thread-safe.
 
     Args:
-        folder: where the segments go; made if need be.
-        limit_bytes: about how large the log may be in all.
+        folder: the folder of the segments; created on demand.
+        limit_bytes: approximate maximal size of the log.
     """
 
     def __init__(self, folder: Path, limit_bytes: int = DEFAULT_BYTES):
@@ -67,14 +66,14 @@ class LogWriter:
             self._file = -1
 
     def write(self, lines: Iterable[str]) -> None:
-        """Write lines, which have no line ends of their own."""
+        """Write lines, without line ends."""
         stamp = self._stamp()
         text = "".join(f"{stamp}{line}\n" for line in redact("\n".join(lines)).split("\n"))
         with self._lock:
             self._append(_encode(text))
 
     def show_unfinished(self, text: str) -> None:
-        """Write a part of a line, in whose place comes what is written next."""
+        """Write an unfinished line; the next write replaces it."""
         with self._lock:
             data = _encode(self._stamp() + redact(text)) if text else b""
             os.pwrite(self._file, data, self._size)
@@ -88,7 +87,7 @@ class LogWriter:
         at, view = 0, memoryview(data)
         while at < len(data):
             room, end = self._segment_bytes - self._size, len(data)
-            if end - at > room:  # then up to the last line that fits
+            if end - at > room:  # then end at the last line that fits
                 end = data.rfind(b"\n", at, at + max(0, room)) + 1
                 if not end and self._size:
                     self._begin_segment()
@@ -100,13 +99,13 @@ class LogWriter:
             self._drop_unfinished(0)
 
     def _drop_unfinished(self, beyond: int) -> None:
-        """Cut off what is left of an unfinished line that was longer than what replaced it."""
+        """Cut off the rest of an unfinished line that is longer than its replacement."""
         if self._unfinished:
             os.ftruncate(self._file, self._size + beyond)
             self._unfinished = 0
 
     def _begin_segment(self) -> None:
-        """Begin the next segment, and leave out the oldest one behind the head if it is over."""
+        """Begin the next segment; delete the oldest one after the head if there are too many."""
         if self._file >= 0:
             self._drop_unfinished(0)
             os.close(self._file)
@@ -125,15 +124,14 @@ class LogWriter:
 class LogStream(io.TextIOBase):
     """A text stream whose lines go into a log.
 
-    A line that is overwritten by a carriage return, as progress bars do, counts only as it ends;
-    empty lines do not count. What a forked child prints goes the way of its file descriptor 2.
-
-    A holder of a stream beyond its end, as a logging handler of an earlier cell in a warm worker
-    does, writes into the log of the cell that runs now, or nowhere if there is none.
+    Of a line with carriage returns, as progress bars write it, only the last state counts; empty
+    lines do not count. Output of a forked child goes to file descriptor 2. A closed stream, which a
+    logging handler of an earlier cell in a warm worker may hold, writes into the log of the current
+    cell, if any.
     """
 
     encoding = "utf-8"
-    _present: ClassVar[LogStream | None] = None  # that of the cell that runs now
+    _present: ClassVar[LogStream | None] = None  # the stream of the current cell
 
     def __init__(self, log: LogWriter):
         self._log = log
@@ -146,15 +144,15 @@ class LogStream(io.TextIOBase):
         return self
 
     def writable(self) -> bool:
-        """Say that this stream may be written to."""
+        """Return True."""
         return True
 
     def fileno(self) -> int:
-        """Return the file descriptor for writers past Python, such as a child process."""
+        """Return the file descriptor for child processes and the like."""
         return 2
 
     def write(self, text: str) -> int:
-        """Take text; every line that it completes goes into the log."""
+        """Take text; completed lines go into the log."""
         if os.getpid() != self._process:
             os.write(2, _encode(text))
             return len(text)
@@ -173,7 +171,7 @@ class LogStream(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Show the line that has not ended yet."""
+        """Write the unfinished line."""
         if os.getpid() != self._process:
             return
         if self.closed:
@@ -185,7 +183,7 @@ class LogStream(io.TextIOBase):
                 self._log.show_unfinished(_last_state(self._line))
 
     def close(self) -> None:
-        """Write a last line without an end."""
+        """Write the unfinished line as a whole one."""
         if not self.closed and os.getpid() == self._process:
             self.write("\n")
         super().close()
@@ -194,14 +192,12 @@ class LogStream(io.TextIOBase):
 
 
 class OutputFile:
-    """The file behind file descriptors 1 and 2, where output lands that goes past Python.
-
-    That of C code, for example, or of the processes that a stage starts.
+    """The file behind file descriptors 1 and 2, with output of C code and child processes.
 
     Args:
-        file: descriptor of a file that may be read as well, opened for appending; None if such
-            output goes elsewhere, and is left there.
-        log: takes what is new in it.
+        file: descriptor of a readable file, opened for appending; None if such output goes
+            elsewhere.
+        log: takes the new output.
     """
 
     def __init__(self, file: int | None, log: LogWriter):
@@ -218,7 +214,7 @@ class OutputFile:
         self.close()
 
     def drain(self) -> None:
-        """Take over what has come since the last call."""
+        """Move the output since the last call into the log."""
         if self._file is None:
             return
         with self._lock:
@@ -233,13 +229,13 @@ class OutputFile:
                 self._at = 0
 
     def close(self) -> None:
-        """Take over the rest."""
+        """Move the rest of the output into the log."""
         self.drain()
         self._stream.close()
 
 
 def _last_state(line: str) -> str:
-    """Return a line as a terminal would show it in the end."""
+    """Return a line as a terminal finally shows it."""
     return line.rstrip().rpartition("\r")[2]
 
 
@@ -252,7 +248,7 @@ def _encode(text: str) -> bytes:
 
 @dataclass(frozen=True)
 class Segment:
-    """One segment of a stored log: where it is, and which of the log's bytes it holds."""
+    """One segment of a stored log: its path, its first byte in the log, and its size."""
 
     path: str
     start: int
@@ -260,17 +256,12 @@ class Segment:
 
     @property
     def end(self) -> int:
-        """How many of the log's bytes there are up to its end."""
+        """The position of its end in the log."""
         return self.start + self.bytes
 
 
 def segments(storage: AbstractStorage, attempt: str) -> list[Segment]:
-    """Return the segments of an attempt's log, in order; none if it has no log of its own.
-
-    Args:
-        storage: where it is.
-        attempt: the attempt's folder.
-    """
+    """Return the segments of the log in an attempt's folder, in order; none without a log."""
     found = []
     for file in storage.files(f"{attempt}/{FOLDER}"):
         stem = file.path.rpartition("/")[2].removesuffix(_SUFFIX)
@@ -282,16 +273,16 @@ def segments(storage: AbstractStorage, attempt: str) -> list[Segment]:
 def read_text(
     storage: AbstractStorage, found: Iterable[Segment], start: int = 0
 ) -> Iterator[tuple[str, int]]:
-    """Yield the text of a log in pieces of whole lines, each with where in the log it ends.
+    """Yield the text of a log in pieces of whole lines, each with the position of its end.
 
-    In place of what was left out comes a line that says how much that is.
+    A line with the number of missing bytes replaces each gap.
 
     Args:
-        storage: where the segments are.
+        storage: the storage of the segments.
         found: the segments, in order.
-        start: how many of the log's bytes to pass over.
+        start: number of bytes of the log to skip.
 
-    Cost: memory for a piece of a megabyte; the rest is one reading.
+    Cost: one read; memory for about a megabyte.
     """
     at = start
     for segment in found:
@@ -302,7 +293,7 @@ def read_text(
             at = segment.start
         try:
             file = storage.open(segment.path)
-        except FileNotFoundError:  # left out meanwhile
+        except FileNotFoundError:  # deleted meanwhile
             continue
         with file:
             file.seek(at - segment.start)
@@ -318,10 +309,7 @@ def read_text(
 
 
 def last_lines(storage: AbstractStorage, found: Sequence[Segment], count: int) -> str:
-    """Return the last lines of a log.
-
-    Cost: reads segments from the end until there are as many lines.
-    """
+    """Return the last lines of a log; reads segments from the end until there are enough."""
     text, start = "", found[-1].end if found else 0
     for segment in reversed(found):
         if text.count("\n") > count:

@@ -1,4 +1,4 @@
-"""The manifest of a complete result: its origin, and the digest of each of its files."""
+"""The manifest of a complete result: its origin and the digests of its files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class FileDigest(TypedDict):
 
 @with_config(ConfigDict(extra="allow"))
 class Making(TypedDict, total=False):
-    """Facts about the making of a result; device, threads and costs are among the others."""
+    """How and where a result was made; further fields are device, threads and costs."""
 
     run: str
     cell: str
@@ -39,7 +39,7 @@ class Manifest:
 
     Attributes:
         key: the cell's key.
-        attempt: number of the attempt that made it.
+        attempt: number of the published attempt.
         ingredients: see `pipeline.planning.keys.Identity`.
         outputs: output -> file -> digest and size.
         making: `Making` with device, threads and cost (`pipeline.worker.cost`); stored as `facts`.
@@ -55,7 +55,7 @@ class Manifest:
 
     @property
     def cell(self) -> str:
-        """The name of the cell that it was made for, or ""."""
+        """The name of its cell, or ""."""
         return str(self.making.get("cell", ""))
 
     @property
@@ -65,12 +65,9 @@ class Manifest:
 
 
 def digest_files(folder: Path) -> dict[str, FileDigest]:
-    """Return file -> digest and size of all files in a folder.
+    """Return file -> digest and size of all files in a folder; reads them once.
 
-    Symbolic links and the like are refused, see `list_files`, and so are names that no storage
-    takes, see `require_inside`.
-
-    Cost: one read of all files.
+    Links and invalid names are refused, see `list_files` and `require_inside`.
     """
     found: dict[str, FileDigest] = {}
     for path in list_files(folder):

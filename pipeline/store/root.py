@@ -1,4 +1,4 @@
-"""The root of a store: made ready once, told from others by a token, with a clock of its own."""
+"""The root of a store: preparation, format, identity and clock."""
 
 from __future__ import annotations
 
@@ -8,48 +8,40 @@ import uuid
 from dataclasses import dataclass
 from typing import Self, TypeVar
 
-from pipeline.base.errors import (
-    BadInput,
-    DamagedDocument,
-    StorageUnsupported,
-    StoreError,
-)
+from pipeline.base.errors import BadInput, DamagedDocument, StorageUnsupported, StoreError
 from pipeline.base.places import lead
 from pipeline.base.shapes import Count
 from pipeline.store.checksum import read_verified, with_checksum
 from pipeline.store.layout import ABOUT, FORMAT, GENERATIONS, RUNS, STAGES
 from pipeline.store.storage import open_storage
 
-_CLOCK_HOLDS_S = 60.0  # clocks of machines drift apart, and may be set
+_CLOCK_HOLDS_S = 60.0  # clocks drift, and may be set
 _Shape = TypeVar("_Shape")
 
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What `storage.json` says.
-
-    Attributes:
-        format: the version of the layout.
-        token: tells this storage from all others.
-    """
+    """The document `storage.json`: the version of the layout, and the storage's identity."""
 
     format: Count
     token: str
 
 
 class StoreRoot:
-    """A store at `url`: a folder or an fsspec URL. Making one reads and writes nothing."""
+    """A store at `url`: a folder or an fsspec URL. Construction reads and writes nothing."""
 
     def __init__(self, url: str):
         self.url = url if "://" in url else os.path.abspath(lead(url))
         self.storage = open_storage(self.url)
-        self._clock: tuple[float, float] | None = None  # the storage's time, and ours then
+        self._clock: tuple[float, float] | None = (
+            None  # the storage's time, and ours at that moment
+        )
 
     def prepare(self) -> str:
-        """Make the storage ready for writing, once; return the token that tells it from others.
+        """Prepare the storage for writing, if it is new; return its token.
 
-        A storage that cannot create files exclusively is refused (`StorageUnsupported`), and one
-        that has the layout of another version, or does not say which (`StoreError`).
+        A storage that cannot create files exclusively raises `StorageUnsupported`; one with another
+        or an unknown version of the layout raises `StoreError`.
         """
         self.storage.require_writable(STAGES, RUNS, GENERATIONS)
         found = self._about()
@@ -63,21 +55,13 @@ class StoreRoot:
         return found.token
 
     def exists(self) -> bool:
-        """Tell whether the storage has been made ready.
-
-        One that has the layout of another version, or does not say which, is a `StoreError`.
-        """
+        """Tell whether the storage is prepared; another version of the layout is a `StoreError`."""
         found = self._about()
         if found is not None:
             self._require_format(found)
         return found is not None
 
     def _require_format(self, about: About) -> None:
-        """Refuse what another version wrote, whose files would be taken for damage or garbage.
-
-        Raises:
-            StoreError: another version did.
-        """
         if about.format != FORMAT:
             whose = "a later" if about.format > FORMAT else "an earlier"
             raise StoreError(
@@ -87,10 +71,10 @@ class StoreRoot:
             )
 
     def require(self) -> Self:
-        """Return the store, which is there and has the layout of this version.
+        """Return this store if it exists and has the layout of this version.
 
         Raises:
-            BadInput: it is not there, so what is asked of it would seem to be in order, or empty.
+            BadInput: it does not exist.
         """
         if self.exists():
             return self
@@ -100,11 +84,11 @@ class StoreRoot:
         )
 
     def now(self) -> float:
-        """Return the Unix time by the clock of the storage, which all machines have in common.
+        """Return the Unix time by the storage's clock, which all machines share.
 
-        Where nothing can be written, or the storage does not tell times, it is this machine's.
+        It is this machine's clock if the storage is read-only or has no times.
 
-        Cost: once a minute a file is written, looked at and removed.
+        Cost: once a minute, a file is written, listed and removed.
         """
         if self._clock is None or time.monotonic() - self._clock[1] > _CLOCK_HOLDS_S:
             self._clock = self._look_at_clock(), time.monotonic()
@@ -113,7 +97,7 @@ class StoreRoot:
     def _look_at_clock(self) -> float:
         name = f"probe-{uuid.uuid4().hex}"
         try:
-            self.storage.write(name, b"")  # which a full disk takes, too
+            self.storage.write(name, b"")  # empty: fits on a full disk
             try:
                 (file,) = self.storage.files(name)
             finally:
@@ -123,11 +107,6 @@ class StoreRoot:
         return file.time
 
     def _about(self) -> About | None:
-        """Return what `storage.json` says, or None without one.
-
-        Raises:
-            StoreError: the file is damaged.
-        """
         try:
             data = self.storage.read(ABOUT)
         except FileNotFoundError:
@@ -143,11 +122,6 @@ class StoreRoot:
             ) from error
 
     def _probe(self) -> None:
-        """Check that a file cannot be created twice.
-
-        Raises:
-            StorageUnsupported: it can, or it cannot be created exclusively at all.
-        """
         name = f"probe-{uuid.uuid4().hex}"
         try:
             first, second = (self.storage.create(f"{name}/file", data) for data in (b"1", b"2"))
@@ -157,12 +131,12 @@ class StoreRoot:
             self.storage.remove(name)
         if not first or second:
             raise StorageUnsupported(
-                f"{self.url}: creating a file that exists did not fail, so two workers could "
-                "overwrite each other; use a storage with conditional writes"
+                f"{self.url}: the storage created a file twice, so two workers could overwrite "
+                "each other; use a storage with conditional writes"
             )
 
     def read_document(self, shape: type[_Shape], path: str) -> _Shape | None:
-        """Return a document as its shape, a dataclass; None without one.
+        """Return a document as a dataclass, or None without one.
 
         Raises:
             DamagedDocument: it is damaged, or has another shape.

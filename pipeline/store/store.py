@@ -1,10 +1,9 @@
 """The content-addressed store: results by key, attempts at them, and documents of runs.
 
-`pipeline.store.layout` has its layout. A manifest is created last and exclusively, and never
-overwritten. It holds the sha256 of every output file, which is checked on reading; every document
-has a checksum (`pipeline.store.checksum`). Each attempt has a number
-and a folder of its own, so two workers at the same key never touch the same file; the second to
-publish discards its work.
+A manifest is created last and exclusively, and never overwritten. It holds the sha256 of every
+output file, and reading checks it; every document has a checksum (`pipeline.store.checksum`). Each
+attempt has a number and its own folder, so two workers at one key never touch the same file; the
+second to publish discards its work. `pipeline.store.layout` describes the paths.
 """
 
 from __future__ import annotations
@@ -21,27 +20,11 @@ from typing import Any
 from pipeline.base.errors import Damaged, DamagedDocument, StorageUnavailable, StoreError
 from pipeline.base.names import numbers
 from pipeline.base.shapes import to_json
+from pipeline.store import layout
 from pipeline.store.attempt import Attempt, Failure, attempt_numbers
 from pipeline.store.checksum import read_verified, verified_lines, with_checksum
 from pipeline.store.event_shapes import require_event
 from pipeline.store.events import split
-from pipeline.store.layout import (
-    GENERATIONS,
-    OUTPUTS,
-    STAGES,
-    asides,
-    attempt_folder,
-    attempts_folder,
-    collected_path,
-    event_segment,
-    events_folder,
-    failure_path,
-    generation_path,
-    manifest_path,
-    output_folder,
-    parse_generation,
-    stage_folder,
-)
 from pipeline.store.logs import Segment
 from pipeline.store.logs import segments as log_segments
 from pipeline.store.manifest import Manifest, digest_files
@@ -50,7 +33,7 @@ from pipeline.store.storage.base import patience_s, retry
 
 
 class Store(RunStore):
-    """A store at `url`: a folder or an fsspec URL. Making one reads and writes nothing."""
+    """A store at `url`: a folder or an fsspec URL. Construction reads and writes nothing."""
 
     # -- results
 
@@ -58,10 +41,10 @@ class Store(RunStore):
         """Return the manifest of a complete result, or None.
 
         Raises:
-            Damaged: there is one that cannot be read.
+            Damaged: the manifest is unreadable, or another key's.
         """
         try:
-            manifest = read_verified(Manifest, self.storage.read(manifest_path(key)))
+            manifest = read_verified(Manifest, self.storage.read(layout.manifest_path(key)))
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -71,68 +54,56 @@ class Store(RunStore):
         return manifest
 
     def collected(self, key: str) -> Manifest | None:
-        """Return the manifest of a result that was complete and whose files are gone, or None."""
+        """Return the manifest of a result whose files were collected, or None."""
         try:
-            return self.read_document(Manifest, collected_path(key))
-        except DamagedDocument:  # as if it never was: its cell runs again
+            return self.read_document(Manifest, layout.collected_path(key))
+        except DamagedDocument:  # as if missing: its cell runs again
             return None
 
     def collect(self, manifest: Manifest) -> None:
-        """Delete the files of a result, and keep what its manifest says of it."""
+        """Delete the files of a result, and keep its manifest as `collected.json`."""
         key = manifest.key
-        self.storage.write(collected_path(key), with_checksum(to_json(manifest)))
-        self.storage.remove(manifest_path(key))
-        self.storage.remove(f"{attempt_folder(key, manifest.attempt)}/{OUTPUTS}")
+        self.storage.write(layout.collected_path(key), with_checksum(to_json(manifest)))
+        self.storage.remove(layout.manifest_path(key))
+        self.storage.remove(f"{layout.attempt_folder(key, manifest.attempt)}/{layout.OUTPUTS}")
 
     def fetch(self, key: str, output: str) -> Path:
-        """Return a local folder with an output, to be read only.
+        """Return a local, read-only folder with an output of a complete result.
 
-        Args:
-            key: of a complete result.
-            output: its name.
-
-        Returns:
-            The folder, with the files that the manifest lists and no others, each with the sha256
-            that it says; otherwise the result is `Damaged`.
+        Its files match the manifest, else the result is `Damaged`.
 
         Raises:
             StoreError: there is no such result.
 
-        Cost: one read of all files; on remote storage a download, unless there is a copy already.
+        Cost: one read of all files; on remote storage a download, unless a copy exists.
         """
         manifest = self.manifest(key)
         if manifest is None or output not in manifest.outputs:
             raise StoreError(f"the store has no output {output!r} of {key[:12]}")
         try:
             return self._check(manifest, output)
-        except Damaged:  # perhaps only a copy of it is
+        except Damaged:  # perhaps only a local copy is
             return self._check(manifest, output, fresh=True)
 
     def read_file(self, manifest: Manifest, output: str, name: str) -> bytes:
-        """Return one file of a result's output; one that is not there is an OSError."""
-        folder = output_folder(manifest.key, manifest.attempt, output)
+        """Return a file of a result's output; a missing one is an OSError."""
+        folder = layout.output_folder(manifest.key, manifest.attempt, output)
         return self.storage.read(f"{folder}/{name}")
 
     def _check(self, manifest: Manifest, output: str, *, fresh: bool = False) -> Path:
-        """Return a local folder with an output after comparing it with the manifest.
-
-        Raises:
-            Damaged: a file is missing or one too many, or its bytes were read and differ.
-            StorageUnavailable: the storage is out of reach, or full.
-        """
-        path = output_folder(manifest.key, manifest.attempt, output)
+        path = layout.output_folder(manifest.key, manifest.attempt, output)
         try:
             folder = self.storage.local(path, fresh=fresh)
             found = retry(partial(digest_files, folder), patience_s() if fresh else 0.0)
         except FileNotFoundError as error:  # deleted meanwhile
             raise Damaged(manifest.key, f"{output} is not all there ({error})") from error
         except OSError as error:
-            if not fresh:  # perhaps only a copy of it cannot be read
+            if not fresh:  # perhaps only a local copy is unreadable
                 return self._check(manifest, output, fresh=True)
             raise StorageUnavailable(
                 f"{self.url}: {output} of {manifest.key[:12]} cannot be read ({error}). If that "
-                f"stays so, move {self.url}/{stage_folder(manifest.key)} away by hand, and its "
-                "cell runs again."
+                f"stays so, move {self.url}/{layout.stage_folder(manifest.key)} away by hand, and "
+                "its cell runs again."
             ) from error
         except StorageUnavailable:
             raise
@@ -140,8 +111,8 @@ class Store(RunStore):
             raise Damaged(manifest.key, str(error)) from error
         for name, wanted in manifest.outputs[output].items():
             if found.get(name) != wanted:
-                what = "differs from" if name in found else "is missing, unlike in"
-                raise Damaged(manifest.key, f"{output}/{name} {what} its manifest")
+                how = "differs from" if name in found else "is missing, unlike in"
+                raise Damaged(manifest.key, f"{output}/{name} {how} its manifest")
         for name in sorted(found.keys() - manifest.outputs[output].keys()):
             raise Damaged(manifest.key, f"{output}/{name} is there, unlike in its manifest")
         return folder
@@ -149,7 +120,7 @@ class Store(RunStore):
     def set_aside(self, key: str) -> bool:
         """Move a damaged result to `<key>.damaged-N`, so that its cell runs again.
 
-        It is checked again first, because another worker may have set it aside and made it again.
+        It is checked first: another worker may have replaced it.
 
         Returns:
             Whether it was damaged, and moved.
@@ -161,50 +132,56 @@ class Store(RunStore):
                     self._check(manifest, output, fresh=True)
         except Damaged:
             aside = max(self.damaged(key), default=0) + 1
-            self.storage.move(stage_folder(key), stage_folder(key, aside))
+            self.storage.move(
+                layout.stage_folder(key), layout.stage_folder(layout.aside_name(key, aside))
+            )
             return True
         return False
 
     def damaged(self, key: str) -> list[int]:
-        """Return the numbers of the results of a key that were set aside, ascending."""
-        return asides(key, self.storage.names(STAGES, f"{key}."))
+        """Return the numbers of a key's damaged results, ascending."""
+        return layout.asides(key, self.storage.names(layout.STAGES, f"{key}."))
 
     # -- attempts
 
     def begin_attempt(self, key: str) -> Attempt:
-        """Begin an attempt at a key, going on from the newest in-stage checkpoint of earlier ones.
+        """Begin an attempt at a key, from the newest in-stage checkpoint of earlier ones.
 
-        A result whose manifest cannot be read is set aside first. The numbers go on over those of
-        results set aside, so a number is never used twice for a key.
+        A result with an unreadable manifest is set aside first. Numbers are unique for a key, also
+        among results set aside.
         """
         self.prepare()
         try:
             self.manifest(key)
         except Damaged:
             self.set_aside(key)
-        folders = [attempts_folder(key, aside) for aside in (None, *self.damaged(key))]
-        taken = [n for folder in folders for n in attempt_numbers(self.storage, folder)]
+        names = [key, *(layout.aside_name(key, aside) for aside in self.damaged(key))]
+        taken = [
+            n for one in names for n in attempt_numbers(self.storage, layout.attempts_folder(one))
+        ]
         number = max(taken, default=0) + 1
-        who = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
-        about = with_checksum({**who, "id": uuid.uuid4().hex})
-        while not self.storage.create(f"{attempt_folder(key, number)}/attempt.json", about):
+        host, pid = socket.gethostname(), os.getpid()
+        about = with_checksum(
+            {"time": time.time(), "host": host, "pid": pid, "id": uuid.uuid4().hex}
+        )
+        while not self.storage.create(f"{layout.attempt_folder(key, number)}/attempt.json", about):
             number += 1
         return Attempt(self.storage, key, number)
 
     def attempts(self, key: str) -> list[int]:
         """Return the numbers of the attempts at a key, ascending."""
-        return attempt_numbers(self.storage, attempts_folder(key))
+        return attempt_numbers(self.storage, layout.attempts_folder(key))
 
     def failure(self, key: str, attempt: int) -> Failure | None:
-        """Return the failure of an attempt, or None; of a damaged record, only that it failed."""
+        """Return the failure of an attempt, or None; a damaged record says only that it failed."""
         try:
-            return self.read_document(Failure, failure_path(key, attempt))
+            return self.read_document(Failure, layout.failure_path(key, attempt))
         except DamagedDocument as error:
-            return {"message": f"it failed, and the record of how is lost: {error}"}
+            return {"message": f"it failed, and its record is lost: {error}"}
 
     def log_segments(self, key: str, attempt: int) -> list[Segment]:
-        """Return the segments of an attempt's log, none of an old attempt."""
-        return log_segments(self.storage, attempt_folder(key, attempt))
+        """Return the segments of an attempt's log; none for an old attempt."""
+        return log_segments(self.storage, layout.attempt_folder(key, attempt))
 
     def read_events(
         self,
@@ -217,26 +194,25 @@ class Store(RunStore):
     ) -> tuple[list[dict[str, Any]], int]:
         """Return an attempt's events after segment `after`, and the number of the last segment.
 
-        In place of a segment that is damaged, or of an event that is none, comes a `text` event
-        that says so; before it, where the `start` is lost with the first segment, one that does not
-        say whose the attempt is.
+        A `text` event replaces a damaged segment or an invalid event. If the first segment is
+        damaged, a `start` event without a run precedes it.
 
         Args:
             key: the cell's key.
             attempt: the attempt's number.
-            after: the segment up to which they are known.
-            limit: no further segment is read once there are as many events.
+            after: the last segment that is known.
+            limit: reading stops once there are as many events.
             merged: whether to look for segments that were merged since `after` was read.
 
-        Cost: a read for each segment, and one more unless the attempt has ended; with `merged`, and
-        if some are known, a listing.
+        Cost: a read for each segment, and one more unless the attempt has ended; with `merged` and
+        `after` > 0, a listing.
         """
         events: list[dict[str, Any]] = []
         lost: set[int] = set()
         while limit is None or len(events) < limit:
             number = after + 1
             try:
-                data = self.storage.read(event_segment(key, attempt, number))
+                data = self.storage.read(layout.event_segment(key, attempt, number))
             except FileNotFoundError:
                 found = self._merged_into(key, attempt, after, lost) if merged and after else None
                 if found is None:
@@ -264,7 +240,7 @@ class Store(RunStore):
                 except ValueError as error:
                     text = f"an event of attempt {attempt} cannot be read ({error})"
                     events.append({"type": "text", "time": now, "text": text})
-            if events and events[-1]["type"] == "end":  # nothing comes after it
+            if events and events[-1]["type"] == "end":
                 break
         return events, after
 
@@ -273,9 +249,9 @@ class Store(RunStore):
     ) -> tuple[int, bytes] | None:
         """Return the segment into which the one after `after` may have been merged, or None.
 
-        Where that is a `lost` one, it is the segment behind all that were merged into it.
+        If that is a `lost` one, return the segment after it.
         """
-        folder = events_folder(key, attempt)
+        folder = layout.events_folder(key, attempt)
         known = sorted(numbers(name[: -len(".jsonl")] for name in self.storage.names(folder)))
         before = [number for number in known if number <= after][-1:]
         if before and before[0] in lost:
@@ -283,20 +259,22 @@ class Store(RunStore):
         if not before:
             return None
         try:
-            return before[0], self.storage.read(event_segment(key, attempt, before[0]))
+            return before[0], self.storage.read(layout.event_segment(key, attempt, before[0]))
         except FileNotFoundError:  # the attempt was deleted
             return None
 
     # -- generations
 
     def generations(self) -> dict[str, int]:
-        """Return base identity -> generation, of those that were ever forced."""
+        """Return base identity -> generation, of all forced ones."""
         found: dict[str, int] = {}
-        for base, number in filter(None, map(parse_generation, self.storage.names(GENERATIONS))):
+        for base, number in filter(
+            None, map(layout.parse_generation, self.storage.names(layout.GENERATIONS))
+        ):
             found[base] = max(number, found.get(base, 0))
         return found
 
     def raise_generation(self, base: str, generation: int) -> None:
-        """Record that `base` was forced to `generation`; doing so twice is doing so once."""
+        """Record that `base` was forced to `generation`; idempotent."""
         self.prepare()
-        self.storage.create(generation_path(base, generation), b"")
+        self.storage.create(layout.generation_path(base, generation), b"")

@@ -105,7 +105,7 @@ def test_only_what_changed_runs_again(toy: Path) -> None:
 
 def test_a_part_can_be_run_alone(toy: Path) -> None:
     write_spec(DIAMOND)
-    with pytest.raises(BadInput, match=r"cannot run what is selected(.|\n)*start"):
+    with pytest.raises(BadInput, match=r"cannot run the selected cells(.|\n)*start"):
         run_here(selection=Selection(from_=["add"]))
     run_here(selection=Selection(until=["add[amount=1]"]))
     assert set(ran()) == {

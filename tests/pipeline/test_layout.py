@@ -43,7 +43,7 @@ def test_generations_marks_and_results_set_aside_are_parsed_as_they_were_made() 
     assert layout.parse_generation(name) == (KEY, 4)
     assert layout.parse_life(layout.run_mark("run", layout.life_mark(5))) == 5
     assert layout.parse_life(layout.stop_mark(5)) is None
-    names = [layout.stage_folder(KEY, n).rpartition("/")[2] for n in (10, 2)]
+    names = [layout.aside_name(KEY, n) for n in (10, 2)]
     assert layout.asides(KEY, [*names, KEY, "cd.damaged-3", f"{KEY}.damaged-x"]) == [2, 10]
 
 

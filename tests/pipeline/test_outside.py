@@ -78,7 +78,7 @@ def test_what_takes_long_is_announced_and_where_nothing_can_be_kept_it_is_read_o
     monkeypatch.setattr(outside, "_MUCH_BYTES", 10)
     for _ in range(2):
         read_folder(folder)
-    assert capsys.readouterr().err.count(f"GB of {folder}, which is to enter a key.") == 1
+    assert capsys.readouterr().err.count(f"GB of {folder}, whose digest enters a key.") == 1
 
 
 def test_what_was_just_written_is_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

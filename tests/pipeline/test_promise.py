@@ -403,5 +403,5 @@ def test_data_that_the_planner_does_not_see_are_said_to_be_unchecked(toy: Path) 
     _, output, _ = fls("plan", "--why")
     assert "peek: cached: in the store" in output
     assert "; data not checked: params.path\n" in output
-    assert "Data not checked: peek. No digest of them enters the key" in output
+    assert "Data not checked: peek. No digest of it enters the key" in output
     assert "data not checked" in fls("plan", "--json")[1]

@@ -295,8 +295,8 @@ def test_a_package_that_is_missing_is_named(
 @pytest.mark.parametrize(
     ("url", "code", "expected"),
     [
-        ("gss://b/x", 2, "storage: gss://b/x: nothing is known of 'gss' (did you mean 'gs'?); exp"),
-        ("github://b/x", 2, "storage: github://b/x cannot be used as it is: GithubFileSystem"),
+        ("gss://b/x", 2, "storage: gss://b/x: unknown scheme 'gss' (did you mean 'gs'?); exp"),
+        ("github://b/x", 2, "storage: github://b/x cannot be used: GithubFileSystem"),
         ("ftp://127.0.0.1:9/x", 1, "ftp://127.0.0.1:9/x: cannot connect: "),
     ],
 )

@@ -251,7 +251,7 @@ def test_acceptances_in_a_circle_are_told_with_their_files(toy: Path, length: in
         path.write_bytes(with_checksum({**said, "run": "r"}))
     for command in (("plan",), RUN, ("resume", "last"), ("accept", "apply", "--why", "so")):
         exit_code, _, errors = fls(*command)
-        assert (exit_code, "goes round in a circle" in errors) == (1, True), errors
+        assert (exit_code, "form a circle" in errors) == (1, True), errors
         assert acceptance._identify(stage, code) in errors
         assert "Delete the one of these files that is wrong." in errors
     if length > 1:

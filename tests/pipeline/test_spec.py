@@ -89,7 +89,7 @@ def test_three_mistakes_are_reported_together_in_file_order(toy: Path) -> None:
     """
     assert problems(toy, stages) == [
         'p.yaml:7:21: value: expected integer, got the string "five"',
-        "p.yaml:10:22: 'add' depends on a stage that is not there: 'strat' (did you mean 'start'?)",
+        "p.yaml:10:22: 'add' depends on a missing stage: 'strat' (did you mean 'start'?)",
         "p.yaml:11:5: unknown key 'parms' (did you mean 'params'?)",
     ]
 

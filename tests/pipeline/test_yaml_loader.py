@@ -84,7 +84,7 @@ def test_anchors_and_merge_keys() -> None:
         ("a: !mine {b: 1}", "f:1:4: tag '!mine' is not supported"),
         ("1: a", "f:1:1: expected a string as the key, got 1; quote it"),
         ("[a]: b", "f:1:1: expected a string as the key"),
-        ("a: &x [*x]", "f:1:4: an alias to a mapping or list that it is itself a part of"),
+        ("a: &x [*x]", "f:1:4: an alias to a mapping or list that contains it"),
         ("a: {<<: 3}", "f:1:9: expected a mapping, or a list of them, after '<<'"),
     ],
 )

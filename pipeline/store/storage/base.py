@@ -1,4 +1,4 @@
-"""What every storage offers: a tree of files, written whole, and created at most once."""
+"""The interface of all storages: a tree of files with atomic writes and exclusive creation."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import BinaryIO, ClassVar, TypeVar
 from pipeline.base.errors import StoreError
 from pipeline.base.variables import PATIENCE_S
 
-FOREIGN = frozenset({".DS_Store"})  # no part of any result, wherever it lies
-_FIRST_PATIENCE_S = 10.0  # for a storage that has never answered: perhaps its address is wrong
+FOREIGN = frozenset({".DS_Store"})  # never part of a result
+_FIRST_PATIENCE_S = 10.0  # before the first answer: the address may be wrong
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 10.0
-# What a disk or a file server may get over; all else is raised at once.
+# Errors of a disk or a file server that may pass; all others are raised at once.
 _PASSING = {
     errno.EAGAIN,
     errno.EBUSY,
@@ -33,25 +33,25 @@ _Answer = TypeVar("_Answer")
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file as a listing shows it: its path, its size, and the Unix time of its last write.
+    """A listed file: its path, its size, and the Unix time of its last write.
 
-    A link to a folder is listed as a file, too, and what lies behind it is not.
+    A link to a folder is listed as a file, without the files behind it.
     """
 
     path: str
     bytes: int
     time: float
-    leads_on: bool = False  # whether it is such a link
+    leads_on: bool = False  # whether it is a link to a folder
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """What a killed process left where no listing shows it.
+    """Data of a killed process that no listing shows.
 
     Attributes:
-        path: where: in the storage, or an absolute one on this machine.
-        bytes: its size as far as it is known.
-        time: Unix time of the last write that is known.
+        path: in the storage, or absolute on this machine.
+        bytes: its known size.
+        time: Unix time of its last known write.
         discard: deletes it.
     """
 
@@ -64,56 +64,57 @@ class Leftover:
 class AbstractStorage(ABC):
     """A tree of files.
 
-    Where the storage cannot be reached, is full or refuses, methods raise `StorageUnavailable`; for
-    a path that is none inside the storage, `StoreError`.
+    Methods raise `StorageUnavailable` if the storage is out of reach, full or broken, and
+    `StoreError` if it refuses or a path leads outside.
 
     Attributes:
-        at_once: how many requests are worth making at the same time.
+        at_once: useful number of concurrent requests.
     """
 
     at_once: ClassVar[int] = 1
 
     @abstractmethod
     def read(self, path: str) -> bytes:
-        """Return a file's content; FileNotFoundError if there is none."""
+        """Return a file's content; FileNotFoundError without one."""
 
     @abstractmethod
     def write(self, path: str, data: bytes) -> None:
-        """Write a file, whole, in place of any that is there."""
+        """Write or replace a file atomically."""
 
     @abstractmethod
     def create(self, path: str, data: bytes) -> bool:
-        """Write a file, whole, only if there is none; tell whether this call did.
+        """Write a file atomically if there is none; tell whether this call did.
 
-        A file that holds just `data` counts as this call's: perhaps it was, and the answer got
-        lost. Where it matters who was first, `data` is therefore to be unlike anyone else's.
+        An existing file with equal `data` counts as this call's, whose answer may have been lost.
+        Callers that race must therefore write different `data`.
         """
 
     @abstractmethod
     def names(self, path: str, beginning: str = "") -> list[str]:
-        """Return the sorted names in a folder with a beginning; none if there is no such folder.
+        """Return the sorted names in a folder that start with `beginning`; none without a folder.
 
-        Cost: that of listing the folder; on S3, with a beginning, that of what is found.
+        Cost: that of listing the folder; on S3, that of listing the names found.
         """
 
     @abstractmethod
     def files(self, path: str) -> list[StoredFile]:
         """Return the file at `path`, or all files in that folder at any depth, sorted by path.
 
-        Also those that `names` hides. The storage as a whole has the path "".
+        The path "" is the whole storage. Files that `names` hides are included.
         """
 
     @abstractmethod
     def open(self, path: str) -> BinaryIO:
-        """Open a file to read it in pieces, from the storage itself; the caller closes it."""
+        """Open a file for reading in pieces; the caller closes it."""
 
     @abstractmethod
     def remove(self, path: str) -> None:
-        """Delete a file, or a folder with all in it, if it is there."""
+        """Delete a file, or a folder with its content, if it exists."""
 
-    @abstractmethod
     def remove_files(self, paths: Sequence[str]) -> None:
-        """Delete files, those that are there."""
+        """Delete the files that exist."""
+        for path in paths:
+            self.remove(path)
 
     @abstractmethod
     def move(self, source: str, target: str) -> None:
@@ -121,34 +122,27 @@ class AbstractStorage(ABC):
 
     @abstractmethod
     def require_writable(self, *paths: str) -> None:
-        """Refuse folders of others that this user may not write in, where there are such.
-
-        Args:
-            paths: of folders; the storage as a whole is looked at, too.
-        """
+        """Check that this user may write in the storage and in folders of it, if they exist."""
 
     @abstractmethod
     def workspace(self, path: str) -> Path:
-        """Return an existing local folder to prepare the stored folder `path` in."""
+        """Return an existing local folder in which to prepare the stored folder `path`."""
 
     @abstractmethod
     def release(self, workspace: Path) -> None:
-        """Say that a workspace is needed no more."""
+        """Release a workspace after use."""
 
     def leftovers(self) -> list[Leftover]:
-        """Return what killed processes left here, beside what `files` shows; mostly nothing."""
+        """Return data of killed processes that `files` does not list."""
         return []
 
     @abstractmethod
     def save(self, folder: Path, path: str) -> None:
-        """Store a local folder as `path`; nothing to do if it is already there."""
+        """Store a workspace or another local folder as `path`."""
 
     @abstractmethod
     def save_file(self, file: Path, path: str) -> None:
-        """Store a file of a workspace as `path`, in place of any that is there.
-
-        Nothing to do if it is already there; unlike `save` this does not wait for the disk.
-        """
+        """Store or replace a file of a workspace as `path`; does not wait for the disk."""
 
     @abstractmethod
     def load(self, path: str, folder: Path) -> None:
@@ -156,30 +150,27 @@ class AbstractStorage(ABC):
 
     @abstractmethod
     def local(self, path: str, *, fresh: bool = False) -> Path:
-        """Return a local folder with what the stored folder `path` holds, to be read only.
+        """Return a local, read-only folder with the content of the stored folder `path`.
 
-        It is there as long as this object is, and may be damaged: its user checks it.
-
-        Args:
-            path: the stored folder.
-            fresh: ask the storage itself rather than a copy made earlier.
+        It exists as long as this object; the caller checks its content. With `fresh`, an earlier
+        copy is replaced.
         """
 
 
 def patience_s(answered: bool = True) -> float:
-    """Return how long a storage is waited for, that has `answered` before or has not."""
+    """Return how long to wait for a storage that has answered before, or has not."""
     most_s = float(PATIENCE_S.read())
     return most_s if answered else min(most_s, _FIRST_PATIENCE_S)
 
 
 def retry(request: Callable[[], _Answer], limit_s: float) -> _Answer:
-    """Return the answer to a request, made again while a disk or a file server has a bad moment.
+    """Return the answer to a request, repeated while a disk or a file server fails temporarily.
 
-    It must begin again each time: what an fsync has failed on may be lost, and the next fsync does
-    not say so.
+    Each try must write all data again: after a failed fsync data may be lost, and the next fsync
+    does not report that.
 
     Raises:
-        OSError: it did not pass in time, or is of another kind.
+        OSError: the last error, or one that does not pass.
     """
     end_s, pause_s = time.monotonic() + limit_s, _FIRST_PAUSE_S
     while True:
@@ -193,19 +184,17 @@ def retry(request: Callable[[], _Answer], limit_s: float) -> _Answer:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """Return all files in a folder and in those below it, sorted; none if there is no such folder.
-
-    Those that file managers leave behind (`FOREIGN`) are passed over.
+    """Return all files in a folder at any depth, sorted, without `FOREIGN`; none without a folder.
 
     Raises:
-        StoreError: there is something else, such as a symbolic link, which may lead anywhere.
+        StoreError: the folder contains a link or a device.
     """
     found = []
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise StoreError(
                 f"{path} is neither a file nor a folder, but a link or a device: not stored, and "
-                "not read. Copy what it stands for."
+                "not read. Replace it by a copy."
             )
         if path.is_file() and path.name not in FOREIGN:
             found.append(path)

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from operator import attrgetter
 from pathlib import Path
@@ -15,46 +15,40 @@ from typing import BinaryIO, TypeVar
 
 from pipeline.base.errors import StorageUnavailable, StorageUnsupported, StoreError
 from pipeline.base.names import require_inside
-from pipeline.store.storage.base import (
-    AbstractStorage,
-    StoredFile,
-    list_files,
-    patience_s,
-    retry,
-)
+from pipeline.store.storage.base import AbstractStorage, StoredFile, list_files, patience_s, retry
 
 _Answer = TypeVar("_Answer")
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read it; a pipe or a device, which might never answer, is refused.
+    """Open a file for reading.
 
     Raises:
-        StoreError: it is such a thing.
+        StoreError: it is a pipe or a device, which may block forever.
     """
     opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         mode = os.fstat(opened).st_mode
         if not S_ISREG(mode) and not S_ISDIR(mode):
             raise StoreError(f"{path} is no file, but a pipe or a device: not read. Delete it.")
-        return os.fdopen(opened, "rb")  # which says what is wrong with a folder
+        return os.fdopen(opened, "rb")  # raises for a folder
     except BaseException:
         os.close(opened)
         raise
 
 
 def sync(path: Path) -> None:
-    """Wait until the disk has a file's content, or a folder's names.
+    """Wait until a file's content, or a folder's names, are on the disk.
 
     Raises:
-        OSError: it will not.
+        OSError: the sync failed.
     """
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
     except OSError as error:
-        # Some network file systems know no fsync of folders: names are on their servers at once.
+        # Some network file systems have no fsync of folders: their servers store names at once.
         if error.errno != errno.EINVAL or not path.is_dir():
             raise
     finally:
@@ -88,10 +82,7 @@ class LocalStorage(AbstractStorage):
         self._patiently(path, request)
 
     def create(self, path: str, data: bytes) -> bool:
-        """See `AbstractStorage.create`; by a hard link, so that the file is whole at once.
-
-        A file system without hard links is refused (`StorageUnsupported`).
-        """
+        """See `AbstractStorage.create`; uses a hard link, else raises `StorageUnsupported`."""
 
         def request() -> bool:
             with self._part(path, data) as part:
@@ -124,7 +115,7 @@ class LocalStorage(AbstractStorage):
             return []
 
     def files(self, path: str) -> list[StoredFile]:
-        """See `AbstractStorage.files`; what vanishes meanwhile is left out."""
+        """See `AbstractStorage.files`; files that vanish meanwhile are left out."""
         start = self._at(path) if path else self.root
         below = [
             Path(above, name)
@@ -146,10 +137,7 @@ class LocalStorage(AbstractStorage):
         return self._patiently(path, lambda: open_regular(self._at(path)))
 
     def remove(self, path: str) -> None:
-        """See `AbstractStorage.remove`; renamed first, so that a kill leaves no half under a name.
-
-        Files that vanish meanwhile are as good as removed.
-        """
+        """See `AbstractStorage.remove`; a folder is renamed first, so it vanishes as a whole."""
         target = self._at(path)
 
         def request() -> None:
@@ -163,11 +151,6 @@ class LocalStorage(AbstractStorage):
 
         self._patiently(path, request)
 
-    def remove_files(self, paths: Sequence[str]) -> None:
-        """See `AbstractStorage.remove_files`."""
-        for path in paths:
-            self.remove(path)
-
     def move(self, source: str, target: str) -> None:
         """See `AbstractStorage.move`."""
         moved = self._patiently(source, lambda: self._at(source).rename(self._at(target)))
@@ -177,31 +160,31 @@ class LocalStorage(AbstractStorage):
         """See `AbstractStorage.require_writable`.
 
         Raises:
-            StoreError: there is one.
+            StoreError: a folder belongs to another user and is closed to this one.
         """
         for folder in (self.root, *map(self.root.joinpath, paths)):
             try:
                 found = folder.stat()
-            except OSError:  # it is not there, or what is wrong is said when it is used
+            except OSError:  # missing, or its use will raise
                 continue
             if found.st_uid != os.getuid() and not os.access(folder, os.W_OK | os.X_OK):
                 raise StoreError(
-                    f"{folder}: user {os.getuid()} may not write in it: it is user "
-                    f"{found.st_uid}'s and group {found.st_gid}'s (mode "
+                    f"{folder}: user {os.getuid()} may not write in it: it belongs to user "
+                    f"{found.st_uid} and group {found.st_gid} (mode "
                     f"{S_IMODE(found.st_mode):o}). {self._how_to_share()}"
                 )
 
     def workspace(self, path: str) -> Path:
-        """See `AbstractStorage.workspace`; it is the place itself."""
+        """See `AbstractStorage.workspace`; it is the stored folder itself."""
         folder = self._at(path)
         self._patiently(path, lambda: self._make(folder))
         return folder
 
     def release(self, workspace: Path) -> None:
-        """See `AbstractStorage.release`; what was made stays."""
+        """See `AbstractStorage.release`; the folder stays."""
 
     def save(self, folder: Path, path: str) -> None:
-        """See `AbstractStorage.save`; workspaces are in place, but perhaps not on the disk yet."""
+        """See `AbstractStorage.save`; a workspace is in place, so this syncs it to the disk."""
         require_inside(path)
         with self._reporting(path):
             files = list_files(folder)
@@ -213,45 +196,40 @@ class LocalStorage(AbstractStorage):
                     sync(parent)
 
     def save_file(self, file: Path, path: str) -> None:
-        """See `AbstractStorage.save_file`; workspaces are in place."""
+        """See `AbstractStorage.save_file`; a workspace is in place."""
 
     def load(self, path: str, folder: Path) -> None:
-        """See `AbstractStorage.load`; by hard links, since whole folders are never changed."""
+        """See `AbstractStorage.load`; uses hard links, as stored folders never change."""
         with self._reporting(path):
             stored = self._at(path)
             list_files(stored)
             shutil.copytree(stored, folder, copy_function=os.link)
 
     def local(self, path: str, *, fresh: bool = False) -> Path:
-        """See `AbstractStorage.local`; it is the place itself."""
+        """See `AbstractStorage.local`; it is the stored folder itself."""
         return self._at(path)
 
     def _at(self, path: str) -> Path:
-        """Return where a path is.
-
-        Raises:
-            StoreError: it is outside, perhaps by a symbolic link.
-        """
         target = self.root / require_inside(path)
         root = os.path.realpath(self.root)
         if not Path(os.path.realpath(target)).is_relative_to(root):
             raise StoreError(
                 f"{target} leads out of the storage by a symbolic link, and is not followed. "
-                "Put what it leads to into its place."
+                "Replace the link by its target."
             )
         return target
 
     def _how_to_share(self) -> str:
         return (
-            "Users who share a store need a group, and each umask 002, or they keep each other "
-            f"out. The one whose it is lets the group in: `chgrp -R GROUP {self.root}`, "
+            "Users who share a store need a common group and umask 002. Its owner gives access to "
+            f"the group: `chgrp -R GROUP {self.root}`, "
             f"`chmod -R g+rwX {self.root}` and `find {self.root} -type d -exec chmod g+s {{}} +`. "
             "Or use another `storage:`."
         )
 
     @contextmanager
     def _part(self, path: str, data: bytes) -> Iterator[Path]:
-        """Yield a file with `data` beside where it is to go, which `names` does not show."""
+        """Yield a hidden file with `data` in the folder of `path`."""
         folder = self._at(path).parent
         self._make(folder)
         part = folder / f".{uuid.uuid4().hex}"
@@ -265,29 +243,23 @@ class LocalStorage(AbstractStorage):
             part.unlink(missing_ok=True)
 
     def _make(self, folder: Path) -> None:
-        """Make a folder, and wait until the disk knows of it.
-
-        The storage itself is made for this user alone: specs and uncommitted changes are in it. One
-        that is to be shared is made, and given to a group, before.
-
-        Raises:
-            StorageUnavailable: there can be none.
-        """
+        # A new root is closed to others, because it holds specs and uncommitted changes. To share
+        # one, create it and give it to a group first.
         missing = [one for one in (folder, *folder.parents) if not one.exists()]
         try:
             if self.root in missing:
                 self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
             folder.mkdir(parents=True, exist_ok=True)
-        except (FileNotFoundError, FileExistsError) as error:  # where nothing can be made, a file
+        except (FileNotFoundError, FileExistsError) as error:  # unwritable, or a file
             raise StorageUnavailable(
-                f"{folder} cannot be made: {error.strerror}. Expected `storage:` to be a "
+                f"{folder} cannot be made: {error.strerror}. Expected `storage:` to be an existing "
                 "folder, or one that can be made; choose another place."
             ) from error
         for one in reversed(missing):
             sync(one.parent)
 
     def _patiently(self, path: str, request: Callable[[], _Answer]) -> _Answer:
-        """Return the answer to a request, see `retry`; one that fails is reported."""
+        """Return the answer to a request, see `retry` and `_reporting`."""
         with self._reporting(path):
             answer = retry(request, patience_s(self._answered))
         self._answered = True
@@ -295,13 +267,8 @@ class LocalStorage(AbstractStorage):
 
     @contextmanager
     def _reporting(self, path: str) -> Iterator[None]:
-        """Say what is wrong with the file system: full, read only, broken.
-
-        Raises:
-            StorageUnavailable: something is.
-            StoreError: nothing is, but this user is kept out.
-            OSError: nothing is, but a file is there or is not.
-        """
+        # Turns an OSError into StoreError (no permission) or StorageUnavailable (full, read-only,
+        # broken), except FileNotFoundError, FileExistsError and shutil.Error.
         try:
             yield
         except PermissionError as error:

@@ -1,10 +1,9 @@
-"""Storage that fsspec reaches: S3 and its like.
+"""Storage through fsspec: S3 and other object stores.
 
-Whatever fails for a while (a 5xx, too many requests, a time-out, a lost connection) is tried again
-with growing pauses: for two minutes (`FLS_PATIENCE_S`) once the storage has answered before; for
-ten seconds if it never did, because then the URL or the endpoint is more likely wrong than busy. A
-request to S3 is given up after 5 s to connect or 20 s without an answer, and botocore makes each
-twice before this module does. So nothing waits for longer than about that and a minute.
+Temporary failures (a 5xx, too many requests, a time-out, a lost connection) are retried with
+growing pauses: for two minutes (`FLS_PATIENCE_S`) if the storage has answered before, else for ten
+seconds, because its address may be wrong. A request to S3 times out after 5 s to connect or 20 s
+without an answer, and botocore makes each request twice.
 """
 
 from __future__ import annotations
@@ -50,20 +49,20 @@ _S3_REQUESTS = {
     "read_timeout": 20,
     "retries": {"mode": "standard", "total_max_attempts": 2},
 }
-# What the file systems behind fsspec call the time at which a file was written.
+# Names of the time of writing in the file systems of fsspec.
 _TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
-_BUSY = {408, 409, 425, 429}  # the client errors (HTTP 4xx) that pass by themselves
+_BUSY = {408, 409, 425, 429}  # temporary client errors (HTTP 4xx)
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError"}
 
 _WORK = "work-"
-_UNHELD_S = 60.0  # a workspace is held, by a lock, right after it was made
-_locks: dict[Path, int] = {}  # workspace -> open folder, locked as long as this process lives
+_UNHELD_S = 60.0  # a workspace is locked shortly after its creation
+_locks: dict[Path, int] = {}  # workspace -> open folder, locked by this process
 
 Answer = TypeVar("Answer")
 
 
 class RemoteStorage(AbstractStorage):
-    """Anything that fsspec reaches, with scratch space in the local temporary folder."""
+    """A file system of fsspec, with scratch space in the local temporary folder."""
 
     at_once: ClassVar[int] = 16
 
@@ -73,7 +72,7 @@ class RemoteStorage(AbstractStorage):
         options: dict[str, Any] = {"config_kwargs": _S3_REQUESTS} if self._is_s3 else {}
         self.fs, self.root = _file_system(url, options)
         if self._is_s3:
-            self.fs.retries = 1  # those of botocore and of this class are enough
+            self.fs.retries = 1  # botocore and this class retry already
         self.root = self.root.rstrip("/")
         digest = hashlib.sha256(url.encode()).hexdigest()[:12]
         self.scratch = private_place(digest)
@@ -83,7 +82,7 @@ class RemoteStorage(AbstractStorage):
     def read(self, path: str) -> bytes:
         """See `AbstractStorage.read`."""
         full = self._full(path)
-        # One part at a time, or S3 is first asked for the size of each little document.
+        # Without this option, each read first asks S3 for the size.
         options = {"max_concurrency": 1} if self._is_s3 else {}
         return self._patiently("read", path, lambda: self.fs.cat_file(full, **options))
 
@@ -92,10 +91,7 @@ class RemoteStorage(AbstractStorage):
         self._pipe(path, data, "overwrite")
 
     def create(self, path: str, data: bytes) -> bool:
-        """See `AbstractStorage.create`; on S3 a conditional put (`If-None-Match: *`).
-
-        A large file goes up in parts, and the condition is on the request that joins them.
-        """
+        """See `AbstractStorage.create`; on S3 a conditional put (`If-None-Match: *`)."""
         try:
             self._pipe(path, data, "create")
         except FileExistsError:
@@ -103,7 +99,7 @@ class RemoteStorage(AbstractStorage):
         return True
 
     def names(self, path: str, beginning: str = "") -> list[str]:
-        """See `AbstractStorage.names`; S3 itself looks for those with a beginning."""
+        """See `AbstractStorage.names`; S3 itself filters by `beginning`."""
         full = self._full(path)
         try:
             if beginning and self._is_s3:
@@ -146,14 +142,13 @@ class RemoteStorage(AbstractStorage):
     def remove_files(self, paths: Sequence[str]) -> None:
         """See `AbstractStorage.remove_files`; on S3 a thousand with each request."""
         full = [self._full(path) for path in paths]
-        if self._is_s3:  # to which it is no error that a file is not there
+        if self._is_s3:  # a missing file is no error there
             self._patiently("delete", f"{len(full)} files", lambda: self.fs.rm(full))
-            return
-        for path in paths:
-            self.remove(path)
+        else:
+            super().remove_files(paths)
 
     def move(self, source: str, target: str) -> None:
-        """See `AbstractStorage.move`; file by file, so interrupted it leaves files in both."""
+        """See `AbstractStorage.move`; an interruption leaves files in both folders."""
         old, new = self._full(source), self._full(target)
 
         def move() -> None:
@@ -167,7 +162,7 @@ class RemoteStorage(AbstractStorage):
         self._patiently("move", source, move)
 
     def require_writable(self, *paths: str) -> None:
-        """See `AbstractStorage.require_writable`; there are no folders, and the server refuses."""
+        """See `AbstractStorage.require_writable`; the server checks each request instead."""
 
     def workspace(self, path: str) -> Path:
         """See `AbstractStorage.workspace`."""
@@ -186,35 +181,32 @@ class RemoteStorage(AbstractStorage):
             os.close(_locks.pop(workspace))
 
     def leftovers(self) -> list[Leftover]:
-        """See `AbstractStorage.leftovers`: workspaces on this machine, and halves of uploads."""
+        """See `AbstractStorage.leftovers`: workspaces on this machine, and partial uploads."""
         return [*self._left_here(), *self._left_there()]
 
     def _left_here(self) -> Iterator[Leftover]:
-        """Yield the workspaces that no living process holds; a new one may not be held yet."""
+        """Yield the workspaces that no process holds; a new one may not be locked yet."""
         if not is_private(self.scratch.parent) or not is_private(self.scratch):
             return
         for folder in self.scratch.glob(f"{_WORK}*"):
             try:
                 written = folder.stat().st_mtime
                 held = time.time() - written < _UNHELD_S or is_locked(folder)
-            except FileNotFoundError:  # released, or another process was quicker
+            except FileNotFoundError:  # released, or deleted by another process
                 continue
             if not held:
                 discard = partial(shutil.rmtree, folder, ignore_errors=True)
                 yield Leftover(str(folder), folder_bytes(folder), written, discard)
 
     def _left_there(self) -> Iterator[Leftover]:
-        """Yield the large files on S3 of which some parts were uploaded, up to a thousand.
-
-        Of a server that does not tell, or does not let us know, there is nothing to be deleted.
-        """
+        """Yield partial uploads to S3, up to a thousand; none if the server does not list them."""
         if not self._is_s3:
             return
         bucket, _, folder = self.root.partition("/")
         here = f"{folder}/".lstrip("/")
         try:
             found = self.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=here)
-        except Exception:  # `files` asks the same server, and says what is wrong with it
+        except Exception:  # `files` asks the same server and reports its errors
             return
         for upload in found.get("Uploads", []):
             request = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
@@ -246,14 +238,14 @@ class RemoteStorage(AbstractStorage):
             self._patiently("read", path, lambda: self.fs.get(stored, list(map(str, copies))))
 
     def local(self, path: str, *, fresh: bool = False) -> Path:
-        """See `AbstractStorage.local`; a copy in the cache, kept for the next time."""
+        """See `AbstractStorage.local`; returns a copy in the cache."""
         make_private(self.scratch)
         return self._cache.get(
             require_inside(path), lambda folder: self.load(path, folder), fresh=fresh
         )
 
     def _find(self, path: str) -> list[str]:
-        """Return the names of all files in a stored folder and below it, relative to it."""
+        """Return the names of all files in a stored folder at any depth, relative to it."""
         root = self._full(path)
         stored = self._patiently("list", path, lambda: self.fs.find(root))
         return [require_inside(file[file.index(root) + len(root) + 1 :]) for file in stored]
@@ -263,13 +255,7 @@ class RemoteStorage(AbstractStorage):
         self._write("write", path, [full], lambda: self.fs.pipe_file(full, data, mode=mode))
 
     def _write(self, verb: str, path: str, files: Iterable[str], write: Callable[[], Any]) -> None:
-        """Call `write`; make the files' folders first if they are asked for.
-
-        Object stores have none. On S3 making one might even make the bucket, under a mistyped name.
-
-        Raises:
-            FileNotFoundError: on S3, whatever that means there.
-        """
+        # Makes missing folders, but not on S3: that could create a bucket with a mistyped name.
         try:
             self._patiently(verb, path, write)
         except FileNotFoundError:
@@ -280,7 +266,6 @@ class RemoteStorage(AbstractStorage):
             self._patiently(verb, path, write)
 
     def _abort(self, request: Mapping[str, str]) -> None:
-        """Delete the parts of an upload; nothing to do if it has ended meanwhile."""
 
         def abort() -> None:
             try:
@@ -294,11 +279,6 @@ class RemoteStorage(AbstractStorage):
         self._patiently("delete the parts of", request["Key"], abort)
 
     def _written(self, info: Mapping[str, Any]) -> float:
-        """Return the Unix time at which a listed file was written.
-
-        Raises:
-            StorageUnsupported: the file system does not tell.
-        """
         for name in _TIMES:
             found = info.get(name)
             if isinstance(found, datetime):
@@ -306,21 +286,15 @@ class RemoteStorage(AbstractStorage):
             if isinstance(found, int | float):
                 return float(found)
         raise StorageUnsupported(
-            f"{self.root}: {type(self.fs).__name__} does not tell when files were written, so what "
-            "is in use cannot be told from what is old; use a file system that does"
+            f"{self.root}: {type(self.fs).__name__} has no times of writing, so files in use "
+            "cannot be distinguished from old ones; use a file system that has"
         )
 
     def _full(self, path: str) -> str:
         return f"{self.root}/{require_inside(path)}"
 
     def _patiently(self, verb: str, path: str, request: Callable[[], Answer]) -> Answer:
-        """Return the answer to a request, made again while it fails for reasons that may pass.
-
-        What no further try could correct is raised at once, see `_judge`.
-
-        Raises:
-            StorageUnavailable: there is no answer in time.
-        """
+        # Repeats a request while it fails temporarily, see `_judge`, and the patience lasts.
         began = time.monotonic()
         pause_s = _FIRST_PAUSE_S
         while True:
@@ -328,7 +302,7 @@ class RemoteStorage(AbstractStorage):
                 answer = request()
                 self._answered = True
                 return answer
-            except Exception as error:  # each of fsspec's storages has exceptions of its own
+            except Exception as error:  # each file system raises its own
                 what = f"{self.url}: cannot {verb} {path}"
                 self._judge(error, what)
                 waited_s = time.monotonic() - began
@@ -341,13 +315,7 @@ class RemoteStorage(AbstractStorage):
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def _judge(self, error: Exception, what: str) -> None:
-        """Raise what no further try could correct; return if one could.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            FileExistsError: there is such a file.
-            StoreError: the storage refuses.
-        """
+        # Raises permanent errors, and returns for temporary ones.
         code, status = _answer_of(error)
         if code == "NoSuchBucket":
             raise StoreError(
@@ -360,7 +328,7 @@ class RemoteStorage(AbstractStorage):
             self._answered = True
             raise FileNotFoundError(what) from error
         if isinstance(error, (NotImplementedError, TypeError, ValueError)):
-            raise error  # it is no matter of the storage's state
+            raise error  # independent of the storage's state
         if type(error).__name__ in _NO_CREDENTIALS:
             raise StoreError(
                 f"{what}: no credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
@@ -368,27 +336,27 @@ class RemoteStorage(AbstractStorage):
             ) from error
         if isinstance(error, PermissionError) or status in {401, 403}:
             raise StoreError(
-                f"{what}: access denied ({_reason(error)}). Check the credentials, and what they "
-                "allow: listing, reading, writing and deleting."
+                f"{what}: access denied ({_reason(error)}). Check the credentials and their "
+                "permissions: listing, reading, writing and deleting."
             ) from error
         if status is not None and 400 <= status < 500 and status not in _BUSY:
             raise StoreError(f"{what}: {_reason(error)}.") from error
 
 
 def _file_system(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
-    """Return the file system that fsspec has for a URL, and the URL's path in it.
+    """Return fsspec's file system for a URL, and the URL's path in it.
 
     Raises:
-        BadInput: there is none, or its package is missing, or the URL is not as it should be.
-        StorageUnavailable: it connects at once, and cannot.
+        BadInput: the URL is unknown or invalid, or its package is missing.
+        StorageUnavailable: the file system cannot connect.
     """
-    import fsspec.core  # here, because fsspec and what it needs take a while
+    import fsspec.core  # slow to import
     from fsspec.registry import known_implementations
 
     scheme = url.partition("://")[0].rpartition("::")[2]
     if scheme not in {*known_implementations, *fsspec.available_protocols()}:
         raise BadInput(
-            f"storage: {redact(url)}: nothing is known of {scheme!r}"
+            f"storage: {redact(url)}: unknown scheme {scheme!r}"
             f"{nearest(scheme, known_implementations)}; expected a folder, or a URL that fsspec "
             "knows, such as s3://bucket/folder."
         )
@@ -404,10 +372,8 @@ def _file_system(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         ) from error
     except OSError as error:
         raise StorageUnavailable(f"{redact(url)}: cannot connect: {_first_line(error)}.") from error
-    except Exception as error:  # each of fsspec's storages asks for something else
-        raise BadInput(
-            f"storage: {redact(url)} cannot be used as it is: {_first_line(error)}."
-        ) from error
+    except Exception as error:  # each file system raises its own
+        raise BadInput(f"storage: {redact(url)} cannot be used: {_first_line(error)}.") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -415,7 +381,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _answer_of(error: Exception) -> tuple[str | None, int | None]:
-    """Return S3's error code and HTTP status, where an exception comes from an answer at all."""
+    """Return S3's error code and HTTP status; None each if an exception has no answer."""
     cause: BaseException | None = error
     while cause is not None:
         response = getattr(cause, "response", None)
@@ -427,6 +393,6 @@ def _answer_of(error: Exception) -> tuple[str | None, int | None]:
 
 
 def _reason(error: Exception) -> str:
-    """Return an exception's text, without the credentials of URLs in it."""
+    """Return an exception's text, redacted."""
     text: str = redact(str(error).rstrip(".") or type(error).__name__)
     return text
