@@ -42,30 +42,25 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Show all runs, or one of them."""
-    if run is None and storage is None:
-        store = Store(read_spec(file).storage)
-        if not store.exists():
-            if as_json:
-                print_json([])
-                return
-            console_here().print(f"{store.url}: no runs yet; see `fls run`.", soft_wrap=True)
-            return
-    store = open_store(file, storage)
-    if run is None:
-        records, problems = load_runs(store)
+    if run is not None:
+        record = find(open_store(file, storage), run, storage)
         if as_json:
-            print_json([run_summary(record) for record in records])
+            cells = [asdict(status) for status in record.cells.values()]
+            print_json({**run_summary(record), "cells": cells})
         else:
-            print_runs(records, console_here())
-        for problem in problems:
-            typer.echo(presentable(problem), err=True)
+            print_run(record, console_here())
         return
-    record = find(store, run, storage)
+    store = Store(read_spec(file).storage if storage is None else storage)
+    fresh = storage is None and not store.exists()
+    records, problems = ([], []) if fresh else load_runs(store.require())
     if as_json:
-        cells = [asdict(status) for status in record.cells.values()]
-        print_json({**run_summary(record), "cells": cells})
+        print_json([run_summary(record) for record in records])
+    elif fresh:
+        console_here().print(f"{store.url}: no runs yet; see `fls run`.", soft_wrap=True)
     else:
-        print_run(record, console_here())
+        print_runs(records, console_here())
+    for problem in problems:
+        typer.echo(presentable(problem), err=True)
 
 
 @command(

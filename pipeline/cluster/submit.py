@@ -62,8 +62,7 @@ def submit(spec: Spec, asked: Submission, console: Console, *, follow: bool) -> 
     local = is_this_machine(asked.address)
     folder = Path.cwd()
     moving = forwarding(os.environ, asked.env)
-    environment = dict(moving.given)
-    environment |= _storage(spec, local)
+    environment = {**moving.given, **_storage(spec, local)}
     named = {"MLFLOW_TRACKING_URI"} & {*moving.given, *moving.secret} or spec.mlflow.tracking_uri
     if named or asked.resume is None or not local:  # else the run stays where it is tracked
         environment["MLFLOW_TRACKING_URI"] = _tracking(spec, moving, local)
