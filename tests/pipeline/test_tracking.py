@@ -950,7 +950,7 @@ def test_a_server_that_never_answered_is_waited_for(
     code, output = run_here()
     assert code == 0
     assert "Tracking is behind (ConnectionError: nobody there)" in output
-    assert "or by `fls sync`" in output
+    assert "until `fls sync` sends them" in output
     assert "Tracking has caught up." in output
     assert last_run().tracked
 
