@@ -9,7 +9,6 @@ torch or yaml, so a stage also runs in a plain process, and in a test.
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -109,20 +108,6 @@ class Registry:
         if self.open and colon and name.isascii() and all(part.isidentifier() for part in parts):
             return Entry(target=name)
         return None
-
-    def load(self, name: str) -> Any:
-        """Import and return the object behind `name`.
-
-        Raises:
-            StageError: the name is not in the registry.
-        """
-        entry = self.find(name)
-        if entry is None:
-            raise StageError(
-                f"unknown {self.kind} {name!r}; known: {', '.join(sorted(self.entries))}"
-            )
-        module, _, attribute = entry.target.partition(":")
-        return getattr(importlib.import_module(module), attribute)
 
 
 @dataclass(frozen=True)
