@@ -9,11 +9,11 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -28,7 +28,7 @@ from fishleg.pruning import (
     search_line,
 )
 from pipeline.stage import Context, write_json
-from stages.checkpoint import Checkpoint, State
+from stages.checkpoint import Checkpoint
 from stages.data.batches import batches_per_epoch, training_batches
 from stages.data.dataset import DataSet, Split
 from stages.data.mixing import cutmix
@@ -81,6 +81,7 @@ class MultistepPruning(StepwisePruning):
         self.kept = ctx.folder / "kept"
         shutil.rmtree(self.kept, ignore_errors=True)
         self.kept.mkdir(parents=True)
+        self.folders["kept"] = self.kept
         found = measure(self.dense, self.dataset, self.dataset.validation)
         self.steps: list[dict[str, float]] = []
         self.before = {"validation_accuracy": found["accuracy"], "validation_nll": found["nll"]}
@@ -181,13 +182,9 @@ class MultistepPruning(StepwisePruning):
             seed=self.params.seed,
         )
 
-    def checkpoint_of(
-        self, step: int, fitting: bool, unfinished: Mapping[str, State]
-    ) -> Checkpoint:
-        """Return the checkpoint to write, with the models of the steps so far."""
-        base = super().checkpoint_of(step, fitting, unfinished)
-        cursor = {**base.cursor, "seconds": self._seconds(), "steps": self.steps}
-        return replace(base, cursor=cursor, folders={"kept": self.kept})
+    def past(self) -> dict[str, Any]:
+        """Return the facts about the steps so far that a checkpoint keeps, as JSON."""
+        return {**super().past(), "seconds": self._seconds(), "steps": self.steps}
 
     def restore(self, last: Checkpoint) -> None:
         """Restore a checkpoint, with the models of the steps so far."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fishleg.estimators.base import FitProgress
 from fishleg.pruning import cubic, geometric, group_masks, linear
@@ -38,6 +39,7 @@ class StepwisePruning:
         fitting: whether the checkpoint was taken within a fit; False once that is resumed.
         unfinished: name -> state of the training or refinement that the checkpoint was taken in;
             empty once that is resumed.
+        folders: name -> folder that belongs to each checkpoint.
     """
 
     def __init__(self, ctx: Context):
@@ -53,6 +55,7 @@ class StepwisePruning:
         self.warnings: list[str] = []
         self.fitting = False
         self.unfinished: dict[str, State] = {}
+        self.folders: dict[str, Path] = {}
         begin(ctx, self.partition, self.params.sparsity)
 
     def warn(self, step: int, text: str) -> None:
@@ -106,20 +109,21 @@ class StepwisePruning:
             fitting: whether the step's estimate is still being fitted.
             unfinished: the states of the training or refinement that is under way.
         """
-        self.checkpoint_of(step, fitting, unfinished).write(self.ctx)
-
-    def checkpoint_of(
-        self, step: int, fitting: bool, unfinished: Mapping[str, State]
-    ) -> Checkpoint:
-        """Return the checkpoint to write; see `checkpoint`."""
         states: dict[str, State] = {
             "network": {"tensors": self.model.network.state_dict()},
             "masks": {"tensors": self.model.masks},
         }
         if fitting or self.params.carry == "refine":
             states["estimator"] = self.estimator.state_dict()
-        cursor = {"step": step, "fitting": fitting, "warnings": self.warnings}
-        return Checkpoint(cursor=cursor, states={**states, **unfinished})
+        Checkpoint(
+            cursor={"step": step, "fitting": fitting, **self.past()},
+            states={**states, **unfinished},
+            folders=self.folders,
+        ).write(self.ctx)
+
+    def past(self) -> dict[str, Any]:
+        """Return the facts about the steps so far that a checkpoint keeps, as JSON."""
+        return {"warnings": self.warnings}
 
     def resume(self) -> int:
         """Restore the cell's last checkpoint, if any, and return the number of its step, from 0."""

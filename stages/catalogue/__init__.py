@@ -36,6 +36,7 @@ from stages.catalogue.parameters.pruning import (
     PruningParams,
     RefinementParams,
     StepwiseParams,
+    TargetParams,
 )
 from stages.catalogue.parameters.training import (
     FinetuneParams,
@@ -72,6 +73,7 @@ __all__ = [
     "EstimatorParams",
     "CurvatureParams",
     "PruningParams",
+    "TargetParams",
     "OneshotParams",
     "StepwiseParams",
     "GradualParams",

@@ -29,48 +29,34 @@ _MARKERS = {"fishleg": "o", "obs": "s", "kfac": "^", "diagonal": "D", "magnitude
 _GREY = "#777777"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Style:
     """The style of a section's lines; `shift` separates them, in doublings of compression."""
 
+    panel: Literal["Without training", "With training"]
     line: Literal["-", "--", ":", "-."]
     filled: bool
     shift: float = 0.0
 
 
 _STYLES = {
-    SECTIONS["oneshot", False]: _Style(line="-", filled=True),
-    SECTIONS["multistep", False]: _Style(line="--", filled=False, shift=0.04),
-    SECTIONS["refined", False]: _Style(line=":", filled=True, shift=0.08),
-    SECTIONS["oneshot", True]: _Style(line="-", filled=True),
-    SECTIONS["multistep", True]: _Style(line="-.", filled=False, shift=0.12),
-    SECTIONS["refined", True]: _Style(line="-.", filled=True, shift=0.16),
-    SECTIONS["gradual", False]: _Style(line=":", filled=False, shift=0.04),
-    SECTIONS["gradual", True]: _Style(line="--", filled=True, shift=0.08),
-}
-_PANELS = {
-    "Without training": (
-        SECTIONS["oneshot", False],
-        SECTIONS["multistep", False],
-        SECTIONS["refined", False],
-    ),
-    "With training": (
-        SECTIONS["oneshot", True],
-        SECTIONS["multistep", True],
-        SECTIONS["refined", True],
-        SECTIONS["gradual", False],
-        SECTIONS["gradual", True],
-    ),
+    SECTIONS["oneshot", False]: _Style("Without training", "-", True),
+    SECTIONS["multistep", False]: _Style("Without training", "--", False, 0.04),
+    SECTIONS["refined", False]: _Style("Without training", ":", True, 0.08),
+    SECTIONS["oneshot", True]: _Style("With training", "-", True),
+    SECTIONS["multistep", True]: _Style("With training", "-.", False, 0.12),
+    SECTIONS["refined", True]: _Style("With training", "-.", True, 0.16),
+    SECTIONS["gradual", False]: _Style("With training", ":", False, 0.04),
+    SECTIONS["gradual", True]: _Style("With training", "--", True, 0.08),
 }
 
 
 def draw(summary: Summary, title: str, path: Path) -> None:
     """Write the figure as PNG: a panel for one-shot results, one for those with training."""
-    panels = {
-        name: {one: summary.sections[one] for one in titles if one in summary.sections}
-        for name, titles in _PANELS.items()
-    }
-    panels = {name: sections for name, sections in panels.items() if sections}
+    panels: dict[str, dict[str, Lines]] = {}
+    for section, look in _STYLES.items():
+        if section in summary.sections:
+            panels.setdefault(look.panel, {})[section] = summary.sections[section]
     methods = [method for lines in summary.sections.values() for method in lines]
     colours = _colours(methods)
     style: dict[Any, Any] = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}

@@ -46,6 +46,17 @@ def test_every_pipeline_is_valid_and_runnable_by_itself(
     assert path.stat().st_mode & 0o111
 
 
+def test_a_further_model_of_the_main_pipeline_measures_no_other_one_again(tmp_path: Path) -> None:
+    keys = []
+    for sparsities in ("[0.9, 0.95]", "[0.5, 0.9, 0.95]"):
+        spec = load_spec(ROOT / "pipeline.yaml", [f"vars.sparsities={sparsities}"])
+        cells = make_plan(spec, Store(str(tmp_path / "empty"))).cells
+        measured = [one for one in cells if one.cell.declaration.name == "evaluate"]
+        assert all(len(one.cell.sources) == 1 for one in measured)
+        keys.append({one.cell.name: one.key for one in measured})
+    assert keys[0].items() < keys[1].items()
+
+
 def rows_of(done: dict[str, Path]) -> list[tuple[str, str, bool]]:
     rows = json.loads((done["evaluate"] / "results" / "rows.json").read_text())
     assert (done["compare"] / "report" / "figure.png").exists()

@@ -23,7 +23,7 @@ from stages.tensor_files import load_into, load_metadata, load_tensors, save_ten
 
 @pytest.mark.parametrize("name", MODELS.entries)
 def test_the_catalogue_knows_each_networks_size(name: str) -> None:
-    network = MODELS.load(name)(10)
+    network = refer(PretrainParams(dataset="digits", model=name), "model").load()(10)
     size = sum(parameter.numel() for parameter in network.parameters())
     assert size == MODELS.entries[name].facts["parameters"]
 

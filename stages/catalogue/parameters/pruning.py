@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, model_validator
 
@@ -30,8 +30,8 @@ class PruningParams(OptionParams, PruningOptions):
     )
 
 
-class OneshotParams(PruningParams, MethodAxes):
-    """Of `prune_oneshot`: a sparsity, or a budget."""
+class TargetParams(MethodAxes):
+    """A sparsity, or a budget."""
 
     sparsity: Annotated[float | None, Role.TARGET] = Field(
         default=None, ge=0, lt=1, description="fraction of the prunable weights removed"
@@ -40,19 +40,26 @@ class OneshotParams(PruningParams, MethodAxes):
         default=None,
         ge=0,
         description="instead of a sparsity: the highest one that costs at most this many points "
-        "of accuracy on the validation split, by bisection",
+        "of accuracy on the validation split",
     )
     seed: Seed = Field(default=0, ge=0, description="axis: the inputs' seed")
+
+    @model_validator(mode="after")
+    def _one_target(self) -> TargetParams:
+        if (self.sparsity is None) == (self.within is None):
+            raise ValueError("give either `sparsity` or `within`")
+        return self
+
+
+class OneshotParams(PruningParams, TargetParams):
+    """Of `prune_oneshot`; a budget is met by bisection."""
+
     certificate_samples: Annotated[int, Role.NEUTRAL] = Field(
         default=250,
         ge=0,
         description="calibration samples on which predicted and measured change are compared; "
         "0: none",
     )
-
-    @model_validator(mode="after")
-    def _one_target(self) -> OneshotParams:
-        return _with_one_target(self)
 
 
 class StepwiseParams(PruningParams, EstimatorParams):
@@ -181,29 +188,5 @@ class MultistepParams(StepwiseParams):
         return self
 
 
-class PickParams(MethodAxes):
-    """Of `pick`: a sparsity, or a budget."""
-
-    sparsity: Annotated[float | None, Role.TARGET] = Field(
-        default=None, ge=0, lt=1, description="sparsity of a step of the pruning"
-    )
-    within: float | None = Field(
-        default=None,
-        ge=0,
-        description="instead of a sparsity: the sparsest step that costs at most this many points "
-        "of accuracy on the validation split",
-    )
-    seed: Seed = Field(default=0, ge=0, description="axis: the input's seed")
-
-    @model_validator(mode="after")
-    def _one_target(self) -> PickParams:
-        return _with_one_target(self)
-
-
-_Target = TypeVar("_Target", OneshotParams, PickParams)
-
-
-def _with_one_target(params: _Target) -> _Target:
-    if (params.sparsity is None) == (params.within is None):
-        raise ValueError("give either `sparsity` or `within`")
-    return params
+class PickParams(TargetParams):
+    """Of `pick`, among the steps of a pruning."""
