@@ -45,9 +45,7 @@ def test_its_results_are_kept_by_accepting_and_the_plan_says_so(toy: Path) -> No
     assert f"start: run: {RULE_CHANGED}" in output
     assert f"apply: run: {RULE_CHANGED}" in output
     assert "code of" not in output
-    assert (
-        "\n2 cells run because a newer rule makes the digests of their code. `fls " in output
-    )
+    assert "\n2 cells run because a newer rule makes the digests of their code. `fls " in output
     assert fls("accept", "start", "apply", "--why", "the same code")[0] == 0
     assert "Nothing to do" in run_here()[1]
     assert fls("verify")[0] == 0
