@@ -19,19 +19,8 @@ from typing import Any
 
 from pipeline.base.errors import StorageUnavailable, StoreError
 from pipeline.planning.planner import Plan
+from pipeline.store import layout
 from pipeline.store.attempt import whole_checkpoints
-from pipeline.store.layout import (
-    CHECKPOINTS,
-    DIGESTS,
-    GENERATIONS,
-    OUTPUTS,
-    RUNS,
-    STAGES,
-    Place,
-    parse,
-    parse_generation,
-    run_folder,
-)
 from pipeline.store.manifest import Manifest
 from pipeline.store.storage.base import StoredFile
 from pipeline.store.store import Store
@@ -163,12 +152,14 @@ class _Finder:
     def garbage(self) -> Iterator[Garbage]:
         """Yield all garbage; runs first, so that none remains without its results."""
         for run_id, reason in self.needs.dropped.items():
-            yield self.item([run_folder(run_id)], self.survey.folders[RUNS, run_id], reason)
+            yield self.item(
+                [layout.run_folder(run_id)], self.survey.folders[layout.RUNS, run_id], reason
+            )
         for path, files in self.survey.temporary.items():
             if self.survey.is_old(files):
                 yield self.item([path], files, "left by a write or a deletion that was killed")
         for left in self.survey.store.storage.leftovers():
-            place = parse(left.path)  # None of a folder on this machine
+            place = layout.parse(left.path)  # None of a folder on this machine
             files = self.survey.folders.get(place.folder, []) if place else []
             quiet = self.survey.is_old(files) and not (place and place.key in self.needs.busy)
             if quiet and self.survey.now - left.time >= self.survey.retention.grace_s:
@@ -178,12 +169,12 @@ class _Finder:
         for (top, name), files in self.survey.folders.items():
             if not self.survey.is_old(files):
                 continue
-            place = parse(files[0].path)
+            place = layout.parse(files[0].path)
             if place is None:
                 continue
             if place.is_probe:
                 yield self.item([top], files, "left by a start that was killed")
-            elif top == GENERATIONS:
+            elif top == layout.GENERATIONS:
                 yield from self.generation(name, files)
             elif place.key and place.key not in self.needs.busy:
                 yield from self.result(place, files)
@@ -202,14 +193,14 @@ class _Finder:
 
     def generation(self, name: str, files: Sequence[StoredFile]) -> Iterator[Garbage]:
         """Yield a generation that no cell has."""
-        base, number = parse_generation(name) or ("", 0)
-        path = f"{GENERATIONS}/{name}"
+        base, number = layout.parse_generation(name) or ("", 0)
+        path = f"{layout.GENERATIONS}/{name}"
         if base not in self.needs.bases:
             yield self.item([path], files, "no cell that was forced is left")
-        elif (GENERATIONS, f"{base}.{number + 1}") in self.survey.folders:
+        elif (layout.GENERATIONS, f"{base}.{number + 1}") in self.survey.folders:
             yield self.item([path], files, "was forced again since")
 
-    def result(self, place: Place, files: Sequence[StoredFile]) -> Iterator[Garbage]:
+    def result(self, place: layout.Place, files: Sequence[StoredFile]) -> Iterator[Garbage]:
         """Yield the garbage of a result, in use or set aside."""
         key, folder = place.key, "/".join(place.folder)
         if key not in self.needs.keys:
@@ -243,7 +234,7 @@ class _Finder:
         So no attempt number is used twice.
         """
         numbers = _parts(files)
-        later = _parts(self.survey.folders.get((STAGES, key), ()))
+        later = _parts(self.survey.folders.get((layout.STAGES, key), ()))
         if max(numbers, default=0) < max(later, default=0):
             yield self.item([folder], files, "set aside as damaged, and made again since", key)
             return
@@ -265,10 +256,10 @@ class _Finder:
         served = key in self.needs.served.keys() - self.needs.whole
         for number, parts in numbers.items():
             for (path, part), found in parts.items():
-                if served and number == manifest.attempt and part == OUTPUTS:
+                if served and number == manifest.attempt and part == layout.OUTPUTS:
                     why = "all downstream cells are complete (keep: results)"
                     yield replace(self.item([path], found, why, key), manifest=manifest)
-                elif number != manifest.attempt or part == CHECKPOINTS:
+                elif number != manifest.attempt or part == layout.CHECKPOINTS:
                     yield self.item([path], found, "the result is complete without it", key)
 
     def unfinished(
@@ -277,18 +268,18 @@ class _Finder:
         """Yield the outputs and checkpoints that the next attempt at a key will not use."""
         useful: dict[str, str] = {}  # checkpoint -> its newest copy
         for number in sorted(numbers):
-            if any(part == CHECKPOINTS for _, part in numbers[number]):
+            if any(part == layout.CHECKPOINTS for _, part in numbers[number]):
                 whole = whole_checkpoints(self.survey.store.storage, key, number)
                 useful |= {path.rpartition("/")[2]: path for path in whole}
         kept = {useful[name] for name in sorted(useful)[-_CHECKPOINTS:]}
         for parts in numbers.values():
             for (path, part), files in parts.items():
-                if part == OUTPUTS:
+                if part == layout.OUTPUTS:
                     yield self.item([path], files, "its attempt has ended", key)
                     continue
                 for entry, found in _entries(files).items():
                     if entry not in kept:
-                        paths = [f"{entry}/{DIGESTS}", entry]
+                        paths = [f"{entry}/{layout.DIGESTS}", entry]
                         yield self.item(paths, found, "there is a newer checkpoint", key)
 
 
@@ -296,10 +287,10 @@ def _parts(files: Iterable[StoredFile]) -> dict[int, dict[Part, list[StoredFile]
     """Return attempt -> its outputs and checkpoints -> their files."""
     found: dict[int, dict[Part, list[StoredFile]]] = defaultdict(lambda: defaultdict(list))
     for file in files:
-        place = parse(file.path)
+        place = layout.parse(file.path)
         if place is not None and place.attempt is not None:
             parts = found[place.attempt]  # also for an attempt without files
-            if place.part in {OUTPUTS, CHECKPOINTS} and place.entry:
+            if place.part in {layout.OUTPUTS, layout.CHECKPOINTS} and place.entry:
                 parts[place.part_path, place.part].append(file)
     return found
 
@@ -308,6 +299,6 @@ def _entries(files: Iterable[StoredFile]) -> dict[str, list[StoredFile]]:
     """Return checkpoint -> its files."""
     found: dict[str, list[StoredFile]] = defaultdict(list)
     for file in files:
-        if (place := parse(file.path)) is not None:
+        if (place := layout.parse(file.path)) is not None:
             found[place.entry].append(file)
     return found
