@@ -1,6 +1,6 @@
 """The runner from Python: `pipeline.run`, `pipeline.plan` and `pipeline.results`.
 
-They do what the commands of the same names do, and return objects; also in a notebook.
+They are the commands of the same names with objects as results, also for notebooks.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _WIDTH = 120
 
 @dataclass(frozen=True, kw_only=True)
 class Results(Sequence[Mapping[str, Any]]):
-    """Rows of evaluated models, a mapping each.
+    """Rows of evaluated models.
 
     Attributes:
-        columns: their order in tables.
-        rows: column -> value; further fields may follow.
-        absent: cells that have no results yet.
+        columns: the order of columns in tables.
+        rows: mappings of columns, and perhaps further fields, to values.
+        absent: cells without results.
     """
 
     columns: Sequence[str] = ()
@@ -61,10 +61,10 @@ class Results(Sequence[Mapping[str, Any]]):
         return f"Results({len(self.rows)} rows, {len(self.absent)} cells absent)"
 
     def frame(self) -> pandas.DataFrame:
-        """Return the rows as a frame of pandas, which has to be installed.
+        """Return the rows as a pandas frame.
 
         Raises:
-            BadInput: it is not.
+            BadInput: pandas is not installed.
         """
         try:
             import pandas
@@ -78,10 +78,10 @@ class Run:
     """A run that has ended.
 
     Attributes:
-        run_id: its id; "" where all results were in the store.
+        run_id: its id; "" if all results were in the store.
         state: "done", "failed" or "stopped".
         cells: cell -> state.
-        errors: cell -> message, of the cells that failed.
+        errors: cell -> message, of failed cells.
         results: rows of the evaluated models.
     """
 
@@ -109,25 +109,25 @@ def run(
     stop_after_s: float | None = None,
     quiet: bool = False,
 ) -> Run:
-    """Run what is selected of a pipeline, as `fls run` does; Ctrl-C stops it behind checkpoints.
+    """Run a pipeline, or selected cells of it, as `fls run` does.
+
+    Ctrl-C stops it after checkpoints. Bad input is an error of `pipeline.base.errors`.
 
     Args:
         file: the pipeline.
         set: parameter -> value, such as {"oneshot.sparsity": [0.5, 0.9]}.
         executor: "ray" or "local".
         tracking: "mlflow" or "jsonl".
-        from_: cells or stages; they run with all downstream of them.
+        from_: cells or stages; they run with all downstream cells.
         only: the only cells or stages that run.
-        until: cells or stages; they run with all upstream of them.
+        until: cells or stages; they run with all upstream cells.
         force: cells or stages that run again.
-        max_parallel: cells at the same time, >= 1; None for no limit.
+        max_parallel: number of concurrent cells, >= 1; None for no limit.
         stop_after_s: seconds after which the run is stopped, to be resumed later; None for never.
         quiet: print nothing.
 
     Raises:
-        Damaged: a result of this run is; running again makes it again.
-
-    Bad input is an error of `pipeline.base.errors`, whose text says what would be right.
+        Damaged: a result of this run is damaged; another run replaces it.
     """
     spec, selection = _load(file, set), _selection(from_, only, until, force)
     options = RunOptions(
@@ -146,7 +146,7 @@ def run(
         ended = start_run(spec, options, selection, console, stop_after_s, GRACE_S)
         try:
             return _run_of(ended)
-        except Damaged as error:  # and made again, as by the command line
+        except Damaged as error:  # replaced by the next round, as by the command line
             if ended.record is not None:
                 raise
             ended.store.set_aside(error.key)
@@ -161,13 +161,13 @@ def plan(
     until: Sequence[str] = (),
     force: Sequence[str] = (),
 ) -> Plan:
-    """Return what `run` with the same arguments would do: `plan.cells`, each with state and why."""
+    """Return the plan of `run` with the same arguments: `plan.cells`, each with state and why."""
     spec = _load(file, set)
     return make_plan(spec, Store(spec.storage), _selection(from_, only, until, force))
 
 
 def results(file: str | Path = "pipeline.yaml", *, set: Mapping[str, Any] | None = None) -> Results:
-    """Return the results that the store has of a pipeline: one row an evaluated model."""
+    """Return the stored results of a pipeline: one row per evaluated model."""
     return _results_of(_load(file, set))
 
 
@@ -198,11 +198,6 @@ def _load(file: str | Path, given: Mapping[str, Any] | None) -> Spec:
 
 
 def _overrides(given: Mapping[str, Any] | None) -> list[str]:
-    """Return `--set` options.
-
-    Raises:
-        BadInput: a value is nothing that a pipeline file can hold.
-    """
     try:
         return [f"{name}={json.dumps(value)}" for name, value in (given or {}).items()]
     except (TypeError, ValueError) as error:
@@ -212,17 +207,12 @@ def _overrides(given: Mapping[str, Any] | None) -> list[str]:
 def _selection(
     from_: Sequence[str], only: Sequence[str], until: Sequence[str], force: Sequence[str]
 ) -> Selection:
-    """Return a selection; one name may be given in place of a list."""
+    """Return a selection; a single name counts as a list."""
     lists = [[one] if isinstance(one, str) else list(one) for one in (from_, only, until, force)]
     return Selection(from_=lists[0], only=lists[1], until=lists[2], force=lists[3])
 
 
 def _name(kind: Any, what: str, given: str) -> Any:
-    """Return the member of an enumeration that has a value.
-
-    Raises:
-        BadInput: none has it.
-    """
     try:
         return kind(given)
     except ValueError:

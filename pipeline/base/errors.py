@@ -72,7 +72,10 @@ class SpecError(BadInput):
     """All problems of a spec, in file order, then those of options; `more`: others may exist."""
 
     def __init__(self, problems: Iterable[Problem], *, more: bool = False):
-        self.problems: Sequence[Problem] = sorted(dict.fromkeys(problems), key=_file_order)
+        self.problems: Sequence[Problem] = sorted(
+            dict.fromkeys(problems),
+            key=lambda one: (not one.position.line, one.position.line, one.position.column),
+        )
         end = [f"Stopped after {len(self.problems)} problems; there may be more."] if more else []
         super().__init__("\n".join([*map(str, self.problems), *end]))
 
@@ -125,8 +128,3 @@ def nearest(name: str, choices: Iterable[str]) -> str:
         return ""
     found = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {found[0]!r}?)" if found else ""
-
-
-def _file_order(problem: Problem) -> tuple[bool, int, int]:
-    position = problem.position
-    return position.line == 0, position.line, position.column

@@ -94,7 +94,11 @@ def identify(
     code = CodeIndex(
         packages={
             *(name for plugin in plugins for name in plugin.catalogue.packages),
-            *(_top(stage.entry) for plugin in plugins for stage in plugin.catalogue.stages),
+            *(
+                stage.entry.split(":")[0].split(".")[0]
+                for plugin in plugins
+                for stage in plugin.catalogue.stages
+            ),
         },
         declarations=[plugin.module for plugin in plugins],
     )
@@ -310,7 +314,3 @@ def _keys_by_name(ingredients: Mapping[str, Any]) -> dict[str, str]:
         for name, keys in ingredients["inputs"].items()
         for cell, key in zip(names.get(name, ()), keys, strict=False)
     }
-
-
-def _top(target: str) -> str:
-    return target.partition(":")[0].partition(".")[0]

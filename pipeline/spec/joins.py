@@ -6,7 +6,7 @@ An axis that only the upstream stage has is a fan-in, for inputs that are declar
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 
 from pipeline.base import limits
@@ -123,9 +123,12 @@ def expand(
         wires: list[dict[str, list[Upstream]]] = [
             {name: [] for name in stage.inputs} for _ in points
         ]
-        for name, upstream in _connections(stage, stages):
+        connections = [(name, other) for name, others in stage.inputs.items() for other in others]
+        for name, upstream in [(name, stages[one]) for name, one in connections if one in stages]:
+            declared = stage.declaration.inputs[name]
             try:
-                output, connected = _connect(stage, name, upstream, points)
+                output = _output_of_kind(upstream, declared.kind)
+                connected = _join(stage, upstream, points, declared.many)
                 links += sum(map(len, connected))
                 _require_few_links(links)
             except JoinError as error:
@@ -146,25 +149,6 @@ def expand(
                 )
                 cells.append(cell)
     return cells
-
-
-def _connections(
-    stage: StageSpec, stages: Mapping[str, StageSpec]
-) -> Iterator[tuple[str, StageSpec]]:
-    """Yield each input name of `stage` with each of its upstream stages."""
-    for name, connected in stage.inputs.items():
-        for upstream in connected:
-            if upstream in stages:
-                yield name, stages[upstream]
-
-
-def _connect(
-    stage: StageSpec, name: str, upstream: StageSpec, points: Sequence[Mapping[str, Scalar]]
-) -> tuple[str, list[list[str]]]:
-    """Return the output of `upstream` for the input `name`, and the cells for each point."""
-    declared = stage.declaration.inputs[name]
-    output = _output_of_kind(upstream, declared.kind)
-    return output, _join(stage, upstream, points, declared.many)
 
 
 def _require_few_links(count: int) -> None:

@@ -1,4 +1,4 @@
-"""A stage's parameters: what is wrong with them, in words, and which of them name things.
+"""A stage's parameters: their mistakes in words, and the parameters that name things.
 
 Markers stand in annotations: `Annotated[str, REGISTRY]` names an entry of a registry, and
 `Annotated[str, ExternalFile()]` a file of the user's.

@@ -82,10 +82,6 @@ def _module(value: str) -> str:
     return value
 
 
-def _optional_name(value: str | None) -> str | None:
-    return value if value is None else _name(value)
-
-
 def _experiment(value: str | None) -> str | None:
     if value is not None and len(value) > limits.EXPERIMENT_CHARACTERS:
         raise ValueError(
@@ -141,9 +137,7 @@ class StageShape(_Shape):
     )
     keep: Literal["all", "results"] = "all"
     # `register` is a method of every abstract base class.
-    registered: Annotated[str | None, AfterValidator(_optional_name)] = Field(
-        default=None, alias="register"
-    )
+    registered: Annotated[str, AfterValidator(_name)] | None = Field(default=None, alias="register")
 
 
 class MlflowShape(_Shape):

@@ -1,1 +1,1 @@
-"""What keeps a store in order: gc, verify and rerun."""
+"""Maintenance of a store: gc, verify and rerun."""

@@ -1,15 +1,13 @@
-"""What a store holds that nothing needs any more, and how it is deleted.
+"""Garbage collection of a store.
 
-Needed is what a kept run or the present plan of a pipeline reaches, and everything of cells that
-are being worked on: those of a live run, and those that were written to of late. The rest goes:
-results that nothing reaches, files that only served what is there by now (`keep: results`), what
-ended attempts left behind, results set aside as damaged, files of writes and uploads that were
-killed, workspaces of killed workers on this machine, and generations that no cell has.
+Kept are the results that a kept run or a current plan reaches, everything of cells in live runs,
+and recently written files. Garbage are unreachable results, files of `keep: results` cells whose
+downstream cells are complete, remains of ended attempts, damaged results set aside, files of killed
+writes and uploads, workspaces of killed workers on this machine, and unused generations.
 
-A run may start while this works. So whatever was written to within the grace period stays; and
-before each thing is deleted it is looked at again, and so are the runs. What is left is a run that
-planned before and writes its plan after that second look: it finds a result gone, and makes it
-again, as it does with a damaged one.
+A run may start meanwhile. So files written within the grace period stay, and each item and the list
+of runs are checked again before a deletion. A run that planned before and records its plan after
+this check finds a result missing, and makes it again like a damaged one.
 """
 
 from __future__ import annotations
@@ -21,19 +19,8 @@ from typing import Any
 
 from pipeline.base.errors import StorageUnavailable, StoreError
 from pipeline.planning.planner import Plan
+from pipeline.store import layout
 from pipeline.store.attempt import whole_checkpoints
-from pipeline.store.layout import (
-    CHECKPOINTS,
-    DIGESTS,
-    GENERATIONS,
-    OUTPUTS,
-    RUNS,
-    STAGES,
-    Place,
-    parse,
-    parse_generation,
-    run_folder,
-)
 from pipeline.store.manifest import Manifest
 from pipeline.store.storage.base import StoredFile
 from pipeline.store.store import Store
@@ -41,22 +28,22 @@ from pipeline.upkeep.needs import Needs
 from pipeline.upkeep.survey import Retention, Survey, newest
 
 _ASIDE = "set aside as damaged"
-_CHECKPOINTS = 2  # that a stage keeps, see `Context.checkpoint`
-Part = tuple[str, str]  # of an attempt: its path, and its name
+_CHECKPOINTS = 2  # kept by a stage, see `Context.checkpoint`
+Part = tuple[str, str]  # path and name of a part of an attempt
 
 
 @dataclass(frozen=True, kw_only=True)
 class Garbage:
-    """One thing that is not needed.
+    """An item to delete.
 
     Attributes:
-        paths: what is deleted, in this order: first what makes the rest count as whole.
+        paths: deleted in this order, so the manifest or digests that mark a whole item go first.
         bytes: its size.
         written: Unix time of the last write to it.
         reason: why it is not needed.
-        cell: name of the cell that it is of, or "".
-        manifest: of the result that it is the files of; what that says is kept. None otherwise.
-        discard: how it is deleted, if it lies where no listing shows it. None otherwise.
+        cell: name of its cell, or "".
+        manifest: the manifest to keep, if the item is the files of a result.
+        discard: deletes an item that no listing shows.
     """
 
     paths: Sequence[str]
@@ -68,9 +55,9 @@ class Garbage:
     discard: Callable[[], object] | None = None
 
     def to_dict(self, *, deleted: bool) -> dict[str, Any]:
-        """Return what it is, as JSON has it."""
-        what = {"path": self.paths[-1], "cell": self.cell, "bytes": self.bytes}
-        return {**what, "written": self.written, "reason": self.reason, "deleted": deleted}
+        """Return it as JSON data."""
+        item = {"path": self.paths[-1], "cell": self.cell, "bytes": self.bytes}
+        return {**item, "written": self.written, "reason": self.reason, "deleted": deleted}
 
 
 def find_garbage(
@@ -79,20 +66,17 @@ def find_garbage(
     retention: Retention,
     pass_over: Callable[[str], object] = lambda path: None,
 ) -> list[Garbage]:
-    """Return what is not needed; nothing is written.
+    """Return the garbage; writes nothing. Damaged documents of a run are a `StoreError`.
 
     Args:
         store: the store.
-        plans: present plans of pipelines, whose results are kept.
-        retention: which runs are kept.
-        pass_over: told of each file whose name a store does not give, and of each run that a limit
-            would drop although a process works for it or it is not recorded yet; all are left
-            alone.
-
-    Where the documents of a run cannot be read, what it needs is not known: a `StoreError`.
+        plans: current plans of pipelines, whose results are kept.
+        retention: the rule for runs.
+        pass_over: called with a message for each foreign file, and each run that a limit would drop
+            but that is in use or not yet tracked; all of them are kept.
 
     Cost: a listing of the whole storage; a read of each run's documents, and of the manifests of
-    results that nothing reaches or that more than one attempt was made at.
+    unreachable results and of those with several attempts.
     """
     survey = Survey(store, retention)
     for path in survey.strange:
@@ -109,16 +93,7 @@ def find_garbage(
 def find_spared(
     store: Store, plans: Sequence[Plan], retention: Retention, found: Iterable[Garbage]
 ) -> list[Garbage]:
-    """Return what is spared for the grace period alone: it is not needed, and not in `found`.
-
-    Args:
-        store: the store.
-        plans: as for `find_garbage`.
-        retention: as for `find_garbage`.
-        found: what that returned.
-
-    Cost: that of `find_garbage`.
-    """
+    """Return the garbage that only the grace period spares: not in `found` by `find_garbage`."""
     known = {item.paths for item in found}
     later = find_garbage(store, plans, replace(retention, grace_s=0.0))
     return [item for item in later if item.paths not in known]
@@ -131,21 +106,21 @@ def collect(
     garbage: Iterable[Garbage],
     pass_over: Callable[[str], object] = lambda path: None,
 ) -> Iterator[Garbage]:
-    """Delete garbage, and yield each thing that was; what is in use by now is spared.
+    """Delete garbage that is still unused, and yield each deleted item.
 
-    `pass_over` is told of what cannot be deleted, such as what is another user's.
+    `pass_over` is called with a message for each failure, such as of another user's files.
 
     Raises:
         StorageUnavailable: the storage is away.
 
-    Cost: a listing of each thing; and a survey at the beginning, and whenever something changed.
+    Cost: a listing of each item; a survey at the beginning and after each change.
     """
     runs = set(store.list_runs())
     wanted = {item.paths for item in find_garbage(store, plans, retention)}
     for item in garbage:
         now = set(store.list_runs())
         try:
-            if item.discard is not None:  # by a dead process, or long ago: unused
+            if item.discard is not None:  # of a dead process, or old
                 item.discard()
                 yield item
                 continue
@@ -168,21 +143,23 @@ def collect(
 
 
 class _Finder:
-    """Finds what is not needed of a store."""
+    """Finds the garbage of a store."""
 
     def __init__(self, survey: Survey, needs: Needs):
         self.survey = survey
         self.needs = needs
 
     def garbage(self) -> Iterator[Garbage]:
-        """Yield all that is not needed; runs first, so that none is left without its results."""
+        """Yield all garbage; runs first, so that none remains without its results."""
         for run_id, reason in self.needs.dropped.items():
-            yield self.item([run_folder(run_id)], self.survey.folders[RUNS, run_id], reason)
+            yield self.item(
+                [layout.run_folder(run_id)], self.survey.folders[layout.RUNS, run_id], reason
+            )
         for path, files in self.survey.temporary.items():
             if self.survey.is_old(files):
                 yield self.item([path], files, "left by a write or a deletion that was killed")
         for left in self.survey.store.storage.leftovers():
-            place = parse(left.path)  # None of a folder on this machine
+            place = layout.parse(left.path)  # None of a folder on this machine
             files = self.survey.folders.get(place.folder, []) if place else []
             quiet = self.survey.is_old(files) and not (place and place.key in self.needs.busy)
             if quiet and self.survey.now - left.time >= self.survey.retention.grace_s:
@@ -192,12 +169,12 @@ class _Finder:
         for (top, name), files in self.survey.folders.items():
             if not self.survey.is_old(files):
                 continue
-            place = parse(files[0].path)
+            place = layout.parse(files[0].path)
             if place is None:
                 continue
             if place.is_probe:
                 yield self.item([top], files, "left by a start that was killed")
-            elif top == GENERATIONS:
+            elif top == layout.GENERATIONS:
                 yield from self.generation(name, files)
             elif place.key and place.key not in self.needs.busy:
                 yield from self.result(place, files)
@@ -205,7 +182,7 @@ class _Finder:
     def item(
         self, paths: Sequence[str], files: Sequence[StoredFile], reason: str, key: str = ""
     ) -> Garbage:
-        """Return a thing to delete."""
+        """Return an item to delete."""
         return Garbage(
             paths=tuple(paths),
             bytes=sum(file.bytes for file in files),
@@ -216,15 +193,15 @@ class _Finder:
 
     def generation(self, name: str, files: Sequence[StoredFile]) -> Iterator[Garbage]:
         """Yield a generation that no cell has."""
-        base, number = parse_generation(name) or ("", 0)
-        path = f"{GENERATIONS}/{name}"
+        base, number = layout.parse_generation(name) or ("", 0)
+        path = f"{layout.GENERATIONS}/{name}"
         if base not in self.needs.bases:
             yield self.item([path], files, "no cell that was forced is left")
-        elif (GENERATIONS, f"{base}.{number + 1}") in self.survey.folders:
+        elif (layout.GENERATIONS, f"{base}.{number + 1}") in self.survey.folders:
             yield self.item([path], files, "was forced again since")
 
-    def result(self, place: Place, files: Sequence[StoredFile]) -> Iterator[Garbage]:
-        """Yield what is not needed of a result, in use or set aside."""
+    def result(self, place: layout.Place, files: Sequence[StoredFile]) -> Iterator[Garbage]:
+        """Yield the garbage of a result, in use or set aside."""
         key, folder = place.key, "/".join(place.folder)
         if key not in self.needs.keys:
             self.learn_name(key)
@@ -236,32 +213,28 @@ class _Finder:
             yield from self.leftovers(key, files)
 
     def learn_name(self, key: str) -> None:
-        """Look into the manifest of a result whose name no run tells."""
+        """Take the cell's name from the manifest of a result that no run names."""
         if key not in self.needs.names:
             manifest = self.manifest(key)
             if isinstance(manifest, Manifest):
                 self.needs.names[key] = manifest.cell
 
     def manifest(self, key: str) -> Manifest | StoreError | None:
-        """Return the manifest of a result, None if there is none, or what is wrong with it.
-
-        Raises:
-            StorageUnavailable: that is not known.
-        """
+        # Returns an error for a damaged manifest, or a link that leads out of the store.
         try:
             return self.survey.store.manifest(key)
         except StorageUnavailable:
             raise
-        except StoreError as error:  # damaged, or a link that leads out of the store
+        except StoreError as error:
             return error
 
     def damaged(self, key: str, folder: str, files: Sequence[StoredFile]) -> Iterator[Garbage]:
-        """Yield a result set aside; the records of its attempts stay until later ones have come.
+        """Yield a result set aside; its attempts' records stay until there are later ones.
 
-        Otherwise an attempt's number might be used twice.
+        So no attempt number is used twice.
         """
         numbers = _parts(files)
-        later = _parts(self.survey.folders.get((STAGES, key), ()))
+        later = _parts(self.survey.folders.get((layout.STAGES, key), ()))
         if max(numbers, default=0) < max(later, default=0):
             yield self.item([folder], files, "set aside as damaged, and made again since", key)
             return
@@ -270,7 +243,7 @@ class _Finder:
                 yield self.item([path], found, _ASIDE, key)
 
     def leftovers(self, key: str, files: Sequence[StoredFile]) -> Iterator[Garbage]:
-        """Yield what attempts left at a key that is needed."""
+        """Yield the remains of attempts at a key that is needed."""
         numbers = _parts(files)
         if not any(numbers.values()):
             return
@@ -283,41 +256,41 @@ class _Finder:
         served = key in self.needs.served.keys() - self.needs.whole
         for number, parts in numbers.items():
             for (path, part), found in parts.items():
-                if served and number == manifest.attempt and part == OUTPUTS:
-                    why = "all that was to be made of it is there (keep: results)"
+                if served and number == manifest.attempt and part == layout.OUTPUTS:
+                    why = "all downstream cells are complete (keep: results)"
                     yield replace(self.item([path], found, why, key), manifest=manifest)
-                elif number != manifest.attempt or part == CHECKPOINTS:
+                elif number != manifest.attempt or part == layout.CHECKPOINTS:
                     yield self.item([path], found, "the result is complete without it", key)
 
     def unfinished(
         self, key: str, numbers: Mapping[int, Mapping[Part, Sequence[StoredFile]]]
     ) -> Iterator[Garbage]:
-        """Yield what the next attempt at a key will not go on from."""
+        """Yield the outputs and checkpoints that the next attempt at a key will not use."""
         useful: dict[str, str] = {}  # checkpoint -> its newest copy
         for number in sorted(numbers):
-            if any(part == CHECKPOINTS for _, part in numbers[number]):
+            if any(part == layout.CHECKPOINTS for _, part in numbers[number]):
                 whole = whole_checkpoints(self.survey.store.storage, key, number)
                 useful |= {path.rpartition("/")[2]: path for path in whole}
         kept = {useful[name] for name in sorted(useful)[-_CHECKPOINTS:]}
         for parts in numbers.values():
             for (path, part), files in parts.items():
-                if part == OUTPUTS:
+                if part == layout.OUTPUTS:
                     yield self.item([path], files, "its attempt has ended", key)
                     continue
                 for entry, found in _entries(files).items():
                     if entry not in kept:
-                        paths = [f"{entry}/{DIGESTS}", entry]
-                        yield self.item(paths, found, "a newer checkpoint is there", key)
+                        paths = [f"{entry}/{layout.DIGESTS}", entry]
+                        yield self.item(paths, found, "there is a newer checkpoint", key)
 
 
 def _parts(files: Iterable[StoredFile]) -> dict[int, dict[Part, list[StoredFile]]]:
-    """Return attempt -> its outputs and checkpoints -> files there."""
+    """Return attempt -> its outputs and checkpoints -> their files."""
     found: dict[int, dict[Part, list[StoredFile]]] = defaultdict(lambda: defaultdict(list))
     for file in files:
-        place = parse(file.path)
+        place = layout.parse(file.path)
         if place is not None and place.attempt is not None:
-            parts = found[place.attempt]  # an attempt that has left nothing is one too
-            if place.part in {OUTPUTS, CHECKPOINTS} and place.entry:
+            parts = found[place.attempt]  # also for an attempt without files
+            if place.part in {layout.OUTPUTS, layout.CHECKPOINTS} and place.entry:
                 parts[place.part_path, place.part].append(file)
     return found
 
@@ -326,6 +299,6 @@ def _entries(files: Iterable[StoredFile]) -> dict[str, list[StoredFile]]:
     """Return checkpoint -> its files."""
     found: dict[str, list[StoredFile]] = defaultdict(list)
     for file in files:
-        if (place := parse(file.path)) is not None:
+        if (place := layout.parse(file.path)) is not None:
             found[place.entry].append(file)
     return found

@@ -1,4 +1,4 @@
-"""What is needed of a store: what the kept runs and the present plans of pipelines reach."""
+"""The results that kept runs and current plans of pipelines need."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from pipeline.upkeep.survey import Survey
 
 
 class Needs:
-    """What is needed of a store, as far as runs and plans were looked at.
+    """The needs of the runs and plans added so far.
 
     Attributes:
-        keys: those that are needed.
-        busy: those that live runs work at.
-        bases: base identities that are needed.
-        served: keys whose files only served existing results -> manifest.
-        whole: keys of these whose files are needed all the same, for another pipeline, or for a
-            run that is not done.
+        keys: needed keys.
+        busy: keys in work by live runs.
+        bases: needed base identities.
+        served: keys whose files no downstream cell needs any more -> manifest.
+        whole: keys whose files another pipeline or an unfinished run needs nevertheless.
         names: key -> cell.
         dropped: run -> reason.
         kept: run that a limit would drop -> the reason why it is kept.
@@ -43,10 +42,10 @@ class Needs:
         self.kept: dict[str, str] = {}
 
     def judge_runs(self, pipelines: Collection[str]) -> None:
-        """Decide which runs are kept, and note what they need.
+        """Decide which runs are kept, and add their needs.
 
         Args:
-            pipelines: names of those whose present plans say which files have served.
+            pipelines: names of the pipelines with current plans, see `need_plan`.
 
         Raises:
             StoreError: the documents of a run cannot be read.
@@ -67,7 +66,7 @@ class Needs:
                     self.need_documents(plan, cells, live=True)
             except (BadInput, DamagedDocument) as error:
                 raise StoreError(
-                    f"{error}\nSo what run {run_id} needs is not known. Delete the folder "
+                    f"{error}\nSo the needs of run {run_id} are unknown. Delete the folder "
                     f"{run_folder(run_id)} of {self.survey.store.url} if you can do without it."
                 ) from error
         records.sort(key=lambda found: found[0].run_id, reverse=True)
@@ -90,13 +89,13 @@ class Needs:
                 }
 
     def documents(self, run_id: str) -> tuple[RunPlan, Sequence[CellStatus]]:
-        """Return the plan of a run and the statuses of its cells, empty if it has none."""
+        """Return the plan of a run and the statuses of its cells; empty ones without."""
         plan = self.survey.store.read_run(run_id, RunPlan) or RunPlan(pipeline="", cells={})
         progress = self.survey.store.read_run(run_id, RunProgress)
         return plan, progress.cells if progress else ()
 
     def is_live(self, record: RunRecord) -> bool:
-        """Tell whether a run works, or is silent for so short a time that it may yet go on."""
+        """Tell whether a run works, or was heard of within the grace period."""
         recent = record.silence_s() < self.survey.retention.grace_s
         return record.observed_state() is RunState.RUNNING or (
             record.state is RunState.RUNNING and recent
@@ -114,7 +113,7 @@ class Needs:
         return reasons[0] if reasons and all(reasons) else None
 
     def need_documents(self, plan: RunPlan, cells: Iterable[CellStatus], *, live: bool) -> None:
-        """Note what a run needs: what it planned, and what it made of fewer inputs than planned."""
+        """Add the needs of a run: its planned keys, and those of cells with fewer inputs."""
         keys = {stored.key: cell for cell, stored in plan.cells.items()}
         keys |= {status.key: status.cell for status in cells}
         self.names |= keys
@@ -124,7 +123,7 @@ class Needs:
         self.bases |= {base_of(stored.ingredients) for stored in plan.cells.values()}
 
     def need_plan(self, plan: Plan) -> None:
-        """Note what a pipeline needs as it is now."""
+        """Add the needs of a pipeline's current plan."""
         served = _served(plan)
         self.served |= served
         for one in plan.cells:
@@ -136,20 +135,20 @@ class Needs:
 
 
 def _why_keep(record: RunRecord) -> str | None:
-    """Return why a run that is over must not be dropped, or None."""
+    """Return why an ended run must not be dropped, or None."""
     if record.is_attended():
         return f"is kept: process {record.pid} on {record.host} is recording it"
     if not record.tracked and record.destination:
-        return f"is kept: {record.destination} has not all of it; `{record.sync_command}` sends it"
+        return f"is kept: {record.destination} lacks part of it; `{record.sync_command}` sends it"
     return None
 
 
 def _served(plan: Plan) -> dict[str, Manifest]:
-    """Return key -> manifest of the results whose files only served what is there by now.
+    """Return key -> manifest of results whose files no downstream cell needs any more.
 
-    A cell that shares its key with one that is not so does not count.
+    All cells with the key must agree.
     """
-    waiting: set[str] = set()  # cells that are incomplete, or have such a one downstream
+    waiting: set[str] = set()  # cells that are incomplete, or upstream of such a cell
     taken: set[str] = set()
     found: dict[str, Manifest] = {}
     kept: set[str] = set()

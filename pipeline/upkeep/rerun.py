@@ -1,4 +1,4 @@
-"""Computes a cell again from its stored inputs, to compare the bytes; nothing is published."""
+"""Reruns a cell from its stored inputs to compare the bytes; publishes nothing."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _CIRCUMSTANCES = ("device", "threads", "workers", "platform", "python")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """How a result computed again compares with the stored one.
+    """The comparison of a recomputed result with the stored one.
 
     Attributes:
         cell: the cell's name.
-        files: how many files there are in the stored result.
-        differences: one phrase a file that is not the same.
-        circumstances: one phrase for each thing that was different in the making.
-        earlier: of a result that earlier code made, how to accept the code; else "".
+        files: number of files in the stored result.
+        differences: one phrase for each file that differs.
+        circumstances: one phrase for each difference in device, threads and versions.
+        earlier: for a result of earlier code, the command that accepts the code; else "".
     """
 
     cell: str
@@ -47,22 +47,20 @@ class Comparison:
 
 
 def rerun(plan: Plan, store: Store, address: str, where: str = "") -> Comparison:
-    """Compute a stored cell again in a temporary folder, with as many threads as the first time.
+    """Compute a stored cell again in a temporary folder, with the original number of threads.
 
-    Where nothing but its code has changed since, the result of the earlier code is compared: to see
-    whether the code may be accepted as equivalent.
+    If only its code has changed, the stored result of the earlier code is compared, to decide
+    whether the code is equivalent. `BadInput` if the address does not name one cell, or the cell or
+    an input is not in the store.
 
     Args:
         plan: a plan with the cell.
-        store: holds its result and its inputs, which are only read.
+        store: contains its result and its inputs; read only.
         address: the cell's.
-        where: the options of a hint by which the store is found and its code trusted, with a space
-            before them; "" for those of the run's own file.
+        where: options of `fls accept` in the hint, with a leading space; "" for the run's own.
 
     Raises:
         PipelineError: the computation failed.
-
-    `BadInput` if the address is not one cell's, or the cell or an input is not in the store.
     """
     planned = _find(plan, address)
     stored, earlier = planned.manifest or _complete(store, planned.key), ""
@@ -93,28 +91,19 @@ def rerun(plan: Plan, store: Store, address: str, where: str = "") -> Comparison
 
 
 def _find(plan: Plan, address: str) -> PlannedCell:
-    """Return the cell at an address.
-
-    Raises:
-        BadInput: it is not exactly one.
-    """
     names = [cell.name for cell in resolve(address, plan.spec.cells)]
     if len(names) != 1:
-        raise BadInput(f"{address!r} stands for {len(names)} cells; choose one: {shorten(names)}")
+        raise BadInput(f"{address!r} names {len(names)} cells; choose one: {shorten(names)}")
     return next(one for one in plan.cells if one.cell.name == names[0])
 
 
 def _complete(store: Store, key: str) -> Manifest | None:
-    """Return what a result's manifest says, or said before its files were collected; or None."""
+    """Return a result's manifest, also if its files were collected; or None."""
     return store.manifest(key) or store.collected(key)
 
 
 def _find_earlier(plan: Plan, store: Store, planned: PlannedCell) -> tuple[Manifest, str]:
-    """Return the newest result of a cell that differs in its code alone, and a run that has it.
-
-    Raises:
-        BadInput: there is none.
-    """
+    # Returns the newest result of a cell that differs in its code alone, and its run.
     name, now = planned.cell.name, planned.ingredients
     changes: list[str] = []
     for run in reversed(store.list_runs()):
@@ -134,24 +123,14 @@ def _find_earlier(plan: Plan, store: Store, planned: PlannedCell) -> tuple[Manif
 
 
 def _require_files(spec: Spec, store: Store, name: str, source: str, key: str) -> None:
-    """Check that the files of an input are there.
-
-    Raises:
-        BadInput: they are not; says why, and what brings them back.
-    """
     if store.manifest(key) is None:
         collected = store.collected(key) is not None
-        why = "whose files fls gc collected (keep: results)" if collected else "which is not there"
+        why = "whose files fls gc collected (keep: results)" if collected else "which is missing"
         command = spec.command("--until", source)
         raise BadInput(f"{name} needs {source}, {why}; `{command}` makes it.")
 
 
 def _copy_result(store: Store, copy: Store, key: str, output: str) -> None:
-    """Copy one output of a result to another store.
-
-    Raises:
-        BadInput: it is gone.
-    """
     folder = store.fetch(key, output)
     manifest = store.manifest(key)
     if manifest is None:
@@ -163,7 +142,7 @@ def _copy_result(store: Store, copy: Store, key: str, output: str) -> None:
 
 
 def _run(task: Task, planned: PlannedCell, *, threads: int, workers: int) -> Outcome:
-    """Run a task in processes of its own on this machine."""
+    """Run a task in new processes on this machine."""
     resources = dataclasses.replace(
         planned.cell.resources, num_cpus=float(threads), workers=workers
     )

@@ -1,4 +1,4 @@
-"""One look at a whole store: its files by key, run and generation, and the strange ones."""
+"""A survey of a store: its files by key, run and generation, and foreign files."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ GRACE_S = 3600.0
 
 @dataclass(frozen=True, kw_only=True)
 class Retention:
-    """Which runs are kept, and how long what was just written to is left alone.
+    """The rule for keeping runs, and the grace period of written files.
 
-    A run is dropped if every limit that is given drops it; without any, all runs are kept. A live
-    run is always kept, and so is one that is not yet recorded where it is tracked.
+    A run is dropped if all given limits drop it; without limits, all runs are kept. Live runs and
+    runs that are not completely tracked are always kept.
 
     Attributes:
-        keep_runs: so many of the newest runs are kept, or None.
+        keep_runs: number of newest runs to keep, or None.
         older_than_s: runs that began within so many seconds are kept, or None.
         grace_s: the grace period.
     """
@@ -38,11 +38,11 @@ class Survey:
 
     Attributes:
         store: the store.
-        retention: which runs are kept, and for how long.
+        retention: the rule for keeping runs.
         now: Unix time by the storage's clock.
         folders: first two parts of paths -> files below them.
-        temporary: path of what a storage writes or deletes under another name -> files there.
-        strange: paths of files whose names a store does not give.
+        temporary: path of an unfinished write or deletion -> its files.
+        strange: paths of foreign files.
     """
 
     def __init__(self, store: Store, retention: Retention):
@@ -63,7 +63,7 @@ class Survey:
                 self.folders[place.folder].append(file)
 
     def is_old(self, files: Iterable[StoredFile]) -> bool:
-        """Tell whether nothing was written within the grace period."""
+        """Tell whether no file was written within the grace period."""
         return self.now - newest(files) >= self.retention.grace_s
 
 

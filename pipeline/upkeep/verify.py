@@ -1,4 +1,4 @@
-"""Whether a store holds what it says: every file of every result is read and hashed again."""
+"""Verification of a store: reads and hashes every file of every result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pipeline.base.errors import Damaged, StoreError
 from pipeline.store.checksum import verified, verified_lines
 from pipeline.store.layout import OUTPUTS, attempt_folder, is_document, manifest_path, parse
-from pipeline.store.manifest import Manifest
+from pipeline.store.manifest import FileDigest, Manifest
 from pipeline.store.storage.base import FOREIGN, StoredFile
 from pipeline.store.store import Store
 
@@ -18,12 +18,12 @@ _PIECE_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Damage:
-    """One file that is not what it should be.
+    """A damaged file.
 
     Attributes:
         path: the file's, in the storage.
-        reason: what is wrong with it.
-        key: of the result that it belongs to; None for a document of the runner's.
+        reason: its damage.
+        key: of its result; None for a document of the runner.
         cell: the name of the result's cell, or "".
     """
 
@@ -34,13 +34,13 @@ class Damage:
 
 
 def find_damage(store: Store, advance: Callable[[int, int], None]) -> Iterator[Damage]:
-    """Yield the damaged files of a store; results set aside are left out.
+    """Yield the damaged files of a store, except in results set aside.
 
     Args:
         store: the store.
-        advance: told how many bytes have been read, and how many are to be.
+        advance: called with the numbers of bytes read and in total.
 
-    Cost: one read of all files but checkpoints, for which no digest is known.
+    Cost: one read of all files except checkpoints.
     """
     files = {file.path: file for file in store.storage.files("")}
     places = filter(None, map(parse, files))
@@ -49,7 +49,7 @@ def find_damage(store: Store, advance: Callable[[int, int], None]) -> Iterator[D
     documents = [file for path, file in files.items() if is_document(path)]
     for file in files.values():
         if file.leads_on:
-            reason = "is a link to a folder; put what it leads to into its place"
+            reason = "is a link to a folder; replace the link by its target"
             yield Damage(path=file.path, reason=reason)
     manifests: list[Manifest] = []
     for key in keys:
@@ -77,17 +77,23 @@ def find_damage(store: Store, advance: Callable[[int, int], None]) -> Iterator[D
 
 def _check_result(store: Store, manifest: Manifest) -> Iterator[Damage]:
     """Yield the files of a result that differ from its manifest."""
+    for path, wanted in _listed(manifest).items():
+        if reason := _compare(store, path, wanted["sha256"], wanted["bytes"]):
+            yield Damage(path=path, reason=reason, key=manifest.key, cell=manifest.cell)
+
+
+def _listed(manifest: Manifest) -> dict[str, FileDigest]:
+    """Return path -> digest and size of the files in a manifest."""
     root = f"{attempt_folder(manifest.key, manifest.attempt)}/{OUTPUTS}"
-    for output, files in manifest.outputs.items():
-        for name, wanted in files.items():
-            path = f"{root}/{output}/{name}"
-            reason = _compare(store, path, wanted["sha256"], wanted["bytes"])
-            if reason:
-                yield Damage(path=path, reason=reason, key=manifest.key, cell=manifest.cell)
+    return {
+        f"{root}/{output}/{name}": digest
+        for output, files in manifest.outputs.items()
+        for name, digest in files.items()
+    }
 
 
 def _outputs(paths: Iterable[str]) -> Mapping[str, Sequence[str]]:
-    """Return folder of an attempt's outputs -> paths of the files in it."""
+    """Return folder of an attempt's outputs -> paths of its files."""
     found: dict[str, list[str]] = {}
     for path in paths:
         place = parse(path)
@@ -100,19 +106,16 @@ def _find_unlisted(
     store: Store, manifest: Manifest, outputs: Mapping[str, Sequence[str]]
 ) -> Iterator[Damage]:
     """Yield the files among a result's outputs that its manifest does not list."""
-    root = f"{attempt_folder(manifest.key, manifest.attempt)}/{OUTPUTS}"
-    listed = {
-        f"{root}/{output}/{name}" for output, files in manifest.outputs.items() for name in files
-    }
+    root, listed = f"{attempt_folder(manifest.key, manifest.attempt)}/{OUTPUTS}", _listed(manifest)
     for path in outputs.get(root, ()):
         strange = path not in listed and path.rpartition("/")[2] not in FOREIGN
-        if strange and store.storage.files(path):  # it was there before the manifest, and is still
+        if strange and store.storage.files(path):  # not deleted meanwhile
             reason = "is not in its manifest"
             yield Damage(path=path, reason=reason, key=manifest.key, cell=manifest.cell)
 
 
 def _compare(store: Store, path: str, sha256: str, size: int) -> str | None:
-    """Return how a file differs from what is known of it; None if it does not."""
+    """Return how a file differs from its digest and size, or None."""
     digest, found = hashlib.sha256(), 0
     try:
         with store.storage.open(path) as file:
@@ -129,7 +132,7 @@ def _compare(store: Store, path: str, sha256: str, size: int) -> str | None:
 
 
 def _unchanged(store: Store, manifest: Manifest) -> bool:
-    """Tell whether a result is still there: it may have been set aside or collected meanwhile."""
+    """Tell whether a result still exists, and was not set aside or collected meanwhile."""
     try:
         return store.manifest(manifest.key) == manifest
     except Damaged:
@@ -137,7 +140,7 @@ def _unchanged(store: Store, manifest: Manifest) -> bool:
 
 
 def _check_document(store: Store, file: StoredFile) -> Damage | None:
-    """Return a document's damage, unless it is whole or was deleted meanwhile."""
+    """Return a document's damage; None if it is whole or was deleted meanwhile."""
     try:
         data = store.storage.read(file.path)
         verified_lines(data) if file.path.endswith(".jsonl") else verified(data)

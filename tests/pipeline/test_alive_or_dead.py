@@ -149,7 +149,7 @@ def test_runs_that_are_not_recorded_yet_are_kept_and_named(run_id: str, state: s
     assert recorded["destination"]
     path.write_bytes(with_checksum({**recorded, "tracked": False}))
     output = fls("gc", "--keep-runs", "0")[1]
-    assert f"run {run_id} is kept: {recorded['destination']} has not all of it" in output
+    assert f"run {run_id} is kept: {recorded['destination']} lacks part of it" in output
     assert f"runs/{run_id}" not in output
     path.write_bytes(with_checksum(recorded))
     assert f"runs/{run_id}" in fls("gc", "--keep-runs", "0")[1]

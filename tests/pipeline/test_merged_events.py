@@ -11,6 +11,7 @@ from s3_server import BUCKET
 from toy_runs import last_run, run_here, write_spec
 
 from pipeline.store import attempt as attempts
+from pipeline.store import layout
 from pipeline.store.checksum import lines_with_checksum
 from pipeline.store.events import EVENTS_AT_ONCE, EventTail
 from pipeline.store.store import Store
@@ -141,7 +142,7 @@ def test_a_damaged_merged_segment_is_told_once_and_what_follows_is_read(
     monkeypatch.setattr(attempts, "EVENTS_AT_ONCE", 3)
     list(say(store, [1, 1, 1, 2]))
     assert files() == ["000001.jsonl", "000004.jsonl"]
-    path = Path(".fls", attempts.event_segment(KEY, 1, 1))
+    path = Path(".fls", layout.event_segment(KEY, 1, 1))
     path.write_bytes(path.read_bytes()[:-3])
     for after in (0, 1, 2):
         events, last = store.read_events(KEY, 1, after)
@@ -168,7 +169,7 @@ def test_a_damaged_merged_segment_is_told_once_and_what_follows_is_read(
 def test_a_forged_merged_segment_counts_as_damaged(store: Store, head: dict[str, Any]) -> None:
     list(say(store, [1, 1, 1]))
     events = [{"type": "text", "time": 1.0, "text": "x"}] * 3
-    store.storage.write(attempts.event_segment(KEY, 1, 1), lines_with_checksum([head, *events]))
+    store.storage.write(layout.event_segment(KEY, 1, 1), lines_with_checksum([head, *events]))
     (start, text), last = store.read_events(KEY, 1)
     assert (start["type"], last) == ("start", 1)
     assert "is damaged (its first line does not fit the others)" in text["text"]
@@ -188,7 +189,7 @@ def test_what_has_ended_is_not_asked_for_more(
 
         monkeypatch.setattr(type(store.storage), name, noted)
     assert read(store) == ([0, 1, 2], 3)
-    assert asked == [attempts.event_segment(KEY, 1, 1)]
+    assert asked == [layout.event_segment(KEY, 1, 1)]
 
 
 def test_a_kill_at_a_checkpoint_loses_nothing_that_was_said_before_it(store: Store) -> None:

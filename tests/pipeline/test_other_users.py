@@ -253,7 +253,7 @@ def test_a_store_that_keeps_its_group_out_is_refused_at_the_start(shared: Path) 
     shared_store(folder, mode=0o2775, mask=0o022)
     found = as_other(Store(str(folder)).prepare, groups=(GROUP,), mask=0o002)
     assert f"{folder}/runs: user {OTHER} may not write in it" in found
-    assert f"it is user 0's and group {GROUP}'s" in found
+    assert f"it belongs to user 0 and group {GROUP}" in found
     assert "umask 002" in found
     for command in (
         ["chgrp", "-R", "GROUP", str(folder)],

@@ -66,7 +66,7 @@ def test_files_that_have_served_go_and_their_cells_stay_complete(toy: Path) -> N
     write_spec(STAGES)
     run_here()
     output = collect()
-    assert output.count("all that was to be made of it is there (keep: results)") == 4
+    assert output.count("all downstream cells are complete (keep: results)") == 4
     # What is tracked is a result, whatever the spec says; what nobody marked is kept.
     assert with_files() == last_run().cells.keys() - set(COLLECTED)
     for cell in COLLECTED:

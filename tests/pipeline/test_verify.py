@@ -99,7 +99,7 @@ def test_a_result_that_became_a_link_is_damage(toy: Path) -> None:
     folder.symlink_to(aside)
     code, output, _ = fls("verify")
     assert code == 1
-    assert f"stages/{folder.name}: is a link to a folder; put what it leads to into" in output
+    assert f"stages/{folder.name}: is a link to a folder; replace the link by" in output
     code, output, _ = fls("gc", "--storage", ".fls", "--grace", "1s", "--apply")
     assert (code, aside.is_dir()) == (0, True)
     assert f"passed over: stages/{folder.name}: no name that a store gives" in output
@@ -156,12 +156,12 @@ def test_what_cannot_be_computed_again_is_told(toy: Path) -> None:
     for name in ("start[seed=0]", "add[amount=1,seed=0]"):
         shutil.rmtree(f".fls/stages/{key_of(name)}")
     for cell, message in (
-        ("add", "stands for 4 cells"),
+        ("add", "names 4 cells"),
         ("ad", "did you mean 'add'?"),
         ("add[amount=1,seed=0]", "is not in the store, so there is nothing to compare"),
         (
             "add[amount=2,seed=0]",
-            "needs start[seed=0], which is not there; `fls run pipeline.yaml --until",
+            "needs start[seed=0], which is missing; `fls run pipeline.yaml --until",
         ),
     ):
         code, _, errors = fls("verify", "--rerun", cell)
