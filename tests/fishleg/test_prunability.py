@@ -202,7 +202,7 @@ def test_a_bias_of_the_outputs_is_no_column_of_a_transposed_weight():
     assert [group.name for group in partition.groups] == ["0", "0.bias"]
     assert partition["0"].shape == (4, 18)
     assert partition["0"].transposed
-    assert partition["0"].heads == 2
+    assert partition["0"].conv_groups == 2
 
 
 def test_a_bilinear_weight_has_its_bias():
