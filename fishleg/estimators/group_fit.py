@@ -15,7 +15,7 @@ from fishleg.memory import Footprint
 from fishleg.moments import as_factors, kronecker_products, squares
 from fishleg.options import CLOSED_FORM, FishLegOptions, Structure
 from fishleg.parameters import ParameterGroup
-from fishleg.solvers.adam import AdamOptions, AdamSolver
+from fishleg.solvers.adam import AdamSolver
 from fishleg.solvers.alternating import AlternatingSolver
 from fishleg.solvers.base import AbstractSolver, SolverState, total
 from fishleg.solvers.closed import ClosedFormSolver
@@ -59,30 +59,27 @@ class GroupFit:
             refines: whether it refines a fitted block under new masks.
             mask: survivors, bool (rows, columns), or None.
         """
-        structure = self.structure
-        wants_adam = self.options.solver == "adam" or self.options.objective == "probe"
-        if structure in CLOSED_FORM and not (wants_adam and structure == self.options.structure):
+        structure, options = self.structure, self.options
+        wants_adam = options.solver == "adam" or options.objective == "probe"
+        if structure in CLOSED_FORM and not (wants_adam and structure == options.structure):
             return ClosedFormSolver(self.damping, mask)
         if structure == "eigen":
-            return ClosedFormSolver(self.damping, mask, shrinkage=self.options.shrinkage)
+            return ClosedFormSolver(self.damping, mask, shrinkage=options.shrinkage)
         if structure == "kronecker" and not wants_adam:
             return AlternatingSolver(
                 self.damping,
-                self.options.refine_sweeps if refines else self.options.sweeps,
+                options.refine_sweeps if refines else options.sweeps,
                 mask,
-                mask_fit=self.options.mask_fit,
-                iterations=self.options.cg_iterations,
+                mask_fit=options.mask_fit,
+                iterations=options.cg_iterations,
             )
-        adam = AdamOptions(
-            steps=self.options.refine_steps if refines else self.options.steps,
-            preconditioned=self.options.preconditioned_steps,
-            learning_rate=self.options.learning_rate,
-            objective=self.options.objective,
-            probes=self.options.probes,
-            seed=self.options.seed,
-        )
         return AdamSolver(
-            self.damping, adam, gradients, mask, restrict=self.options.mask_fit == "exact"
+            self.damping,
+            options,
+            gradients,
+            options.refine_steps if refines else options.steps,
+            mask,
+            restrict=options.mask_fit == "exact",
         )
 
     def warm_start(

@@ -25,14 +25,7 @@ def linear(initial: float, final: float, steps: int) -> list[float]:
 
         s_t = final + (initial - final) (1 - t / n)
 
-    Args:
-        initial: sparsity before the first step, in [0, final].
-        final: sparsity after the last, in [initial, 1).
-        steps: n >= 1.
-
-    Returns:
-        n sparsities that never fall; the last is exactly `final`. An argument out of range is a
-        ValueError.
+    Arguments and result are those of `cubic`.
     """
     return _schedule(initial, final, steps, power=1)
 
@@ -42,14 +35,7 @@ def geometric(initial: float, final: float, steps: int) -> list[float]:
 
         1 - s_t = (1 - initial) ((1 - final) / (1 - initial))^(t / n)
 
-    Args:
-        initial: sparsity before the first step, in [0, final].
-        final: sparsity after the last, in [initial, 1).
-        steps: n >= 1.
-
-    Returns:
-        n sparsities that never fall; the last is exactly `final`. An argument out of range is a
-        ValueError.
+    Arguments and result are those of `cubic`.
     """
     _check(initial, final, steps)
     ratio = (1.0 - final) / (1.0 - initial)

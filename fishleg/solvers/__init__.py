@@ -1,13 +1,12 @@
 """Solvers of the FishLeg objective, each for the block of one group."""
 
-from fishleg.solvers.adam import AdamOptions, AdamSolver
+from fishleg.solvers.adam import AdamSolver
 from fishleg.solvers.alternating import AlternatingSolver
 from fishleg.solvers.base import AbstractSolver, SolverState
 from fishleg.solvers.closed import ClosedFormSolver
 
 __all__ = [
     "AbstractSolver",
-    "AdamOptions",
     "AdamSolver",
     "AlternatingSolver",
     "ClosedFormSolver",

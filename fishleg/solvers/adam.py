@@ -28,7 +28,7 @@ from fishleg.objective import (
     masked_product,
     probe_objective,
 )
-from fishleg.options import FishLegOptions, Objective
+from fishleg.options import FishLegOptions
 from fishleg.rng import SampleGenerator
 from fishleg.solvers.base import AbstractSolver, SolverState
 
@@ -37,27 +37,6 @@ Tensors = dict[str, Tensor]
 _POSITIVE = frozenset({"scale", "bias", "values"})  # tensors of positive numbers, not factors
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.99, 1e-30
 _STEPS_A_YIELD = 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdamOptions:
-    """Options of the descent.
-
-    Attributes:
-        steps: in all, preconditioned ones included; >= 1.
-        preconditioned: number of preconditioned steps, which come first; 0 <= . < steps.
-        learning_rate: relative size of a step; falls to 0 along a cosine over the plain steps.
-        objective: the form of J that plain steps follow.
-        probes: probes a step, where there are probes.
-        seed: of the probes, which are keyed by (seed, probe, step).
-    """
-
-    steps: int = FishLegOptions.steps
-    preconditioned: int = FishLegOptions.preconditioned_steps
-    learning_rate: float = FishLegOptions.learning_rate
-    objective: Objective = FishLegOptions.objective
-    probes: int = FishLegOptions.probes
-    seed: int = FishLegOptions.seed
 
 
 class AdamSolver(AbstractSolver):
@@ -73,8 +52,10 @@ class AdamSolver(AbstractSolver):
 
     Args:
         damping: gamma > 0.
-        options: see there.
+        options: of the objective and the steps, whose learning rate falls to 0 along a cosine over
+            the plain steps.
         gradients: number of gradients in all pieces.
+        steps: in all, preconditioned ones included.
         mask: survivors, bool (rows, columns), at least one; None keeps all.
         restrict: whether Q means M o Q o M, so that J_M is minimised; otherwise only the
             gradients are masked, which acts as a stronger damping.
@@ -83,15 +64,16 @@ class AdamSolver(AbstractSolver):
     def __init__(
         self,
         damping: float,
-        options: AdamOptions,
+        options: FishLegOptions,
         gradients: int,
+        steps: int,
         mask: Tensor | None = None,
         *,
         restrict: bool = False,
     ):
         super().__init__(damping, mask)
         self.options = options
-        self.units = options.steps
+        self.units = steps
         self._gradients = gradients
         self._support = mask if restrict else None
 
@@ -99,8 +81,8 @@ class AdamSolver(AbstractSolver):
         """Yield the state every few steps and after each phase."""
         now = _Descent.load(state) if state.extra else self._begin(pieces, state.block)
         for begin, end in (
-            (0, self.options.preconditioned),
-            (self.options.preconditioned, self.options.steps),
+            (0, self.options.preconditioned_steps),
+            (self.options.preconditioned_steps, self.units),
         ):
             if now.step >= end:
                 continue
@@ -137,8 +119,8 @@ class AdamSolver(AbstractSolver):
         loss = self._loss(assemble(now.start, free), weight * gradients, now.step)
         slopes = torch.autograd.grad(loss, list(free.values()))
         rate = self.options.learning_rate
-        if now.step >= self.options.preconditioned:
-            rate *= 0.5 + 0.5 * cos(pi * age / (self.options.steps - self.options.preconditioned))
+        if now.step >= self.options.preconditioned_steps:
+            rate *= 0.5 + 0.5 * cos(pi * age / (self.units - self.options.preconditioned_steps))
         moved, first, second = {}, {}, {}
         for (name, x), slope in zip(now.free.items(), slopes, strict=True):
             first[name], second[name], change = adam_change(
@@ -150,7 +132,7 @@ class AdamSolver(AbstractSolver):
     def _loss(self, block: AbstractBlock, gradients: Tensor, step: int) -> Tensor:
         """Return the scalar whose gradient the step follows."""
         options = self.options
-        plain = step >= options.preconditioned
+        plain = step >= options.preconditioned_steps
         if plain and options.objective == "expected":
             return expected_objective(block, gradients, self.damping, self._support)
         numbers = torch.arange(options.probes, device=gradients.device)

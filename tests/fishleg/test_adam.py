@@ -9,7 +9,8 @@ from torch import Tensor
 from fishleg.blocks import DenseBlock, DiagonalBlock, KroneckerBlock, TensorBlock
 from fishleg.blocks.base import AbstractBlock
 from fishleg.objective import expected_objective, gradient_product, probe_objective
-from fishleg.solvers.adam import AdamOptions, AdamSolver, assemble, preconditioned_loss
+from fishleg.options import FishLegOptions
+from fishleg.solvers.adam import AdamSolver, assemble, preconditioned_loss
 from fishleg.solvers.alternating import AlternatingSolver
 from fishleg.solvers.base import SolverState
 from tests import reference
@@ -61,12 +62,16 @@ def run(
     *,
     restrict: bool = False,
     batch: int = COUNT,
+    steps: int = FishLegOptions.steps,
     **options,
 ) -> list[SolverState]:
     solver = AdamSolver(
         DAMPING,
-        AdamOptions(**{"learning_rate": 0.05, **options}),
+        FishLegOptions(
+            structure="kronecker", refine_steps=steps, **{"learning_rate": 0.05, **options}
+        ),
         len(gradients),
+        steps,
         mask,
         restrict=restrict,
     )
@@ -90,7 +95,7 @@ def test_plain_last_steps_reach_the_alternating_objective(preconditioned, object
         gradients,
         make_start("kronecker"),
         steps=300,
-        preconditioned=preconditioned,
+        preconditioned_steps=preconditioned,
         objective=objective,
         probes=64,
     )[-1]
@@ -252,7 +257,7 @@ def test_j_decides(preconditioned):
         gradients,
         make_start("kronecker"),
         steps=10,
-        preconditioned=preconditioned,
+        preconditioned_steps=preconditioned,
         learning_rate=1e3,
     )[-1]
     assert last.numbers["rejected"] == 1 + (preconditioned > 0)
@@ -272,7 +277,7 @@ def test_j_decides(preconditioned):
 def test_resumes_to_the_same_bits(preconditioned):
     gradients = make_gradients(torch.float32)
     start = make_start("kronecker_scaled", torch.float32)
-    options = {"steps": 37, "preconditioned": preconditioned, "batch": 17}
+    options = {"steps": 37, "preconditioned_steps": preconditioned, "batch": 17}
     states = run(gradients, start, **options)
     assert len(states) >= 4
     for state in states[:-1]:

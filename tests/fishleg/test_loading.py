@@ -129,7 +129,9 @@ def test_a_stream_that_ends_early_is_refused():
     rows = [X[:4], X[4:8], X[8:]]
     streamed = StreamedCalibration(rows)
     rows.pop()
-    with pytest.raises(FishLegError, match="expected 11 as in the first pass, but .* ended before"):
+    with pytest.raises(
+        FishLegError, match="expected 11 as in the first pass, but .* ended earlier"
+    ):
         batches(streamed)
 
 
