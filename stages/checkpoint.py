@@ -24,7 +24,7 @@ _DOCUMENT = "checkpoint.json"
 _TENSORS = "checkpoint.safetensors"
 
 State = Mapping[str, Any]
-"""A `state_dict`: `{"tensors": {name: Tensor}}`, and `"meta"`, JSON, where there is any."""
+"""A state dict: under "tensors", name -> tensor; under "meta", JSON, where there is any."""
 
 
 @dataclass(frozen=True, kw_only=True)
