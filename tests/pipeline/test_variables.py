@@ -43,7 +43,7 @@ def test_every_variable_that_is_read_is_declared() -> None:
         for name in read_in(path)
     }
     elsewhere = {
-        ("pipeline/executors/local.py", "CUDA_DEVICES.name"),  # where an empty one means no GPU
+        ("pipeline/executors/machine.py", "CUDA_DEVICES.name"),  # where an empty one means no GPU
         ("pipeline/executors/ray_jobs.py", "name"),  # what it hides from Ray, and puts back
         ("pipeline/executors/ray.py", "PYTHONPATH"),  # which is Python's, and put back
         ("pipeline/base/search_path.py", "PYTHONPATH"),  # the same
