@@ -184,7 +184,7 @@ def make_plan(spec: Spec, store: Store, selection: Selection | None = None) -> P
     forced = _addressed(selection.force, spec.cells)
     if not forced <= selected:
         stray = [cell.name for cell in spec.cells if cell.name in forced - selected]
-        raise BadInput(f"--force names what {selection} leaves out: {shorten(stray)}")
+        raise BadInput(f"--force names cells that {selection} leaves out: {shorten(stray)}")
     store.exists()  # refuses another version's layout
     stored = store.generations()
     raised: dict[str, int] = {}

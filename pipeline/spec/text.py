@@ -58,7 +58,7 @@ def refuse_secrets(text: str, file: str, overrides: Sequence[str]) -> None:
         position = Position(where, line, column) if where == file else Position(where)
         message = (
             f"expected no secrets, because this is recorded; got {what}. Leave it to the "
-            "environment of what needs it, such as MLFLOW_TRACKING_URI or AWS_PROFILE"
+            "environment of the code that needs it, such as MLFLOW_TRACKING_URI or AWS_PROFILE"
         )
         problems.append(Problem(position, message))
     if problems:

@@ -199,7 +199,11 @@ class Attempt:
 
     def _beaten(self) -> bool:
         """Tell whether another attempt has published."""
-        return bool(self._storage.files(layout.manifest_path(self.key)))
+        try:
+            self._storage.read(layout.manifest_path(self.key))
+        except FileNotFoundError:
+            return False
+        return True
 
     def _outputs(self, declared: Sequence[str]) -> dict[str, dict[str, FileDigest]]:
         root = self.folder / layout.OUTPUTS
@@ -214,7 +218,7 @@ class Attempt:
         return found
 
     def _clear_up(self) -> None:
-        """Delete all of this attempt and the earlier ones but outputs in use and records."""
+        """Delete this attempt's checkpoints, and checkpoints and outputs of earlier attempts."""
         self._storage.remove(f"{self._path}/{layout.CHECKPOINTS}")
         for number in _earlier(self._storage, self.key, self.number):
             for part in (layout.CHECKPOINTS, layout.OUTPUTS):
@@ -275,11 +279,7 @@ def attempt_numbers(storage: AbstractStorage, folder: str) -> list[int]:
 
 
 def _earlier(storage: AbstractStorage, key: str, before: int) -> list[int]:
-    return [
-        number
-        for number in attempt_numbers(storage, layout.attempts_folder(key))
-        if number < before
-    ]
+    return [n for n in attempt_numbers(storage, layout.attempts_folder(key)) if n < before]
 
 
 def whole_checkpoints(storage: AbstractStorage, key: str, number: int) -> list[str]:

@@ -244,7 +244,7 @@ def test_from_and_until_together_are_what_lies_between(storage: str) -> None:
 
 
 def test_force_outside_the_selection_is_refused(storage: str) -> None:
-    with pytest.raises(BadInput, match=r"--force names what --only add leaves out: total"):
+    with pytest.raises(BadInput, match=r"--force names cells that --only add leaves out: total"):
         plan(only="add", force="total")
 
 

@@ -221,8 +221,8 @@ class LocalStorage(AbstractStorage):
 
     def _how_to_share(self) -> str:
         return (
-            "Users who share a store need a common group and umask 002. Its owner gives access to "
-            f"the group: `chgrp -R GROUP {self.root}`, "
+            "Users who share a store need a common group and umask 002. The owner gives the "
+            f"group access: `chgrp -R GROUP {self.root}`, "
             f"`chmod -R g+rwX {self.root}` and `find {self.root} -type d -exec chmod g+s {{}} +`. "
             "Or use another `storage:`."
         )
