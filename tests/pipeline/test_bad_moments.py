@@ -12,7 +12,7 @@ import pytest
 from toy_runs import fls, numbers, ran, run_here, write_spec
 
 from pipeline.base.errors import StorageUnavailable
-from pipeline.store import attempt, storage
+from pipeline.store import manifest, storage
 from pipeline.store.storage.local import LocalStorage
 from pipeline.store.store import Store
 
@@ -94,14 +94,14 @@ def test_what_will_not_pass_is_told_at_once(
 
 def failing_reads(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
     """Let reading the files of results fail with EIO."""
-    real, count = attempt.hashlib.file_digest, itertools.count()
+    real, count = manifest.hashlib.file_digest, itertools.count()
 
     def digest(file: Any, name: str) -> Any:
         if "/outputs/" in file.name and next(count) < times:
             raise OSError(errno.EIO, "Input/output error")
         return real(file, name)
 
-    monkeypatch.setattr(attempt.hashlib, "file_digest", digest)
+    monkeypatch.setattr(manifest.hashlib, "file_digest", digest)
 
 
 @pytest.mark.parametrize("times", [1, 3, 10**9])
