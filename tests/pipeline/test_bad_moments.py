@@ -12,7 +12,8 @@ import pytest
 from toy_runs import fls, numbers, ran, run_here, write_spec
 
 from pipeline.base.errors import StorageUnavailable
-from pipeline.store import manifest, storage
+from pipeline.store import manifest
+from pipeline.store.storage import base as storage
 from pipeline.store.storage.local import LocalStorage
 from pipeline.store.store import Store
 
