@@ -253,7 +253,7 @@ def test_acceptances_in_a_circle_are_told_with_their_files(toy: Path, length: in
         exit_code, _, errors = fls(*command)
         assert (exit_code, "form a circle" in errors) == (1, True), errors
         assert acceptance._identify(stage, code) in errors
-        assert "Delete the one of these files that is wrong." in errors
+        assert "Delete the wrong one of these files." in errors
     if length > 1:
         path.unlink()
         assert fls("plan")[0] == 0
