@@ -183,7 +183,7 @@ def test_a_users_mistakes_are_all_shown_without_a_traceback(toy: Path) -> None:
         (["run", "--max-parallel", "0"], "max-parallel"),
         (["status", "x"], ".fls is no store"),
         (["export", "pipeline.yaml", "add", "out"], "means 4 cells"),
-        (["export", "pipeline.yaml", "total", "out"], "nothing to export, only: results"),
+        (["export", "pipeline.yaml", "total", "out"], "no output to export, only: results"),
         (["export", "pipeline.yaml", "start[seed=0]", "out"], "is not in the store"),
         (["nonsense"], "nonsense"),
     ],
