@@ -31,9 +31,9 @@ def main() -> None:
             clone(folder / "clone")
         walk_through(Shell(folder / "clone"), found)
         wheel.use(Shell(folder), folder / "clone", found)
-    print(f"{time.monotonic() - began:7.1f} s  all. Run otherwise than the README has it:")
-    for beginning, reason in EXCEPTIONS.items():
-        print(f"           {beginning}: {reason}")
+        print(f"{time.monotonic() - began:7.1f} s  all. Run otherwise than the README has it:")
+        for beginning, reason in EXCEPTIONS.items():
+            print(f"           {beginning}: {reason}")
 
 
 def clone(folder: Path) -> None:
