@@ -14,6 +14,8 @@ from fishleg.options import (
     LayerOptions,
     MfacOptions,
     ObsOptions,
+    Structure,
+    WarmStart,
     mistakes_in,
 )
 from stages.catalogue.declared import OptionParams, refuse
@@ -27,6 +29,17 @@ class FishLegParams(OptionParams, FishLegOptions):
 
     memory_bytes: Annotated[int, Field(ge=1 << 20), Role.NEUTRAL] = FishLegOptions.memory_bytes
     seed: ClassVar[int] = FishLegOptions.seed
+
+
+class RefinedFishLegParams(FishLegParams):
+    """Options of the method fishleg where new masks refine the estimate."""
+
+    structure: Structure = Field(
+        default="kronecker", description=FishLegParams.model_fields["structure"].description
+    )
+    warm_start: WarmStart = Field(
+        default="moments", description=FishLegParams.model_fields["warm_start"].description
+    )
 
 
 class ObsParams(OptionParams, ObsOptions):
@@ -68,16 +81,19 @@ class EstimatorParams(OptionParams, CalibrationOptions, EstimatorOptions):
 
     @model_validator(mode="after")
     def _forget_other_methods(self) -> EstimatorParams:
-        """Reset the options of other methods: what is not used must not enter the key."""
-        own = {
-            "fishleg": FishLegParams(),
+        """Reset the options of other methods: what is not used must not enter the key.
+
+        Those of fishleg become constants, so that its defaults are in no other method's key.
+        """
+        constants = {
+            "fishleg": RefinedFishLegParams(),
             "obs": ObsParams(),
             "mfac": MfacParams(),
             "layer": LayerParams(),
         }
-        for name, default in own.items():
+        for name, constant in constants.items():
             if self.method != name:
-                object.__setattr__(self, name, default)
+                object.__setattr__(self, name, constant)
         return self
 
     @model_validator(mode="after")

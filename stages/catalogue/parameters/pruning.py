@@ -15,7 +15,7 @@ from fishleg.options import (
 )
 from stages.catalogue.declared import OptionParams
 from stages.catalogue.parameters.axes import MethodAxes, Seed
-from stages.catalogue.parameters.curvature import EstimatorParams
+from stages.catalogue.parameters.curvature import EstimatorParams, RefinedFishLegParams
 from stages.catalogue.parameters.training import TrainingParams
 from stages.lineage import Role
 
@@ -94,6 +94,9 @@ class StepwiseParams(PruningParams, EstimatorParams):
 class GradualParams(StepwiseParams, TrainingParams):
     """Of `prune_gradual`."""
 
+    fishleg: RefinedFishLegParams = Field(
+        default=RefinedFishLegParams(), description="options of the method fishleg"
+    )
     epochs: int = Field(default=1, ge=0, description="of training after each step")
     batch_size: int = Field(default=128, ge=1, description="samples in an optimiser step")
     seed: Seed = Field(default=0, ge=0, description="of samples, labels, batches and crops")
