@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks._digits import NETWORK, Digits, load_digits
 from benchmarks._seeds import CLEAR, Numbers, Panel, draw, order, show
-from stages.catalogue import FishLegParams, GradualParams
+from stages.catalogue import GradualParams, RefinedFishLegParams
 from stages.model_folder import Model
 from stages.stepwise import StepwisePruning
 from stages.training import Training
@@ -79,8 +79,11 @@ def _prune(
     recipe = GradualParams(
         method="fishleg",
         # a refinement's sweeps are as many as a fit's: equal budgets
-        fishleg=FishLegParams(
-            structure="kronecker", sweeps=params["sweeps"], refine_sweeps=params["sweeps"]
+        fishleg=RefinedFishLegParams(
+            structure="kronecker",
+            warm_start="moments",
+            sweeps=params["sweeps"],
+            refine_sweeps=params["sweeps"],
         ),
         damping=damping,
         samples=params["samples"],

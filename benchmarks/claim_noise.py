@@ -45,7 +45,7 @@ _Build = Callable[[Partition, float], AbstractEstimator]
 
 def _fishleg(structure: Structure, **options: Any) -> _Build:
     return lambda partition, damping: FishLeg(
-        partition, damping=damping, structure=structure, **options
+        partition, damping=damping, structure=structure, **{"warm_start": "moments", **options}
     )
 
 

@@ -63,7 +63,12 @@ def run_cell(params: dict[str, Any], folder: Path) -> dict[str, Any]:
     memory = 0
     for damping in params["dampings"]:
         for seed in params["seeds"]:
-            estimator = FishLeg(digits.partition, damping=damping, structure=params["structure"])
+            estimator = FishLeg(
+                digits.partition,
+                damping=damping,
+                structure=params["structure"],
+                warm_start="moments",
+            )
             source = digits.gradients(
                 digits.model, samples=params["samples"], labels="matched", seed=seed
             )

@@ -35,10 +35,6 @@ from fishleg.parameters import Partition, partition_parameters
 from fishleg.progress import ProgressLine
 from fishleg.pruning import PruneReport, Score, prune_once
 
-BEST_OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "fishleg": {"structure": "eigen", "warm_start": "kfac"},
-}
-"""Method -> options that measured best, where they are others than the class's own."""
 _LABELS: Labels = "matched"
 _TRIED = 8  # samples whose outputs determine the likelihood
 
@@ -264,7 +260,7 @@ def fit(
         keep: names, or `fnmatch` patterns, of weights that stay dense.
         also_prune: likewise, weights of other layers to prune; see `partition_parameters`.
         seed: of the samples and of their labels.
-        options: of the method's class, such as {"shrinkage": 0.3}; in place of `BEST_OPTIONS`.
+        options: of the method's class, such as {"shrinkage": 0.3}.
         batch_size: gradients computed at once.
         calling: how the model is called, and which of its outputs counts.
         progress: whether to show a progress line; None: where standard error is a terminal.
@@ -332,15 +328,14 @@ def _build(
     damping: float,
     options: Mapping[str, Any],
 ) -> AbstractEstimator:
-    """Return an estimator with these options, and the best ones beside them.
+    """Return an estimator with these options.
 
     Raises:
         FishLegError: the class has no such option.
     """
     check_type("options", options, Mapping, "a dict of options")
     try:
-        chosen = {**BEST_OPTIONS.get(kind.name, {}), **options}
-        return kind(partition, damping=damping, **chosen)
+        return kind(partition, damping=damping, **options)
     except FishLegError:
         raise
     except TypeError as error:

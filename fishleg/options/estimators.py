@@ -70,10 +70,10 @@ class FishLegOptions(Options):
         InvalidOption: a value has another type, is out of range, or does not fit the others.
     """
 
-    structure: Structure = "kronecker"
+    structure: Structure = "eigen"
     solver: SolverName = "auto"
     objective: Objective = "expected"
-    warm_start: WarmStart = "moments"
+    warm_start: WarmStart = "kfac"
     shrinkage: Annotated[float, Range(ge=0, le=1)] = 0.5
     sweeps: Annotated[int, Range(ge=1)] = 5
     refine_sweeps: Annotated[int, Range(ge=1)] = 2
@@ -110,7 +110,8 @@ class FishLegOptions(Options):
             raise InvalidOption(
                 "structure",
                 "'eigen' takes its basis from the warm start 'kfac' or 'moments', has a closed "
-                f"form, and masks gradients; expected none of {sorted(unfit)}",
+                f"form, and masks gradients; expected none of {sorted(unfit)}, or another "
+                "structure, such as 'kronecker'",
             )
         has_alternating = {"kronecker", "eigen", *CLOSED_FORM}
         if self.solver == "alternating" and self.structure not in has_alternating:

@@ -15,6 +15,7 @@ from stages.catalogue.parameters.curvature import (
     LayerParams,
     MfacParams,
     ObsParams,
+    RefinedFishLegParams,
 )
 from stages.catalogue.parameters.data import (
     DataParams,
@@ -67,6 +68,7 @@ __all__ = [
     "PretrainParams",
     "FinetuneParams",
     "FishLegParams",
+    "RefinedFishLegParams",
     "ObsParams",
     "MfacParams",
     "LayerParams",

@@ -25,7 +25,7 @@ SMALL = {
     "steps": "2",
     "epochs_per_step": "1",
     "refinement": "{samples: 16, steps: 2, batch_size: 8}",
-    "fishleg": "{structure: tensor_scaled, steps: 2, refine_steps: 1}",
+    "fishleg": "{structure: tensor_scaled, warm_start: moments, steps: 2, refine_steps: 1}",
 }
 SETTINGS = [f"vars.{name}={value}" for name, value in SMALL.items()]
 

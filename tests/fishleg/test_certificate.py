@@ -54,7 +54,13 @@ def dense_fishers(source: GradientSource) -> dict[str, torch.Tensor]:
 def test_numbers_are_those_of_dense_matrices(masked):
     model = make_model()
     fitted_on, held_out = make_source(model, seed=0), make_source(model, seed=1)
-    estimator = FishLeg(fitted_on.partition, damping=DAMPING, mask_fit="exact")
+    estimator = FishLeg(
+        fitted_on.partition,
+        damping=DAMPING,
+        structure="kronecker",
+        warm_start="moments",
+        mask_fit="exact",
+    )
     estimator.fit(fitted_on)
     masks = {}
     if masked:

@@ -29,7 +29,11 @@ def make_source() -> GradientSource:
 
 
 def fitted(source: GradientSource, **options) -> FishLeg:
-    estimator = FishLeg(source.partition, damping=DAMPING, structure="eigen", **options)
+    estimator = FishLeg(
+        source.partition,
+        damping=DAMPING,
+        **{"structure": "eigen", "warm_start": "moments", **options},
+    )
     estimator.fit(source)
     return estimator
 

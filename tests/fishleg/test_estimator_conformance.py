@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from fishleg.gradients.source import GradientSource
 from fishleg.parameters import Partition, partition_parameters
 from tests.fishleg.networks import Tied, mixed_source
 
+KRONECKER: dict[str, Any] = {"structure": "kronecker", "warm_start": "moments"}
 TOLERANCE = {
     torch.float64: {"rtol": 1e-10, "atol": 1e-10},
     torch.float32: {"rtol": 1e-4, "atol": 1e-4},
@@ -44,17 +46,31 @@ CASES: dict[str, Callable[[Partition], AbstractEstimator]] = {
     "mfac": lambda partition: MFAC(partition, damping=DAMPING),
     "mfac, few": lambda partition: MFAC(partition, damping=DAMPING, gradients=4),
     "layer": lambda partition: LayerHessian(partition, damping=DAMPING),
-    "fishleg": lambda partition: FishLeg(partition, damping=DAMPING),
-    "fishleg, kfac": lambda partition: FishLeg(partition, damping=DAMPING, warm_start="kfac"),
-    "fishleg, exact masks": lambda partition: FishLeg(partition, damping=DAMPING, mask_fit="exact"),
+    "fishleg": lambda partition: FishLeg(partition, damping=DAMPING, **KRONECKER),
+    "fishleg, kfac": lambda partition: FishLeg(
+        partition, damping=DAMPING, structure="kronecker", warm_start="kfac"
+    ),
+    "fishleg, exact masks": lambda partition: FishLeg(
+        partition, damping=DAMPING, mask_fit="exact", **KRONECKER
+    ),
     "fishleg, scaled": lambda partition: FishLeg(
-        partition, damping=DAMPING, structure="kronecker_scaled", solver="adam", steps=3
+        partition,
+        damping=DAMPING,
+        structure="kronecker_scaled",
+        warm_start="moments",
+        solver="adam",
+        steps=3,
     ),
     "fishleg, tensor": lambda partition: FishLeg(
-        partition, damping=DAMPING, structure="tensor", solver="adam", steps=3
+        partition, damping=DAMPING, structure="tensor", warm_start="moments", solver="adam", steps=3
     ),
     "fishleg, tensor scaled": lambda partition: FishLeg(
-        partition, damping=DAMPING, structure="tensor_scaled", solver="adam", steps=3
+        partition,
+        damping=DAMPING,
+        structure="tensor_scaled",
+        warm_start="moments",
+        solver="adam",
+        steps=3,
     ),
     "fishleg, eigen": lambda partition: FishLeg(
         partition, damping=DAMPING, structure="eigen", warm_start="kfac"

@@ -432,6 +432,13 @@ def test_an_estimate_without_curvature_is_a_warning():
 def test_a_fit_that_did_less_than_asked_is_a_warning():
     model = network()
     source = source_of(model)
-    estimator = FishLeg(source.partition, damping=1e-3, solver="adam", steps=4, learning_rate=50.0)
+    estimator = FishLeg(
+        source.partition,
+        damping=1e-3,
+        structure="kronecker",
+        solver="adam",
+        steps=4,
+        learning_rate=50.0,
+    )
     estimator.fit(source)
     assert any("phases of Adam did not lower J" in warning for warning in estimator.warnings)

@@ -8,11 +8,14 @@ import pytest
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from fishleg.options import FishLegOptions
 from pipeline.stage import Estimate, Registry, Stage
 from stages.catalogue import (
     CATALOGUE,
     CurvatureParams,
     FinetuneParams,
+    GradualParams,
+    MultistepParams,
     OneshotParams,
     PretrainParams,
     estimate_curvature,
@@ -87,3 +90,12 @@ def test_memory_and_disk_are_forecast_where_the_network_is_known() -> None:
     assert blocks.disk_bytes == 64 * 4 * 11_173_962
     few = estimate_curvature(CurvatureParams(method="mfac", samples=100), [dense])
     assert few.disk_bytes == 100 * 4 * 11_173_962
+
+
+def test_only_the_stage_that_refines_its_estimate_departs_from_the_librarys_defaults() -> None:
+    best = FishLegOptions(structure="eigen", warm_start="kfac")
+    assert best == FishLegOptions()
+    for kind in (CurvatureParams, MultistepParams):
+        assert FishLegOptions.taken_from(kind.model_fields["fishleg"].default) == best
+    refined = GradualParams(method="fishleg", sparsity=0.5, fishleg={"sweeps": 3}).fishleg
+    assert (refined.structure, refined.warm_start, refined.sweeps) == ("kronecker", "moments", 3)

@@ -27,7 +27,8 @@ from stages.lineage import settings
 from stages.model_folder import Model, load_model
 from stages.prune_gradual import prune_gradual
 
-QUICK = {"samples": 60, "batch_size": 20, "damping": 1e-3, "fishleg": {"sweeps": 2}}
+KRONECKER = {"structure": "kronecker", "warm_start": "moments", "sweeps": 2}
+QUICK = {"samples": 60, "batch_size": 20, "damping": 1e-3, "fishleg": KRONECKER}
 
 
 @pytest.fixture(scope="module")

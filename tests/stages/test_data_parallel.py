@@ -37,11 +37,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "kfac": {"method": "kfac"},
     "obs": {"method": "obs", "obs": {"block_size": 16}},
     "mfac": {"method": "mfac", "mfac": {"gradients": 16}},
-    "eigen": {"method": "fishleg", "fishleg": {"structure": "eigen"}},
+    "eigen": {"method": "fishleg", "fishleg": {"structure": "eigen", "warm_start": "moments"}},
     "kronecker": {  # in several packs, the largest streamed
         "method": "fishleg",
         "samples": 450,
-        "fishleg": {"structure": "kronecker", "sweeps": 2, "memory_bytes": 1 << 20},
+        "fishleg": {
+            "structure": "kronecker",
+            "warm_start": "moments",
+            "sweeps": 2,
+            "memory_bytes": 1 << 20,
+        },
     },
 }
 

@@ -25,7 +25,7 @@ SMALL = [
     "vars.steps=2",
     "vars.epochs_per_step=1",
     "vars.finetuning_epochs=1",
-    "vars.fishleg={structure: tensor_scaled, steps: 3, refine_steps: 2}",
+    "vars.fishleg={structure: tensor_scaled, warm_start: moments, steps: 3, refine_steps: 2}",
 ]
 
 

@@ -19,7 +19,7 @@ STEPWISE = {
     "samples": 60,
     "batch_size": 20,
     "damping": 1e-3,
-    "fishleg": {"sweeps": 1},
+    "fishleg": {"structure": "kronecker", "warm_start": "moments", "sweeps": 1},
     "stops": [0.5, 0.8],
     "sparsity": 0.9,
     "refinement": {"samples": 300, "steps": 25, "batch_size": 50, "lr": 1e-2, "cutmix": 0.2},

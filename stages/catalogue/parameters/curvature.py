@@ -14,6 +14,8 @@ from fishleg.options import (
     LayerOptions,
     MfacOptions,
     ObsOptions,
+    Structure,
+    WarmStart,
     mistakes_in,
 )
 from stages.catalogue.declared import OptionParams, refuse, reset
@@ -27,6 +29,17 @@ class FishLegParams(OptionParams, FishLegOptions):
 
     memory_bytes: Annotated[int, Field(ge=1 << 20), Role.NEUTRAL] = FishLegOptions.memory_bytes
     seed: ClassVar[int] = FishLegOptions.seed
+
+
+class RefinedFishLegParams(FishLegParams):
+    """Options of the method fishleg where new masks refine the estimate."""
+
+    structure: Structure = Field(
+        default="kronecker", description=FishLegParams.model_fields["structure"].description
+    )
+    warm_start: WarmStart = Field(
+        default="moments", description=FishLegParams.model_fields["warm_start"].description
+    )
 
 
 class ObsParams(OptionParams, ObsOptions):
@@ -68,7 +81,9 @@ class EstimatorParams(OptionParams, CalibrationOptions, EstimatorOptions):
 
     @model_validator(mode="after")
     def _forget_other_methods(self) -> EstimatorParams:
-        reset(self, *{"fishleg", "obs", "mfac", "layer"} - {self.method})
+        reset(self, *{"obs", "mfac", "layer"} - {self.method})
+        if self.method != "fishleg":  # a constant, so that new defaults change no other's key
+            object.__setattr__(self, "fishleg", RefinedFishLegParams())
         return self
 
     @model_validator(mode="after")

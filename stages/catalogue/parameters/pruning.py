@@ -15,7 +15,7 @@ from fishleg.options import (
 )
 from stages.catalogue.declared import OptionParams, reset
 from stages.catalogue.parameters.axes import MethodAxes, Seed
-from stages.catalogue.parameters.curvature import EstimatorParams
+from stages.catalogue.parameters.curvature import EstimatorParams, RefinedFishLegParams
 from stages.catalogue.parameters.training import TrainingParams
 from stages.lineage import Role
 
@@ -101,6 +101,9 @@ class StepwiseParams(PruningParams, EstimatorParams):
 class GradualParams(StepwiseParams, TrainingParams):
     """Of `prune_gradual`."""
 
+    fishleg: RefinedFishLegParams = Field(
+        default=RefinedFishLegParams(), description="options of the method fishleg"
+    )
     epochs: int = Field(default=1, ge=0, description="epochs of training after each step")
     batch_size: int = Field(default=128, ge=1, description="samples in an optimiser step")
 
