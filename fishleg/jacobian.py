@@ -57,7 +57,7 @@ class Jacobian:
             check: raises an error if the model cannot be called at all.
         """
         while True:
-            # For want of a derivative a model or torch may raise any type.
+            # Without a derivative, a model or torch may raise any type.
             try:
                 outputs, tangents, pull_back = self._ways[0](run, parameters, inputs, v)
             except Exception as error:

@@ -29,7 +29,7 @@ State = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """All that a stage needs to resume to the same bits.
+    """All that a stage needs to resume bit-identically.
 
     Attributes:
         cursor: the place that the stage has reached, as JSON.

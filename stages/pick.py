@@ -1,4 +1,4 @@
-"""Stage `pick`: passes on one step of a multi-step pruning."""
+"""Stage `pick`: selects one step of a multi-step pruning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage `select`: passes on the candidate that is best on the validation split."""
+"""Stage `select`: selects the candidate that is best on the validation split."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ class FishLeg(AbstractEstimator):
     def _deal(self, source: GradientSource, budget: int) -> list[list[list[str]]]:
         """Return the packs of each process of the source's rank group.
 
-        All groups are cut, so that a resumed fit streams the same packs, to the same bits.
+        All groups are cut, so that a resumed fit streams the same packs, bit-identical.
         """
         names = self.partition.names
         owners = source.rank_group.assign(

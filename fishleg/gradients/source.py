@@ -35,7 +35,7 @@ class GradientSource(LabelledSamples):
 
     The weights 1/(N K) of K drawn labels, p_c/N of enumerated ones, 1/N of empirical ones enter
     as square roots. Rows are ordered by sample, then by label; they are the same in every pass,
-    whatever the batch size, up to rounding. Gradients are in float32 at least, whatever the dtype
+    for any batch size, up to rounding. Gradients are in float32 at least, for any dtype
     of the weights; see `precision`. The graph and a trial at the first use choose the path of each
     parameter's gradients (see `persample`); in a batch where something else uses the parameter,
     too, its gradients take the general path. Weights may change between passes.

@@ -328,7 +328,7 @@ class FishLeg(torch.optim.Optimizer):
 
 
 def _is_due(done: int, every: int) -> bool:
-    """Tell whether Q is updated after so many steps: 0, 1, 2, 4, ... then every, 2 every, ..."""
+    """Tell whether Q is updated after this number of steps: 0, 1, 2, 4, ... then every, ..."""
     return done % every == 0 or (done < every and done & (done - 1) == 0)
 
 

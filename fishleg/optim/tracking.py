@@ -2,7 +2,7 @@
 
     B = (I + X) B_0 (I + X)^T,   C = (I + Y) C_0 (I + Y)^T,   A = exp(Z)
 
-The start (B_0, C_0) is the damped inverse of running second moments of the gradients, made again
+The start (B_0, C_0) is the damped inverse of running second moments of the gradients, computed
 at each update: it follows a Fisher that changes tenfold within a few steps, as at the beginning of
 training. lambda = (X, Y, Z) starts at zero and descends the FishLeg objective J by Adam, one step
 an update; it corrects the errors of the start (the independence of rows and columns, the split of

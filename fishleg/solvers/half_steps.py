@@ -232,7 +232,7 @@ def _stop_short(old: Tensor, change: Tensor, gap: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Images:
-    """The images of all pieces, made again in each iteration over them."""
+    """The images of all pieces, computed in each iteration over them."""
 
     side: Side
     pieces: Iterable[Tensor]

@@ -1,7 +1,7 @@
 """The attempts at cells: how they begin, what they report, and what follows when they end.
 
 A failed attempt is retried after a pause; a preempted one waits for another machine; one that finds
-a damaged input has that input made again.
+a damaged input lets its cell run again.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ class Attempts:
         self._end(name, CellState.WAITING)
 
     def _repair(self, name: str, outcome: Outcome) -> None:
-        """Set a damaged input aside, and let the cell wait until it is made again."""
+        """Set a damaged input aside, and let the cell wait until that is computed again."""
         cell, key = self.cells[name], outcome["key"]
         cell.repairs += 1
         self._store.set_aside(key)

@@ -119,7 +119,7 @@ def resume_run(
     """Resume a run that was interrupted or stopped, or that failed.
 
     The spec is the one that the run began with; the file behind `trust` only names the imported
-    code and the place of recording. With `replan`, changed cells are made again, under new keys.
+    code and the place of recording. With `replan`, changed cells run again, under new keys.
 
     Raises:
         BadInput: the run is still running; or code or data have changed, without `replan`; or the

@@ -76,7 +76,7 @@ def _read_rows(path: Path, cell: str, key: str) -> list[Row]:
     ):
         raise StoreError(
             f"{cell}: rows.json of its result {key[:12]} is no list of objects that each name a "
-            f"model_cell. `fls run --force {shlex.quote(cell)}` makes it again."
+            f"model_cell. `fls run --force {shlex.quote(cell)}` computes it again."
         )
     return rows
 

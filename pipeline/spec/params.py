@@ -112,7 +112,7 @@ def name_trouble(mark: Marked) -> str | None:
             )
         return missing_target(entry.target) if entry.target == mark.value else None
     if not os.path.isfile(mark.value):
-        return f"{name}: no file {mark.value!r} (looked for from {os.getcwd()})"
+        return f"{name}: no file {mark.value!r} (searched from {os.getcwd()})"
     return None
 
 

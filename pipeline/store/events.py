@@ -1,4 +1,4 @@
-"""Events of running stages: metrics, progress and the like, passed on through the store.
+"""Events of running stages: metrics, progress and the like, forwarded through the store.
 
 A worker appends events to its attempt in numbered segments, and the driver tails them. Printed
 output is no event, see `pipeline.store.logs`. An event is a flat JSON object with `type` and `time`

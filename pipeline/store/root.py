@@ -118,7 +118,7 @@ class StoreRoot:
                 return About(format=1, token="")
             raise StoreError(
                 f"{self.url}/{ABOUT} is damaged ({error}). It only tells storages apart: "
-                "delete it while nothing runs, and the next run makes it again."
+                "delete it while nothing runs, and the next run writes it again."
             ) from error
 
     def _probe(self) -> None:

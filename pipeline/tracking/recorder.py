@@ -222,7 +222,7 @@ class Recorder:
         for output in cell.kept if state is CellState.DONE else ():
             try:
                 folders[output] = self._store.fetch(cell.key, output)
-            except Damaged:  # a cell that needs it has it made again, and recorded again
+            except Damaged:  # a cell that needs it lets it be computed and recorded again
                 continue
         return CellEnd(
             state=state,

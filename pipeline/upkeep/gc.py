@@ -7,7 +7,7 @@ writes and uploads, workspaces of killed workers on this machine, and unused gen
 
 A run may start meanwhile. So files written within the grace period stay, and each item and the list
 of runs are checked again before a deletion. A run that planned before and records its plan after
-this check finds a result missing, and makes it again like a damaged one.
+this check finds a result missing, and computes it again like a damaged one.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ class _Finder:
         numbers = _parts(files)
         later = _parts(self.survey.folders.get((layout.STAGES, key), ()))
         if max(numbers, default=0) < max(later, default=0):
-            yield self.item([folder], files, "set aside as damaged, and made again since", key)
+            yield self.item([folder], files, "set aside as damaged, and computed again since", key)
             return
         for parts in numbers.values():
             for (path, _), found in parts.items():

@@ -164,7 +164,7 @@ def _differences(stored: Manifest, made: Manifest) -> list[str]:
         before, after = stored.outputs.get(output, {}), made.outputs.get(output, {})
         for name in sorted({*before, *after}):
             if name not in after:
-                found.append(f"{output}/{name} was not made again")
+                found.append(f"{output}/{name} was not written again")
             elif name not in before:
                 found.append(f"{output}/{name} is new")
             elif before[name] != after[name]:

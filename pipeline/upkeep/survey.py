@@ -24,7 +24,7 @@ class Retention:
 
     Attributes:
         keep_runs: number of newest runs to keep, or None.
-        older_than_s: runs that began within so many seconds are kept, or None.
+        older_than_s: runs that began within this number of seconds are kept, or None.
         grace_s: the grace period.
     """
 

@@ -77,7 +77,7 @@ CATALOGUE = Catalogue(
             params=PickParams,
             inputs={"steps": Input(kind="steps", summary="of a multi-step pruning")},
             outputs=_GIVES_MODEL,
-            summary="passes on the step of a sparsity, or the sparsest within a budget",
+            summary="selects the step of a sparsity, or the sparsest within a budget",
         ),
         Stage(
             name="prune_gradual",
@@ -108,7 +108,7 @@ CATALOGUE = Catalogue(
             params=SelectParams,
             inputs={"candidates": Input(kind="model", many=True, summary="models to choose from")},
             outputs=_GIVES_MODEL,
-            summary="passes on the candidate that is best on the validation split",
+            summary="selects the candidate that is best on the validation split",
         ),
         Stage(
             name="evaluate",

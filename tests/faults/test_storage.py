@@ -146,7 +146,7 @@ def test_damage_is_noticed(finished: Path, toy: Path, artefact: str, how: str) -
     assert (code, errors) == (1, ""), output
     assert "broken failed" in output
     if artefact == "promoted output":
-        assert "differs from its manifest. The next `fls run` makes it again." in output
+        assert "differs from its manifest. The next `fls run` computes it again." in output
         assert fls(*RUN)[0] == 1
     again = {"manifest": {"slow[seed=0]"}, "promoted output": {"report"}}
     again["output"] = {"slow[seed=0]", "total", "report"}

@@ -258,7 +258,7 @@ def test_a_result_set_aside_goes_once_it_is_made_anew(toy: Path) -> None:
     run_here()
     assert Store(".fls").attempts(key) == [2], "no number is used twice"
     age()
-    assert find() == {aside: "set aside as damaged, and made again since"}
+    assert find() == {aside: "set aside as damaged, and computed again since"}
 
 
 def test_generations_go_that_no_cell_has(toy: Path) -> None:
