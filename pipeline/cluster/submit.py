@@ -24,7 +24,7 @@ from pipeline.base.secrets import is_secret_variable, presentable, secret_values
 from pipeline.base.variables import STORAGE, TRACKING_URI
 from pipeline.cluster.forwarding import Forwarding, forwarding, refuse_secrets
 from pipeline.cluster.packing import IGNORE_FILE, Package, collect
-from pipeline.code.provenance import SOURCE_FILE, Provenance, look_at, this_machine
+from pipeline.code.provenance import SOURCE_FILE, Provenance, look_at
 from pipeline.running.runs import new_run_id
 from pipeline.spec.params import marked
 from pipeline.spec.spec import Spec
@@ -72,7 +72,7 @@ def submit(spec: Spec, asked: Submission, console: Console, *, follow: bool) -> 
     package.refuse_if_large()
     source = look_at(folder, package.files)
     if local:
-        source = dataclasses.replace(source, submitted_from=this_machine())
+        source = dataclasses.replace(source, submitted_from=socket.gethostname())
     extra = {SOURCE_FILE: source.to_json()}
     package.refuse_if_holding(secret_values(os.environ), extra)
 

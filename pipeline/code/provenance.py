@@ -9,7 +9,6 @@ import getpass
 import json
 import os
 import platform
-import socket
 import subprocess
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -175,11 +174,6 @@ def this_user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # as in a container
         return str(os.getuid())
-
-
-def this_machine() -> str:
-    """Return this machine's name."""
-    return socket.gethostname()
 
 
 def _installed() -> dict[str, str]:

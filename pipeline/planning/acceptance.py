@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pydantic import Field
 
 from pipeline.base.errors import DamagedDocument, StoreError
 from pipeline.base.shapes import Time, to_json
-from pipeline.code.provenance import this_machine, this_user
+from pipeline.code.provenance import this_user
 from pipeline.spec.cells import shorten
 from pipeline.store.checksum import with_checksum
 from pipeline.store.layout import ACCEPTED
@@ -114,7 +115,7 @@ class Acceptances:
             stage=stage,
             code=code,
             as_=as_,
-            who=f"{this_user()}@{this_machine()}",
+            who=f"{this_user()}@{socket.gethostname()}",
             why=why,
             time=time.time(),
             run=run,

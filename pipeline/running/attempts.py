@@ -16,7 +16,6 @@ from pipeline.executors import AbstractExecutor
 from pipeline.running.account import Account
 from pipeline.running.cell_run import CellRun
 from pipeline.store.events import EVENTS_AT_ONCE, Event, EventTail
-from pipeline.worker.inputs import is_published
 from pipeline.worker.task import Outcome
 
 LISTEN_S = 0.5  # for all cells together at a time: signals and deadlines wait meanwhile
@@ -198,7 +197,7 @@ class Attempts:
         cell, key = self.cells[name], outcome["key"]
         cell.repairs += 1
         self._store.set_aside(key)
-        again = self._schedule.reset(key, lambda one: is_published(self._store, one))
+        again = self._schedule.reset(key, lambda one: self._store.readable(one) is not None)
         if cell.repairs > _REPAIRS:
             self._fail(name, outcome)
             return

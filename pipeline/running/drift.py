@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.base.errors import BadInput, Damaged, nearest
+from pipeline.base.errors import BadInput, nearest
 from pipeline.base.states import RunState
 from pipeline.planning.acceptance import Acceptances
 from pipeline.planning.keys import CODE_CHANGED, explain
@@ -55,7 +55,7 @@ def plan_of(record: RunRecord, store: Store, trust: Trust) -> Plan:
 def is_complete(record: RunRecord, store: Store) -> bool:
     """Tell whether a run is done and recorded, and the store has all of its results."""
     done = record.state is RunState.DONE and record.tracked
-    return done and all(_stored(store, status.key) for status in record.cells.values())
+    return done and all(store.made(status.key) for status in record.cells.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,9 @@ def find_drift(plan: Plan, record: RunRecord, store: Store) -> Drift:
     return Drift(
         causes=causes,
         touched=[one.cell.name for one in touched],
-        done=[one.cell.name for one in touched if _stored(store, before[one.cell.name].key)],
+        done=[
+            one.cell.name for one in touched if store.made(before[one.cell.name].key) is not None
+        ],
         code=list(
             dict.fromkeys(
                 one.cell.stage
@@ -195,10 +197,3 @@ def _count(cells: Sequence[str]) -> str:
     return ", ".join(
         stage if stage in cells else f"{stage} ({count} cells)" for stage, count in stages.items()
     )
-
-
-def _stored(store: Store, key: str) -> bool:
-    try:
-        return (store.manifest(key) or store.collected(key)) is not None
-    except Damaged:
-        return False

@@ -26,7 +26,6 @@ from pipeline.running.stopping import Stop
 from pipeline.store.leases import Holder, LeaseWatch
 from pipeline.store.store import Store
 from pipeline.tracking import TrackingThread
-from pipeline.worker.inputs import is_published
 
 _WAIT_S = 0.2
 _LISTEN_EVERY_S = 1.0
@@ -244,7 +243,7 @@ class Driver:
     def _look(self, name: str) -> tuple[bool, Holder | None]:
         """Return whether the store has a cell's result, and if not, which run works on it."""
         key = self._statuses[name].key
-        if is_published(self._store, key):
+        if self._store.readable(key) is not None:
             return True, None
         holder = self._leases.holder(key)
         if holder is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,6 @@ from pipeline.code.provenance import (
     changed_versions,
     other_versions,
     read_source,
-    this_machine,
 )
 from pipeline.executors import ExecutorName, make_executor
 from pipeline.planning.planner import Plan, Selection, make_plan
@@ -247,11 +247,11 @@ def _check_job(spec: Spec, source: Provenance, console: Console) -> None:
     Raises:
         BadInput: the job uses folders of another machine, which submitted it.
     """
-    if source.submitted_from not in {None, this_machine()}:
+    if source.submitted_from not in {None, socket.gethostname()}:
         raise BadInput(
             f"{source.submitted_from} submitted this job to an address of its own, but this is "
-            f"{this_machine()}, perhaps behind a tunnel: {spec.storage} is another folder here. "
-            "Give `storage:` and MLflow as URLs that both machines reach, and submit to the head's "
+            f"{socket.gethostname()}, perhaps behind a tunnel: {spec.storage} is another folder "
+            "here. Give `storage:` and MLflow as URLs that both machines reach, and submit to the head's "
             "own address."
         )
     note = other_versions(source)

@@ -16,7 +16,6 @@ from rich.console import Console
 
 from pipeline.base.errors import (
     BadInput,
-    Damaged,
     DamagedDocument,
     PipelineError,
     StorageUnavailable,
@@ -304,10 +303,7 @@ def _missing(store: Store, record: RunRecord, facts: StoredFacts) -> Iterator[Ne
 
 def _made(store: Store, run_id: str, key: str) -> bool:
     """Tell whether the run made the result of `key`, even unknown to its driver."""
-    try:
-        manifest = store.manifest(key)
-    except Damaged:
-        return False
+    manifest = store.readable(key)
     return manifest is not None and manifest.making.get("run") == run_id
 
 

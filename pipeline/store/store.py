@@ -53,6 +53,17 @@ class Store(RunStore):
             raise Damaged(key, f"its manifest is that of {manifest.key[:12]}")
         return manifest
 
+    def readable(self, key: str) -> Manifest | None:
+        """Return the manifest of a complete result, or None without a readable one."""
+        try:
+            return self.manifest(key)
+        except Damaged:
+            return None
+
+    def made(self, key: str) -> Manifest | None:
+        """Return the readable manifest of a result, also if its files were collected; or None."""
+        return self.readable(key) or self.collected(key)
+
     def collected(self, key: str) -> Manifest | None:
         """Return the manifest of a result whose files were collected, or None."""
         try:

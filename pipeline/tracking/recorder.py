@@ -97,7 +97,7 @@ class Recorder:
         with suppress(Exception):  # any error of the storage
             if state is not CellState.CACHED:
                 self._reads[cell.cell] = self._read(cell, state)
-            if state in _WITH_RESULT and (manifest := self._manifest(cell.key)) is not None:
+            if state in _WITH_RESULT and (manifest := self._store.made(cell.key)) is not None:
                 self._manifests[cell.key] = manifest
 
     def _read(self, cell: CellFacts, state: CellState) -> _Read:
@@ -215,7 +215,7 @@ class Recorder:
         """Gather the kept parts of a result; a damaged one is recorded without files."""
         manifest = None
         if state in _WITH_RESULT:
-            manifest = self._manifests.pop(cell.key, None) or self._manifest(cell.key)
+            manifest = self._manifests.pop(cell.key, None) or self._store.made(cell.key)
         if manifest is None:
             return CellEnd(state=state)
         folders = {}
@@ -231,12 +231,6 @@ class Recorder:
             output_bytes=manifest.bytes,
             time_s=manifest.time,
         )
-
-    def _manifest(self, key: str) -> Manifest | None:
-        try:
-            return self._store.manifest(key) or self._store.collected(key)
-        except Damaged:
-            return None
 
     def _step(self, cell: str | None = None) -> None:
         self._progress.ids = self._tracker.ids

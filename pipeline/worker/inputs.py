@@ -49,14 +49,6 @@ def make_context(
     )
 
 
-def is_published(store: Store, key: str) -> bool:
-    """Tell whether the store has a readable manifest of `key`; fetching checks the rest."""
-    try:
-        return store.manifest(key) is not None
-    except Damaged:
-        return False
-
-
 def _fetch_inputs(
     inputs: Mapping[str, Sequence[TaskInput]], store: Store
 ) -> dict[str, list[Artifact]]:
@@ -81,7 +73,7 @@ def _fetch(source: TaskInput, store: Store) -> Path:
     Raises:
         Damaged: the output is damaged; or it is gone, because another run found it damaged.
     """
-    if not is_published(store, source["key"]):
+    if store.readable(source["key"]) is None:
         raise Damaged(source["key"], "it was there, and is no more")
     return store.fetch(source["key"], source["output"])
 

@@ -48,7 +48,7 @@ from pipeline.store.logs import LogStream, LogWriter, OutputFile
 from pipeline.store.store import Store
 from pipeline.worker.cost import CostMeter
 from pipeline.worker.failures import is_lasting
-from pipeline.worker.inputs import is_published, load, make_context
+from pipeline.worker.inputs import load, make_context
 from pipeline.worker.promise import CodePromise, DataPromise
 from pipeline.worker.system import SystemSampler
 from pipeline.worker.task import (
@@ -109,7 +109,7 @@ def _run_task(
         return unable("failed", redact(_unshared(task)), user=True)
     if not task.get("shipped") and not os.path.isdir(task["directory"]):
         return unable("failed", redact(_without_directory(task)), user=True)
-    if is_published(store, task["key"]):
+    if store.readable(task["key"]) is not None:
         return {"status": "ok", "seconds": 0.0}
     code = CodePromise(task["ingredients"], elsewhere=task["host"] != socket.gethostname())
     if why := code.outdated():
