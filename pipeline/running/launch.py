@@ -251,8 +251,8 @@ def _check_job(spec: Spec, source: Provenance, console: Console) -> None:
         raise BadInput(
             f"{source.submitted_from} submitted this job to an address of its own, but this is "
             f"{socket.gethostname()}, perhaps behind a tunnel: {spec.storage} is another folder "
-            "here. Give `storage:` and MLflow as URLs that both machines reach, and submit to the head's "
-            "own address."
+            "here. Give `storage:` and MLflow as URLs that both machines reach, and submit to the "
+            "head's own address."
         )
     note = other_versions(source)
     if note:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from pydantic_core.core_schema import no_info_after_validator_function
+
+from pipeline.stage.errors import StageError
 
 
 class Params(BaseModel):
@@ -92,6 +95,20 @@ class Registry:
         if self.open and colon and name.isascii() and all(part.isidentifier() for part in parts):
             return Entry(target=name)
         return None
+
+    def load(self, name: str) -> Any:
+        """Import and return the object behind `name`.
+
+        Raises:
+            StageError: the name is not in the registry.
+        """
+        entry = self.find(name)
+        if entry is None:
+            raise StageError(
+                f"unknown {self.kind} {name!r}; known: {', '.join(sorted(self.entries))}"
+            )
+        module, _, attribute = entry.target.partition(":")
+        return getattr(importlib.import_module(module), attribute)
 
 
 @dataclass(frozen=True)
