@@ -40,9 +40,7 @@ from pipeline.tracking import (
     make_tracker,
 )
 
-HIDDEN_ADDRESS = (
-    "was tracked at {}, and what is hidden there is not stored; set MLFLOW_TRACKING_URI."
-)
+HIDDEN_ADDRESS = "was tracked at {}, and the hidden part is not stored; set MLFLOW_TRACKING_URI."
 _ENDS = {
     CellState.DONE: CellState.DONE,
     CellState.CACHED: CellState.DONE,
