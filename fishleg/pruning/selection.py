@@ -6,7 +6,7 @@ order (groups in partition order, then the weight's own flat index). Removed wei
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from itertools import combinations
 from math import ceil
@@ -118,8 +118,15 @@ def select(
         )
     if distribution == "uniform":
         scores = [_positions(score) for score in scores]
-    order = torch.sort(torch.cat(scores), stable=True).indices
-    if safe:
+    return _remove_lowest(partition, scores, protected, count)
+
+
+def _remove_lowest(
+    partition: Partition, scores: Sequence[Tensor], protected: Sequence[Tensor | None], count: int
+) -> Masks:
+    """Return the masks without the `count` weights of least score, protected ones last."""
+    order = torch.sort(torch.cat(list(scores)), stable=True).indices
+    if any(one is not None for one in protected):
         last = torch.cat(
             [
                 torch.zeros_like(score, dtype=torch.bool) if one is None else one
@@ -127,7 +134,7 @@ def select(
             ]
         )[order]
         order = torch.cat([order[~last], order[last]])
-    survives = torch.ones(prunable, dtype=torch.bool, device=order.device)
+    survives = torch.ones(len(order), dtype=torch.bool, device=order.device)
     survives[order[:count]] = False
     out: Masks = {}
     parts = survives.split([score.numel() for score in scores])

@@ -35,6 +35,7 @@ from pipeline.tracking import (
     AbstractTracker,
     News,
     Recorder,
+    RunFacts,
     TrackerName,
     destination,
     make_tracker,
@@ -73,34 +74,20 @@ def close_orphans(
         tracking = store.peek_run(run_id, RunTracking)
         if run_id == mine or tracking is None or tracking.ended:
             continue
-        try:
-            facts, record = load_facts(store, run_id), load_run(store, run_id)
-        except (BadInput, DamagedDocument):  # `fls status` reports it
-            continue
-        state = record.observed_state()
-        run = places.find(facts.run, kind) if facts else None
-        if (
-            run is None
-            or record.options.tracking is not kind
-            or record.destination not in {"", destination(run, kind)}
-            or state is RunState.RUNNING
-            or record.is_attended()
-        ):
+        record, run = _orphan(store, run_id, kind, places)
+        if record is None or run is None or (place := destination(run, kind)) in away:
             continue
         cells = {
             cell: _ENDS.get(status.state, CellState.STOPPED)
             for cell, status in record.cells.items()
         }
-        place = destination(run, kind)
-        if place in away:
-            continue
         if tracker is None:
             try:
                 tracker = make_tracker(kind)
             except Exception:  # its library is not installed, or broken
                 return closed
         try:
-            found = tracker.close_orphan(run, _end(state), cells)
+            found = tracker.close_orphan(run, _end(record.observed_state()), cells)
         except Exception as error:  # this run stays for the next start
             if tracker.is_outage(error):
                 away.add(place)
@@ -110,6 +97,26 @@ def close_orphans(
             record.save_tracking(store)
             closed.append(run_id)
     return closed
+
+
+def _orphan(
+    store: Store, run_id: str, kind: TrackerName, places: Places
+) -> tuple[RunRecord | None, RunFacts | None]:
+    """Return record and facts of a run, if its driver is dead and this side may end it."""
+    try:
+        facts, record = load_facts(store, run_id), load_run(store, run_id)
+    except (BadInput, DamagedDocument):  # `fls status` reports it
+        return None, None
+    run = places.find(facts.run, kind) if facts else None
+    if (
+        run is None
+        or record.options.tracking is not kind
+        or record.destination not in {"", destination(run, kind)}
+        or record.observed_state() is RunState.RUNNING
+        or record.is_attended()
+    ):
+        return None, None
+    return record, run
 
 
 def sync_runs(
@@ -132,45 +139,45 @@ def sync_runs(
     """
     complete = True
     for record in records:
-        state = record.observed_state()
-        tracker = record.options.tracking
         try:
-            facts, run = load_facts(store, record.run_id), None
+            said, whole = _sync_one(store, record, trust, console, named)
+            console.print(f"{record.run_id} {said}", soft_wrap=True)
         except DamagedDocument as error:
-            complete = False
+            whole = False
             console.print(f"{error}", soft_wrap=True)
-            continue
-        if state is not RunState.RUNNING and facts is not None:
-            run = trust.places.find(facts.run, tracker)
-        if state is RunState.RUNNING:
-            said = f"is running; its driver records it (process {record.pid} on {record.host})."
-        elif record.tracked:
-            said = "is complete."
-        elif facts is None:
-            said = "never began."
-        elif run is None and HIDDEN in facts.run.uri:
-            said, complete = HIDDEN_ADDRESS.format(facts.run.uri), False
-        elif not named and _may_continue(record):
-            said = (
-                f"has not ended: process {record.pid} on {record.host} has been silent for "
-                f"{record.silence_s():.0f} s, and may continue. If it is gone for good, "
-                f"`{record.sync_command}` sends the rest."
-            )
-            complete = False
-        elif run is None:
-            said, complete = trust.stranger(facts.run, tracker), False
-        elif (why := record.why_not_at(destination(run, tracker))) is not None:
-            said, complete = why, False
-        elif record.is_attended() or not record.take_over(store):
-            said = f"is being recorded by process {record.pid} on {record.host}; try again later."
-            complete = False
-        else:
-            record.track_at(destination(run, tracker))
-            facts, unsure = _with_loaders(replace(facts, run=run), record, trust)
-            said, whole = _sync(store, record, facts, unsure, console)
-            complete = complete and whole
-        console.print(f"{record.run_id} {said}", soft_wrap=True)
+        complete = complete and whole
     return complete
+
+
+def _sync_one(
+    store: Store, record: RunRecord, trust: Trust, console: Console, named: bool
+) -> tuple[str, bool]:
+    """Send the missing parts of a run; return a predicate, and whether it is complete now."""
+    tracker, facts = record.options.tracking, load_facts(store, record.run_id)
+    who = f"process {record.pid} on {record.host}"
+    if record.observed_state() is RunState.RUNNING:
+        return f"is running; its driver records it ({who}).", True
+    if record.tracked:
+        return "is complete.", True
+    if facts is None:
+        return "never began.", True
+    run = trust.places.find(facts.run, tracker)
+    if run is None and HIDDEN in facts.run.uri:
+        return HIDDEN_ADDRESS.format(facts.run.uri), False
+    if not named and _may_continue(record):
+        return (
+            f"has not ended: {who} has been silent for {record.silence_s():.0f} s, and may "
+            f"continue. If it is gone for good, `{record.sync_command}` sends the rest."
+        ), False
+    if run is None:
+        return trust.stranger(facts.run, tracker), False
+    if (why := record.why_not_at(destination(run, tracker))) is not None:
+        return why, False
+    if record.is_attended() or not record.take_over(store):
+        return f"is being recorded by {who}; try again later.", False
+    record.track_at(destination(run, tracker))
+    facts, unsure = _with_loaders(replace(facts, run=run), record, trust)
+    return _sync(store, record, facts, unsure, console)
 
 
 def _may_continue(record: RunRecord) -> bool:

@@ -323,7 +323,9 @@ def test_a_stage_type_is_told_whole(toy: Path) -> None:
     code, output, _ = fls("list", "prune_oneshot")
     assert code == 0
     assert "input curvature: curvature" in output
-    assert re.search(r"min_kept +0.0 +number, at least 0, at most 1 +least fraction of each", output)
+    assert re.search(
+        r"min_kept +0.0 +number, at least 0, at most 1 +least fraction of each", output
+    )
     assert re.search(r"selection +single +single, greedy +\S+", output)
     assert "example: my_prune_oneshot: {uses: prune_oneshot, inputs: {" in output
     told = json.loads(fls("list", "pretrain", "--json")[1])
