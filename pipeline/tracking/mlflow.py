@@ -50,8 +50,7 @@ from pipeline.tracking.outage import PASSING_STATUS, may_pass
 from pipeline.tracking.series import Point, Series
 
 _PAGE = 25  # runs of a search that are held at once
-# By the value that states of cells and of runs have in common.
-_STATUS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
+_STATUS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}  # by state
 _PARENT = "mlflow.parentRunId"
 _NOTE = "mlflow.note.content"
 _SPEC_SENT = "fls.spec_sent"
@@ -184,8 +183,7 @@ class MLflowTracker(AbstractTracker):
         Raises:
             MlflowException: the server refuses.
         """
-        registration = cell.registration
-        if registration is None:
+        if (registration := cell.registration) is None:
             return
         name, run_id = registration.name, self.ids["cells"][cell.cell]
         tags = {"fls.key": cell.key, "fls.cell": cell.cell, "fls.run": self._run.run_id}
