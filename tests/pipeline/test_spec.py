@@ -154,7 +154,7 @@ def test_three_mistakes_are_reported_together_in_file_order(toy: Path) -> None:
             "4:49: retries: expected integer, got the boolean true",
         ),
         ("a: {uses: add}", "4:3: missing input 'number': a 'number'"),
-        ("a: {uses: read, params: {path: no.txt}}", "4:34: path: no file 'no.txt' (looked for"),
+        ("a: {uses: read, params: {path: no.txt}}", "4:34: path: no file 'no.txt' (searched from"),
         (
             "a: {uses: fail, params: {how: usr}}",
             "4:33: how: expected 'user', 'bug', 'outage', 'exit' or 'nothing', got the string "
