@@ -80,4 +80,4 @@ def _classes(params: PretrainParams | ImportParams) -> int | None:
     """Return the number of classes of the data, if the catalogue has it."""
     marks = type(params).model_fields["dataset"].metadata
     entries = [mark.find(params.dataset) for mark in marks if isinstance(mark, Registry)]
-    return next((one.facts.get("classes") for one in entries if one), None)
+    return next((one.sizes.get("classes") for one in entries if one), None)

@@ -38,10 +38,11 @@ class FishLeg(AbstractEstimator):
     what the solver takes, N gradients a group: `alternating` 2 N r c (r + c) FLOPs a half-step and
     O(r^3 + c^3) for its inverse, the eigenbasis about two half-steps, `adam` about 6 times a
     half-step's n / N a step, the closed forms as `OBS`.
-    Memory: s bytes for each of a block's numbers, see `warmstart.count_numbers`; while fitting also
-    a pack's gradients, N s r c each and up to `memory_bytes`, its starts, 8 (r^2 / h + h c^2) each
-    from `kfac`; and for the largest group 64 (r^2 + c^2) + 24 r c to invert its factors (40 times
-    the numbers of a dense block, 12 s times with adam) beside 3 n s r c (8 with adam).
+    Memory: s bytes for each of a block's numbers, see `structures.count_numbers`; while fitting
+    also a pack's gradients, N s r c each and up to `memory_bytes`, its starts, 8 (r^2 / h + h
+    c^2) each from `kfac`; and for the largest group 64 (r^2 + c^2) + 24 r c to invert its
+    factors (40 times the numbers of a dense block, 12 s times with adam) beside 3 n s r c (8
+    with adam).
 
     Args:
         partition: the groups.

@@ -35,14 +35,14 @@ class Entry:
         folder: for data without a declared digest: maps the name to the folder that holds them on
             this machine. Its digest enters the key where the planner finds the folder, and workers
             compare it.
-        facts: light facts for estimates, for example `{"parameters": 272474}`.
+        sizes: numbers for estimates, for example `{"parameters": 272474}`.
         summary: one line for listings.
     """
 
     target: str
     digest: str | None = None
     folder: Callable[[str], Path] | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Mapping[str, Any] = field(default_factory=dict)
     summary: str = ""
 
 

@@ -18,17 +18,17 @@ def _parameters(params: Sequence[Params]) -> int | None:
     """Return the size of the network that the nearest of `params` names, if known."""
     named = next((one for one in params if isinstance(one, ModelParams)), None)
     entry = MODELS.find(named.model) if named is not None else None
-    if named is None or entry is None or "parameters" not in entry.facts:
+    if named is None or entry is None or "parameters" not in entry.sizes:
         return None
-    width = named.model_args.get("width", entry.facts.get("width", 1))
-    return int(entry.facts["parameters"] * (width / entry.facts.get("width", 1)) ** 2)
+    width = named.model_args.get("width", entry.sizes.get("width", 1))
+    return int(entry.sizes["parameters"] * (width / entry.sizes.get("width", 1)) ** 2)
 
 
 def _data_bytes(params: Sequence[Params]) -> int:
     """Return the size of the decoded data, or 0 if unknown."""
     named = next((one for one in params if isinstance(one, DataParams)), None)
     entry = DATASETS.find(named.dataset) if named is not None else None
-    return 0 if entry is None else entry.facts.get("bytes", 0)
+    return 0 if entry is None else entry.sizes.get("bytes", 0)
 
 
 def estimate_import(params: ImportParams, upstream: Sequence[Params]) -> Estimate:

@@ -19,22 +19,22 @@ MODELS = Registry(
     entries={
         "digits_resnet": Entry(
             target="stages.models.digits_resnet:digits_resnet",
-            facts={"parameters": 15_774, "width": 12},
+            sizes={"parameters": 15_774, "width": 12},
             summary="small residual network for 8x8 images (width, hidden)",
         ),
         "mlpnet": Entry(
             target="stages.models.mlpnet:mlpnet",
-            facts={"parameters": 32_360},
+            sizes={"parameters": 32_360},
             summary="784-40-20-10 without biases",
         ),
         "resnet20": Entry(
             target="stages.models.resnet_cifar:resnet20",
-            facts={"parameters": 272_474, "width": 16},
+            sizes={"parameters": 272_474, "width": 16},
             summary="ResNet20 in its CIFAR form (width)",
         ),
         "resnet18": Entry(
             target="stages.models.resnet_cifar:resnet18",
-            facts={"parameters": 11_173_962, "width": 64},
+            sizes={"parameters": 11_173_962, "width": 64},
             summary="ResNet18 in its CIFAR form (width)",
         ),
     },
@@ -54,37 +54,37 @@ DATASETS = Registry(
         "digits": Entry(
             target="stages.data.digits:load",
             digest="f5435893a45e623f98701bc29e4e265a4b719b60dff40da8bd69186b20b8c3af",
-            facts={"bytes": 129_384, "classes": 10, "channels": 1},
+            sizes={"bytes": 129_384, "classes": 10, "channels": 1},
             summary="1,797 handwritten digits, 8x8, shipped with scikit-learn",
         ),
         "mnist": Entry(
             target="stages.data.mnist:load_mnist",
             digest="c0beabf8ccf1f8fd41dc89d2096bf47b5d00f0755a62da5479bb5671e99d5235",
-            facts={"bytes": 55_440_000, "classes": 10, "channels": 1},
+            sizes={"bytes": 55_440_000, "classes": 10, "channels": 1},
             summary="70,000 handwritten digits, 28x28",
         ),
         "fashion_mnist": Entry(
             target="stages.data.mnist:load_fashion_mnist",
             folder=lambda name: data_folder() / FASHION_MNIST,
-            facts={"bytes": 55_440_000, "classes": 10, "channels": 1},
+            sizes={"bytes": 55_440_000, "classes": 10, "channels": 1},
             summary="70,000 pieces of clothing, 28x28",
         ),
         "cifar10": Entry(
             target="stages.data.cifar:load_cifar10",
             digest="f7b9ea97c677c098573e0042390d4c0fe9326cdea8950afe890e9182e1ed1f15",
-            facts={"bytes": 184_800_000, "classes": 10, "channels": 3},
+            sizes={"bytes": 184_800_000, "classes": 10, "channels": 3},
             summary="60,000 images of 10 classes, 32x32",
         ),
         "cifar100": Entry(
             target="stages.data.cifar:load_cifar100",
             folder=lambda name: complete_folder(data_folder(), CIFAR100),
-            facts={"bytes": 184_800_000, "classes": 100, "channels": 3},
+            sizes={"bytes": 184_800_000, "classes": 100, "channels": 3},
             summary="60,000 images of 100 classes, 32x32",
         ),
         "tiny_imagenet": Entry(
             target="stages.data.image_folder:load_tiny_imagenet",
             folder=lambda name: data_folder() / TINY_IMAGENET,
-            facts={"bytes": 1_352_560_000, "classes": 200, "channels": 3},
+            sizes={"bytes": 1_352_560_000, "classes": 200, "channels": 3},
             summary="110,000 images of 200 classes, 64x64",
         ),
     },
@@ -92,7 +92,7 @@ DATASETS = Registry(
     prefixes={
         "folder:": Entry(
             target="stages.data.image_folder:load",
-            facts={"channels": 3},
+            sizes={"channels": 3},
             folder=lambda name: tree_folder(data_folder(), name.removeprefix("folder:")),
             summary="a tree of images, PATH/{train,val,test}/CLASS/*; options image_size (pixels), "
             "background (grey level behind transparent pixels), upright (turned by EXIF)",

@@ -148,7 +148,7 @@ def test_the_published_data_have_the_declared_digests(
     monkeypatch.setenv("FISHLEG_DATA", str(published))
     dataset, source = load_data(source_of(name))
     assert source.reference.digest == DATASETS.entries[name].digest
-    assert dataset.train.inputs.shape[1] == DATASETS.entries[name].facts["channels"]
+    assert dataset.train.inputs.shape[1] == DATASETS.entries[name].sizes["channels"]
     assert len(dataset.validation) == 5000
     assert len(dataset.test) == 10000
 

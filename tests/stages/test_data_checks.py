@@ -194,7 +194,7 @@ def test_the_normalisation_of_the_parameters_is_checked(own: ModuleType) -> None
 
 @pytest.mark.parametrize("name", DATASETS.entries)
 def test_the_catalogue_knows_the_channels_of_each_data_set(name: str) -> None:
-    assert DATASETS.entries[name].facts["channels"] == (1 if name in ONE_CHANNEL else 3)
+    assert DATASETS.entries[name].sizes["channels"] == (1 if name in ONE_CHANNEL else 3)
 
 
 def test_an_unknown_option_of_a_loader_is_refused_with_the_known_ones(own: ModuleType) -> None:

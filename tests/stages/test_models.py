@@ -25,7 +25,7 @@ from stages.tensor_files import load_into, load_metadata, load_tensors, save_ten
 def test_the_catalogue_knows_each_networks_size(name: str) -> None:
     network = refer(PretrainParams(dataset="digits", model=name), "model").load()(10)
     size = sum(parameter.numel() for parameter in network.parameters())
-    assert size == MODELS.entries[name].facts["parameters"]
+    assert size == MODELS.entries[name].sizes["parameters"]
 
 
 def reference_to(model: str) -> nn.Module:

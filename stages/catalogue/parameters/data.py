@@ -51,7 +51,7 @@ class DataParams(Params):
     @model_validator(mode="after")
     def _one_number_for_each_channel(self) -> DataParams:
         entry = DATASETS.find(self.dataset)
-        channels = entry.facts.get("channels") if entry is not None else None
+        channels = entry.sizes.get("channels") if entry is not None else None
         for name, numbers in (("mean", self.mean), ("std", self.std)):
             if numbers is not None and channels is not None and len(numbers) not in (1, channels):
                 raise ValueError(
