@@ -1,4 +1,4 @@
-"""How a model is called: its arguments from a batch, and which of its outputs counts.
+"""The call of a model: its arguments from a batch, and the output that counts.
 
 This is the one place where the library calls a model.
 """
@@ -21,7 +21,7 @@ from fishleg.nests import Nest, count_samples, describe, map_tensors
 
 @dataclass(frozen=True, kw_only=True)
 class Calling:
-    """How a model is called, and which of its outputs counts.
+    """The call of a model, and the output that counts.
 
     By default a batch's inputs are passed as the signature of `forward` demands: a dict whose keys
     are all names of its arguments (or some of them, if it takes any others, too), as keywords; a

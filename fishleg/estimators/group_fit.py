@@ -1,4 +1,4 @@
-"""How FishLeg fits one group: its structure, its solver, its first block, and its memory."""
+"""The fit of one group by FishLeg: its structure, its solver, its first block, and its memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _WARM_SWEEPS = 2  # alternating ones, before Adam begins to fit a scale too; che
 
 @dataclass(frozen=True)
 class GroupFit:
-    """How FishLeg fits one group.
+    """The fit of one group by FishLeg.
 
     Attributes:
         options: of the estimator.

@@ -1,4 +1,4 @@
-"""Whether a model acts on each sample alone, as per-sample gradients need.
+"""The check that a model acts on each sample alone, as per-sample gradients need.
 
 Three causes look alike in a sum and are distinguished: samples that interact; rounding; and a model
 that decides by the values of a batch which operations to run, which gets one sample at a time.

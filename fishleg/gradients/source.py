@@ -252,7 +252,7 @@ class GradientSource(LabelledSamples):
         return [(parameter.data_ptr(), parameter._version) for parameter in parameters]
 
     def _look_again(self) -> None:
-        """Where weights have changed, keep on the fast path only what the graph still has there."""
+        """After a change of weights, keep on the fast path only groups that the graph allows."""
         fast, now = self.fast, self._versions()
         if fast and now != self._seen:
             one = next(self._run(self._some_samples(), set(fast.values())))

@@ -19,7 +19,7 @@ Operator = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class CGReport:
-    """How a solve by conjugate gradients went.
+    """The course of a solve by conjugate gradients.
 
     Attributes:
         iterations: iterations made (each one product with the operator).

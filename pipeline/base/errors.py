@@ -101,7 +101,7 @@ class StorageUnavailable(StoreError):
 
 
 class DamagedDocument(StoreError):
-    """A stored document differs from what was written; its content is unknown."""
+    """A stored document is damaged; its content is unknown."""
 
 
 class Damaged(StoreError):

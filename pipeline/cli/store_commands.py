@@ -219,7 +219,7 @@ def _print_garbage(garbage: Iterable[Garbage], console: Console) -> tuple[int, i
 def _print_kept(
     spared: Sequence[Garbage], retention: Retention, runs: int, console: Console
 ) -> None:
-    """Print what is kept for a reason that options change."""
+    """Print the things that other options would delete."""
     if spared:
         console.print(
             f"Kept, though unneeded, because written to within the grace period of "

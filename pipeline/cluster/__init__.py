@@ -1,1 +1,1 @@
-"""What brings a folder to a cluster: packing, variables and submission."""
+"""Submission of a folder to a cluster: its packing and its variables."""

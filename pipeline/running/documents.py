@@ -159,11 +159,11 @@ class RunProgress(DriverStatus):
 
 @dataclass(kw_only=True)
 class RunTracking(TrackingProgress):
-    """How far a run is recorded.
+    """The progress of a run's tracking, with its destination.
 
     Attributes:
-        tracked: whether all of it is.
-        destination: where, see `pipeline.tracking.destination`; "" before it begins.
+        tracked: whether it is complete.
+        destination: see `pipeline.tracking.destination`; "" before it begins.
     """
 
     DOCUMENT: ClassVar[str] = "tracking"

@@ -15,7 +15,7 @@ from pipeline.worker.task import STOPPING
 
 
 class Stop:
-    """Whether a run has been asked to stop.
+    """The request to stop a run.
 
     Args:
         after_s: seconds from now after which the run stops as by SIGTERM, or None.

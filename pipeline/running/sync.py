@@ -285,7 +285,7 @@ def _step(store: Store, record: RunRecord, cell: str | None) -> None:
 
 
 def _missing(store: Store, record: RunRecord, facts: StoredFacts) -> Iterator[News]:
-    """Yield what is not recorded yet, as the driver would have noted it."""
+    """Yield the unrecorded news, as the driver would have noted them."""
     cached = [one.key for one in record.cells.values() if one.state is CellState.CACHED]
     sources = recorded_ids(store, cached, record.destination)
     progress, cells = record.tracking, facts.by_name

@@ -25,7 +25,7 @@ class FileDigest(TypedDict):
 
 @with_config(ConfigDict(extra="allow"))
 class Making(TypedDict, total=False):
-    """How and where a result was made; further fields are device, threads and costs."""
+    """The making of a result: its run, its cell and its time; also device, threads and costs."""
 
     run: str
     cell: str

@@ -119,7 +119,7 @@ class CellFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class CellEnd:
-    """How a cell ended.
+    """The end of a cell.
 
     Attributes:
         state: `done`, `failed` or `stopped`; `cached` of a result that was there already.
@@ -260,7 +260,7 @@ class _Ids(TypedDict, total=False):
 
 @dataclass(kw_only=True)
 class TrackingProgress:
-    """How far a run is recorded.
+    """The progress of a run's tracking.
 
     Attributes:
         cursors: cell -> cursor after its last recorded event.

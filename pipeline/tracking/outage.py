@@ -1,4 +1,4 @@
-"""Which errors are outages: of a connection, a server or a disk that may recover."""
+"""The errors that are outages: of a connection, a server or a disk that may recover."""
 
 from __future__ import annotations
 

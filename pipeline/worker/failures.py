@@ -1,4 +1,4 @@
-"""Which errors a retry may correct; `docs/architecture.md` has the table.
+"""The errors that a retry may correct; `docs/architecture.md` has the table.
 
 A cell is a function of its key, so an error of its computation recurs: a mistake in the code, a
 wrong value, too little memory. Such a cell gets one attempt. Errors from outside may pass, and are

@@ -65,7 +65,7 @@ class Task(TypedDict):
 
 
 class Outcome(TypedDict, total=False):
-    """How an attempt ended.
+    """The end of an attempt.
 
     `status` is `ok`; `lost` (another attempt published first, which is as good); or, with an
     `error`, one of:

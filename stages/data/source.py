@@ -1,4 +1,4 @@
-"""Which data set a stage uses, and how it gets it: folder, verification, subset, normalisation."""
+"""The data set of a stage: its folder, verification, subset and normalisation."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class EstimatorParams(OptionParams, CalibrationOptions, EstimatorOptions):
 
 
 class CurvatureParams(EstimatorParams):
-    """Of `curvature`."""
+    """Parameters of `curvature`."""
 
     certificate_samples: Annotated[int, Role.NEUTRAL] = Field(
         default=250,

@@ -102,7 +102,7 @@ class ExpectationParams(Params):
 
 
 class ImportParams(DataParams, ModelParams, ExpectationParams):
-    """Of `import_checkpoint`."""
+    """Parameters of `import_checkpoint`."""
 
     path: Annotated[str, ExternalFile()] = Field(
         description="a safetensors file under the network's own state-dict names"

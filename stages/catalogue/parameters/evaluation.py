@@ -13,7 +13,7 @@ from stages.lineage import Role
 
 
 class SelectParams(MethodAxes):
-    """Of `select`."""
+    """Parameters of `select`."""
 
     metric: Literal["accuracy", "nll"] = Field(
         default="accuracy", description="highest accuracy or lowest nll on the validation split"
@@ -22,7 +22,7 @@ class SelectParams(MethodAxes):
 
 
 class EvaluateParams(MethodAxes, ExpectationParams):
-    """Of `evaluate`; the expectation is of the dense networks, on `split`."""
+    """Parameters of `evaluate`; the expectation is of the dense networks, on `split`."""
 
     seed: Annotated[int | None, Role.SEED] = Field(
         default=None, description="axis: the inputs' seed"
@@ -52,7 +52,7 @@ class Published(Params):
 
 
 class CompareParams(Params):
-    """Of `compare`."""
+    """Parameters of `compare`."""
 
     title: str = Field(default="Accuracy against sparsity", description="title of table and figure")
     published: list[Published] = Field(default=[], description="rows from the literature")

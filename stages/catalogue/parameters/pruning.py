@@ -52,7 +52,7 @@ class TargetParams(MethodAxes):
 
 
 class OneshotParams(PruningParams, TargetParams):
-    """Of `prune_oneshot`; a budget is met by bisection."""
+    """Parameters of `prune_oneshot`; a budget is met by bisection."""
 
     certificate_samples: Annotated[int, Role.NEUTRAL] = Field(
         default=250,
@@ -63,7 +63,7 @@ class OneshotParams(PruningParams, TargetParams):
 
 
 class StepwiseParams(PruningParams, EstimatorParams):
-    """Of pruning in steps."""
+    """Parameters of pruning in steps."""
 
     sparsity: Annotated[float, Role.TARGET] = Field(
         gt=0, lt=1, description="fraction removed after the last step"
@@ -99,7 +99,7 @@ class StepwiseParams(PruningParams, EstimatorParams):
 
 
 class GradualParams(StepwiseParams, TrainingParams):
-    """Of `prune_gradual`."""
+    """Parameters of `prune_gradual`."""
 
     fishleg: RefinedFishLegParams = Field(
         default=RefinedFishLegParams(), description="options of the method fishleg"
@@ -146,7 +146,7 @@ class RefinementParams(OptionParams, RefinementOptions):
 
 
 class MultistepParams(StepwiseParams):
-    """Of `prune_multistep`."""
+    """Parameters of `prune_multistep`."""
 
     schedule: Schedule = Field(
         default="geometric",
@@ -192,4 +192,4 @@ class MultistepParams(StepwiseParams):
 
 
 class PickParams(TargetParams):
-    """Of `pick`, among the steps of a pruning."""
+    """Parameters of `pick`, among the steps of a pruning."""

@@ -61,11 +61,11 @@ class TrainingParams(Params):
 
 
 class PretrainParams(DataParams, ModelParams, TrainingParams):
-    """Of `pretrain`."""
+    """Parameters of `pretrain`."""
 
 
 class FinetuneParams(TrainingParams, MethodAxes):
-    """Of `finetune`."""
+    """Parameters of `finetune`."""
 
     distillation: float = Field(
         default=0.5, ge=0, le=1, description="weight of the teacher, where one is connected"
