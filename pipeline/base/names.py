@@ -12,6 +12,7 @@ from pathlib import Path
 from pipeline.base.errors import StoreError
 from pipeline.base.text import CONTROLS
 
+ABOUT, STAGES = "storage.json", "stages"  # every store has these
 _PART_BYTES = 255  # the longest name that file systems allow
 
 
@@ -40,7 +41,7 @@ def store_around(path: Path) -> Path | None:
 
 def is_store(folder: Path) -> bool:
     """Tell whether a folder is a store."""
-    return (folder / "storage.json").is_file() and (folder / "stages").is_dir()
+    return (folder / ABOUT).is_file() and (folder / STAGES).is_dir()
 
 
 def numbers(names: Iterable[str]) -> Iterator[int]:

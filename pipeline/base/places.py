@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pipeline.base.names import ABOUT
 from pipeline.base.variables import STORAGE, TRACKING_URI
 
 DATABASE = "mlflow.db"
@@ -88,7 +89,7 @@ def moved(given: str, folder: Path, tracking: Path) -> list[str]:
     """
     told = []
     before, now = (os.path.abspath(lead(given, one)) for one in ("", folder))
-    there = os.path.isfile(os.path.join(before, "storage.json"))
+    there = os.path.isfile(os.path.join(before, ABOUT))
     if "://" not in given and there and not os.path.exists(now):
         told.append(
             f"A relative `storage:` starts at the pipeline file, so results go to {now}. An "

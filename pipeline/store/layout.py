@@ -20,11 +20,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pipeline.base.names import numbers
+from pipeline.base.names import STAGES, numbers
 
 FORMAT = 2
-ABOUT = "storage.json"
-STAGES, RUNS, GENERATIONS, ACCEPTED = "stages", "runs", "generations", "accepted"
+RUNS, GENERATIONS, ACCEPTED = "runs", "generations", "accepted"
 OUTPUTS, CHECKPOINTS = "outputs", "checkpoints"
 DIGESTS = ".digests.json"  # digests of a checkpoint's files, written after them
 _KEY = re.compile(r"(?P<key>[^.]+)(?:\.damaged-(?P<aside>[0-9]+))?")

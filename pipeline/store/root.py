@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Self, TypeVar
 
 from pipeline.base.errors import BadInput, DamagedDocument, StorageUnsupported, StoreError
+from pipeline.base.names import ABOUT, STAGES
 from pipeline.base.places import lead
 from pipeline.base.shapes import Count
 from pipeline.store.checksum import read_verified, with_checksum
-from pipeline.store.layout import ABOUT, FORMAT, GENERATIONS, RUNS, STAGES
+from pipeline.store.layout import FORMAT, GENERATIONS, RUNS
 from pipeline.store.storage import open_storage
 
 _CLOCK_HOLDS_S = 60.0  # clocks drift, and may be set
