@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from pipeline.base.console import RedactingConsole
-from pipeline.base.errors import BadInput, Damaged
+from pipeline.base.errors import BadInput
 from pipeline.base.states import CellState, RunState
 from pipeline.base.variables import check_variables
 from pipeline.executors import ExecutorName
 from pipeline.planning.planner import Plan, Selection, make_plan
 from pipeline.running.documents import RunOptions
-from pipeline.running.driver import GRACE_S
-from pipeline.running.launch import Ended, start_run
+from pipeline.running.launch import Ended, run_and_read
 from pipeline.running.results import result_rows
 from pipeline.spec.load import load_spec
 from pipeline.spec.spec import Spec
@@ -111,7 +110,8 @@ def run(
 ) -> Run:
     """Run a pipeline, or selected cells of it, as `fls run` does.
 
-    Ctrl-C stops it after checkpoints. Bad input is an error of `pipeline.base.errors`.
+    Ctrl-C stops it after checkpoints. Bad input is an error of `pipeline.base.errors`, and so is a
+    result of this run that is damaged: another run replaces it.
 
     Args:
         file: the pipeline.
@@ -125,31 +125,18 @@ def run(
         max_parallel: number of concurrent cells, >= 1; None for no limit.
         stop_after_s: seconds after which the run is stopped, to be resumed later; None for never.
         quiet: print nothing.
-
-    Raises:
-        Damaged: a result of this run is damaged; another run replaces it.
     """
     spec, selection = _load(file, set), _selection(from_, only, until, force)
     options = RunOptions(
         file=str(file),
         overrides=_overrides(set),
-        from_=selection.from_,
-        only=selection.only,
-        until=selection.until,
-        force=selection.force,
+        **vars(selection),
         executor=_name(ExecutorName, "executor", executor),
         tracking=_name(TrackerName, "tracking", tracking),
         max_parallel=max_parallel,
     )
     console = Console(quiet=True) if quiet else RedactingConsole(width=_WIDTH)
-    while True:
-        ended = start_run(spec, options, selection, console, stop_after_s, GRACE_S)
-        try:
-            return _run_of(ended)
-        except Damaged as error:  # replaced by the next round, as by the command line
-            if ended.record is not None:
-                raise
-            ended.store.set_aside(error.key)
+    return run_and_read(spec, options, console, _run_of, stop_after_s)
 
 
 def plan(

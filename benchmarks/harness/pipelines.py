@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -18,10 +19,10 @@ from benchmarks.harness.environment import environment_of
 from benchmarks.harness.lineage import Step, cost_of, findings_of, path_to
 from benchmarks.harness.suite import STORE_VARIABLE, Benchmark, matches, store_folder
 from pipeline.base.errors import BadInput
-from pipeline.cli.run_commands import run_spec
+from pipeline.cli.run_commands import print_end
 from pipeline.executors import ExecutorName
-from pipeline.planning.planner import Selection
 from pipeline.running.documents import RunOptions
+from pipeline.running.launch import run_and_read
 from pipeline.running.results import result_rows
 from pipeline.spec.load import load_spec
 from pipeline.spec.spec import Spec
@@ -56,7 +57,8 @@ def run_pipeline(
         tracking=TrackerName.JSONL,
     )
     try:
-        return run_spec(spec, options, Selection(until=until), console, stop_after_s)
+        read = partial(print_end, console=console)
+        return run_and_read(spec, options, console, read, stop_after_s)
     finally:
         keep_results(spec, benchmark.name, results)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -31,15 +32,14 @@ from pipeline.cli.options import (
 )
 from pipeline.cli.printing import print_failures, print_plan, print_reports, print_tracking
 from pipeline.executors import ExecutorName
-from pipeline.planning.planner import Selection, make_plan
+from pipeline.planning.planner import make_plan
 from pipeline.running.documents import RunOptions
 from pipeline.running.driver import GRACE_S
-from pipeline.running.launch import Ended, resume_run, start_run, stop_run
+from pipeline.running.launch import Ended, resume_run, run_and_read, stop_run
 from pipeline.running.record import DEFAULT_FILE
 from pipeline.running.runs import find_run, load_runs
 from pipeline.running.sync import sync_runs
 from pipeline.running.trust import read_trust
-from pipeline.spec.spec import Spec
 from pipeline.store.store import Store
 from pipeline.tracking import TrackerName
 
@@ -71,10 +71,6 @@ def run(
 ) -> None:
     """Run the cells of a pipeline whose results are not in the store."""
     spec = read_spec(file, set_)
-    selection = Selection(from_=from_, only=only, until=until, force=force)
-    if dry_run:
-        print_plan(make_plan(spec, Store(spec.storage), selection), console_here(), why=False)
-        return
     options = RunOptions(
         file=str(file),
         overrides=set_,
@@ -87,8 +83,12 @@ def run(
         tracking_later=tracking_later,
         max_parallel=max_parallel,
     )
-    limits = (stop_after, grace or GRACE_S)
-    sys.exit(run_spec(spec, options, selection, console_here(), *limits, run_id))
+    console = console_here()
+    if dry_run:
+        print_plan(make_plan(spec, Store(spec.storage), options), console, why=False)
+        return
+    read = partial(print_end, console=console)
+    sys.exit(run_and_read(spec, options, console, read, stop_after, grace or GRACE_S, run_id))
 
 
 @command(
@@ -241,28 +241,6 @@ def sync(
         store, records, read_trust(file, store), console_here(), named=run is not None
     )
     sys.exit(0 if complete else 1)
-
-
-def run_spec(
-    spec: Spec,
-    options: RunOptions,
-    selection: Selection,
-    console: Console,
-    stop_after_s: float | None = None,
-    grace_s: float = GRACE_S,
-    run_id: str | None = None,
-) -> int:
-    """Run the selected cells of a spec, see `start_run`; print its end, return the exit code.
-
-    A damaged result of a run with nothing to run is computed again.
-    """
-    while True:
-        ended = start_run(spec, options, selection, console, stop_after_s, grace_s, run_id)
-        try:
-            return print_end(ended, console)
-        except Damaged as error:
-            ended.store.set_aside(error.key)
-            console.print(f"{error}", soft_wrap=True)
 
 
 def print_end(ended: Ended, console: Console) -> int:

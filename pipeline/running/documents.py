@@ -14,6 +14,7 @@ from typing_extensions import TypedDict
 from pipeline.base.shapes import Count, Texts, Time, checked_as, exact
 from pipeline.base.states import CellState, RunState
 from pipeline.executors import ExecutorName
+from pipeline.planning.planner import Selection
 from pipeline.store.attempt import Failure
 from pipeline.tracking import TrackerName, TrackingProgress
 
@@ -64,16 +65,14 @@ def _require_file(name: str) -> str:
 
 @exact
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class RunOptions(Selection):
     """The request for a run: with the spec's text, all that `fls resume` needs.
+
+    The effect of `force` lasts, so a resume does not repeat it.
 
     Attributes:
         file: the spec's path as given.
         overrides: the `--set` options.
-        from_: the `--from` options.
-        only: the `--only` options.
-        until: the `--until` options.
-        force: the `--force` options; their effect lasts, so a resume does not repeat them.
         executor: name of the executor.
         tracking: name of the tracker.
         tracking_later: whether neither beginning nor end wait for the tracking server.
@@ -82,10 +81,6 @@ class RunOptions:
 
     file: Annotated[str, AfterValidator(_require_file)]
     overrides: Sequence[str] = ()
-    from_: Sequence[str] = ()
-    only: Sequence[str] = ()
-    until: Sequence[str] = ()
-    force: Sequence[str] = ()
     executor: ExecutorName = ExecutorName.RAY
     tracking: TrackerName = TrackerName.MLFLOW
     tracking_later: bool = False

@@ -19,7 +19,7 @@ from pipeline.base.errors import BadInput, nearest
 from pipeline.base.states import RunState
 from pipeline.planning.acceptance import Acceptances
 from pipeline.planning.keys import CODE_CHANGED, explain
-from pipeline.planning.planner import Plan, PlannedCell, RunPlan, Selection, StoredCell, make_plan
+from pipeline.planning.planner import Plan, PlannedCell, RunPlan, StoredCell, make_plan
 from pipeline.running.record import RunRecord
 from pipeline.running.trust import Trust
 from pipeline.spec.load import load_spec
@@ -47,9 +47,7 @@ def spec_of(record: RunRecord, store: Store, trust: Trust) -> Spec:
 
 def plan_of(record: RunRecord, store: Store, trust: Trust) -> Plan:
     """Return the present plan of a run's spec, see `spec_of`."""
-    options = record.options
-    selection = Selection(from_=options.from_, only=options.only, until=options.until)
-    return make_plan(spec_of(record, store, trust), store, selection)
+    return make_plan(spec_of(record, store, trust), store, replace(record.options, force=()))
 
 
 def is_complete(record: RunRecord, store: Store) -> bool:

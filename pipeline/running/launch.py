@@ -6,14 +6,15 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 
-from pipeline.base.errors import BadInput, DamagedDocument
+from pipeline.base.errors import BadInput, Damaged, DamagedDocument
 from pipeline.base.places import LINES
 from pipeline.base.secrets import HIDDEN
 from pipeline.base.states import PlanState, RunState
@@ -25,7 +26,7 @@ from pipeline.code.provenance import (
     read_source,
 )
 from pipeline.executors import ExecutorName, make_executor
-from pipeline.planning.planner import Plan, Selection, make_plan
+from pipeline.planning.planner import Plan, make_plan
 from pipeline.running.documents import RunOptions
 from pipeline.running.drift import Drift, find_drift, is_complete, plan_of
 from pipeline.running.driver import GRACE_S, Driver
@@ -42,6 +43,7 @@ from pipeline.store.store import Store
 from pipeline.tracking import RunFacts, TrackerName, TrackingThread, destination
 
 _STOP_WAIT_S = 60.0
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +67,36 @@ class Ended:
     folder: str = ""
 
 
+def run_and_read(
+    spec: Spec,
+    options: RunOptions,
+    console: Console,
+    read: Callable[[Ended], _Read],
+    stop_after_s: float | None = None,
+    grace_s: float = GRACE_S,
+    run_id: str | None = None,
+) -> _Read:
+    """Run the selected cells of a spec, see `start_run`, and return what `read` makes of the end.
+
+    If nothing had to run, a damaged result that `read` meets is computed again.
+
+    Raises:
+        Damaged: `read` met a damaged result of the cells that ran.
+    """
+    while True:
+        ended = start_run(spec, options, console, stop_after_s, grace_s, run_id)
+        try:
+            return read(ended)
+        except Damaged as error:
+            if ended.record is not None:
+                raise
+            ended.store.set_aside(error.key)
+            console.print(f"{error}", soft_wrap=True)
+
+
 def start_run(
     spec: Spec,
     options: RunOptions,
-    selection: Selection,
     console: Console,
     stop_after_s: float | None = None,
     grace_s: float = GRACE_S,
@@ -87,7 +115,7 @@ def start_run(
         before = RunRecord(run_id=run_id, options=options, spec_text="")
         raise BadInput(f"{store.url} has a run {run_id} already; `{before.resume_command}`.")
     places = places_of(spec, store)
-    plan = make_plan(spec, store, selection)
+    plan = make_plan(spec, store, options)
     plan.require_runnable()
     if not (_to_run(plan) or unregistered(store, plan, options.tracking)):
         selected = sum(one.selected for one in plan.cells)

@@ -78,17 +78,24 @@ def check_contents(environment: Path) -> None:
     """Check that the wheel requires torch and safetensors alone, and brings its license."""
     (site,) = (environment / "lib").glob("python*/site-packages")
     (info,) = site.glob("fishleg_surgeon-*.dist-info")
-    metadata = Parser().parsestr((info / "METADATA").read_text("utf-8"))
+    metadata = read_metadata(info)
     required = requirements(metadata)
     expect(set(required[""]) == {"torch", "safetensors"}, f"it requires {required['']}")
+    (torch,) = site.glob("torch-*.dist-info")
+    torchs_own = requirements(read_metadata(torch))[""]
     installed = {name_of(path.name.split("-")[0]) for path in site.glob("*.dist-info")}
-    extra = installed.intersection(set(required["pipeline"]) | {"numpy"}) - {"fsspec"}  # torch's
+    extra = installed.intersection({*required["pipeline"], "numpy"}) - set(torchs_own)
     expect(not extra, f"packages of the extra `pipeline` are installed: {sorted(extra)}")
     for name in ("s3", "server", "dev"):
         expect(_NAME in required[name], f"the extra {name} lacks `pipeline`")
     expect(metadata["License-Expression"] == "Apache-2.0", "the license is not Apache-2.0")
     expect((info / "licenses" / "LICENSE").is_file(), "the text of the license is missing")
     expect((site / "fishleg" / "py.typed").is_file(), "fishleg/py.typed is missing")
+
+
+def read_metadata(info: Path) -> Message:
+    """Return the metadata of an installed package."""
+    return Parser().parsestr((info / "METADATA").read_text("utf-8"))
 
 
 def requirements(metadata: Message) -> dict[str, list[str]]:
@@ -99,7 +106,7 @@ def requirements(metadata: Message) -> dict[str, list[str]]:
     for line in metadata.get_all("Requires-Dist", []):
         requirement, _, marker = line.partition(";")
         extra = marker.partition("extra ==")[2].strip(" '\"")
-        found[extra].append(name_of(requirement))
+        found.setdefault(extra, []).append(name_of(requirement))
     return found
 
 

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,12 +22,12 @@ from rich.console import Console
 from pipeline.__main__ import main
 from pipeline.base.console import RedactingConsole
 from pipeline.base.states import CellState
-from pipeline.cli.run_commands import print_end, run_spec
+from pipeline.cli.run_commands import print_end
 from pipeline.executors import ExecutorName, make_executor
 from pipeline.executors.base import AbstractExecutor
 from pipeline.planning.planner import Selection
 from pipeline.running.documents import RunOptions
-from pipeline.running.launch import resume_run
+from pipeline.running.launch import resume_run, run_and_read
 from pipeline.running.record import RunRecord
 from pipeline.running.runs import load_run
 from pipeline.running.trust import read_trust
@@ -72,14 +73,13 @@ def run_here(
     run_options = RunOptions(
         file=str(path),
         overrides=overrides or [],
-        from_=selection.from_,
-        only=selection.only,
-        until=selection.until,
-        force=selection.force,
+        **vars(selection),
         **fields,
     )
     output = io.StringIO()
-    return run_spec(spec, run_options, selection, _console(output)), output.getvalue()
+    console = _console(output)
+    code = run_and_read(spec, run_options, console, partial(print_end, console=console))
+    return code, output.getvalue()
 
 
 def resume_here(
