@@ -115,7 +115,7 @@ def run(
 
     Args:
         file: the pipeline.
-        set: parameter -> value, such as {"oneshot.sparsity": [0.5, 0.9]}.
+        set: parameter -> value, such as {"vars.sparsities": [0.5, 0.9]}.
         executor: "ray" or "local".
         tracking: "mlflow" or "jsonl".
         from_: cells or stages; they run with all downstream cells.
