@@ -70,7 +70,7 @@ def manifests() -> int:
 
 
 def test_a_cell_that_another_run_works_at_is_waited_for(toy: Path) -> None:
-    write_spec(SLOW)
+    write_spec(SLOW.replace("steps: 60", "steps: 240"))  # a busy machine starts a run in seconds
     first, run_id = start_working()
     second = start_fls(*RUN)
     outputs = [process.communicate(timeout=60)[0] for process in (first, second)]
