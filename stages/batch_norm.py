@@ -28,7 +28,7 @@ def whole_batches(network: nn.Module, rank_group: RankGroup) -> Iterator[None]:
         yield
         return
     for norm in norms:
-        norm.forward = partial(_forward, norm, rank_group)  # type: ignore[method-assign]
+        norm.forward = partial(_forward, norm, rank_group)  # type: ignore[method-assign] # until the end
     try:
         yield
     finally:

@@ -83,6 +83,7 @@ class Training:
         self.device = str(next(network.parameters()).device.type)
         self.network = network
         if self.device == "cuda":
+            # torch's stubs lack this overload of `Module.to`.
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.dataset = dataset.map_splits(lambda split: split.to(self.device))
         self.params = params

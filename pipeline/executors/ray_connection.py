@@ -18,7 +18,7 @@ import pipeline.executors.ray_settings  # noqa: F401 - before Ray, which reads t
 # isort: split
 import ray
 from ray._private.services import canonicalize_bootstrap_address
-from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray._raylet import GcsClient  # type: ignore[attr-defined] # compiled, without stubs
 from ray.exceptions import AuthenticationError, RpcError
 from ray.job_config import JobConfig
 

@@ -61,8 +61,11 @@ class Store(RunStore):
             return None
 
     def made(self, key: str) -> Manifest | None:
-        """Return the readable manifest of a result, also if its files were collected; or None."""
-        return self.readable(key) or self.collected(key)
+        """Return the manifest of a result, also if its files were collected; None if damaged."""
+        try:
+            return self.manifest(key) or self.collected(key)
+        except Damaged:
+            return None
 
     def collected(self, key: str) -> Manifest | None:
         """Return the manifest of a result whose files were collected, or None."""

@@ -63,7 +63,7 @@ def rerun(plan: Plan, store: Store, address: str, where: str = "") -> Comparison
         PipelineError: the computation failed.
     """
     planned = _find(plan, address)
-    stored, earlier = planned.manifest or store.made(planned.key), ""
+    stored, earlier = planned.manifest or _complete(store, planned.key), ""
     if stored is None:
         stored, run = _find_earlier(plan, store, planned)
         found_by = where or load_run(store, run).where
@@ -97,6 +97,11 @@ def _find(plan: Plan, address: str) -> PlannedCell:
     return next(one for one in plan.cells if one.cell.name == names[0])
 
 
+def _complete(store: Store, key: str) -> Manifest | None:
+    """Return a result's manifest, also if its files were collected; a damaged one is an error."""
+    return store.manifest(key) or store.collected(key)
+
+
 def _find_earlier(plan: Plan, store: Store, planned: PlannedCell) -> tuple[Manifest, str]:
     # Returns the newest result of a cell that differs in its code alone, and its run.
     name, now = planned.cell.name, planned.ingredients
@@ -106,7 +111,7 @@ def _find_earlier(plan: Plan, store: Store, planned: PlannedCell) -> tuple[Manif
         if document is None or document.pipeline != plan.spec.name or name not in document.cells:
             continue
         before = document.cells[name]
-        stored = store.made(before.key)
+        stored = _complete(store, before.key)
         if stored is not None:
             same = {part: now[part] for part in ("code", "generation")}
             others = explain({**before.ingredients, **same}, now)

@@ -49,6 +49,8 @@ class ExactEstimator(AbstractEstimator):
         }
         self.masks = masks
 
+    # Its blocks are given, so nothing is fitted or stored: a test that tries has a defect.
+
     def fit(self, source, callback=None, *, resume=False):
         raise NotImplementedError
 

@@ -15,6 +15,7 @@ from pipeline.planning.planner import RunPlan
 from pipeline.stage import Context, StageError
 from pipeline.store.attempt import Attempt
 from pipeline.store.checksum import with_checksum
+from pipeline.store.layout import manifest_path
 from pipeline.store.storage.local import LocalStorage
 from pipeline.store.storage.remote import RemoteStorage
 from pipeline.store.store import Store
@@ -424,3 +425,16 @@ def test_a_file_is_opened_and_removed_alone(store: Store) -> None:
         store.storage.open(output_path(1))
     store.storage.remove(f"stages/{KEY}")
     assert store.storage.files("stages") == []
+
+
+def test_a_damaged_result_is_not_made_though_its_earlier_files_were_collected(
+    store: Store,
+) -> None:
+    publish(store)
+    manifest = store.manifest(KEY)
+    assert manifest is not None
+    store.collect(manifest)
+    assert store.made(KEY) == manifest
+    store.storage.write(manifest_path(KEY), b"{")
+    assert store.readable(KEY) is None
+    assert store.made(KEY) is None
