@@ -17,7 +17,7 @@ probe-<hex>/                         tests of the storage's abilities, removed a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from pipeline.base.names import STAGES, numbers
@@ -33,26 +33,38 @@ _PROBE = re.compile(r"probe-[0-9a-f]{32}")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}")  # of a file in the making or in deletion
 
 
+def _path(template: str) -> Callable[..., str]:
+    """Return the function that fills a template; another number of parts is a TypeError."""
+    count = template.count("{")
+
+    def make(*parts: object) -> str:
+        if len(parts) != count:
+            raise TypeError(f"{template}: expected {count} parts, got {len(parts)}")
+        return template.format(*parts)
+
+    return make
+
+
 # The paths: functions of a key, the number of an attempt, and so on, in the order of the braces.
-stage_folder = "stages/{}".format
-aside_name = "{}.damaged-{}".format  # a key's damaged result of that number, in place of the key
-manifest_path = "stages/{}/manifest.json".format
-collected_path = "stages/{}/collected.json".format
-attempts_folder = "stages/{}/attempts".format
-attempt_folder = "stages/{}/attempts/{:04d}".format
-output_folder = "stages/{}/attempts/{:04d}/outputs/{}".format
-checkpoints_folder = "stages/{}/attempts/{:04d}/checkpoints".format
-checkpoint_folder = "stages/{}/attempts/{:04d}/checkpoints/{:06d}".format
-events_folder = "stages/{}/attempts/{:04d}/events".format
-event_segment = "stages/{}/attempts/{:04d}/events/{:06d}.jsonl".format
-failure_path = "stages/{}/attempts/{:04d}/failure.json".format
-generation_path = "generations/{}.{}".format
-run_folder = "runs/{}".format
-run_document = "runs/{}/{}.json".format
-marks_folder = "runs/{}/marks".format
-run_mark = "runs/{}/marks/{}".format
-life_mark = "life-{}".format
-stop_mark = "stop-{}".format
+stage_folder = _path("stages/{}")
+aside_name = _path("{}.damaged-{}")  # a key's damaged result of that number, in place of the key
+manifest_path = _path("stages/{}/manifest.json")
+collected_path = _path("stages/{}/collected.json")
+attempts_folder = _path("stages/{}/attempts")
+attempt_folder = _path("stages/{}/attempts/{:04d}")
+output_folder = _path("stages/{}/attempts/{:04d}/outputs/{}")
+checkpoints_folder = _path("stages/{}/attempts/{:04d}/checkpoints")
+checkpoint_folder = _path("stages/{}/attempts/{:04d}/checkpoints/{:06d}")
+events_folder = _path("stages/{}/attempts/{:04d}/events")
+event_segment = _path("stages/{}/attempts/{:04d}/events/{:06d}.jsonl")
+failure_path = _path("stages/{}/attempts/{:04d}/failure.json")
+generation_path = _path("generations/{}.{}")
+run_folder = _path("runs/{}")
+run_document = _path("runs/{}/{}.json")
+marks_folder = _path("runs/{}/marks")
+run_mark = _path("runs/{}/marks/{}")
+life_mark = _path("life-{}")
+stop_mark = _path("stop-{}")
 
 
 @dataclass(frozen=True)

@@ -89,3 +89,9 @@ def test_documents_are_the_runners_own_sealed_files() -> None:
     )
     assert [path for path in yes if not is_document(path)] == []
     assert [path for path in no if is_document(path)] == []
+
+
+@pytest.mark.parametrize("parts", [(), (KEY, 3)])
+def test_a_path_of_too_few_or_too_many_parts_is_refused(parts: tuple[object, ...]) -> None:
+    with pytest.raises(TypeError, match="expected 1 parts, got"):
+        layout.manifest_path(*parts)
