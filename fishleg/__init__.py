@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fishleg.errors import WrongType as WrongType
     from fishleg.estimators import EKFAC as EKFAC
     from fishleg.estimators import ESTIMATORS as ESTIMATORS
+    from fishleg.estimators import FLS as FLS
     from fishleg.estimators import KFAC as KFAC
     from fishleg.estimators import MFAC as MFAC
     from fishleg.estimators import OBS as OBS
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from fishleg.likelihoods import Likelihood as Likelihood
     from fishleg.one_call import prune as prune
     from fishleg.options import FishLegOptions as FishLegOptions
+    from fishleg.options import FlsOptions as FlsOptions
     from fishleg.parameters import ParameterGroup as ParameterGroup
     from fishleg.parameters import Partition as Partition
     from fishleg.parameters import partition_parameters as partition_parameters
@@ -97,6 +99,8 @@ _HOMES = {
     "EKFAC": "fishleg.estimators",
     "FishLeg": "fishleg.estimators",
     "FishLegOptions": "fishleg.options",
+    "FLS": "fishleg.estimators",
+    "FlsOptions": "fishleg.options",
     "FitProgress": "fishleg.estimators",
     "Magnitude": "fishleg.estimators",
     "KFAC": "fishleg.estimators",

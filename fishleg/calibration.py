@@ -27,6 +27,7 @@ from fishleg.options import Labels
 from fishleg.rng import SampleGenerator
 
 Transform = Callable[[Nest], Nest]
+Augment = Callable[[Nest, int], Nest]
 _TRIED = 64  # samples that show whether a transform is random
 
 
@@ -72,6 +73,8 @@ class Calibration:
         indices: (N,) int64, the samples' own numbers, which key their labels; default 0 ... N - 1.
         transform: turns a batch of inputs into the model's input, so that uint8 data stay uint8;
             into the same one in each pass, not augmented at random.
+        augment: maps inputs, as stored, and a key to other views of the same samples, the same ones
+            for the same key. Fits that take a fresh batch in each step use it; others do not.
 
     Raises:
         ShapeMismatch: there is no sample, the tensors' lengths differ, or a value is no tensor.
@@ -81,6 +84,7 @@ class Calibration:
     targets: Tensor | None = None
     indices: Tensor | None = None
     transform: Transform | None = None
+    augment: Augment | None = None
     _steady: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -168,6 +172,24 @@ class Calibration:
 
     def __len__(self) -> int:
         return count_samples(self.inputs, "inputs")
+
+    def at(self, places: Tensor, key: int | None = None) -> Calibration:
+        """Return some of the samples.
+
+        Args:
+            places: (n,) int64, their places in this set, from 0.
+            key: of `augment`, which is applied where there is a key.
+        """
+        inputs = map_tensors(lambda leaf: leaf[places.to(leaf.device)], self.inputs)
+        if key is not None and self.augment is not None:
+            inputs = self.augment(inputs, key)
+        indices = places if self.indices is None else self.indices[places]
+        targets = None if self.targets is None else self.targets[places]
+        chosen = Calibration(
+            inputs=inputs, targets=targets, indices=indices, transform=self.transform
+        )
+        object.__setattr__(chosen, "_steady", self._steady)
+        return chosen
 
     def batches(
         self, batch_size: int, device: torch.device, among: slice = slice(None)

@@ -18,7 +18,7 @@ from fishleg.estimators.base import AbstractEstimator
 from fishleg.fisher import fisher_vector_product
 from fishleg.gradients.source import GradientSource
 from fishleg.likelihoods import check_targets, given_targets
-from fishleg.objective import curvature_and_trace, gradient_product, image_square, masked_product
+from fishleg.objective import curvature_and_trace, gradient_product, masked_product
 from fishleg.options import Labels
 from fishleg.parameters import parameters_like
 from fishleg.precision import in_full, widen
@@ -42,6 +42,9 @@ def certify(
     - `best_scale`: a* = tr Q / tr(Q F_g Q): 1 when the scale of Q is right, below 1 when Q is too
       large on these data.
     - `rescaled_objective`: J(a* Q).
+    - `log_det_objective`: L(Q) = tr(F_g Q) - log det Q, in which relative errors of Q count; lower
+      is better. Only where Q is of the full Fisher: under masks the determinant is of the
+      survivors' part, which no block has in closed form.
     - `residual`: ||F_g Q u - u|| / ||u|| over Gaussian u. Q = 0 scores 1, so that a value above 1
       has no meaning by itself.
 
@@ -52,9 +55,9 @@ def certify(
         seed: of the probes.
 
     Returns:
-        {"groups": {name: the five numbers}, "network": the same}. The network's J are sums over the
-        groups. Its residual takes the whole F, whose parts between groups no block describes, by
-        an exact F-vector product with a single probe.
+        {"groups": {name: the numbers}, "network": the same}. The network's J and L are sums over
+        the groups. Its residual takes the whole F, whose parts between groups no block describes,
+        by an exact F-vector product with a single probe.
 
     Raises:
         ValueError: `probes` is not positive.
@@ -83,11 +86,19 @@ def certify(
 
 @dataclass(frozen=True, kw_only=True)
 class _Sums:
-    """The terms of J for a group: tr(Q F_g Q), tr Q, and the J of the best diagonal."""
+    """The terms of J and L for a group.
+
+    Attributes:
+        curvature: tr(Q F_g Q).
+        trace: tr Q.
+        diagonal_objective: J of the best diagonal.
+        log_det_objective: L, or None under a mask.
+    """
 
     curvature: float
     trace: float
     diagonal_objective: float
+    log_det_objective: float | None
 
 
 class _Audit:
@@ -105,12 +116,14 @@ class _Audit:
         self.mask = mask
         self.images = masked_product(block, probes, mask)
         self._products = torch.zeros_like(probes)
-        self._quadratic = 0.0
+        self._quadratic = self._energy = 0.0
         self._fisher = torch.zeros_like(probes[0], dtype=torch.float64)
 
     def add(self, gradients: Tensor) -> None:
         """Add scaled gradients (n, rows, columns)."""
-        self._quadratic += float(image_square(self.block, gradients, self.mask))
+        image = masked_product(self.block, gradients, self.mask)
+        self._quadratic += float(image.square().sum())
+        self._energy += float((image * gradients).sum())
         self._products += gradient_product(gradients, self.images)
         self._fisher += gradients.square().sum(0)
 
@@ -118,11 +131,15 @@ class _Audit:
         """Return the group's sums."""
         ridge, trace = curvature_and_trace(self.block, [], damping, self.mask)
         best = 1.0 / (self._fisher + damping)
+        energy = self._energy + damping * float(trace)
         return _Sums(
             curvature=self._quadratic + float(ridge),
             trace=float(trace),
             diagonal_objective=-0.5
             * float((best if self.mask is None else best * self.mask).sum()),
+            log_det_objective=None
+            if self.mask is not None
+            else energy - float(self.block.log_det()),
         )
 
     def numbers(self, damping: float) -> Numbers:
@@ -138,15 +155,19 @@ class _Audit:
 
 
 def _summarise(groups: list[_Sums]) -> Numbers:
-    """Return J, J of the best diagonal, a* and J(a* Q), of all groups together."""
+    """Return J, J of the best diagonal, a*, J(a* Q) and L, of all groups together."""
     curvature = sum(group.curvature for group in groups)
     trace = sum(group.trace for group in groups)
-    return {
+    numbers = {
         "objective": 0.5 * curvature - trace,
         "diagonal_objective": sum(group.diagonal_objective for group in groups),
         "best_scale": trace / curvature,
         "rescaled_objective": -0.5 * trace**2 / curvature,
     }
+    parts = [group.log_det_objective for group in groups]
+    if None not in parts:
+        numbers["log_det_objective"] = sum(part for part in parts if part is not None)
+    return numbers
 
 
 def _network_residual(

@@ -6,6 +6,12 @@ is least, over all symmetric Q, at Q = F_g^-1, where J = -1/2 tr F_g^-1 (Garcia 
 McGowan et al., arXiv 2412.02328). Given a mask M of survivors, Q means M o Q o M throughout:
 J_M is least where Q inverts F_g restricted to the survivors.
 
+    L = tr(F_g Q) - log det Q
+
+has the same minimiser over all positive definite Q, where L = size + log det F_g. It is the log-det
+divergence of Q from F_g^-1, up to a constant (Stein's loss; Kulis et al., JMLR 2009), and does not
+depend on the scale of the weights: the relative errors of Q count, where J weighs errors by Q^2.
+
 Gradients are scaled, so that F = sum_n vec(G_n) vec(G_n)^T. Everything here is differentiable in
 the block's tensors.
 """
@@ -14,11 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor
 
 from fishleg.blocks.base import AbstractBlock
 from fishleg.blocks.kronecker import KroneckerBlock
 from fishleg.errors import ShapeMismatch
+from fishleg.rng import SampleGenerator
 
 
 def expected_objective(
@@ -41,6 +49,27 @@ def expected_objective(
     """
     curvature, trace = curvature_and_trace(block, [gradients], damping, mask)
     return 0.5 * curvature - trace
+
+
+def log_det_objective(block: AbstractBlock, gradients: Tensor, damping: float) -> Tensor:
+    """Return L = sum_n g_n^T Q g_n + gamma tr Q - log det Q.
+
+    Args:
+        block: Q, positive definite.
+        gradients: (n, rows, columns), scaled.
+        damping: gamma > 0.
+
+    Returns:
+        L, a scalar.
+
+    Cost: one product with Q a gradient, and one log determinant.
+    """
+    return image_energy(block, gradients) + damping * block.trace() - block.log_det()
+
+
+def image_energy(block: AbstractBlock, gradients: Tensor) -> Tensor:
+    """Return sum_n g_n^T Q g_n = tr(F Q), a scalar, for gradients (n, rows, columns)."""
+    return (block.matvec(gradients) * gradients).sum()
 
 
 def probe_objective(
@@ -92,6 +121,18 @@ def gradient_product(gradients: Tensor, v: Tensor) -> Tensor:
     """
     flat = gradients.flatten(1)
     return ((v.flatten(1) @ flat.mT) @ flat).unflatten(1, v.shape[1:])
+
+
+def sign_combinations(gradients: Tensor, generator: SampleGenerator) -> Tensor:
+    """Return u = sum_n e_n g_n with random signs e, (p, rows, columns): E[u u^T] = F.
+
+    Args:
+        gradients: (n, rows, columns), scaled.
+        generator: one sample a u.
+    """
+    signs = torch.where(generator.uniform(len(gradients)) < 0.5, -1.0, 1.0)
+    flat = signs.to(gradients) @ gradients.flatten(1)
+    return flat.unflatten(1, gradients.shape[1:])
 
 
 def outer_product(rows: Tensor, columns: Tensor, v: Tensor) -> Tensor:

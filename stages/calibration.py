@@ -12,6 +12,7 @@ from fishleg.gradients.source import GradientSource
 from fishleg.likelihoods import Categorical
 from fishleg.options import CalibrationOptions
 from fishleg.parameters import Partition
+from stages.data.batches import augmented
 from stages.data.dataset import DataSet
 from stages.determinism import generator
 from stages.model_folder import Model
@@ -51,15 +52,20 @@ class CalibrationPlan(CalibrationOptions):
         if indices is None:
             indices = self.indices(dataset)
         chosen = dataset.train.take(indices)
+
+        def augment(inputs: Tensor, key: int) -> Tensor:
+            return augmented(dataset, inputs, generator(self.seed, "augmented calibration", key))
+
         return GradientSource(
             model.network,
             Categorical(),
             partition,
             Calibration(
-                inputs=chosen.inputs,
+                inputs=augment(chosen.inputs, -1) if self.augment else chosen.inputs,
                 targets=chosen.labels,
                 indices=indices,
                 transform=dataset.normalise,
+                augment=augment if self.augment else None,
             ),
             labels=self.labels,
             draws=self.draws,

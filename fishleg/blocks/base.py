@@ -29,6 +29,10 @@ class AbstractBlock(ABC):
         """Return diag(Q) as a (rows, columns) matrix."""
 
     @abstractmethod
+    def log_det(self) -> Tensor:
+        """Return log det Q, a scalar tensor."""
+
+    @abstractmethod
     def submatrix(self, index: Tensor) -> Tensor:
         """Return Q[index, index], (..., n, n), for flat row-major positions `index` (..., n)."""
 
@@ -77,3 +81,13 @@ class AbstractBlock(ABC):
     def memory_bytes(self) -> int:
         """Return the bytes that the block's tensors take."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+
+def log_det_of(factors: Tensor) -> Tensor:
+    """Return the log determinants (...) of symmetric positive definite matrices (..., n, n).
+
+    By Cholesky, in the matrices' dtype; not a number where a matrix is not positive definite.
+    """
+    factor, failed = torch.linalg.cholesky_ex(factors)
+    logs = 2.0 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return torch.where(failed == 0, logs, torch.nan)

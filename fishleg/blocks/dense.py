@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fishleg.blocks.base import AbstractBlock
+from fishleg.blocks.base import AbstractBlock, log_det_of
 from fishleg.errors import ShapeMismatch
 
 
@@ -53,6 +53,13 @@ class DenseBlock(AbstractBlock):
         """Return diag(Q), (rows, columns)."""
         diagonal = self.matrices.diagonal(dim1=-2, dim2=-1).flatten()
         return diagonal[: self.shape[0] * self.shape[1]].reshape(self.shape).clone()
+
+    def log_det(self) -> Tensor:
+        """Return the sum of the chunks' log determinants, without the padding's. Cost O(n b^3)."""
+        size = self.matrices.shape[1]
+        inside = self.shape[0] * self.shape[1] - (len(self.matrices) - 1) * size
+        last = log_det_of(self.matrices[-1, :inside, :inside])
+        return log_det_of(self.matrices[:-1]).sum() + last
 
     def submatrix(self, index: Tensor) -> Tensor:
         """Return Q[index, index], (..., n, n), for flat positions `index` (..., n)."""

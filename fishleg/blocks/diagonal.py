@@ -32,6 +32,10 @@ class DiagonalBlock(AbstractBlock):
         """Return diag(Q), (rows, columns)."""
         return self.values.clone()
 
+    def log_det(self) -> Tensor:
+        """Return the sum of the values' logarithms."""
+        return self.values.log().sum()
+
     def submatrix(self, index: Tensor) -> Tensor:
         """Return Q[index, index], (..., n, n), for flat positions `index` (..., n)."""
         picked = self.values.flatten()[index]

@@ -54,6 +54,10 @@ class EigenBlock(AbstractBlock):
         parts = gradients.unflatten(-2, (self.values.shape[0], -1))
         return (self.left.mT @ parts @ self.right).square().sum(0)
 
+    def log_det(self) -> Tensor:
+        """Return the sum of log S."""
+        return self.values.log().sum()
+
     def submatrix(self, index: Tensor) -> Tensor:
         """Return Q[index, index], (..., n, n), for flat positions `index` (..., n).
 

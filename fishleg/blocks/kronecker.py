@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fishleg.blocks.base import AbstractBlock
+from fishleg.blocks.base import AbstractBlock, log_det_of
 from fishleg.errors import ShapeMismatch
 
 
@@ -43,6 +43,12 @@ class KroneckerBlock(AbstractBlock):
         """Return A^o2 o (diag B)(diag C)^T."""
         outer = torch.outer(self.b.diagonal(), self.c.diagonal())
         return outer if self.scale is None else self.scale.square() * outer
+
+    def log_det(self) -> Tensor:
+        """Return columns log det B + rows log det C + 2 sum log |A|."""
+        rows, columns = self.shape
+        total = columns * log_det_of(self.b) + rows * log_det_of(self.c)
+        return total if self.scale is None else total + 2.0 * self.scale.abs().log().sum()
 
     def submatrix(self, index: Tensor) -> Tensor:
         """Return Q[index, index], whose entry (ij, kl) is A_ij B_ik C_jl A_kl."""

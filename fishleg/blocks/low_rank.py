@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fishleg.blocks.base import AbstractBlock
+from fishleg.blocks.base import AbstractBlock, log_det_of
 from fishleg.errors import NotPositiveDefinite, ShapeMismatch
 
 _CHUNK = 8192  # columns that are held in float64 at once
@@ -41,6 +41,13 @@ class LowRankBlock(AbstractBlock):
     def diagonal(self) -> Tensor:
         """Return (1 - sum_m W_m^o2) / damping, (rows, columns). Cost O(m rows columns)."""
         return (1 - torch.einsum("mij,mij->ij", self.root, self.root)) / self.damping
+
+    def log_det(self) -> Tensor:
+        """Return log det(I_m - W W^T) - rows columns log damping. Cost O(m^2 rows columns)."""
+        root = self.root.flatten(1).double()
+        eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
+        inner = log_det_of(eye - root @ root.mT) - root.shape[1] * self.damping.double().log()
+        return inner.to(self.root.dtype)
 
     def submatrix(self, index: Tensor) -> Tensor:
         """Return Q[index, index], (..., n, n), for flat positions `index` (..., n)."""

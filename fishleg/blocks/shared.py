@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fishleg.blocks.base import AbstractBlock
+from fishleg.blocks.base import AbstractBlock, log_det_of
 from fishleg.errors import ShapeMismatch
 
 
@@ -48,6 +48,10 @@ class SharedBlock(AbstractBlock):
         """Return diag(Q), (rows, columns): diag(C_k) in every row of k."""
         diagonal = self.inverse.diagonal(dim1=-2, dim2=-1)
         return diagonal.repeat_interleave(self._rows, dim=0)
+
+    def log_det(self) -> Tensor:
+        """Return the sum of (rows / h) log det C_k."""
+        return self._rows * log_det_of(self.inverse).sum()
 
     def submatrix(self, index: Tensor) -> Tensor:
         """Return Q[index, index], (..., n, n), for flat positions `index` (..., n)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fishleg.blocks.base import AbstractBlock
+from fishleg.blocks.base import AbstractBlock, log_det_of
 from fishleg.blocks.kronecker import (
     gather_square,
     require_scale,
@@ -72,6 +72,16 @@ class TensorBlock(AbstractBlock):
             columns = torch.cat([columns, self.bias])
         outer = torch.outer(self.out.diagonal(), columns)
         return outer if self.scale is None else self.scale.square() * outer
+
+    def log_det(self) -> Tensor:
+        """Return the sum of the factors' log determinants, each times the size of the others."""
+        rows, columns = self.shape
+        inner, kernel = len(self.inner), len(self.kernel)
+        total = columns * log_det_of(self.out)
+        total = total + rows * (kernel * log_det_of(self.inner) + inner * log_det_of(self.kernel))
+        if self.bias is not None:
+            total = total + rows * self.bias.log().sum()
+        return total if self.scale is None else total + 2.0 * self.scale.abs().log().sum()
 
     def submatrix(self, index: Tensor) -> Tensor:
         """Return Q[index, index] from the entries of the factors."""

@@ -4,6 +4,7 @@ from fishleg.estimators.base import AbstractEstimator, Callback, FitProgress
 from fishleg.estimators.diagonal import DiagonalFisher
 from fishleg.estimators.ekfac import EKFAC
 from fishleg.estimators.fishleg import FishLeg
+from fishleg.estimators.fls import FLS
 from fishleg.estimators.kfac import KFAC
 from fishleg.estimators.layer import LayerHessian
 from fishleg.estimators.magnitude import Magnitude
@@ -14,6 +15,7 @@ ESTIMATORS: dict[str, type[AbstractEstimator]] = {
     estimator.name: estimator
     for estimator in (
         FishLeg,
+        FLS,
         OBS,
         MFAC,
         KFAC,
@@ -31,6 +33,7 @@ __all__ = [
     "Callback",
     "DiagonalFisher",
     "EKFAC",
+    "FLS",
     "FishLeg",
     "FitProgress",
     "Magnitude",

@@ -1,4 +1,4 @@
-"""The FishLeg estimator: Q learned by minimising J, group by group, and refined under masks."""
+"""The FishLeg estimator: Q fitted to a fixed sample, group by group, and refined under masks."""
 
 from __future__ import annotations
 
@@ -250,8 +250,7 @@ class FishLeg(AbstractEstimator):
         for name in fresh:
             weight = source.model.get_parameter(self.partition[name].weight)
             like = weight.new_empty(0, dtype=source.dtype(name))
-            block = self._fit_of(name).warm_start(pieces[name], factors.get(name), like)
-            starts[name] = SolverState(block=block)
+            starts[name] = self._fit_of(name).warm_start(pieces[name], factors.get(name), like)
         return starts
 
     # -- memory

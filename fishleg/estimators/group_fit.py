@@ -42,14 +42,7 @@ class GroupFit:
     @property
     def structure(self) -> Structure:
         """The structure of the group's block."""
-        wanted = self.options.structure
-        if wanted in CLOSED_FORM:
-            return wanted
-        if len(self.group.weight_shape) < 2 and self.group.size <= _SMALL_VECTOR:
-            return "full"
-        if wanted.startswith("tensor") and self.group.kernel == 1:
-            return "kronecker_scaled" if wanted.endswith("_scaled") else "kronecker"
-        return wanted
+        return block_structure(self.options.structure, self.group)
 
     def solver(self, gradients: int, *, refines: bool, mask: Tensor | None) -> AbstractSolver:
         """Return the solver of the group's block.
@@ -62,9 +55,11 @@ class GroupFit:
         structure, options = self.structure, self.options
         wants_adam = options.solver == "adam" or options.objective == "probe"
         if structure in CLOSED_FORM and not (wants_adam and structure == options.structure):
-            return ClosedFormSolver(self.damping, mask)
+            return ClosedFormSolver(self.damping, mask, objective=options.objective)
         if structure == "eigen":
-            return ClosedFormSolver(self.damping, mask, shrinkage=options.shrinkage)
+            return ClosedFormSolver(
+                self.damping, mask, shrinkage=options.shrinkage, objective=options.objective
+            )
         if structure == "kronecker" and not wants_adam:
             return AlternatingSolver(
                 self.damping,
@@ -72,6 +67,8 @@ class GroupFit:
                 mask,
                 mask_fit=options.mask_fit,
                 iterations=options.cg_iterations,
+                objective=options.objective,
+                pull=0.0 if refines else options.pull,
             )
         return AdamSolver(
             self.damping,
@@ -84,8 +81,8 @@ class GroupFit:
 
     def warm_start(
         self, pieces: Iterable[Tensor], factors: Sequence[Tensor] | None, like: Tensor
-    ) -> AbstractBlock:
-        """Return the group's first block.
+    ) -> SolverState:
+        """Return the state with the group's first block.
 
         Args:
             pieces: gradients, as the solver takes them.
@@ -93,6 +90,7 @@ class GroupFit:
             like: a tensor of the block's dtype and device.
         """
         structure, kind = self.structure, self.options.warm_start
+        extra: dict[str, Tensor] = {}
         if kind == "identity" or (structure in CLOSED_FORM and kind in {"kfac", "moments"}):
             start = identity_start(self.group.shape, self.damping, like)
         elif kind == "diagonal":
@@ -103,17 +101,20 @@ class GroupFit:
             # of each convolution group
             gamma, a = factors or as_factors(*total(pieces, kronecker_products))
             if structure == "eigen":
-                return _cast(invert_factors(gamma, a, self.damping), like)
+                return SolverState(block=cast_block(invert_factors(gamma, a, self.damping), like))
             # elsewhere the convolution groups share one column factor
-            start = factored_start(torch.block_diag(*gamma), a.mean(0), self.damping)
+            row, column = torch.block_diag(*gamma), a.mean(0)
+            start = factored_start(row, column, self.damping)
+            if self.options.pull:
+                extra = {"prior.b": row, "prior.c": column}
         if structure == "kronecker_scaled" and start.scale is None:
             solver = AlternatingSolver(self.damping, _WARM_SWEEPS)
-            *_, swept = solver.run(pieces, SolverState(block=_cast(start, like)))
+            *_, swept = solver.run(pieces, SolverState(block=cast_block(start, like)))
             start = KroneckerBlock(**swept.block.tensors())
         block = fit_structure(
             start, structure, kernel=self.group.kernel, block_size=self.options.block_size
         )
-        return _cast(block, like)
+        return SolverState(block=cast_block(block, like), extra=extra)
 
     def footprint(
         self, bytes_each: int, conv_groups: int | None, rows_at_once: int, *, uses_adam: bool
@@ -144,7 +145,18 @@ class GroupFit:
         )
 
 
-def _cast(block: AbstractBlock, like: Tensor) -> AbstractBlock:
+def block_structure(wanted: Structure, group: ParameterGroup) -> Structure:
+    """Return the structure of a group's block, where `wanted` is that of kernels and matrices."""
+    if wanted in CLOSED_FORM:
+        return wanted
+    if len(group.weight_shape) < 2 and group.size <= _SMALL_VECTOR:
+        return "full"
+    if wanted.startswith("tensor") and group.kernel == 1:
+        return "kronecker_scaled" if wanted.endswith("_scaled") else "kronecker"
+    return wanted
+
+
+def cast_block(block: AbstractBlock, like: Tensor) -> AbstractBlock:
     """Return the block in the dtype and on the device of `like`, its tensors contiguous."""
     tensors = {name: tensor.to(like).contiguous() for name, tensor in block.tensors().items()}
     return type(block).restore(tensors, block.shape)

@@ -35,11 +35,12 @@ from fishleg.objective import (
     outer_product,
     outer_square,
     probe_terms,
+    sign_combinations,
 )
 from fishleg.options import TrackedStructure, TrackingOptions
 from fishleg.parameters import ParameterGroup
 from fishleg.rng import SampleGenerator
-from fishleg.solvers.adam import adam_change, assemble, compose, relative_slope
+from fishleg.solvers.descent import adam_change, assemble, compose, relative_slope
 from fishleg.solvers.starts import diagonal_start, factored_start, identity_start
 
 Evidence = Tensor | LayerSignals
@@ -263,12 +264,10 @@ def _halves(evidence: Evidence) -> tuple[Evidence, Evidence]:
 
 
 def _combine(evidence: Evidence, generator: SampleGenerator) -> Tensor:
-    """Return probes u = sum_n e_n g_n with random signs e, (p, rows, columns): E[u u^T] = F."""
-    count = len(evidence if isinstance(evidence, Tensor) else evidence.activations)
-    signs = torch.where(generator.uniform(count) < 0.5, -1.0, 1.0)
+    """Return probes u = sum_n e_n g_n with random signs e; see `sign_combinations`."""
     if isinstance(evidence, Tensor):
-        flat = signs.to(evidence.dtype) @ evidence.flatten(1)
-        return flat.unflatten(1, evidence.shape[1:])
+        return sign_combinations(evidence, generator)
+    signs = torch.where(generator.uniform(len(evidence.activations)) < 0.5, -1.0, 1.0)
     rows, columns = _factors(evidence)
     return (signs.to(rows.dtype).unsqueeze(-1) * rows).mT @ columns
 

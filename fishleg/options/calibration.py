@@ -20,6 +20,8 @@ class CalibrationOptions(Options):
             ("matched"); all classes by their probability ("enumerated"); or the data's own
             ("empirical").
         draws: labels drawn for each sample, with sampled and matched labels.
+        augment: crops and flips, where the data set has them: of each sample once, or in each step
+            of the method fls anew.
         batch_size: samples in a gradient batch.
         seed: of the samples and the labels drawn.
 
@@ -31,6 +33,7 @@ class CalibrationOptions(Options):
     samples: Annotated[int, Range(ge=1)] = 1000
     labels: Labels = "matched"
     draws: Annotated[int, Range(ge=1)] = 1
+    augment: bool = False
     batch_size: Annotated[int, Range(ge=1, unit="samples")] = 125
     seed: Annotated[int, Range(ge=0)] = 0
 

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import Annotated, Any, TypedDict
 
 from fishleg.errors import InvalidOption, UnknownName
-from fishleg.options.choices import MaskFit, Objective, SolverName, Structure, WarmStart
+from fishleg.options.choices import (
+    Directions,
+    LearnedStructure,
+    MaskFit,
+    Objective,
+    SolverName,
+    Structure,
+    WarmStart,
+)
 from fishleg.options.fields import Options, Range, check, declared
 
 CLOSED_FORM = frozenset({"block", "diagonal", "full"})
@@ -40,7 +48,11 @@ class FishLegOptions(Options):
         solver: `alternating`: exact half-steps for Kronecker blocks without scale, and the closed
             form of the minimiser for eigen, block, diagonal and full; `adam`: for all but eigen;
             `auto`: alternating where possible, else Adam.
-        objective: closed form over samples, or random probes (adam).
+        objective: of the fit. `expected`: J in closed form over samples; `probe`: J by random
+            probes (adam); `log_det`: the log-det objective L, which weighs relative errors of Q.
+        pull: weight of the K-FAC product in the Fisher that `log_det` half-steps see, in [0, 1]; 1
+            fits the factors of the start `kfac` themselves, which it needs. A refinement under
+            masks has no pull.
         warm_start: the start of the fit. `kfac`: inverse K-FAC factors (for groups without a layer
             as `moments`); `moments`: inverse second moments of the gradients' rows and columns;
             `diagonal`: inverse diagonal Fisher; `identity`: identity / gamma. Where a scale is
@@ -73,6 +85,7 @@ class FishLegOptions(Options):
     structure: Structure = "eigen"
     solver: SolverName = "auto"
     objective: Objective = "expected"
+    pull: Annotated[float, Range(ge=0, le=1)] = 0.0
     warm_start: WarmStart = "kfac"
     shrinkage: Annotated[float, Range(ge=0, le=1)] = 0.5
     sweeps: Annotated[int, Range(ge=1)] = 5
@@ -97,6 +110,7 @@ class FishLegOptions(Options):
                 f"{self.preconditioned_steps}",
             )
         self._check_structure()
+        self._check_log_det()
 
     def _check_structure(self) -> None:
         """Check that the solver can make blocks of the structure.
@@ -125,6 +139,35 @@ class FishLegOptions(Options):
                 "objective", "'probe' needs the solver 'adam'; half-steps are exact"
             )
 
+    def _check_log_det(self) -> None:
+        """Check that the options fit the log-det objective, or the other ones.
+
+        Raises:
+            InvalidOption: they do not.
+        """
+        if self.objective == "log_det":
+            if self.mask_fit == "exact":
+                raise InvalidOption(
+                    "mask_fit",
+                    "expected 'damped' with the objective 'log_det', got 'exact': no factors give "
+                    "the determinant of the survivors' part",
+                )
+            if self.preconditioned_steps:
+                raise InvalidOption(
+                    "preconditioned_steps",
+                    "expected 0 with the objective 'log_det', got "
+                    f"{self.preconditioned_steps}: preconditioned steps follow J",
+                )
+        if self.pull:
+            wanted = {"objective": "log_det", "structure": "kronecker", "warm_start": "kfac"}
+            for name, value in wanted.items():
+                if getattr(self, name) != value:
+                    raise InvalidOption(
+                        "pull", f"expected 0, or the {name} {value!r}, got {self.pull}"
+                    )
+            if self.solver == "adam":
+                raise InvalidOption("pull", f"expected 0 with the solver 'adam', got {self.pull}")
+
 
 class FishLegChanges(TypedDict, total=False):
     """Fields of `FishLegOptions` as keywords of a call."""
@@ -132,6 +175,7 @@ class FishLegChanges(TypedDict, total=False):
     structure: Structure
     solver: SolverName
     objective: Objective
+    pull: float
     warm_start: WarmStart
     shrinkage: float
     sweeps: int
@@ -145,6 +189,67 @@ class FishLegChanges(TypedDict, total=False):
     learning_rate: float
     probes: int
     memory_bytes: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlsOptions(Options):
+    """Options of the FishLeg surgeon as published.
+
+    Attributes:
+        structure: form of the inverse's blocks; see `FishLegOptions`.
+        objective: that a step of Adam descends. `probe`: J by random directions u; `expected`: J
+            averaged over u in closed form; `log_det`: the log-det objective L.
+        directions: of the probes: `normal`, N(0, I); or `gradients`, normalised gradients of one
+            half of a batch, whose other half gives F.
+        warm_start: the start of the descent. `identity`: identity / gamma, as published; `kfac`:
+            inverse K-FAC factors; `moments`: inverse second moments of the gradients' rows and
+            columns; `diagonal`: inverse diagonal Fisher. All but the first take a pass of the data.
+        batch: samples of a step, drawn afresh, with fresh labels.
+        steps: of Adam in a fit, at most.
+        refine_steps: of Adam under new masks, at most.
+        learning_rate: relative size of the first step; it falls to 0 along a cosine over the steps.
+        probes: directions u of a step (objective probe).
+        held_out: fraction of the samples that no step sees; their objective, J or L, stops the fit.
+        check_every: steps between two looks at the held-out samples.
+        patience: looks without a lower held-out objective after which a group's fit stops.
+        seed: of the batches and the probes.
+
+    Raises:
+        UnknownName: an option is none of its choices.
+        InvalidOption: a value has another type, or is out of range.
+    """
+
+    structure: LearnedStructure = "kronecker"
+    objective: Objective = "probe"
+    directions: Directions = "gradients"
+    warm_start: WarmStart = "identity"
+    batch: Annotated[int, Range(ge=1, unit="samples")] = 32
+    steps: Annotated[int, Range(ge=1)] = 1000
+    refine_steps: Annotated[int, Range(ge=1)] = 200
+    learning_rate: Annotated[float, Range(gt=0)] = 0.02
+    probes: Annotated[int, Range(ge=1)] = 16
+    held_out: Annotated[float, Range(ge=0, lt=1)] = 0.1
+    check_every: Annotated[int, Range(ge=1, unit="steps")] = 50
+    patience: Annotated[int, Range(ge=1)] = 4
+    seed: int = 0
+
+
+class FlsChanges(TypedDict, total=False):
+    """Fields of `FlsOptions` as keywords of a call."""
+
+    structure: LearnedStructure
+    objective: Objective
+    directions: Directions
+    warm_start: WarmStart
+    batch: int
+    steps: int
+    refine_steps: int
+    learning_rate: float
+    probes: int
+    held_out: float
+    check_every: int
+    patience: int
     seed: int
 
 
@@ -201,6 +306,7 @@ class NoOptions(Options):
 
 ESTIMATOR_OPTIONS: Mapping[str, type[Options]] = {
     "fishleg": FishLegOptions,
+    "fls": FlsOptions,
     "obs": ObsOptions,
     "mfac": MfacOptions,
     "kfac": KfacOptions,

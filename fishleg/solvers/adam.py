@@ -1,8 +1,6 @@
 """Adam on the FishLeg objective, for blocks of any structure.
 
-The free numbers are changes relative to the start: a factor T_0 becomes (I + X) T_0 (I + X)^T,
-which is R^T R with R = T_0^1/2 (I + X)^T and so stays symmetric positive definite; positive numbers
-(a scale, a diagonal) become t_0 exp(x). All of them start at zero, and one learning rate fits all.
+`descent` has the free numbers and Adam's step.
 
 Plain steps follow the gradient of J, (d(Qu)/dx)^T (F_g Q u - u). Preconditioned steps put Q, held
 constant, before the residual: quicker on stiff problems, but no gradient of a function; inside a
@@ -15,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from math import cos, pi
+from math import cos, log, pi
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,17 +24,16 @@ from fishleg.objective import (
     curvature_and_trace,
     expected_objective,
     gradient_product,
+    image_energy,
+    log_det_objective,
     masked_product,
     probe_objective,
 )
 from fishleg.options import FishLegOptions
 from fishleg.rng import SampleGenerator
 from fishleg.solvers.base import AbstractSolver, SolverState
+from fishleg.solvers.descent import Descent, Tensors, scale_block, zeros_like
 
-Tensors = dict[str, Tensor]
-
-_POSITIVE = frozenset({"scale", "bias", "values"})  # tensors of positive numbers, not factors
-_BETA_1, _BETA_2, _EPSILON = 0.9, 0.99, 1e-30
 _STEPS_A_YIELD = 10
 
 
@@ -79,7 +77,7 @@ class AdamSolver(AbstractSolver):
 
     def run(self, pieces: Iterable[Tensor], state: SolverState) -> Iterator[SolverState]:
         """Yield the state every few steps and after each phase."""
-        now = _Descent.load(state) if state.extra else self._begin(pieces, state.block)
+        now = _Run.load(state) if state.extra else self._begin(pieces, state.block)
         for begin, end in (
             (0, self.options.preconditioned_steps),
             (self.options.preconditioned_steps, self.units),
@@ -93,46 +91,34 @@ class AdamSolver(AbstractSolver):
             now = self._end_phase(pieces, now)
             yield now.save()
 
-    def _begin(self, pieces: Iterable[Tensor], block: AbstractBlock) -> _Descent:
+    def _begin(self, pieces: Iterable[Tensor], block: AbstractBlock) -> _Run:
         """Return the state before the first step, at the warm start's best scale."""
-        curvature, trace, count = self._measure(pieces, block)
-        tensors = block.tensors()
-        linear = next(iter(tensors))  # Q is linear in its first tensor
-        tensors[linear] = tensors[linear] * (trace / curvature)
-        zeros = _zeros(tensors)
-        return _Descent(
-            start=type(block).restore(tensors, block.shape),
+        found = self._measure(pieces, block)
+        descent = Descent.begin(scale_block(block, found.best_scale))
+        return _Run(
+            descent=descent,
+            anchor=descent.free,
             step=0,
-            pieces=count,
-            objective=-0.5 * trace**2 / curvature,
+            pieces=found.pieces,
+            objective=found.rescaled,
             rejected=0,
-            free=zeros,
-            anchor=zeros,
-            first=zeros,
-            second=zeros,
         )
 
-    def _step(self, now: _Descent, gradients: Tensor, age: int) -> _Descent:
+    def _step(self, now: _Run, gradients: Tensor, age: int) -> _Run:
         """Return the state after one step on a piece; `age` counts steps of the phase."""
         weight = (self._gradients / len(gradients)) ** 0.5
-        free = {name: x.clone().requires_grad_() for name, x in now.free.items()}
-        loss = self._loss(assemble(now.start, free), weight * gradients, now.step)
-        slopes = torch.autograd.grad(loss, list(free.values()))
+        slopes = now.descent.slopes(lambda block: self._loss(block, weight * gradients, now.step))
         rate = self.options.learning_rate
         if now.step >= self.options.preconditioned_steps:
             rate *= 0.5 + 0.5 * cos(pi * age / (self.units - self.options.preconditioned_steps))
-        moved, first, second = {}, {}, {}
-        for (name, x), slope in zip(now.free.items(), slopes, strict=True):
-            first[name], second[name], change = adam_change(
-                name, slope, now.first[name], now.second[name], age
-            )
-            moved[name] = x + rate * change
-        return replace(now, step=now.step + 1, free=moved, first=first, second=second)
+        return replace(now, step=now.step + 1, descent=now.descent.step(slopes, rate, age))
 
     def _loss(self, block: AbstractBlock, gradients: Tensor, step: int) -> Tensor:
         """Return the scalar whose gradient the step follows."""
         options = self.options
         plain = step >= options.preconditioned_steps
+        if options.objective == "log_det":
+            return log_det_objective(block, gradients, self.damping)
         if plain and options.objective == "expected":
             return expected_objective(block, gradients, self.damping, self._support)
         numbers = torch.arange(options.probes, device=gradients.device)
@@ -144,19 +130,20 @@ class AdamSolver(AbstractSolver):
             block, probes, lambda v: gradient_product(gradients, v), self.damping, self._support
         )
 
-    def _end_phase(self, pieces: Iterable[Tensor], now: _Descent) -> _Descent:
-        """End a phase: keep its result if J fell, else restore its beginning."""
-        curvature, trace, _ = self._measure(pieces, now.block())
-        objective = 0.5 * curvature - trace
-        zeros = _zeros(now.free)
+    def _end_phase(self, pieces: Iterable[Tensor], now: _Run) -> _Run:
+        """End a phase: keep its result if the objective fell, else restore its beginning."""
+        objective = self._measure(pieces, now.descent.block()).objective
+        descent = now.descent
+        zeros = zeros_like(descent.free)
         if objective < now.objective:
-            now = replace(now, objective=objective, anchor=now.free)
-        else:  # or J is not a number
-            now = replace(now, rejected=now.rejected + 1, free=now.anchor)
-        return replace(now, first=zeros, second=zeros)
+            now = replace(now, objective=objective, anchor=descent.free)
+        else:  # or it is not a number
+            now = replace(now, rejected=now.rejected + 1)
+            descent = replace(descent, free=now.anchor)
+        return replace(now, descent=replace(descent, first=zeros, second=zeros))
 
-    def _measure(self, pieces: Iterable[Tensor], block: AbstractBlock) -> tuple[float, float, int]:
-        """Return tr(Q F_g Q), tr Q and the number of pieces."""
+    def _measure(self, pieces: Iterable[Tensor], block: AbstractBlock) -> _Measured:
+        """Return the block's objective on all the data."""
         count = 0
 
         def gradients() -> Iterator[Tensor]:
@@ -165,113 +152,62 @@ class AdamSolver(AbstractSolver):
                 count += 1
                 yield piece.transpose(0, 1)
 
-        curvature, trace = curvature_and_trace(block, gradients(), self.damping, self._support)
-        return float(curvature), float(trace), count
+        if self.options.objective == "log_det":
+            energies = sum(float(image_energy(block, one)) for one in gradients())
+            energy = energies + self.damping * float(block.trace())
+            size, log_det = block.shape[0] * block.shape[1], float(block.log_det())
+            scale = size / energy
+            rescaled = size - log_det - size * log(scale)
+            return _Measured(energy - log_det, scale, rescaled, count)
+        curvature, trace = map(
+            float, curvature_and_trace(block, gradients(), self.damping, self._support)
+        )
+        rescaled = -0.5 * trace**2 / curvature
+        return _Measured(0.5 * curvature - trace, trace / curvature, rescaled, count)
+
+
+class _Measured(NamedTuple):
+    """A block on all the data: its objective, its best scale, the objective there, the pieces."""
+
+    objective: float
+    best_scale: float
+    rescaled: float
+    pieces: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Descent:
-    """The state of a descent; see `AdamSolver`."""
+class _Run:
+    """The state of a run; see `AdamSolver`."""
 
-    start: AbstractBlock
+    descent: Descent
+    anchor: Tensors
     step: int
     pieces: int
     objective: float
     rejected: int
-    free: Tensors
-    anchor: Tensors
-    first: Tensors
-    second: Tensors
-
-    def block(self) -> AbstractBlock:
-        """Return Q so far."""
-        return assemble(self.start, self.free)
 
     def save(self) -> SolverState:
         """Return the state that a solver yields."""
-        extra = {f"start.{name}": tensor for name, tensor in self.start.tensors().items()}
-        for part in _PARTS:
-            extra |= {f"{part}.{name}": x for name, x in getattr(self, part).items()}
+        anchor = {f"anchor.{name}": x for name, x in self.anchor.items()}
         numbers = {
             "objective": self.objective,
             "rejected": self.rejected,
             "pieces": self.pieces,
         }
-        return SolverState(block=self.block(), done=self.step, extra=extra, numbers=numbers)
+        extra = self.descent.tensors() | anchor
+        return SolverState(block=self.descent.block(), done=self.step, extra=extra, numbers=numbers)
 
     @classmethod
-    def load(cls, state: SolverState) -> _Descent:
+    def load(cls, state: SolverState) -> _Run:
         """Undo `save`."""
-        names = state.block.tensors()
-        start = {name: state.extra[f"start.{name}"] for name in names}
-        parts = {part: {name: state.extra[f"{part}.{name}"] for name in names} for part in _PARTS}
         return cls(
-            start=type(state.block).restore(start, state.block.shape),
+            descent=Descent.restore(type(state.block), state.block.shape, state.extra),
+            anchor={name: state.extra[f"anchor.{name}"] for name in state.block.tensors()},
             step=state.done,
             pieces=int(state.numbers["pieces"]),
             objective=state.numbers["objective"],
             rejected=int(state.numbers["rejected"]),
-            **parts,
         )
-
-
-_PARTS = ("free", "anchor", "first", "second")
-
-
-def adam_change(
-    name: str, slope: Tensor, first: Tensor, second: Tensor, age: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Adam's next moments of one tensor, and the change x wants at a learning rate of 1.
-
-    Args:
-        name: of the tensor; distinguishes factors from positive numbers.
-        slope: dJ/dx.
-        first: running mean of the slopes, of their shape.
-        second: running mean of their squares.
-        age: steps taken before, >= 0.
-    """
-    slope = slope.contiguous()  # strides, which change bits, are not saved
-    first = first.lerp(slope, 1 - _BETA_1)
-    second = second.lerp(slope.square(), 1 - _BETA_2)
-    mean = first / (1 - _BETA_1 ** (age + 1))
-    spread = (second / (1 - _BETA_2 ** (age + 1))).sqrt()
-    # a step of random signs in all entries changes a factor by about the learning rate
-    size = 1.0 if name in _POSITIVE else slope.shape[-1] ** -0.5
-    return first, second, -size * mean / (spread + _EPSILON)
-
-
-def relative_slope(name: str, tensor: Tensor, slope: Tensor) -> Tensor:
-    """Return dJ/dy at y = 0, where T moves to (I + Y) T (I + Y)^T, or t to t exp(y).
-
-        (S + S^T) T,   or   s o t
-
-    Args:
-        name: of the tensor; distinguishes factors from positive numbers.
-        tensor: T, symmetric, or t.
-        slope: S = dJ/dT, or s = dJ/dt.
-    """
-    return slope * tensor if name in _POSITIVE else (slope + slope.mT) @ tensor
-
-
-def compose(name: str, free: Tensor, change: Tensor) -> Tensor:
-    """Return the x that `assemble` needs after the move y, from the x before: I + X is a product.
-
-    I + X  <-  (I + Y)(I + X),   or   x  <-  x + y
-    """
-    return free + change if name in _POSITIVE else free + change + change @ free
-
-
-def assemble(start: AbstractBlock, free: Tensors) -> AbstractBlock:
-    """Return the block that lies x = `free` away from the start, in the start's structure."""
-    tensors = {}
-    for name, tensor in start.tensors().items():
-        if name in _POSITIVE:
-            tensors[name] = tensor * free[name].exp()
-        else:
-            eye = torch.eye(tensor.shape[-1], dtype=tensor.dtype, device=tensor.device)
-            root = eye + free[name]
-            tensors[name] = root @ tensor @ root.mT
-    return type(start).restore(tensors, start.shape)
 
 
 def preconditioned_loss(
@@ -306,7 +242,3 @@ def _cycle(pieces: Iterable[Tensor], first: int, count: int) -> Iterator[Tensor]
             yield piece
             count -= 1
         first = 0
-
-
-def _zeros(tensors: Tensors) -> Tensors:
-    return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}

@@ -5,6 +5,11 @@ For fixed C, J is a convex quadratic in B, and the other way round (`docs/theory
     B <- tr(C) ( E[G C^2 G^T] + gamma ||C||_F^2 I )^-1,
     C <- tr(B) ( E[G^T B^2 G] + gamma ||B||_F^2 I )^-1.
 
+The log-det objective L is minimised in the same way, with the same cost (`objective: log_det`):
+
+    B <- columns ( E[G C G^T] + gamma tr(C) I )^-1,
+    C <- rows ( E[G^T B G] + gamma tr(B) I )^-1.
+
 Under a mask M (`mask_fit`), `damped` masks the gradients in these formulas, which acts as a
 stronger damping; `exact` minimises J_M itself, by conjugate gradients over symmetric matrices.
 """
@@ -19,9 +24,17 @@ from torch import Tensor
 from fishleg.blocks.kronecker import KroneckerBlock
 from fishleg.errors import ShapeMismatch
 from fishleg.objective import curvature_and_trace
-from fishleg.options import FishLegOptions, MaskFit
+from fishleg.options import FishLegOptions, MaskFit, Objective
 from fishleg.solvers.base import AbstractSolver, SolverState
-from fishleg.solvers.half_steps import Columns, HalfStep, Rows, Side, closed_step, exact_step
+from fishleg.solvers.half_steps import (
+    Columns,
+    HalfStep,
+    Rows,
+    Side,
+    closed_step,
+    exact_step,
+    log_det_step,
+)
 
 
 class AlternatingSolver(AbstractSolver):
@@ -39,6 +52,9 @@ class AlternatingSolver(AbstractSolver):
     A state's `numbers`: `before` and `objective`, around the last half-step; `shortened`, the
     steps shortened so far; `iterations` of conjugate gradients so far.
 
+    With the objective `log_det` each half-step lowers L; `prior.b` and `prior.c` of a state's
+    `extra` hold the K-FAC factors Gamma and A that a pull is towards.
+
     Cost: 2 n r c (r + c) FLOPs for n gradients a half-step; exact masked ones about as much again
     for each iteration. The inverses are made in float64. A pass of the data a half-step; exact
     masked ones with pieces that are not a list: a pass for each iteration.
@@ -49,6 +65,8 @@ class AlternatingSolver(AbstractSolver):
         mask: survivors, bool (rows, columns), at least one; None keeps all.
         mask_fit: the objective under a mask.
         iterations: of conjugate gradients at most, in an exact masked half-step.
+        objective: J, in closed form ("expected"), or L ("log_det", without exact masked steps).
+        pull: towards the K-FAC factors of the state, in [0, 1]; see `log_det_step`.
     """
 
     def __init__(
@@ -59,8 +77,12 @@ class AlternatingSolver(AbstractSolver):
         *,
         mask_fit: MaskFit = FishLegOptions.mask_fit,
         iterations: int = FishLegOptions.cg_iterations,
+        objective: Objective = "expected",
+        pull: float = 0.0,
     ):
         super().__init__(damping, mask)
+        self.objective = objective
+        self.pull = pull
         self.units = 2 * sweeps
         self.iterations = iterations
         self._rows = self._columns = self._exact = None
@@ -95,13 +117,14 @@ class AlternatingSolver(AbstractSolver):
         b, c = _restrict(block.b, self._rows), _restrict(block.c, self._columns)
         if self._exact is not None and state.done == 0:
             b, c = self._exact_start(pieces, b, c)
+        prior = (state.extra["prior.b"], state.extra["prior.c"]) if self.pull else None
         numbers = {"shortened": 0, "iterations": 0} | state.numbers
         for index in range(state.done, self.units):
             if index % 2 == 0:
-                step = self._half_step(Rows(), pieces, b, c)
+                step = self._half_step(Rows(), pieces, b, c, prior)
                 b = step.factor
             else:
-                step = self._half_step(Columns(), pieces, c, b)
+                step = self._half_step(Columns(), pieces, c, b, prior and prior[::-1])
                 b, c = balance(b, step.factor)
             numbers = {
                 "before": step.before,
@@ -112,11 +135,18 @@ class AlternatingSolver(AbstractSolver):
             full = KroneckerBlock(
                 _embed(b, self._rows, block.shape[0]), _embed(c, self._columns, block.shape[1])
             )
-            yield SolverState(block=full, done=index + 1, numbers=numbers)
+            yield SolverState(block=full, done=index + 1, extra=state.extra, numbers=numbers)
 
     def _half_step(
-        self, side: Side, pieces: Iterable[Tensor], own: Tensor, other: Tensor
+        self,
+        side: Side,
+        pieces: Iterable[Tensor],
+        own: Tensor,
+        other: Tensor,
+        prior: tuple[Tensor, Tensor] | None,
     ) -> HalfStep:
+        if self.objective == "log_det":
+            return log_det_step(side, pieces, own, other, self.damping, prior, self.pull)
         if self._exact is None:
             return closed_step(side, pieces, own, other, self.damping)
         mask = side.own_first(self._exact).to(own.dtype)

@@ -22,6 +22,7 @@ from fishleg.blocks.eigen import EigenBlock
 from fishleg.errors import ShapeMismatch
 from fishleg.linalg import invert_damped
 from fishleg.moments import chunk_products, squares
+from fishleg.options import Objective
 from fishleg.solvers.base import AbstractSolver, SolverState, total
 
 
@@ -36,6 +37,7 @@ class ClosedFormSolver(AbstractSolver):
         damping: gamma > 0.
         mask: survivors, bool (rows, columns), at least one; None keeps all.
         shrinkage: in [0, 1], of eigenbasis blocks.
+        objective: the one that is reported: J or, for "log_det", L. Their minimiser is the same.
 
     Cost: for blocks of size b, 2 n rows columns b FLOPs for n gradients, and rows columns b^2 for
     the inverses, made in float64; in an eigenbasis, 2 n rows columns (rows + columns) FLOPs.
@@ -43,9 +45,17 @@ class ClosedFormSolver(AbstractSolver):
 
     units = 1
 
-    def __init__(self, damping: float, mask: Tensor | None = None, *, shrinkage: float = 0.0):
+    def __init__(
+        self,
+        damping: float,
+        mask: Tensor | None = None,
+        *,
+        shrinkage: float = 0.0,
+        objective: Objective = "expected",
+    ):
         super().__init__(damping, mask)
         self.shrinkage = shrinkage
+        self.objective = objective
 
     def run(self, pieces: Iterable[Tensor], state: SolverState) -> Iterator[SolverState]:
         """Yield the result; of a dense or diagonal start only the structure matters.
@@ -72,8 +82,11 @@ class ClosedFormSolver(AbstractSolver):
                 f"No closed form for a {type(block).__name__}; expected a dense, diagonal or "
                 "eigenbasis block, use the alternating solver or Adam."
             )
-        # at the minimiser tr(Q F_g Q) = tr Q
-        objective = -0.5 * float(self._support(block.diagonal()).sum())
+        # at the minimiser Q F_g = 1
+        if self.objective == "log_det":
+            objective = block.shape[0] * block.shape[1] - float(block.log_det())
+        else:
+            objective = -0.5 * float(self._support(block.diagonal()).sum())
         yield SolverState(block=block, done=1, numbers={"objective": objective})
 
     def _in_eigenbasis(self, pieces: Iterable[Tensor], start: EigenBlock) -> SolverState:
@@ -81,7 +94,11 @@ class ClosedFormSolver(AbstractSolver):
         prior = (1.0 / start.values.double() - self.damping).clamp(min=0.0)
         prior *= measured.sum() / prior.sum().clamp(min=torch.finfo(prior.dtype).eps)  # F may be 0
         values = 1.0 / (torch.lerp(measured, prior, self.shrinkage) + self.damping)
-        objective = float((values * (0.5 * values * (measured + self.damping) - 1.0)).sum())
+        damped = measured + self.damping
+        if self.objective == "log_det":
+            objective = float((values * damped - values.log()).sum())
+        else:
+            objective = float((values * (0.5 * values * damped - 1.0)).sum())
         block = EigenBlock(start.left, start.right, values.to(start.values.dtype))
         return SolverState(block=block, done=1, numbers={"objective": objective})
 

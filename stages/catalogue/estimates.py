@@ -79,6 +79,8 @@ def estimate_curvature(params: CurvatureParams, upstream: Sequence[Params]) -> E
     if params.method == "fishleg":
         held = min(params.fishleg.memory_bytes, vector * params.samples * params.draws)
         return Estimate(memory_bytes=memory + held)
+    if params.method == "fls":
+        return Estimate(memory_bytes=memory + vector * params.fls.batch * params.draws)
     if params.method in {"diagonal", "magnitude"}:
         return Estimate(memory_bytes=memory + vector, disk_bytes=vector)
     return Estimate()

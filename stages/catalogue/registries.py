@@ -105,9 +105,15 @@ DATASETS = Registry(
 METHODS = Registry(
     kind="curvature method",
     entries={
+        "fls": Entry(
+            target="fishleg.estimators:FLS",
+            summary="the FishLeg surgeon as published: inverse Fisher learned by Adam on fresh "
+            "batches, carried through pruning",
+        ),
         "fishleg": Entry(
             target="fishleg.estimators:FishLeg",
-            summary="inverse Fisher learned directly, refined while pruning",
+            summary="inverse Fisher fitted to a fixed sample, in closed form (structure eigen: "
+            "EK-FAC with shrinkage) or by half-steps",
         ),
         "obs": Entry(
             target="fishleg.estimators:OBS",

@@ -54,12 +54,33 @@ def training_batches(
         chosen = order[batch * batch_size : (batch + 1) * batch_size]
         where = chosen.to(train.labels.device)
         images = train.inputs[where]
-        if padding:
-            images = crop(images, shifts[chosen].to(images.device), padding)
-        if augment and dataset.flip:
-            flip = flips[chosen].to(images.device).reshape(-1, *[1] * (images.ndim - 1))
-            images = torch.where(flip, images.flip(-1), images)
+        if augment:
+            images = _view(dataset, images, shifts[chosen], flips[chosen])
         yield dataset.normalise(images), train.labels[where]
+
+
+def augmented(dataset: DataSet, images: Tensor, draw: torch.Generator) -> Tensor:
+    """Return images (n, C, H, W), each with a crop and a flip of its own, as the data set has them.
+
+    Args:
+        dataset: declares the crops and flips.
+        images: as stored.
+        draw: of the crops and flips, a CPU generator.
+    """
+    padding = dataset.crop_padding
+    shifts = torch.randint(0, 2 * padding + 1, (len(images), 2), generator=draw)
+    flips = torch.rand(len(images), generator=draw) < 0.5
+    return _view(dataset, images, shifts, flips)
+
+
+def _view(dataset: DataSet, images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
+    """Return each image cropped at its shift (n, 2) and, where its flag is set, flipped."""
+    if dataset.crop_padding:
+        images = crop(images, shifts.to(images.device), dataset.crop_padding)
+    if dataset.flip:
+        flip = flips.to(images.device).reshape(-1, *[1] * (images.ndim - 1))
+        images = torch.where(flip, images.flip(-1), images)
+    return images
 
 
 def crop(images: Tensor, shifts: Tensor, padding: int) -> Tensor:

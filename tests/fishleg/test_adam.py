@@ -10,9 +10,10 @@ from fishleg.blocks import DenseBlock, DiagonalBlock, KroneckerBlock, TensorBloc
 from fishleg.blocks.base import AbstractBlock
 from fishleg.objective import expected_objective, gradient_product, probe_objective
 from fishleg.options import FishLegOptions
-from fishleg.solvers.adam import AdamSolver, assemble, preconditioned_loss
+from fishleg.solvers.adam import AdamSolver, preconditioned_loss
 from fishleg.solvers.alternating import AlternatingSolver
 from fishleg.solvers.base import SolverState
+from fishleg.solvers.descent import assemble
 from tests import reference
 
 DAMPING = 1e-2

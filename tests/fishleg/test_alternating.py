@@ -251,3 +251,87 @@ def test_refuses_other_blocks():
     solver = AlternatingSolver(DAMPING, 1)
     with pytest.raises(ShapeMismatch, match="DiagonalBlock; use Adam"):
         next(solver.run([], SolverState(block=DiagonalBlock(torch.ones(2, 2)))))
+
+
+# -- the log-det objective
+
+
+def log_det_loss(q: Tensor, fisher: Tensor) -> float:
+    damped = fisher + DAMPING * torch.eye(len(fisher), dtype=fisher.dtype)
+    return float((q * damped).sum() - torch.linalg.slogdet(q)[1])
+
+
+def test_every_log_det_half_step_lowers_l():
+    gradients = make_gradients()
+    states = run(AlternatingSolver(DAMPING, sweeps=6, objective="log_det"), gradients)
+    assert_falls(states)
+    fisher = reference.gradient_fisher(gradients)
+    for state in states:
+        q = reference.kronecker_matrix(state.block.b, state.block.c)
+        wanted = log_det_loss(q, fisher)
+        assert state.numbers["objective"] == pytest.approx(wanted, rel=SLACK)
+
+
+def test_log_det_half_steps_are_the_formulas():
+    gradients = make_gradients()
+    first, second = run(AlternatingSolver(DAMPING, sweeps=1, objective="log_det"), gradients)
+    c = torch.eye(COLUMNS, dtype=torch.float64)
+    moment = sum(g @ c @ g.T for g in gradients)
+    b = COLUMNS * reference.damped_inverse(moment, DAMPING * float(c.trace()))
+    torch.testing.assert_close(first.block.b, b, rtol=1e-10, atol=1e-10)
+    moment = sum(g.T @ b @ g for g in gradients)
+    c = ROWS * reference.damped_inverse(moment, DAMPING * float(b.trace()))
+    found = reference.kronecker_matrix(second.block.b, second.block.c)
+    torch.testing.assert_close(found, reference.kronecker_matrix(b, c), rtol=1e-10, atol=1e-10)
+
+
+def test_log_det_half_steps_end_in_one_place_from_any_start():
+    """L is geodesically convex in the factors: it has one minimum."""
+    gradients = make_gradients()
+    generator = torch.Generator().manual_seed(3)
+    ends = []
+    for _ in range(3):
+        roots = [torch.randn(n, n, generator=generator).double() for n in (ROWS, COLUMNS)]
+        start = KroneckerBlock(*(one @ one.T + torch.eye(len(one)).double() for one in roots))
+        solver = AlternatingSolver(DAMPING, sweeps=60, objective="log_det")
+        block = run(solver, gradients, SolverState(block=start))[-1].block
+        ends.append(reference.kronecker_matrix(block.b, block.c))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ends[0], ends[2], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("pull", [0.4, 1.0])
+def test_a_pull_mixes_the_kronecker_product_into_the_fisher(pull):
+    gradients = make_gradients()
+    draw = torch.Generator().manual_seed(4)
+    row, column = (
+        one @ one.T for one in (torch.randn(n, n, generator=draw).double() for n in (ROWS, COLUMNS))
+    )
+    extra = {"prior.b": row, "prior.c": column}
+    start = SolverState(block=identity_state().block, extra=extra)
+    solver = AlternatingSolver(DAMPING, sweeps=40, objective="log_det", pull=pull)
+    states = run(solver, gradients, start)
+    assert_falls(states)
+    product = reference.kronecker_matrix(row, column)
+    fisher = (1 - pull) * reference.gradient_fisher(gradients) + pull * product
+    block = states[-1].block
+    q = reference.kronecker_matrix(block.b, block.c).requires_grad_()
+    assert states[-1].numbers["objective"] == pytest.approx(log_det_loss(q.detach(), fisher))
+    # no other pair of factors near by is better
+    for name in ("b", "c"):
+        factor = getattr(block, name)
+        noise = torch.randn(*factor.shape, generator=draw).double()
+        for step in (1e-3, -1e-3):
+            moved = {"b": block.b, "c": block.c, name: factor + step * (noise + noise.T)}
+            worse = log_det_loss(reference.kronecker_matrix(moved["b"], moved["c"]), fisher)
+            assert worse > states[-1].numbers["objective"]
+
+
+def test_a_masked_log_det_fit_sees_masked_gradients():
+    gradients, mask = make_gradients(), make_mask(0.6, 0, holes=False)
+    solver = AlternatingSolver(DAMPING, sweeps=2, mask=mask, objective="log_det")
+    found = run(solver, gradients)[-1].block
+    plain = AlternatingSolver(DAMPING, sweeps=2, objective="log_det")
+    wanted = run(plain, gradients * mask)[-1].block
+    torch.testing.assert_close(found.b, wanted.b)
+    torch.testing.assert_close(found.c, wanted.c)

@@ -165,6 +165,11 @@ def test_diagonal_and_trace(case):
     close(block.trace(), expected.trace())
 
 
+def test_log_det(case):
+    block, expected = case
+    close(block.log_det(), torch.linalg.slogdet(expected)[1])
+
+
 def test_submatrix(case):
     block, expected = case
     size = len(expected)

@@ -13,6 +13,7 @@ from fishleg.errors import CapacityExceeded, FishLegError, NotFitted
 from fishleg.estimators import (
     EKFAC,
     ESTIMATORS,
+    FLS,
     KFAC,
     MFAC,
     OBS,
@@ -28,6 +29,7 @@ from fishleg.parameters import Partition, partition_parameters
 from tests.fishleg.networks import Tied, mixed_source
 
 KRONECKER: dict[str, Any] = {"structure": "kronecker", "warm_start": "moments"}
+STEPS: dict[str, Any] = {"batch": 4, "steps": 6, "refine_steps": 4, "check_every": 2}
 TOLERANCE = {
     torch.float64: {"rtol": 1e-10, "atol": 1e-10},
     torch.float32: {"rtol": 1e-4, "atol": 1e-4},
@@ -78,6 +80,42 @@ CASES: dict[str, Callable[[Partition], AbstractEstimator]] = {
     "fishleg, block": lambda partition: FishLeg(partition, damping=DAMPING, structure="block"),
     "fishleg, diagonal": lambda partition: FishLeg(
         partition, damping=DAMPING, structure="diagonal"
+    ),
+    "fishleg, log-det": lambda partition: FishLeg(
+        partition,
+        damping=DAMPING,
+        structure="kronecker",
+        warm_start="kfac",
+        objective="log_det",
+        pull=0.3,
+    ),
+    "fls": lambda partition: FLS(partition, damping=DAMPING, **STEPS),
+    "fls, normal probes, scaled": lambda partition: FLS(
+        partition,
+        damping=DAMPING,
+        directions="normal",
+        structure="kronecker_scaled",
+        warm_start="diagonal",
+        **STEPS,
+    ),
+    "fls, expected, tensor": lambda partition: FLS(
+        partition,
+        damping=DAMPING,
+        objective="expected",
+        structure="tensor",
+        warm_start="moments",
+        **STEPS,
+    ),
+    "fls, log-det, tensor scaled": lambda partition: FLS(
+        partition,
+        damping=DAMPING,
+        objective="log_det",
+        structure="tensor_scaled",
+        warm_start="kfac",
+        **STEPS,
+    ),
+    "fls, nothing held out": lambda partition: FLS(
+        partition, damping=DAMPING, held_out=0.0, **STEPS
     ),
     "fishleg, full": lambda partition: FishLeg(partition, damping=DAMPING, structure="full"),
 }
@@ -258,7 +296,10 @@ def test_what_was_interrupted_goes_on_anywhere_to_the_same_bits(make, fitted64, 
         again.load_state_dict(states[number])
         again.fit(source(), lambda progress, later=later: later.append(progress.done), resume=True)
         assert all(one >= seen[number] for one in later)
-        assert isinstance(whole, FishLeg) or len(later) <= len(seen) - number  # no batch twice
+        # the start of these two is made again
+        assert (
+            isinstance(whole, FishLeg | FLS) or len(later) <= len(seen) - number
+        )  # no batch twice
         assert (again.masks is None) == (whole.masks is None)
         for name, block in whole.blocks().items():
             for key, tensor in block.tensors().items():

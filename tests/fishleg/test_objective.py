@@ -12,6 +12,7 @@ from fishleg.objective import (
     curvature_and_trace,
     expected_objective,
     gradient_product,
+    log_det_objective,
     probe_objective,
 )
 from tests import reference
@@ -100,6 +101,40 @@ def test_gradient_in_the_tensors_is_dense_autograd_of_j(kind, masked):
     )
     for found, wanted in pairs:
         torch.testing.assert_close(symmetric(found), symmetric(wanted), rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_det_objective_and_its_gradient_are_the_dense_ones(kind):
+    block, gradients = make_block(kind), make_gradients()
+    fisher = reference.gradient_fisher(gradients)
+    leaves = {name: tensor.requires_grad_() for name, tensor in block.tensors().items()}
+    fast = log_det_objective(block, gradients, DAMPING)
+    slow = dense_log_det_objective(dense(block), fisher)
+    torch.testing.assert_close(fast, slow, rtol=EXACT, atol=0)
+    pairs = zip(
+        torch.autograd.grad(fast, list(leaves.values())),
+        torch.autograd.grad(slow, list(leaves.values())),
+        strict=True,
+    )
+    for found, wanted in pairs:
+        torch.testing.assert_close(symmetric(found), symmetric(wanted), rtol=EXACT, atol=EXACT)
+
+
+def dense_log_det_objective(q: Tensor, fisher: Tensor) -> Tensor:
+    damped = fisher + DAMPING * torch.eye(len(fisher), dtype=fisher.dtype)
+    return (q * damped).sum() - torch.linalg.slogdet(q)[1]
+
+
+def test_the_inverse_minimises_the_log_det_objective():
+    fisher = reference.gradient_fisher(make_gradients())
+    inverse = reference.damped_inverse(fisher, DAMPING).requires_grad_()
+    least = dense_log_det_objective(inverse, fisher)
+    (slope,) = torch.autograd.grad(least, inverse)
+    torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-9)
+    size = ROWS * COLUMNS
+    assert float(least.detach()) == pytest.approx(
+        size - float(torch.linalg.slogdet(inverse.detach())[1])
+    )
 
 
 def symmetric(slope: Tensor) -> Tensor:

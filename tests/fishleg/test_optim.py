@@ -26,7 +26,7 @@ from fishleg.optim.natural_gradient import _is_due, _updates_before
 from fishleg.optim.tracking import TrackingOptions, objective_terms
 from fishleg.parameters import partition_parameters
 from fishleg.rng import SampleGenerator
-from fishleg.solvers.adam import assemble, compose, relative_slope
+from fishleg.solvers.descent import assemble, compose, relative_slope
 
 EXACT = 1e-10
 

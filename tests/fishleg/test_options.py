@@ -15,6 +15,8 @@ from fishleg.options import (
     Field,
     FishLegChanges,
     FishLegOptions,
+    FlsChanges,
+    FlsOptions,
     Options,
     PruningOptions,
     RefinementOptions,
@@ -86,12 +88,13 @@ def test_an_estimator_takes_the_options_that_are_declared(name: str) -> None:
     assert estimator.options == ESTIMATOR_OPTIONS[name]()
     assert ESTIMATORS[name](partition, damping=0.1).options == estimator.options
     accepted = set(inspect.signature(ESTIMATORS[name]).parameters)
-    if name != "fishleg":
+    if name not in {"fishleg", "fls"}:
         assert accepted == {"partition", "damping", "memory_limit", *given}
 
 
-def test_the_keywords_of_fishleg_are_its_options() -> None:
+def test_keywords_of_options_with_changes_are_the_options() -> None:
     assert get_type_hints(FishLegChanges) == get_type_hints(FishLegOptions)
+    assert get_type_hints(FlsChanges) == get_type_hints(FlsOptions)
 
 
 def test_fishleg_takes_options_and_changes_of_them() -> None:

@@ -105,6 +105,7 @@ def instances():
         ),
         fishleg.InvalidOption("damping", "expected > 0, got 0"),
         fishleg.FishLegOptions(),
+        fishleg.FlsOptions(),
     ]
     return {type(one).__name__: one for one in made}
 

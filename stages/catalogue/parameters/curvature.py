@@ -11,6 +11,7 @@ from fishleg.options import (
     CalibrationOptions,
     EstimatorOptions,
     FishLegOptions,
+    FlsOptions,
     LayerOptions,
     MfacOptions,
     ObsOptions,
@@ -42,6 +43,12 @@ class RefinedFishLegParams(FishLegParams):
     )
 
 
+class FlsParams(OptionParams, FlsOptions):
+    """Options of the method fls."""
+
+    seed: ClassVar[int] = FlsOptions.seed
+
+
 class ObsParams(OptionParams, ObsOptions):
     """Options of the method obs."""
 
@@ -65,6 +72,7 @@ class EstimatorParams(OptionParams, CalibrationOptions, EstimatorOptions):
     fishleg: FishLegParams = Field(
         default=FishLegParams(), description="options of the method fishleg"
     )
+    fls: FlsParams = Field(default=FlsParams(), description="options of the method fls")
     obs: ObsParams = Field(default=ObsParams(), description="options of the method obs")
     mfac: MfacParams = Field(default=MfacParams(), description="options of the method mfac")
     layer: LayerParams = Field(default=LayerParams(), description="options of the method layer")
@@ -81,7 +89,7 @@ class EstimatorParams(OptionParams, CalibrationOptions, EstimatorOptions):
 
     @model_validator(mode="after")
     def _forget_other_methods(self) -> EstimatorParams:
-        reset(self, *{"obs", "mfac", "layer"} - {self.method})
+        reset(self, *{"fls", "obs", "mfac", "layer"} - {self.method})
         if self.method != "fishleg":  # a constant, so that new defaults change no other's key
             object.__setattr__(self, "fishleg", RefinedFishLegParams())
         return self
