@@ -15,9 +15,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fishleg.blocks import AbstractBlock, DenseBlock, DiagonalBlock
+from fishleg.blocks import AbstractBlock, DenseBlock, DiagonalBlock, LowRankBlock
 from fishleg.blocks.dense import cut_chunks, isolate
+from fishleg.errors import NotPositiveDefinite
 from fishleg.estimators.base import AbstractEstimator
+from fishleg.linalg import invert_damped
 
 _DENSE_SIZE = 4096  # weights of a block up to which C is made as one matrix
 _WIDTH = 1024  # columns that are conditioned together for the diagonal
@@ -27,8 +29,9 @@ _MEMORY_BYTES = 256 << 20  # of matrices in float64 that are inverted together
 class Conditioned:
     """C of one block; the block itself where no earlier zero is on its support.
 
-    Exact are `DiagonalBlock`, `DenseBlock`, `SharedBlock` and every block of at most 4,096 weights.
-    Of other blocks each row p is taken by itself, between two bounds that are exact:
+    Exact are diagonal, dense and low-rank blocks, independent rows (`SharedBlock`), and every block
+    of at most 4,096 weights. Each row p of another block is taken by itself, between two exact
+    bounds:
 
         U_p, the row's part of Q conditioned on the row's own zeros, as if the other rows were
              free to move: too large;
@@ -69,11 +72,25 @@ class Conditioned:
             return block
         if isinstance(block, DenseBlock):
             return self._by_chunks(block)
+        if isinstance(block, LowRankBlock):
+            return block.conditioned(self._survivors, self._support & ~self._survivors)
         if self._survivors.numel() > _DENSE_SIZE or block.row_runs == rows:
             return None
-        whole = DenseBlock(block.double().dense().unsqueeze(0), block.shape)
-        exact = self._by_chunks(whole)
-        return DenseBlock(exact.matrices.to(block.diagonal().dtype), block.shape)
+        return self._as_one()
+
+    def _as_one(self) -> DenseBlock:
+        """Return C as one matrix, the identity outside the survivors."""
+        wide = self._block.double()
+        kept = self._survivors.flatten().nonzero().flatten()
+        if bool(self._support.all()):
+            precision = wide.invert().dense()
+        else:
+            precision = invert_damped(
+                isolate(wide.dense()[None], self._support.reshape(1, -1)), 0.0
+            )[0]
+        matrix = torch.eye(len(precision)).to(precision)
+        matrix[kept.unsqueeze(1), kept] = invert_damped(precision[kept][:, kept], 0.0)
+        return DenseBlock(matrix.to(self._block.diagonal().dtype).unsqueeze(0), self._block.shape)
 
     def _by_chunks(self, block: DenseBlock) -> DenseBlock:
         """Return C chunk by chunk, the identity outside the survivors."""
@@ -134,7 +151,7 @@ class Conditioned:
         held = self._held.to(upper.device)[rows, None, None]
         inside = kept.gather(1, place)
         lower = _chosen(self._precision.of_rows(rows, columns), place)
-        return torch.lerp(upper, torch.linalg.inv(isolate(lower, inside)), held)
+        return torch.lerp(upper, _invert(isolate(lower, inside)), held)
 
     def submatrix(self, index: Tensor) -> Tensor:
         """Return C[index, index], (..., n, n), for flat positions `index` (..., n)."""
@@ -197,13 +214,30 @@ def _condition(
     """
     if torch.equal(support, kept):
         return inverse if order is None else _chosen(inverse, order)
-    precision = torch.linalg.inv(isolate(inverse, support))
+    precision = _invert(isolate(inverse, support))
     if order is not None:
         precision, kept = _chosen(precision, order), kept.gather(1, order)
-    return torch.linalg.inv(isolate(precision, kept))
+    return _invert(isolate(precision, kept))
 
 
 def _chosen(matrices: Tensor, order: Tensor) -> Tensor:
     """Return (n, s, s), the rows and columns `order` (n, s) of (n, b, b)."""
     rows = torch.arange(len(order), device=order.device)[:, None, None]
     return matrices[rows, order.unsqueeze(2), order.unsqueeze(1)]
+
+
+def _invert(matrices: Tensor) -> Tensor:
+    """Return the inverses of positive definite matrices (n, b, b).
+
+    By LU, which is faster on many matrices than `torch.cholesky_inverse`.
+
+    Raises:
+        NotPositiveDefinite: rounding has used up a matrix.
+    """
+    inverse = torch.linalg.inv(matrices)
+    if not bool((inverse.diagonal(dim1=1, dim2=2) > 0).all()):
+        raise NotPositiveDefinite(
+            "Conditioning on earlier zeros: expected a positive definite block, but rounding has "
+            "used it up; raise the damping, or use float64."
+        )
+    return inverse
