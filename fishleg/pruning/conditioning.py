@@ -22,7 +22,6 @@ from fishleg.estimators.base import AbstractEstimator
 from fishleg.linalg import invert_damped
 
 _DENSE_SIZE = 4096  # weights of a block up to which C is made as one matrix
-_WIDTH = 1024  # columns that are conditioned together for the diagonal
 _MEMORY_BYTES = 256 << 20  # of matrices in float64 that are inverted together
 
 
@@ -51,7 +50,8 @@ class Conditioned:
     Errors are `NotPositiveDefinite`, where rounding has used up the block.
 
     Cost: O(n^3) once, n <= 4096 the weights of the block, or O(n b^3) of n chunks, in float64. Else
-    O(c^3) in float64 for each row asked for, c columns.
+    O(s^3 + s^2 c) in float64 for each row asked for, of s survivors and c columns, in the Kronecker
+    eigenbasis, and O(c^3) of other blocks.
     """
 
     def __init__(self, block: AbstractBlock, survivors: Tensor, support: Tensor | None = None):
@@ -110,21 +110,16 @@ class Conditioned:
         return ((zeros.sum(1, keepdim=True) - zeros) / max(others, 1)).flatten()
 
     def diagonal(self) -> Tensor:
-        """Return diag(C), (rows, columns); outside the survivors any positive number.
-
-        Rows of more than 1,024 columns are conditioned in parts.
-        """
+        """Return diag(C), (rows, columns); outside the survivors any positive number."""
         if self._exact is not None:
             return self._exact.diagonal()
         rows, columns = self._survivors.shape
         out = torch.ones_like(self._wide.diagonal())
-        parts = torch.arange(columns, device=out.device).tensor_split(-(-columns // _WIDTH))
-        for part in parts:
-            at_once = max(1, _MEMORY_BYTES // (8 * len(part) ** 2))
-            for some in torch.arange(rows, device=out.device).split(at_once):
-                order = part[survivors_first(self._survivors[some][:, part])]
-                found = self._of_rows(some, order, part).diagonal(dim1=1, dim2=2)
-                out[some.unsqueeze(1), order] = found
+        at_once = max(1, _MEMORY_BYTES // (8 * columns**2))
+        for some in torch.arange(rows, device=out.device).split(at_once):
+            order = survivors_first(self._survivors[some])
+            found = self._of_rows(some, order).diagonal(dim1=1, dim2=2)
+            out[some.unsqueeze(1), order] = found
         return out.to(self._block.diagonal().dtype)
 
     def of_rows(self, rows: Tensor, order: Tensor) -> Tensor:
@@ -138,20 +133,18 @@ class Conditioned:
             return self._of_rows(rows, order).to(self._block.diagonal().dtype)
         return _chosen(self._exact.of_rows(rows), order)
 
-    def _of_rows(self, rows: Tensor, order: Tensor, columns: Tensor | None = None) -> Tensor:
-        """Return the same in float64, conditioned on the zeros at `columns` only, or on all."""
-        every = torch.arange(self._survivors.shape[1], device=rows.device)
-        columns = every if columns is None else columns
-        place = torch.searchsorted(columns, order.contiguous())
-        support, kept = (one[rows][:, columns] for one in (self._support, self._survivors))
-        part = self._wide.of_rows(rows, columns)
-        upper = _condition(part, support, kept, place)
-        if self._precision is None or not self._held.any():
-            return upper
+    def _of_rows(self, rows: Tensor, order: Tensor) -> Tensor:
+        """Return the same in float64, of a block that is not exact."""
+        inside = self._survivors[rows].gather(1, order)
+        if self._precision is None:
+            part, support = self._wide.of_rows(rows), self._support[rows]
+            return _condition(part, support, self._survivors[rows], order)
+        upper = _invert(isolate(self._wide.invert_rows(rows, order), inside))
         held = self._held.to(upper.device)[rows, None, None]
-        inside = kept.gather(1, place)
-        lower = _chosen(self._precision.of_rows(rows, columns), place)
-        return torch.lerp(upper, _invert(isolate(lower, inside)), held)
+        if not bool(held.any()):
+            return upper
+        lower = _invert(isolate(self._precision.of_rows(rows, order), inside))
+        return torch.lerp(upper, lower, held)
 
     def submatrix(self, index: Tensor) -> Tensor:
         """Return C[index, index], (..., n, n), for flat positions `index` (..., n)."""
