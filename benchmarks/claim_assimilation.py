@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks._digits import NETWORK, Digits, load_digits
-from benchmarks._seeds import CLEAR, Numbers, Panel, draw, order, show
+from benchmarks._seeds import CLEAR, Numbers, Panel, draw, explain, order, show
 from stages.catalogue import GradualParams, RefinedFishLegParams
 from stages.model_folder import Model
 from stages.stepwise import StepwisePruning
@@ -133,12 +133,12 @@ def report(documents: dict[str, dict[str, Any]], figures: Path) -> str:
             )
     draw(_panels(results), figures / "claim_assimilation.png", columns=3)
     params = next(iter(documents.values()))["params"]
+    tested = next(iter(next(iter(results.values())).values()))["test"]
     intro = (
         f"The digits' residual network, pruned to {params['sparsity']:g} in {params['steps']} "
         f"steps, epochs of training after each: {params['epochs']}; a Kronecker Q, fitted in "
         "the first step and then refined or estimated again, with the same sweeps and samples per "
-        "step. Accuracy in percent, mean ± standard deviation over seeds; damping chosen on the "
-        "validation split."
+        f"step. Accuracy in percent, {explain(tested)}; damping chosen on the validation split."
     )
     parts = [intro, "\n".join(lines), _verdict(results)]
     return "\n\n".join([*parts, f"![{TITLE}]({figures.name}/claim_assimilation.png)", ""])

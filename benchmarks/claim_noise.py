@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks._digits import NETWORK, Digits, load_digits
-from benchmarks._seeds import CLEAR, Panel, draw, show, tally
+from benchmarks._seeds import CLEAR, Panel, draw, explain, show, tally
 from fishleg import (
     KFAC,
     OBS,
@@ -218,12 +218,13 @@ def report(documents: dict[str, dict[str, Any]], figures: Path) -> str:
                 values = [show(at[quantity], _DIGITS[quantity]) for at in points]
                 lines.append(f"| {structure} | {way} | {shown} | {' | '.join(values)} |")
     draw(_panels(results), figures / "claim_noise.png", columns=len(_QUANTITIES))
+    first = next(iter(next(iter(results.values())).values()))[0]
     intro = (
         "The digits' residual network, curvature from calibration samples with one drawn label "
         "each. Error is ||Q - Q*|| / ||Q*|| (Frobenius) and residual ||F Q u - u|| / ||u||, both "
         "against the exact damped Fisher of each group over all training samples, at damping "
         f"{params['damping']:g}. Accuracy is one-shot at {params['sparsity']:g}, its damping "
-        "chosen on the validation split. Mean ± standard deviation over calibration seeds. "
+        f"chosen on the validation split; {explain(first['test'])} of the calibration. "
         "Inverted: K-FAC with its factors damped one by one (kronecker) or exactly (eigen), OBS "
         "blocks, the diagonal. In blocks and on the diagonal that inverse minimises the objective, "
         "so the learned Q, by Adam, differs only by its start and its stopping."

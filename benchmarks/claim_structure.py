@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks._digits import NETWORK, Digits, load_digits
-from benchmarks._seeds import CLEAR, Panel, draw, show, tally
+from benchmarks._seeds import CLEAR, Panel, draw, explain, show, tally
 from fishleg import FishLeg, prune_once
 from stages.model_folder import Model
 
@@ -145,8 +145,8 @@ def report(documents: dict[str, dict[str, Any]], figures: Path) -> str:
     intro = (
         "FishLeg on the digits' residual network "
         f"({first['dense']['test']:.1f} % dense), one-shot from 1,000 calibration samples. "
-        "Accuracy in percent, mean ± standard deviation over calibration seeds; in brackets the "
-        "damping, chosen on the validation split. Peak: memory of the whole process."
+        f"Accuracy in percent, {explain(first['sparsities'][0]['test'])} of the calibration; in "
+        "brackets the damping, chosen on the validation split. Peak: memory of the whole process."
     )
     parts = [intro, "\n".join(lines), _verdict(results)]
     return "\n\n".join([*parts, f"![{TITLE}]({figures.name}/claim_structure.png)", ""])

@@ -57,6 +57,7 @@ COLUMNS = (
     Column("damping", float, "damping of the curvature", optional=True, param=True, metric=True),
     Column("split", str, "split of the data that was measured", param=True),
     Column("run_id", str, "tracked run of the model", optional=True, by_runner=True),
+    Column("images", int, "samples of the split that were measured", in_tables=False),
     Column("settings", dict, "STAGE.PARAMETER -> setting, of all stages before", in_tables=False),
     Column("seeds", dict, "STAGE.PARAMETER -> seed, of all stages before", in_tables=False),
     Column("unprunable", dict, "weight -> why it is not prunable", in_tables=False),

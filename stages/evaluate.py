@@ -109,6 +109,7 @@ def _evaluate(ctx: Context, artifact: Artifact, folder: Path) -> dict[str, Any]:
         "key": artifact.key,
         **facts.of_pruning(),
         "split": params.split,
+        "images": len(dataset.split(params.split)),
         **found,
         **judged,
         "warnings": [*judged["warnings"], *alarming],

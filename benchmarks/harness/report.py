@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from stages.catalogue import Published
 from stages.columns import target_of
 from stages.report.figure import draw
 from stages.report.labels import labels_of
-from stages.report.summary import PUBLISHED, Lines, Point, summarise
-from stages.report.table import dense_title
+from stages.report.summary import PUBLISHED, Lines, summarise
+from stages.report.table import dense_title, legend, table
 
 _WIDTH = 120
 RESULTS = BENCHMARKS / "results"
@@ -27,9 +28,8 @@ _HEAD = (
     "runs the unfinished cells. Each document names its environment."
 )
 _LEGEND = (
-    "Accuracy on the test images in percent, mean ± half the range over seeds, the best of a "
-    "column bold; in brackets the cost of making the model from the dense one: processor seconds "
-    "(wall-clock on a GPU) and peak resident memory. Columns are the fractions of removed weights."
+    "In brackets the cost of making the model from the dense one: processor seconds (wall-clock on "
+    "a GPU) and peak resident memory."
 )
 
 _CERTIFICATE = {
@@ -94,11 +94,12 @@ def _pipeline_section(
     )
     parts = [f"## {title}"]
     for label, point in accuracy.dense.items():
-        parts.append(f"{dense_title(label)}: {_text(point)} %.")
+        parts.append(f"{dense_title(label)}: {point.text} %.")
     for name, lines in accuracy.sections.items():
         costs = [columns.get(name, {}) for columns in (seconds, memory, gpu_memory)]
-        parts += [f"### {name}", _table(lines, *costs)]
-    parts += [_LEGEND, *_certificates(rows), f"![{title}]({figures.name}/{figure.name})"]
+        parts += [f"### {name}", table(lines, partial(_cost, costs))]
+    parts.append(f"{legend(accuracy.sections.values())} {_LEGEND}")
+    parts += [*_certificates(rows), f"![{title}]({figures.name}/{figure.name})"]
     return "\n\n".join(parts)
 
 
@@ -145,40 +146,13 @@ def _gpu_bytes(row: Document) -> float:
     return row.get("gpu_peak_bytes", 0)
 
 
-def _table(accuracy: Lines, seconds: Lines, memory: Lines, gpu_memory: Lines) -> str:
-    sparsities = sorted({sparsity for points in accuracy.values() for sparsity in points})
-    best = {sparsity: _best(accuracy, sparsity) for sparsity in sparsities}
-    head = [f"| method | {' | '.join(f'{sparsity:g}' for sparsity in sparsities)} |"]
-    head.append(f"|---|{'---:|' * len(sparsities)}")
-    for method, points in accuracy.items():
-        cells: list[str] = []
-        for sparsity in sparsities:
-            if sparsity not in points:
-                cells.append("")
-                continue
-            text = _text(points[sparsity])
-            text = f"**{text}**" if method == best[sparsity] else text
-            if not method.endswith(PUBLISHED):
-                took_s = seconds[method][sparsity].mean
-                peak = max(memory[method][sparsity].accuracies)
-                gpu_peak = max(gpu_memory[method][sparsity].accuracies)
-                on_gpu = f" + {gpu_peak / 1e6:.0f} on the GPU" if gpu_peak else ""
-                text += f" ({took_s:.0f} s, {peak / 1e6:.0f} MB{on_gpu})"
-            cells.append(text)
-        name = f"*{method}*" if method.endswith(PUBLISHED) else method
-        head.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(head)
-
-
-def _best(lines: Lines, sparsity: float) -> str:
-    """Return the method with the highest mean at a sparsity, published ones among them."""
-    return max(_at(lines, sparsity), key=lambda pair: pair[1])[0]
-
-
-def _at(lines: Lines, sparsity: float) -> Iterable[tuple[str, float]]:
-    return [(name, points[sparsity].mean) for name, points in lines.items() if sparsity in points]
-
-
-def _text(point: Point) -> str:
-    spread = f" ± {point.spread:.2f}" if len(point.accuracies) > 1 else ""
-    return f"{point.mean:.2f}{spread}"
+def _cost(costs: Sequence[Lines], method: str, sparsity: float) -> str:
+    """Return the cost of a line's models at a sparsity, or nothing for published ones."""
+    seconds, memory, gpu_memory = costs
+    if method.endswith(PUBLISHED):
+        return ""
+    took_s = seconds[method][sparsity].mean
+    peak = max(memory[method][sparsity].accuracies)
+    gpu_peak = max(gpu_memory[method][sparsity].accuracies)
+    on_gpu = f" + {gpu_peak / 1e6:.0f} on the GPU" if gpu_peak else ""
+    return f" ({took_s:.0f} s, {peak / 1e6:.0f} MB{on_gpu})"

@@ -95,10 +95,11 @@ def _draw_panel(
         axis, sorted({s for lines in sections.values() for line in lines.values() for s in line})
     )
     axis.set_title(name, fontsize=11)
-    axis.set_ylabel("accuracy (%)")
+    drawn = [one for lines in sections.values() for line in lines.values() for one in line.values()]
+    several = any(point.deviation is not None for point in drawn)
+    axis.set_ylabel("accuracy (%)" + (", mean ± standard deviation" if several else ""))
     axis.grid(axis="y", color="#E5E5E5")
     axis.set_axisbelow(True)
-    drawn = [one for lines in sections.values() for line in lines.values() for one in line.values()]
     handles = [_kind_handle(section) for section in sections] if len(sections) > 1 else []
     if any(point.warned for point in drawn):
         handles.append(Line2D([], [], color="black", linestyle="", marker="x", label="⚠ see table"))
@@ -109,7 +110,7 @@ def _draw_panel(
 def _draw_line(
     axis: Any, style: _Style, method: str, points: Mapping[float, Point], colour: str
 ) -> None:
-    """Draw one method's means with a band, or bars, from the lowest to the highest seed."""
+    """Draw one method's means with a band, or bars, of a standard deviation up and down."""
     there = {
         _to_sparsity(_from_sparsity(sparsity) + style.shift): point
         for sparsity, point in points.items()
@@ -117,8 +118,8 @@ def _draw_line(
     }
     if not there:
         return
-    low = [min(point.accuracies) for point in there.values()]
-    high = [max(point.accuracies) for point in there.values()]
+    low = [point.mean - (point.deviation or 0.0) for point in there.values()]
+    high = [point.mean + (point.deviation or 0.0) for point in there.values()]
     handle = _handle(method, colour)
     axis.plot(
         list(there),

@@ -134,16 +134,24 @@ def test_the_table_has_means_spreads_the_best_and_the_failed(tmp_path: Path) -> 
     report = ran.output("report")
     table = (report / "table.md").read_text()
     assert "Dense network: 97.00 % accuracy." in table
-    assert "| method | 0.5 | 0.9 |" in table
-    assert "| fishleg |  | 91.00 ± 1.00 |" in table
-    assert "| obs |  | **95.00** † |" in table
-    assert "| *CBS (published)* | 99.00 | 98.00 |" in table
+    assert "| method | n | 0.5 | 0.9 |" in table
+    assert "| fishleg | 2 |  | 91.00 ± 1.41 |" in table
+    assert "| obs | 1 |  | **95.00** † |" in table
+    assert "| *CBS (published)* |  | 99.00 | 98.00 |" in table
     assert "## Gradual, then fine-tuned" in table
     assert f"- `{lost}`\n- `late`" in table
     lines = list(csv.DictReader((report / "table.csv").read_text().splitlines()))
     assert [float(line["accuracy"]) for line in lines] == [97.0, 90.0, 92.0, 95.0, 99.0]
     with Image.open(report / "figure.png") as figure:
         assert figure.width > figure.height > 500
+
+
+def test_the_legend_computes_the_deviation_that_the_draw_of_the_images_gives() -> None:
+    rows = [row(accuracy=90.0, images=10_000), row(accuracy=50.0, images=10_000, sparsity=0.5)]
+    table = markdown(summarise(rows), "title")
+    assert "An accuracy a on N = 10,000 images" in table
+    assert "0.30 to 0.50 points here" in table
+    assert "points here" not in markdown(summarise([row()]), "title")
 
 
 def test_a_model_whose_evaluation_failed_is_marked_in_its_place(tmp_path: Path) -> None:
@@ -154,15 +162,15 @@ def test_a_model_whose_evaluation_failed_is_marked_in_its_place(tmp_path: Path) 
     object.__setattr__(done, "stage", "measure")
     ran = run_stage("compare", tmp_path / "run", {}, {"results": [done, lost]})
     table = (ran.output("report") / "table.md").read_text()
-    assert "| fishleg | 90.00 ± 0.00 |" in table
-    assert "| kfac | failed † |" in table
+    assert "| fishleg | 2 | 90.00 ± 0.00 |" in table
+    assert "| kfac | 0 | failed † |" in table
     assert f"- `{cells['kfac']}`" in table
 
 
 def test_a_method_without_any_result_is_shown_as_failed() -> None:
     lost = [{"model_cell": "oneshot[...]", "axes": {"method": "kfac", "sparsity": 0.5}}]
     table = markdown(summarise([row(sparsity=0.5)], lost), "title")
-    assert "| kfac | failed † |" in table
+    assert "| kfac | 0 | failed † |" in table
 
 
 def test_several_structures_of_a_method_are_lines_of_their_own() -> None:
@@ -298,7 +306,7 @@ def test_dense_networks_that_differ_are_not_averaged(tmp_path: Path) -> None:
         return {**made(f"{epochs}", accuracy, seed, 0.0), **about, "seeds": seeds(lineage)}
 
     table = markdown(summarise([dense(3, 0, 90.0), dense(3, 1, 92.0), dense(9, 0, 99.0)]), "t")
-    assert "Dense network (epochs 3): 91.00 ± 1.00 % accuracy." in table
+    assert "Dense network (epochs 3): 91.00 ± 1.41 % accuracy." in table
     assert "Dense network (epochs 9): 99.00 % accuracy." in table
 
 
@@ -317,7 +325,7 @@ def test_a_warning_is_marked_in_its_place_and_told_below() -> None:
         made("c", 95.0, target=0.5),
     ]
     table = markdown(summarise(rows), "title")
-    assert "| fishleg | 95.00 | 50.00 ± 40.00 ⚠ |" in table
+    assert "| fishleg | 1 to 2 | 95.00 | 50.00 ± 56.57 ⚠ |" in table
     told = "⚠ Read with care:\n\n- Layers that have lost every weight: head. "
     assert f"{told}(`{rows[1]['model_cell']}`)" in table
     assert "- `embed.weight`: of an embedding" in table
