@@ -58,6 +58,8 @@ COLUMNS = (
     Column("split", str, "split of the data that was measured", param=True),
     Column("run_id", str, "tracked run of the model", optional=True, by_runner=True),
     Column("images", int, "samples of the split that were measured", in_tables=False),
+    Column("images_digest", str, "sha256 of these samples, its beginning", in_tables=False),
+    Column("right", str, "samples whose class is right, a bit each, base64", in_tables=False),
     Column("settings", dict, "STAGE.PARAMETER -> setting, of all stages before", in_tables=False),
     Column("seeds", dict, "STAGE.PARAMETER -> seed, of all stages before", in_tables=False),
     Column("unprunable", dict, "weight -> why it is not prunable", in_tables=False),

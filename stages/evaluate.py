@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.stage import Artifact, Context, StageError, write_json
+from stages.answers import pack
 from stages.checkpoint import Checkpoint
 from stages.columns import COLUMNS
+from stages.data.dataset import digest_split
 from stages.data.source import load_data
 from stages.determinism import compute_deterministically
 from stages.expectation import require_accuracy
 from stages.lineage import seeds, settings
-from stages.metrics import accuracy_text, low_accuracy, measure
+from stages.metrics import accuracy_text, low_accuracy, measure_each
 from stages.model_folder import Facts, load_facts, load_model
 
 if TYPE_CHECKING:
@@ -97,7 +99,8 @@ def _evaluate(ctx: Context, artifact: Artifact, folder: Path) -> dict[str, Any]:
     model = load_model(folder, ctx.device)
     facts = model.facts
     dataset, _ = load_data(facts.data)
-    found = measure(model.network, dataset, dataset.split(params.split), params.batch_size)
+    split = dataset.split(params.split)
+    found, right = measure_each(model.network, dataset, split, params.batch_size)
     if _is_dense(facts):
         require_accuracy(params, found["accuracy"], params.split, dataset, artifact.cell)
     judged = model.findings()
@@ -109,7 +112,9 @@ def _evaluate(ctx: Context, artifact: Artifact, folder: Path) -> dict[str, Any]:
         "key": artifact.key,
         **facts.of_pruning(),
         "split": params.split,
-        "images": len(dataset.split(params.split)),
+        "images": len(split),
+        "images_digest": digest_split(split),
+        "right": pack(right.numpy()),
         **found,
         **judged,
         "warnings": [*judged["warnings"], *alarming],

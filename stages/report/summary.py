@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import stdev
 
+from stages.answers import Answers
 from stages.columns import Row, target_of
 from stages.report.labels import labels_of
 from stages.report.rows import model_of, stage_of, warnings_of
@@ -33,12 +34,14 @@ class Point:
     Attributes:
         accuracies: in percent, one for each model that was evaluated.
         images: number of images that each accuracy counts, or None if the rows do not tell.
+        answers: of the models, in the order of their accuracies; none of published ones.
         failed: names of the cells that failed to give a model.
         warned: names of the cells whose models have a warning.
     """
 
     accuracies: tuple[float, ...] = ()
     images: int | None = None
+    answers: tuple[Answers, ...] = ()
     failed: tuple[str, ...] = ()
     warned: tuple[str, ...] = ()
 
@@ -166,6 +169,7 @@ def _point(rows: Sequence[Row], failed: Sequence[str] = ()) -> Point:
     return Point(
         accuracies=tuple(row["accuracy"] for row in rows),
         images=_images(rows),
+        answers=tuple(map(Answers.of, rows)),
         failed=tuple(failed),
         warned=tuple(row["model_cell"] for row in rows if warnings_of(row)),
     )

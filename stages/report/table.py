@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from pipeline.stage import csv_text
 from stages.columns import COLUMNS, Row, target_of
+from stages.report.paired import DESCRIPTIONS, LEVEL, find_best, used_tests
 from stages.report.summary import PUBLISHED, Lines, Point, Summary
 
 
@@ -58,12 +59,21 @@ def legend(sections: Iterable[Lines]) -> str:
 
     The deviation from the draw of the images is computed for the accuracies that are shown.
     """
-    points = [point for lines in sections for line in lines.values() for point in line.values()]
     parts = [
         "Accuracy in percent: mean ± standard deviation (n - 1) over the n models of other seeds; "
-        "one model, n = 1, has no deviation. The best of a column is bold. Columns are the "
-        "fractions of prunable weights that were asked to be removed."
+        "one model, n = 1, has no deviation. Columns are the fractions of prunable weights that "
+        "were asked to be removed."
     ]
+    sections = list(sections)
+    tests = [DESCRIPTIONS[test] for test in used_tests(sections)]
+    if tests:
+        parts.append(
+            f"Bold: the best of a column, and all that a test at {100 * LEVEL:g} % cannot tell "
+            f"from it: {'; '.join(tests)}. A row with n = 1 says nothing about other seeds."
+        )
+    elif any(len(lines) > 1 for lines in sections):
+        parts.append("Bold: the best of a column, untested.")
+    points = [point for lines in sections for line in lines.values() for point in line.values()]
     measured = [point for point in points if point.accuracies and point.sampling is not None]
     counts = sorted({point.images for point in measured if point.images})
     if counts:
@@ -84,14 +94,14 @@ def table(lines: Lines, further: Callable[[str, float], str] = lambda method, sp
         further: (method, sparsity) -> text behind the accuracy.
     """
     sparsities = sorted({sparsity for points in lines.values() for sparsity in points})
-    best = {sparsity: _best(lines, sparsity) for sparsity in sparsities}
+    best = {sparsity: find_best(lines, sparsity).names for sparsity in sparsities}
     out = [
         f"| method | n | {' | '.join(f'{sparsity:g}' for sparsity in sparsities)} |",
         f"|---|{'---:|' * (len(sparsities) + 1)}",
     ]
     for method, points in lines.items():
         cells = [
-            _cell(points[sparsity], bold=method == best[sparsity]) + further(method, sparsity)
+            _cell(points[sparsity], bold=method in best[sparsity]) + further(method, sparsity)
             if sparsity in points
             else ""
             for sparsity in sparsities
@@ -106,16 +116,6 @@ def _seeds(points: Iterable[Point]) -> str:
     """Return the number of models behind each point, or the smallest and the largest."""
     counts = sorted({len(point.accuracies) for point in points})
     return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-
-
-def _best(lines: Lines, sparsity: float) -> str:
-    """Return the method with the highest mean, published ones left out; the first of equals."""
-    means = {
-        method: points[sparsity].mean
-        for method, points in lines.items()
-        if sparsity in points and points[sparsity].accuracies and not method.endswith(PUBLISHED)
-    }
-    return max(means, key=means.__getitem__) if len(means) > 1 else ""
 
 
 def _cell(point: Point, *, bold: bool = False) -> str:

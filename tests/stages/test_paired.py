@@ -1,0 +1,127 @@
+"""Which lines of a table a test tells from the best one, against values worked by hand."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stages.answers import Answers, pack, unpack
+from stages.report.paired import bootstrap, compare, find_best, mcnemar, unpaired, used_tests
+from stages.report.summary import Lines, Point
+
+
+def flags(*counts: int) -> tuple[Any, Any]:
+    """Return the answers of two models: both right, first only, second only, both wrong."""
+    first = np.repeat([True, True, False, False], counts)
+    second = np.repeat([True, False, True, False], counts)
+    return first, second
+
+
+def point(*models: Any, digest: str = "a", seeds: tuple[int, ...] = (0, 1, 2)) -> Point:
+    """Return a point of models with these answers."""
+    answers = [
+        Answers(
+            accuracy=100 * right.mean(),
+            images=len(right),
+            digest=digest,
+            right=pack(right),
+            seed=seed,
+        )
+        for right, seed in zip(models, seeds, strict=False)
+    ]
+    accuracies = tuple(one.accuracy for one in answers)
+    return Point(accuracies=accuracies, answers=tuple(answers), images=len(models[0]))
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 10_000])
+def test_packed_answers_come_back_bit_by_bit(count: int) -> None:
+    right = np.random.default_rng(0).random(count) < 0.9
+    assert (unpack(pack(right), count) == right).all()
+    with pytest.raises(ValueError, match="expected"):
+        unpack(pack(right), count + 8)
+
+
+@pytest.mark.parametrize(
+    ("b", "c", "p"),
+    [
+        (0, 0, 1.0),
+        (1, 1, 1.0),  # 2 (1 + 2) / 4, at most 1
+        (0, 5, 2 / 32),
+        (0, 6, 2 / 64),
+        (1, 5, 2 * (1 + 6) / 64),
+        (8, 2, 2 * (1 + 10 + 45) / 1024),
+        (0, 1000, 2.0**-999),
+    ],
+)
+def test_the_mcnemar_test_is_the_exact_binomial_one(b: int, c: int, p: float) -> None:
+    assert mcnemar(*flags(50, b, c, 50)) == p
+    assert mcnemar(*flags(0, c, b, 0)) == p
+
+
+def test_the_mcnemar_test_of_many_images_is_exact_and_near_the_normal_one() -> None:
+    p = mcnemar(*flags(4000, 2600, 2400, 1000))
+    assert p == pytest.approx(math.erfc((200 - 1) / math.sqrt(2 * 5000)), rel=2e-3)
+
+
+def test_the_bootstrap_of_single_models_agrees_with_the_mcnemar_test() -> None:
+    first, second = flags(9000, 130, 100, 770)
+    found = bootstrap(first[None], second[None], same_seeds=False)
+    assert found == pytest.approx(mcnemar(first, second), abs=0.03)  # 2,000 draws, p near 0.05
+    assert found == bootstrap(first[None], second[None], same_seeds=False)
+    assert bootstrap(first[None], first[None], same_seeds=True) == 1.0
+
+
+def test_the_bootstrap_draws_models_that_share_a_seed_together() -> None:
+    """Accuracies of 95, 85, 75 and 93, 83, 73: the seeds move both lines by the same."""
+    images = np.arange(2000)
+    better = np.stack([images < 20 * level for level in (95, 85, 75)])
+    worse = np.stack([images < 20 * level for level in (93, 83, 73)])
+    assert bootstrap(better, worse, same_seeds=True) < 0.01
+    assert bootstrap(better, worse, same_seeds=False) > 0.3
+
+
+def test_resampled_models_vary_as_a_mean_of_n_does() -> None:
+    """Five models of 2,000 sure images: s^2 / n is all the variance there is."""
+    levels = np.array([90, 92, 94, 96, 98])
+    models = np.stack([np.arange(2000) < 20 * level for level in levels])
+    reference = np.stack([np.arange(2000) < 20 * 92] * 5)
+    exact = unpaired(2.0, float(levels.var(ddof=1)) / 5)
+    assert bootstrap(models, reference, same_seeds=False) == pytest.approx(exact, abs=0.06)
+
+
+def test_the_unpaired_test_is_the_normal_one() -> None:
+    assert unpaired(0.0, 1.0) == 1.0
+    assert unpaired(1.959964, 1.0) == pytest.approx(0.05, abs=1e-6)
+    assert unpaired(1.0, 0.0) == 0.0
+
+
+def test_the_test_follows_what_the_rows_tell() -> None:
+    first, second = flags(9000, 130, 60, 810)
+    assert compare(point(first), point(second)) == ("mcnemar", mcnemar(first, second))
+    several = compare(point(first, first), point(second, second))
+    assert several is not None
+    assert several[0] == "bootstrap"
+    told = compare(point(first), point(second, digest="b"))
+    assert told is not None
+    assert told[0] == "unpaired"
+    sampling = 91.3 * 8.7 / 10_000 + 90.6 * 9.4 / 10_000
+    assert told[1] == pytest.approx(unpaired(0.7, sampling))
+    assert compare(point(first), Point(accuracies=(90.0,))) is None
+
+
+def test_bold_are_the_best_and_all_that_a_paired_test_does_not_tell_from_it() -> None:
+    best, close = flags(9000, 110, 90, 800)
+    _, far = flags(9000, 110, 50, 840)
+    lines: Lines = {"best": {0.5: point(best)}, "close": {0.5: point(close)}}
+    lines["far"] = {0.5: point(far)}
+    found = find_best(lines, 0.5)
+    assert found.names == {"best", "close"}
+    assert used_tests([lines]) == ["mcnemar"]
+    lines["published"] = {0.5: Point(accuracies=(91.5,), images=10_000)}
+    assert "published" in find_best(lines, 0.5).names
+    assert used_tests([lines]) == ["unpaired"]  # against the published best, which has no answers
+
+
+def test_a_line_alone_is_not_the_best_of_anything() -> None:
+    assert find_best({"one": {0.5: Point(accuracies=(90.0,))}}, 0.5).names == frozenset()
