@@ -4,7 +4,7 @@ Letters: N images, n models of one line (seeds), B resamples. Three tests, in or
 
     exact McNemar       two single models, the same images: of the images that exactly one of them
                         gets right, each is equally likely to be either's;
-    paired bootstrap    several models, the same images: images and models are drawn anew;
+    paired bootstrap    several models, the same images: images and models are drawn again;
     unpaired            otherwise: the difference of the means against its standard deviation
                         sqrt(v_1 + v_2), v = a (1 - a) / N + s^2 / n. It ignores that two models err
                         on the same images, and so tells fewer lines apart than the paired ones.
