@@ -17,6 +17,7 @@ from stages.expectation import require_accuracy
 from stages.lineage import seeds, settings
 from stages.metrics import accuracy_text, low_accuracy, measure_each
 from stages.model_folder import Facts, load_facts, load_model
+from stages.report.rows import name_of
 
 if TYPE_CHECKING:
     from stages.catalogue import EvaluateParams
@@ -130,4 +131,5 @@ def _record(ctx: Context, name: str, row: dict[str, Any]) -> None:
     numbers = {column.name: row[column.name] for column in COLUMNS if column.metric}
     metrics = {key: value for key, value in numbers.items() if value is not None}
     told = {name: ", ".join(row[name]) for name in ("emptied", "warnings") if row[name]}
-    ctx.record(name, params={**params, **told, **row["settings"]}, metrics=metrics)
+    label = {"label": name_of(row)}
+    ctx.record(name, params={**params, **label, **told, **row["settings"]}, metrics=metrics)

@@ -22,6 +22,8 @@ from pipeline.stage import ExternalFile, Params, StageError
 ARROW = " > "
 PATH = "path"
 """The setting that names the stages on the way."""
+BEST_OF = "best of "
+"""The beginning of a setting's value where a choice was made among several."""
 
 
 class Role(Enum):
@@ -117,7 +119,7 @@ def settings(lineage: Lineage) -> dict[str, Any]:
         for key, value in _leaves({**step.params, **asked}):
             found[f"{name}.{key}"] = value
         for key, values in step.among.items():
-            found[key] = "best of " + ", ".join(shown(value) for value in values)
+            found[key] = BEST_OF + ", ".join(shown(value) for value in values)
     return found
 
 

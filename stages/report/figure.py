@@ -18,14 +18,24 @@ from stages.report.summary import PUBLISHED, SECTIONS, Lines, Point, Summary
 # Okabe and Ito's palette, which all kinds of colour vision distinguish; methods differ in their
 # markers, too.
 _COLOURS = {
-    "fishleg": "#D55E00",
+    "eigen": "#D55E00",
     "obs": "#0072B2",
     "kfac": "#009E73",
     "diagonal": "#CC79A7",
     "magnitude": "#555555",
 }
 _SPARE_COLOURS = ("#E69F00", "#56B4E9", "#882255", "#117733", "#999933")
-_MARKERS = {"fishleg": "o", "obs": "s", "kfac": "^", "diagonal": "D", "magnitude": "v"}
+_OURS = ("eigen", "fls", "fishleg")
+"""Methods whose lines are thick and in front."""
+_MARKERS = {
+    "eigen": "o",
+    "fls": "P",
+    "fishleg": "X",
+    "obs": "s",
+    "kfac": "^",
+    "diagonal": "D",
+    "magnitude": "v",
+}
 _GREY = "#777777"
 
 
@@ -130,7 +140,7 @@ def _draw_line(
         marker=handle.get_marker(),
         markerfacecolor=handle.get_markerfacecolor() if style.filled else "white",
         markersize=6,
-        zorder=4 if method.startswith("fishleg") else 3,
+        zorder=4 if method.startswith(_OURS) else 3,
     )
     warned = {at: point.mean for at, point in there.items() if point.warned}
     axis.plot([*warned], [*warned.values()], "x", color="black", markersize=11, zorder=5)
@@ -161,7 +171,7 @@ def _handle(method: str, colour: str) -> Line2D:
         [],
         color=colour,
         linestyle="--" if published else "-",
-        linewidth=1.2 if published else 2.6 if method.startswith("fishleg") else 1.8,
+        linewidth=1.2 if published else 2.6 if method.startswith(_OURS) else 1.8,
         marker=_MARKERS.get(method.partition(" ")[0], "o"),
         markerfacecolor="white" if published else colour,
         label=method,

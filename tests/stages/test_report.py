@@ -45,6 +45,7 @@ def test_evaluate_gives_a_row_and_a_record_each(dense: Ran, tmp_path: Path) -> N
         value = row[column.name]
         assert (column.optional and value is None) or type(value) is column.kind, column.name
     record = ran.records()[0]
+    assert record["params"]["label"] == "dense"
     assert {column.name for column in COLUMNS if column.param} <= record["params"].keys()
     tracked = {column.name for column in COLUMNS if column.metric and not column.optional}
     assert record["metrics"].keys() == tracked
@@ -181,8 +182,38 @@ def test_a_method_without_any_result_is_shown_as_failed() -> None:
 def test_several_structures_of_a_method_are_lines_of_their_own() -> None:
     rows = [row(structure="eigen"), row(structure="kronecker", sparsity=0.8), row(method="obs")]
     lines = summarise(rows).sections["One-shot"]
-    assert list(lines) == ["fishleg (eigen)", "fishleg (kronecker)", "obs"]
-    assert list(summarise([rows[0], rows[2]]).sections["One-shot"]) == ["fishleg", "obs"]
+    assert list(lines) == ["eigen", "fishleg (kronecker)", "obs"]
+    assert list(summarise([rows[0], rows[2]]).sections["One-shot"]) == ["eigen", "obs"]
+
+
+def test_the_line_of_fishleg_in_structure_eigen_is_called_eigen() -> None:
+    """Its eigenvalues are K-FAC's and EK-FAC's: the name fishleg would say that it is learned."""
+
+    def line(method: str, structure: str | None, **curvature: Any) -> Any:
+        return made(
+            f"{method} {structure} {curvature}",
+            90.0,
+            method=method,
+            structure=structure,
+            curvature=curvature,
+        )
+
+    rows = [line("fishleg", "eigen", shrinkage=one) for one in (0.0, 0.5)]
+    rows += [line("fishleg", "full"), line("fls", "tensor"), line("kfac", None)]
+    lines = summarise(rows).sections["One-shot"]
+    assert list(lines) == [
+        "eigen (shrinkage 0)",
+        "eigen (shrinkage 0.5)",
+        "fishleg (full)",
+        "fls (tensor)",
+        "kfac",
+    ]
+
+
+def test_a_structure_that_was_chosen_is_not_the_name_of_the_line() -> None:
+    chosen = Step(stage="select", among={"curvature.structure": ["eigen", "kronecker"]})
+    row = made("a", 90.0, structure="eigen", then=[chosen])
+    assert list(summarise([row]).sections["One-shot"]) == ["fishleg (best of eigen, kronecker)"]
 
 
 def test_several_dampings_of_a_method_are_lines_of_their_own() -> None:
