@@ -62,6 +62,7 @@ COLUMNS = (
     Column("right", str, "samples whose class is right, a bit each, base64", in_tables=False),
     Column("settings", dict, "STAGE.PARAMETER -> setting, of all stages before", in_tables=False),
     Column("seeds", dict, "STAGE.PARAMETER -> seed, of all stages before", in_tables=False),
+    Column("choices", dict, "STAGE.PARAMETER -> chosen, and among which", in_tables=False),
     Column("unprunable", dict, "weight -> why it is not prunable", in_tables=False),
     Column("emptied", list, "layers without a weight", in_tables=False),
     Column("warnings", list, "warnings about the model, a sentence each", in_tables=False),

@@ -14,7 +14,7 @@ from stages.data.dataset import digest_split
 from stages.data.source import load_data
 from stages.determinism import compute_deterministically
 from stages.expectation import require_accuracy
-from stages.lineage import seeds, settings
+from stages.lineage import choices, seeds, settings
 from stages.metrics import accuracy_text, low_accuracy, measure_each
 from stages.model_folder import Facts, load_facts, load_model
 from stages.report.rows import name_of
@@ -122,6 +122,7 @@ def _evaluate(ctx: Context, artifact: Artifact, folder: Path) -> dict[str, Any]:
         "dense_accuracy": facts.dense_accuracy_on(params.split),
         "settings": settings(facts.lineage),
         "seeds": seeds(facts.lineage),
+        "choices": choices(facts.lineage),
     }
 
 

@@ -1,4 +1,4 @@
-"""Evaluation, selection, table and figure."""
+"""Evaluation, table and figure."""
 
 import csv
 import json
@@ -14,7 +14,6 @@ from stages.answers import unpack
 from stages.checkpoint import Checkpoint
 from stages.columns import COLUMNS
 from stages.lineage import Step, seeds, settings
-from stages.model_folder import load_model, save_model
 from stages.report.summary import summarise
 from stages.report.table import markdown, table_csv
 
@@ -65,26 +64,6 @@ def test_evaluate_resumes_where_it_was_killed(dense: Ran, tmp_path: Path) -> Non
     assert rows[0]["accuracy"] == 12.5
     assert rows[1]["accuracy"] > 50
     assert [record["name"] for record in ran.records()] == ["m0", "m1"]
-
-
-def test_select_passes_on_the_best(dense: Ran, tmp_path: Path) -> None:
-    worse = tmp_path / "worse"
-    worse.mkdir()
-    model = load_model(dense.output(), "cpu")
-    model.network.get_parameter("fc2.weight").data.neg_()
-    save_model(worse, model.with_facts(damping=0.1))
-    candidates = [
-        artifact(worse, cell="oneshot[damping=0.1]"),
-        artifact(None, cell="oneshot[damping=0.2]"),
-        artifact(dense.output(), cell="oneshot[damping=0.3]"),
-    ]
-    ran = run_stage("select", tmp_path / "run", {"metric": "nll"}, {"candidates": candidates})
-    facts = json.loads((ran.output() / "model.json").read_text())
-    assert facts["selected"] == "oneshot[damping=0.3]"
-    assert facts["damping"] is None
-    load_model(ran.output(), "cpu")
-    with pytest.raises(StageError, match="every candidate failed"):
-        run_stage("select", tmp_path / "none", {}, {"candidates": [artifact(None)]})
 
 
 ROW: dict[str, Any] = {
