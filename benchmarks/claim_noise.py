@@ -3,7 +3,8 @@
 The reference is the exact Fisher of each group, over all training samples and labels, in float64.
 Both ways see the same samples, with one drawn label each. Error and residual share one damping. For
 the accuracy, the damping is chosen for each way and number of samples by the mean accuracy on the
-validation split; the test split is read for the chosen dampings only.
+validation split, from a grid that is extended where its end is best; the test split is read for the
+chosen dampings only.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from benchmarks._digits import NETWORK, Digits, load_digits
 from benchmarks._seeds import CLEAR, Panel, draw, explain, show, tally
+from benchmarks.harness.sweeps import best_of, search
 from fishleg import (
     KFAC,
     OBS,
@@ -104,7 +106,8 @@ def run_cell(params: dict[str, Any], folder: Path) -> dict[str, Any]:
     Returns:
         Way -> for each number of samples: `samples`; by seed, at the damping of all, `error`
         ||Q - Q*||_F / ||Q*||_F and `residual` ||F_gamma Q u - u|| / ||u||, over all groups; the
-        chosen `damping` and, by seed, `validation` and `test` accuracy in percent.
+        `dampings`, with those by which the grid was extended, the chosen `damping` and, by seed,
+        `validation` and `test` accuracy in percent.
     """
     digits = load_digits(params["network"], folder)
     truth = _exact_fisher(digits, params["damping"])
@@ -152,30 +155,30 @@ def _measure(
     samples: int,
 ) -> dict[str, Any]:
     """Return the result of one way with `samples` samples; see `run_cell`."""
-    errors: list[tuple[float, float]] = []
+    errors: dict[float, list[tuple[float, float]]] = {}
     pruned: dict[float, list[Model]] = {}
-    for damping in {*params["dampings"], params["damping"]}:
+
+    def score(damping: float) -> list[float]:
         for seed in params["seeds"]:
             source = digits.gradients(digits.model, samples=samples, labels="sampled", seed=seed)
             estimator = build(digits.partition, damping)
             estimator.fit(source)
             if damping == params["damping"]:
-                errors.append(_errors(estimator, truth))
-            if damping in params["dampings"]:
-                model = replace(digits.model, network=copy.deepcopy(digits.model.network))
-                prune_once(model.network, estimator, sparsity=params["sparsity"])
-                pruned.setdefault(damping, []).append(model)
-    validation = {
-        damping: [digits.validate(model) for model in pruned[damping]]
-        for damping in params["dampings"]
-    }
-    best = max(params["dampings"], key=lambda damping: fmean(validation[damping]))
+                errors.setdefault(damping, []).append(_errors(estimator, truth))
+            model = replace(digits.model, network=copy.deepcopy(digits.model.network))
+            prune_once(model.network, estimator, sparsity=params["sparsity"])
+            pruned.setdefault(damping, []).append(model)
+        return [fmean(map(digits.validate, pruned[damping]))]
+
+    scores = search(sorted({*params["dampings"], params["damping"]}), score)
+    best = best_of({damping: found[0] for damping, found in scores.items()})
     return {
         "samples": samples,
-        "error": [error for error, _ in errors],
-        "residual": [residual for _, residual in errors],
+        "error": [error for error, _ in errors[params["damping"]]],
+        "residual": [residual for _, residual in errors[params["damping"]]],
+        "dampings": list(scores),
         "damping": best,
-        "validation": validation[best],
+        "validation": [digits.validate(model) for model in pruned[best]],
         "test": [digits.test(model) for model in pruned[best]],
     }
 

@@ -13,6 +13,7 @@ from benchmarks.harness.lineage import cost_of, path_to
 from benchmarks.harness.pipelines import keep_results, run_pipeline
 from benchmarks.harness.report import write_report
 from benchmarks.harness.suite import Benchmark
+from benchmarks.harness.sweeps import next_value
 from pipeline.planning.planner import make_plan
 from pipeline.spec.load import load_spec
 from pipeline.store.checksum import verified, with_checksum
@@ -100,6 +101,32 @@ def test_a_selected_model_costs_what_the_chosen_candidate_did(
     assert found["seconds"] == pytest.approx(sum(one["seconds"] for one in path), abs=2e-3)
     assert found["cpu_seconds"] == pytest.approx(sum(one["cpu_seconds"] for one in path), abs=2e-3)
     assert found["peak_bytes"] == max(one["peak_bytes"] for one in path)
+
+
+def test_a_grid_whose_best_value_is_an_end_is_extended_until_it_is_inside(ran: Path) -> None:
+    found = read_cells(ran / "results", "small")["best[method=diagonal]"]
+    choice = found["choices"]["curvature.damping"]
+    assert choice["chosen"] == found["damping"]
+    assert {1e-4, 1e3} < {*choice["among"]}
+    assert next_value(choice["chosen"], choice["among"]) is None
+    extended = sorted({*choice["among"]} - {1e-4, 1e3})
+    steps = [value * 10**power for value in (1e-4, 1e3) for power in range(-4, 3)]
+    assert all(any(one == pytest.approx(step) for step in steps) for one in extended)
+
+
+def test_a_result_of_a_grid_that_is_to_be_extended_is_not_kept(
+    ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ran)
+    spec = load_spec(ran / "small.yaml")
+    (extension,) = keep_results(spec, "small", tmp_path)
+    assert extension.until == ["evaluate"]
+    assert {one.partition("=")[0] for one in extension.overrides} == {
+        "curvature.damping",
+        "oneshot.damping",
+    }
+    assert "best[method=diagonal]" not in read_cells(tmp_path, "small")
+    assert len(read_cells(tmp_path, "small")) == 3
 
 
 def test_a_model_has_the_certificate_of_its_estimate(ran: Path) -> None:
