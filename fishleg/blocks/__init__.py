@@ -5,7 +5,7 @@ from fishleg.blocks.dense import DenseBlock
 from fishleg.blocks.diagonal import DiagonalBlock
 from fishleg.blocks.eigen import EigenBlock
 from fishleg.blocks.kronecker import KroneckerBlock
-from fishleg.blocks.low_rank import LowRankBlock
+from fishleg.blocks.low_rank import GramBlock, LowRankBlock
 from fishleg.blocks.shared import SharedBlock
 from fishleg.blocks.tensor import TensorBlock
 
@@ -15,6 +15,7 @@ BLOCKS: dict[str, type[AbstractBlock]] = {
         DenseBlock,
         DiagonalBlock,
         EigenBlock,
+        GramBlock,
         KroneckerBlock,
         SharedBlock,
         TensorBlock,
@@ -28,6 +29,7 @@ __all__ = [
     "DenseBlock",
     "DiagonalBlock",
     "EigenBlock",
+    "GramBlock",
     "KroneckerBlock",
     "SharedBlock",
     "TensorBlock",

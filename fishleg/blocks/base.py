@@ -25,6 +25,14 @@ class AbstractBlock(ABC):
         """Return Q vec(V) as a matrix, for V of shape (..., rows, columns)."""
 
     @abstractmethod
+    def invert(self) -> AbstractBlock:
+        """Return the block of Q^-1, in closed form and the same dtype; for accuracy, of `double`.
+
+        Raises:
+            NotPositiveDefinite: rounding has made a factor indefinite.
+        """
+
+    @abstractmethod
     def diagonal(self) -> Tensor:
         """Return diag(Q) as a (rows, columns) matrix."""
 
@@ -41,10 +49,21 @@ class AbstractBlock(ABC):
         """Return the block of `shape` that `tensors()` described."""
         return cls(**tensors)  # a block's constructor takes its tensors by name
 
-    def of_rows(self, rows: Tensor) -> Tensor:
-        """Return the part of Q within each row of `rows` (n), (n, columns, columns)."""
-        index = torch.arange(self.shape[1], device=rows.device)
+    def of_rows(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
+        """Return the part of Q within each of `rows` (n), at `columns` (c) or all, (n, c, c)."""
+        index = torch.arange(self.shape[1], device=rows.device) if columns is None else columns
         return self.submatrix(rows.unsqueeze(1) * self.shape[1] + index)
+
+    @property
+    def row_runs(self) -> int:
+        """Number of equal runs of consecutive rows that Q does not couple with one another."""
+        return 1
+
+    def double(self) -> AbstractBlock:
+        """Return the same block in float64."""
+        return self.restore(
+            {name: one.double() for name, one in self.tensors().items()}, self.shape
+        )
 
     def trace(self) -> Tensor:
         """Return tr Q, a scalar tensor."""

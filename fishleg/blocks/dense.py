@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from fishleg.blocks.base import AbstractBlock
 from fishleg.errors import ShapeMismatch
+from fishleg.linalg import invert_damped
 
 
 class DenseBlock(AbstractBlock):
@@ -49,6 +50,11 @@ class DenseBlock(AbstractBlock):
         product = torch.einsum("kij,...kj->...ki", self.matrices, chunks).flatten(-2)
         return product[..., : self.shape[0] * self.shape[1]].reshape(v.shape)
 
+    def invert(self) -> DenseBlock:
+        """Return the inverse, chunk by chunk. Cost O(n b^3)."""
+        inside = cut_chunks(torch.ones_like(self.diagonal()), self.matrices.shape[1]).bool()
+        return DenseBlock(invert_damped(isolate(self.matrices, inside), 0.0), self.shape)
+
     def diagonal(self) -> Tensor:
         """Return diag(Q), (rows, columns)."""
         diagonal = self.matrices.diagonal(dim1=-2, dim2=-1).flatten()
@@ -82,3 +88,9 @@ def cut_chunks(v: Tensor, block_size: int) -> Tensor:
     flat = v.flatten(-2)
     missing = -flat.shape[-1] % block_size
     return functional.pad(flat, (0, missing)).unflatten(-1, (-1, block_size))
+
+
+def isolate(matrices: Tensor, inside: Tensor) -> Tensor:
+    """Return (n, b, b) matrices whose rows and columns outside (n, b) are those of the identity."""
+    both = inside.unsqueeze(1) & inside.unsqueeze(2)
+    return torch.where(both, matrices, torch.eye(matrices.shape[-1]).to(matrices))

@@ -28,6 +28,10 @@ class DiagonalBlock(AbstractBlock):
         """Return values o V, for V of shape (..., rows, columns). Cost O(rows columns)."""
         return self.values * v
 
+    def invert(self) -> DiagonalBlock:
+        """Return diag(vec(1 / values))."""
+        return DiagonalBlock(1 / self.values)
+
     def diagonal(self) -> Tensor:
         """Return diag(Q), (rows, columns)."""
         return self.values.clone()

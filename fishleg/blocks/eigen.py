@@ -44,6 +44,10 @@ class EigenBlock(AbstractBlock):
         inner = self.values * (self.left.mT @ parts @ self.right)
         return (self.left @ inner @ self.right.mT).flatten(-3, -2)
 
+    def invert(self) -> EigenBlock:
+        """Return the inverse, which has the same basis and the values 1 / S."""
+        return EigenBlock(self.left, self.right, 1 / self.values)
+
     def diagonal(self) -> Tensor:
         """Return diag(Q) = U^o2 S (W^o2)^T, (rows, columns)."""
         squares = self.left.square() @ self.values @ self.right.square().mT
@@ -71,15 +75,20 @@ class EigenBlock(AbstractBlock):
             entries += (u.unsqueeze(-2) * u.unsqueeze(-3) * pairs).sum(-1)
         return entries
 
-    def of_rows(self, rows: Tensor) -> Tensor:
-        """Return W diag(sum_i U_ri^2 S_i) W^T for each row r, (n, columns, columns).
+    @property
+    def row_runs(self) -> int:
+        """Number of convolution groups."""
+        return len(self.values)
 
-        Cost: 2 n columns^3 FLOPs.
+    def of_rows(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
+        """Return W diag(sum_i U_ri^2 S_i) W^T for each row r, at `columns` (c) or all, (n, c, c).
+
+        Cost: 2 n c^2 columns FLOPs.
         """
         size = self.values.shape[1]
         part, row = rows // size, rows % size
         squares = self.left[part, row].square().unsqueeze(1)
-        basis = self.right[part]
+        basis = self.right[part] if columns is None else self.right[part][:, columns]
         return (basis * (squares @ self.values[part])) @ basis.mT
 
     def trace(self) -> Tensor:

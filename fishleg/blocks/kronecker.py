@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fishleg.blocks.base import AbstractBlock
 from fishleg.errors import ShapeMismatch
+from fishleg.linalg import invert_damped
 
 
 class KroneckerBlock(AbstractBlock):
@@ -38,6 +39,11 @@ class KroneckerBlock(AbstractBlock):
         # B from the right of V^T, so that leading dimensions fold into one large product
         image = (inner.mT @ self.b).mT @ self.c
         return image if self.scale is None else self.scale * image
+
+    def invert(self) -> KroneckerBlock:
+        """Return the inverse, of the factors B^-1 and C^-1 and the scale 1 / A."""
+        b, c = invert_damped(self.b, 0.0), invert_damped(self.c, 0.0)
+        return KroneckerBlock(b, c, None if self.scale is None else 1 / self.scale)
 
     def diagonal(self) -> Tensor:
         """Return A^o2 o (diag B)(diag C)^T."""

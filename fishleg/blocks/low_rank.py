@@ -1,4 +1,4 @@
-"""A low-rank inverse by Woodbury's identity: (damping I + sum of m outer products)^-1."""
+"""A damped sum of m outer products, and its inverse by Woodbury's identity."""
 
 from __future__ import annotations
 
@@ -38,6 +38,23 @@ class LowRankBlock(AbstractBlock):
         flat = v.flatten(-2)
         return ((flat - (flat @ root.mT) @ root) / self.damping).reshape(v.shape)
 
+    def invert(self) -> GramBlock:
+        """Return damping (I + V^T V), V = K^-1 W and K K^T = I - W W^T. Cost O(m^2 rows columns).
+
+        Raises:
+            NotPositiveDefinite: rounding has brought a singular value of W to 1.
+        """
+        root = self.root.flatten(1)
+        eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
+        factor, failed = torch.linalg.cholesky_ex(eye - root @ root.mT)
+        if bool(failed):
+            raise NotPositiveDefinite(
+                f"The inverse of a low-rank inverse with damping {float(self.damping):g} is lost "
+                f"in the rounding of {root.dtype}; raise the damping."
+            )
+        white = torch.linalg.solve_triangular(factor, root, upper=False)
+        return GramBlock((self.damping.sqrt() * white).reshape_as(self.root), self.damping)
+
     def diagonal(self) -> Tensor:
         """Return (1 - sum_m W_m^o2) / damping, (rows, columns). Cost O(m rows columns)."""
         return (1 - torch.einsum("mij,mij->ij", self.root, self.root)) / self.damping
@@ -56,6 +73,49 @@ class LowRankBlock(AbstractBlock):
         survivors = root.shape[1] if mask is None else mask.sum()
         inner = (eye - kept @ kept.mT).square().sum()
         return (survivors - len(root) + inner) / self.damping.square()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return {"root": (m, rows, columns), "damping": ()}."""
+        return {"root": self.root, "damping": self.damping}
+
+
+class GramBlock(AbstractBlock):
+    """Q = damping I + G^T G, G (m, rows columns): a damped Fisher of m gradients.
+
+    Args:
+        root: G, (m, rows, columns).
+        damping: gamma > 0, a scalar tensor.
+
+    Raises:
+        ShapeMismatch: `root` is not a batch of matrices.
+    """
+
+    def __init__(self, root: Tensor, damping: Tensor):
+        if root.ndim != 3:
+            raise ShapeMismatch(f"root: expected (m, rows, columns), got {tuple(root.shape)}.")
+        self.root = root
+        self.damping = damping
+        self.shape = (root.shape[1], root.shape[2])
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Return damping V + G^T G V, V (..., rows, columns). Cost O(m rows columns)."""
+        root = self.root.flatten(1)
+        flat = v.flatten(-2)
+        return (self.damping * flat + (flat @ root.mT) @ root).reshape(v.shape)
+
+    def invert(self) -> LowRankBlock:
+        """Return the inverse, by `invert_low_rank`."""
+        return invert_low_rank(self.root.clone(), float(self.damping))
+
+    def diagonal(self) -> Tensor:
+        """Return damping + sum_m G_m^o2, (rows, columns). Cost O(m rows columns)."""
+        return self.damping + torch.einsum("mij,mij->ij", self.root, self.root)
+
+    def submatrix(self, index: Tensor) -> Tensor:
+        """Return Q[index, index], (..., n, n), for flat positions `index` (..., n)."""
+        chosen = self.root.flatten(1)[:, index].movedim(0, -2)
+        same = index[..., :, None] == index[..., None, :]
+        return self.damping * same.to(chosen.dtype) + chosen.mT @ chosen
 
     def tensors(self) -> dict[str, Tensor]:
         """Return {"root": (m, rows, columns), "damping": ()}."""

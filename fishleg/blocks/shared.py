@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fishleg.blocks.base import AbstractBlock
 from fishleg.errors import ShapeMismatch
+from fishleg.linalg import invert_damped
 
 
 class SharedBlock(AbstractBlock):
@@ -44,6 +45,10 @@ class SharedBlock(AbstractBlock):
         """Return V_k C_k for all k, V (..., rows, columns). Cost O(rows columns^2)."""
         return (v.unflatten(-2, (len(self.inverse), -1)) @ self.inverse).flatten(-3, -2)
 
+    def invert(self) -> SharedBlock:
+        """Return the inverse, of the matrices C_k^-1."""
+        return SharedBlock(invert_damped(self.inverse, 0.0), self.shape)
+
     def diagonal(self) -> Tensor:
         """Return diag(Q), (rows, columns): diag(C_k) in every row of k."""
         diagonal = self.inverse.diagonal(dim1=-2, dim2=-1)
@@ -66,9 +71,15 @@ class SharedBlock(AbstractBlock):
         """Return {"inverse": (h, columns, columns)}."""
         return {"inverse": self.inverse}
 
-    def of_rows(self, rows: Tensor) -> Tensor:
-        """Return a copy of C_k for each row in `rows` (n), (n, columns, columns)."""
-        return self.inverse[torch.div(rows, self._rows, rounding_mode="floor")]
+    @property
+    def row_runs(self) -> int:
+        """Number of rows: each is independent."""
+        return self.shape[0]
+
+    def of_rows(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
+        """Return a copy of C_k for each row in `rows` (n), at `columns` (c) or all, (n, c, c)."""
+        chosen = self.inverse[torch.div(rows, self._rows, rounding_mode="floor")]
+        return chosen if columns is None else chosen[:, columns][:, :, columns]
 
     @property
     def _rows(self) -> int:

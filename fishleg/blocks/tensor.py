@@ -14,6 +14,7 @@ from fishleg.blocks.kronecker import (
     squared_weight,
 )
 from fishleg.errors import ShapeMismatch
+from fishleg.linalg import invert_damped
 
 
 class TensorBlock(AbstractBlock):
@@ -64,6 +65,14 @@ class TensorBlock(AbstractBlock):
         if self.bias is not None:
             weight = torch.cat([weight, image[..., -1:] * self.bias], dim=-1)
         return weight if self.scale is None else self.scale * weight
+
+    def invert(self) -> TensorBlock:
+        """Return the inverse, of the inverse factors and scale."""
+        out, inner, kernel = (
+            invert_damped(one, 0.0) for one in (self.out, self.inner, self.kernel)
+        )
+        bias, scale = (None if one is None else 1 / one for one in (self.bias, self.scale))
+        return TensorBlock(out, inner, kernel, bias, scale)
 
     def diagonal(self) -> Tensor:
         """Return A^o2 o (diag B)(diag of the column factor)^T."""

@@ -7,6 +7,7 @@ from fishleg.pruning.compensation import (
     compensate,
     constrained_set,
 )
+from fishleg.pruning.conditioning import Conditioned, condition
 from fishleg.pruning.layerwise import greedy_saliency
 from fishleg.pruning.line_search import FRACTIONS, RefinementReport, search_line
 from fishleg.pruning.masks import (
@@ -40,6 +41,8 @@ __all__ = [
     "saliency",
     "group_saliency",
     "greedy_saliency",
+    "Conditioned",
+    "condition",
     # selection
     "DISTRIBUTIONS",
     "removal_count",

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fishleg.blocks import AbstractBlock, DiagonalBlock
+from fishleg.blocks import DiagonalBlock
 from fishleg.errors import NotPositiveDefinite
 from fishleg.estimators.base import AbstractEstimator
+from fishleg.pruning.conditioning import Conditioned, condition, survivors_first
 
 _MEMORY_BYTES = 256 << 20  # of inverses that are updated together
 
@@ -23,15 +24,16 @@ def greedy_saliency(
     """Return the cost of each weight when its turn comes, in place of its cost alone.
 
     Each row of a layer loses its weights one by one, the cheapest first, while the other rows keep
-    theirs. With C the row's own part of Q, conditioned on the row's removed weights, removing p
+    theirs. With C the row's part of `Conditioned`, and so of Q while nothing is removed, removing p
     costs w_p^2 / (2 C_pp), and (OBC, arXiv 2208.11580, lemma 1)
 
         w <- w - C_:p w_p / C_pp,     C <- C - C_:p C_p: / C_pp.
 
     Two weights that replace one another are cheap alone and expensive together, which only an order
     shows: the sum of a row's costs is exactly 1/2 d^T Q^-1 d for removing them all, the whole group
-    adjusting. Removals in other rows do not enter; where rows are independent (`LayerHessian`)
-    this is exact, and is OBC.
+    adjusting, where C is exact: in a first step, with a Q fitted on the survivors, and in a later
+    one with the blocks that `Conditioned` lists. The present step's removals in other rows do not
+    enter; where rows are independent (`LayerHessian`) this is exact, and is OBC.
 
     A row's k-th cost counts as the largest of its first k costs, and a rounding unit more than its
     (k-1)-th, so that a threshold over all rows (`select`) takes the first weights of each row's
@@ -41,8 +43,8 @@ def greedy_saliency(
         estimator: a fitted estimate of Q.
         weights: group name -> (rows, columns), of prunable groups, at the estimate's own point.
         masks: group name -> bool (rows, columns), the survivors so far. C is conditioned on
-            removed weights that Q covers, since their zeros are constraints; a Q fitted on the
-            survivors takes them into account.
+            removed weights of all rows that Q covers, since their zeros are constraints; a Q fitted
+            on the survivors takes them into account.
         memory_bytes: of the inverses that are updated at once, beside one row's.
 
     Returns:
@@ -51,7 +53,7 @@ def greedy_saliency(
     Errors are those of `GreedyRemoval.run`.
 
     Time: 2 r s^3 FLOPs a group, s the most survivors of a row, in s dependent steps of 2 r s^2;
-    the cost of `of_rows`; and 2 r (c^3 + s^3) in float64 to condition. Memory: c^2 numbers for each
+    and the cost of `Conditioned`. Memory: c^2 numbers for each
     row that is updated, up to `memory_bytes`, and about five times that while conditioning.
     """
     out = {}
@@ -64,18 +66,16 @@ def greedy_saliency(
             cost = matrix.double().square() / (2 * block.diagonal())
             cost.masked_fill_(~kept, 0.0)
         else:
-            full = torch.ones_like(kept)
-            support = (estimator.masks or {}).get(name, full).to(matrix.device)
-            cost = _by_rows(block, matrix, kept, support, removable, memory_bytes)
+            conditioned = condition(estimator, name, masks)
+            cost = _by_rows(conditioned, matrix, kept, removable, memory_bytes)
         out[name] = cost.masked_fill(~removable, torch.inf)
     return out
 
 
 def _by_rows(
-    block: AbstractBlock,
+    conditioned: Conditioned,
     weights: Tensor,
     kept: Tensor,
-    support: Tensor,
     removable: Tensor,
     memory_bytes: int,
 ) -> Tensor:
@@ -83,40 +83,11 @@ def _by_rows(
     costs = torch.zeros(weights.shape, dtype=torch.float64, device=weights.device)
     at_once = max(1, memory_bytes // (weights.shape[1] ** 2 * weights.element_size()))
     for rows in torch.arange(len(weights), device=weights.device).split(at_once):
-        # the survivors move to the front of each row, and the rest is cut off
-        order = kept[rows].to(torch.int8).sort(dim=1, descending=True, stable=True).indices
-        order = order[:, : int(kept[rows].sum(1).max())]
-        inverse = _condition(block.of_rows(rows), support[rows], kept[rows], order)
+        order = survivors_first(kept[rows])
         removable_here = kept[rows].gather(1, order) & removable[order]
-        removal = GreedyRemoval(weights[rows].gather(1, order), inverse)
+        removal = GreedyRemoval(weights[rows].gather(1, order), conditioned.of_rows(rows, order))
         costs[rows] = costs[rows].scatter(1, order, removal.run(removable_here))
     return costs
-
-
-def _condition(inverse: Tensor, support: Tensor, kept: Tensor, order: Tensor) -> Tensor:
-    """Return the inverses of the survivors, the rest of the support being held at 0.
-
-    The inverse of F restricted to s when g is held is Q_ss - Q_sg (Q_gg)^-1 Q_gs = ((Q^-1)_ss)^-1.
-
-    Args:
-        inverse: (n, columns, columns), positive definite on the support.
-        support: bool (n, columns).
-        kept: bool (n, columns), the survivors, within the support.
-        order: (n, s), the columns wanted; one that is not kept is decoupled.
-    """
-    rows = torch.arange(len(order), device=order.device)[:, None, None]
-    chosen = (rows, order.unsqueeze(2), order.unsqueeze(1))
-    if torch.equal(support, kept):
-        return inverse[chosen]
-    precision = torch.linalg.inv(_isolate(inverse.double(), support))
-    left = _isolate(precision[chosen], kept.gather(1, order))
-    return torch.linalg.inv(left).to(inverse.dtype)
-
-
-def _isolate(matrix: Tensor, inside: Tensor) -> Tensor:
-    """Return (n, c, c) matrices whose rows and columns outside (n, c) are those of the identity."""
-    both = inside.unsqueeze(1) & inside.unsqueeze(2)
-    return torch.where(both, matrix, torch.eye(matrix.shape[-1]).to(matrix))
 
 
 class GreedyRemoval:

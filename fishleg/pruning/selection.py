@@ -20,6 +20,7 @@ from fishleg.errors import FishLegError, UnknownName
 from fishleg.options import Distribution
 from fishleg.parameters import ParameterGroup, Partition
 from fishleg.parametrised import WHOLE
+from fishleg.pruning.conditioning import Conditioned
 from fishleg.pruning.masks import Masks, check_masks, count_masks
 from fishleg.pruning.saliency import group_saliency
 
@@ -237,9 +238,9 @@ def _positions(score: Tensor) -> Tensor:
 
 
 def select_n_of_m(
-    group: ParameterGroup, block: AbstractBlock, weights: Tensor, n: int, m: int
+    group: ParameterGroup, block: AbstractBlock | Conditioned, weights: Tensor, n: int, m: int
 ) -> Tensor:
-    """Return a mask of a dense group with n survivors in every m consecutive inputs.
+    """Return a mask of a group with n survivors, at most, in every m consecutive inputs.
 
     Consecutive inputs share the output and the kernel position, as sparse tensor cores need.
     Of each m, the m - n weights of least joint saliency 1/2 w_q^T (Q_qq)^-1 w_q are removed; of
@@ -247,7 +248,8 @@ def select_n_of_m(
 
     Args:
         group: a prunable group; in/groups is divisible by m.
-        block: its block of Q.
+        block: its block of Q; where earlier steps have removed weights, and the estimate is of the
+            full Fisher, `condition(estimator, name, masks)`.
         weights: its matrix (rows, columns).
         n: survivors of each m, 1 <= n < m.
         m: number of consecutive inputs that share a choice.

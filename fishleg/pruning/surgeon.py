@@ -112,10 +112,12 @@ def prune_once(
     elif selection == "greedy":
         scores = greedy_saliency(estimator, prunable, before)
     else:
-        scores = saliency(estimator, prunable)
+        scores = saliency(estimator, prunable, before)
     spread = estimator.distribution if distribution is None else distribution
     after = select(partition, scores, before, sparsity, spread, min_kept=min_kept)
-    report = _remove(model, estimator, after, compensation, source, tolerance, max_iterations)
+    report = _remove(
+        model, estimator, before, after, compensation, source, tolerance, max_iterations
+    )
     return replace(report, zeros=found, warnings=(*_say_zeros(found), *report.warnings))
 
 
@@ -166,14 +168,19 @@ def prune_to(
 
     Arguments, results and errors as for `prune_once`, but `masks` are the survivors after the step.
     """
-    check_prunable(estimator.partition)
-    return _remove(model, estimator, masks, compensation, source, tolerance, max_iterations)
+    partition = estimator.partition
+    check_prunable(partition)
+    check_masks(partition, masks)
+    weights = _matrices(model, partition)
+    before = {name: mask | (weights[name] != 0) for name, mask in masks.items()}
+    return _remove(model, estimator, before, masks, compensation, source, tolerance, max_iterations)
 
 
 @torch.no_grad()
 def _remove(
     model: nn.Module,
     estimator: AbstractEstimator,
+    before: Masks,
     masks: Masks,
     compensation: str,
     source: GradientSource | None,
@@ -192,7 +199,7 @@ def _remove(
         max_iterations=max_iterations,
     )
     # weights removed in earlier steps are 0, and so are their saliencies
-    scores = saliency(estimator, {name: weights[name] for name in masks})
+    scores = saliency(estimator, {name: weights[name] for name in masks}, before)
     costs = {name: float(scores[name][~mask].double().sum()) for name, mask in masks.items()}
     _move(model, partition, deltas, masks)
     removed, prunable = count_masks(partition, masks)

@@ -20,6 +20,13 @@ class ExactBlock(AbstractBlock):
     def matvec(self, v: Tensor) -> Tensor:
         return (v.flatten(-2) @ self.matrix).reshape(v.shape)
 
+    def invert(self) -> ExactBlock:
+        return ExactBlock(torch.linalg.inv(self.matrix), self.shape)
+
+    @classmethod
+    def restore(cls, tensors, shape) -> ExactBlock:
+        return cls(tensors["matrix"], shape)
+
     def diagonal(self) -> Tensor:
         return self.matrix.diagonal().reshape(self.shape)
 

@@ -11,6 +11,7 @@ from fishleg.blocks import (
     DenseBlock,
     DiagonalBlock,
     EigenBlock,
+    GramBlock,
     KroneckerBlock,
     LowRankBlock,
     SharedBlock,
@@ -97,6 +98,13 @@ def woodbury(count: int) -> Case:
     return invert_low_rank(gradients, 2.0), torch.linalg.inv(damped)
 
 
+def gram(count: int) -> Case:
+    gradients = torch.randn(count, 3, 4, dtype=torch.float64)
+    flat = gradients.flatten(1)
+    damping = torch.tensor(2.0, dtype=torch.float64)
+    return GramBlock(gradients, damping), 2.0 * torch.eye(12, dtype=torch.float64) + flat.T @ flat
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "diagonal": diagonal,
     "dense, whole chunks": lambda: dense((3, 4), 4),
@@ -105,6 +113,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "dense, chunks of one": lambda: dense((3, 2), 1),
     "eigen": lambda: eigen(1),
     "eigen, grouped": lambda: eigen(3),
+    "gram": lambda: gram(5),
     "kronecker": lambda: kronecker(scale=False),
     "kronecker, scaled": lambda: kronecker(scale=True),
     "shared": lambda: shared(1),
@@ -183,6 +192,37 @@ def test_rows(case):
         [dense[index][:, index] for index in rows.unsqueeze(1) * block.shape[1] + columns]
     )
     torch.testing.assert_close(block.of_rows(rows), expected, **TOLERANCE[expected.dtype])
+
+
+def test_rows_at_some_columns(case):
+    block, _ = case
+    rows, columns = torch.tensor([block.shape[0] - 1, 0]), torch.arange(block.shape[1])[-2:]
+    close(block.of_rows(rows, columns), block.of_rows(rows)[:, -2:, -2:])
+
+
+def test_runs_of_rows_are_not_coupled(case):
+    block, dense = case
+    assert block.shape[0] % block.row_runs == 0
+    run = torch.arange(block.shape[0]) * block.row_runs // block.shape[0]
+    run = run.repeat_interleave(block.shape[1])
+    assert (dense[run[:, None] != run] == 0).all()
+
+
+def test_invert(case):
+    block, dense = case
+    inverse = block.invert()
+    assert inverse.shape == block.shape
+    found = inverse.dense()
+    assert found.dtype == dense.dtype
+    tolerance = {"rtol": 1e-10, "atol": 1e-10} if dense.dtype == torch.float64 else {"atol": 1e-3}
+    error = found @ dense - torch.eye(len(dense), dtype=dense.dtype)
+    torch.testing.assert_close(error, torch.zeros_like(error), **{"rtol": 0.0, **tolerance})
+
+
+def test_double_is_the_same_block_in_float64(case):
+    block, dense = case
+    assert block.double().dense().dtype == torch.float64
+    close(block.double().dense().to(dense.dtype), dense)
 
 
 def test_nothing_passed_in_is_modified(case):
