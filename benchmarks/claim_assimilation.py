@@ -182,12 +182,7 @@ def _starts(run: StepwisePruning, masks: Mapping[str, Tensor]) -> dict[str, Kron
 
 def report(documents: dict[str, dict[str, Any]], figures: Path) -> str:
     """Return the Markdown section, and write `claim_assimilation.png` into `figures`."""
-    results: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
-    for one in documents.values():
-        params = one["params"]
-        budget = (params["sweeps"], params["samples"])
-        results.setdefault(budget, {})[params.get("way") or params["carry"]] = one["result"]
-    results = dict(sorted(results.items()))
+    results = _results(documents)
     lines = [
         "| sweeps x samples a step | curvature | damping | test | validation | curvature, CPU s |",
         "|---|---|---:|---:|---:|---:|",
@@ -211,7 +206,7 @@ def report(documents: dict[str, dict[str, Any]], figures: Path) -> str:
         f"and samples per step. Accuracy in percent, {explain(tested)}; damping chosen on the "
         "validation split; a grid whose end was best was extended."
     )
-    parts = [intro, "\n".join(lines), _verdict(results)]
+    parts = [intro, "\n".join(lines), verdict(documents)]
     return "\n\n".join([*parts, f"![{TITLE}]({figures.name}/claim_assimilation.png)", ""])
 
 
@@ -238,8 +233,21 @@ def _panels(results: dict[tuple[int, int], dict[str, dict[str, Any]]]) -> list[P
     ]
 
 
-def _verdict(results: dict[tuple[int, int], dict[str, dict[str, Any]]]) -> str:
+def _results(
+    documents: dict[str, dict[str, Any]],
+) -> dict[tuple[int, int], dict[str, dict[str, Any]]]:
+    """Return budget -> way -> result, in the order of the table."""
+    results: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
+    for one in documents.values():
+        params = one["params"]
+        budget = (params["sweeps"], params["samples"])
+        results.setdefault(budget, {})[params.get("way") or params["carry"]] = one["result"]
+    return dict(sorted(results.items()))
+
+
+def verdict(documents: dict[str, dict[str, Any]]) -> str:
     """Return whether refining beats each of the other ways at equal budgets."""
+    results = _results(documents)
     parts = [_against(results, other) for other in _OTHERS]
     return (
         "Criterion, for each other way: refining is clearly better at more budgets than it is "

@@ -207,8 +207,7 @@ def _errors(estimator: AbstractEstimator, truth: Mapping[str, Truth]) -> tuple[f
 
 def report(documents: dict[str, dict[str, Any]], figures: Path) -> str:
     """Return the Markdown section, and write `claim_noise.png` into `figures`."""
-    results = {one["params"]["structure"]: one["result"] for one in documents.values()}
-    results = {name: results[name] for name in _WAYS if name in results}
+    results = _results(documents)
     params = next(iter(documents.values()))["params"]
     counts = params["samples"]
     lines = [
@@ -232,7 +231,7 @@ def report(documents: dict[str, dict[str, Any]], figures: Path) -> str:
         "blocks, the diagonal. In blocks and on the diagonal that inverse minimises the objective, "
         "so the learned Q, by Adam, differs only by its start and its stopping."
     )
-    parts = [intro, "\n".join(lines), _verdict(results)]
+    parts = [intro, "\n".join(lines), verdict(documents)]
     return "\n\n".join([*parts, f"![{TITLE}]({figures.name}/claim_noise.png)", ""])
 
 
@@ -254,8 +253,15 @@ def _panels(results: dict[str, dict[str, Any]]) -> list[Panel]:
     ]
 
 
-def _verdict(results: dict[str, dict[str, Any]]) -> str:
+def _results(documents: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return structure -> result, in the order of the table."""
+    results = {one["params"]["structure"]: one["result"] for one in documents.values()}
+    return {name: results[name] for name in _WAYS if name in results}
+
+
+def verdict(documents: dict[str, dict[str, Any]]) -> str:
     """Return for which structures the learned Q is the better one, in error and in accuracy."""
+    results = _results(documents)
     details: list[str] = []
     holds: list[str] = []
     for structure, ways in results.items():

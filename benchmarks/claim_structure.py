@@ -134,8 +134,7 @@ def _result(
 
 def report(documents: dict[str, dict[str, Any]], figures: Path) -> str:
     """Return the Markdown section, and write `claim_structure.png` into `figures`."""
-    results = {one["params"]["structure"]: one["result"] for one in documents.values()}
-    results = {name: results[name] for name in _STRUCTURES if name in results}
+    results = _results(documents)
     peaks = {one["params"]["structure"]: one["peak_bytes"] for one in documents.values()}
     first = next(iter(results.values()))
     sparsities = [at["sparsity"] for at in first["sparsities"]]
@@ -161,7 +160,7 @@ def report(documents: dict[str, dict[str, Any]], figures: Path) -> str:
         "brackets the damping, chosen on the validation split; a grid whose end was best was "
         "extended. Peak: memory of the whole process."
     )
-    parts = [intro, "\n".join(lines), _verdict(results)]
+    parts = [intro, "\n".join(lines), verdict(documents)]
     return "\n\n".join([*parts, f"![{TITLE}]({figures.name}/claim_structure.png)", ""])
 
 
@@ -182,8 +181,15 @@ def _panels(results: dict[str, dict[str, Any]]) -> list[Panel]:
     ]
 
 
-def _verdict(results: dict[str, dict[str, Any]]) -> str:
+def _results(documents: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return structure -> result, in the order of the table."""
+    results = {one["params"]["structure"]: one["result"] for one in documents.values()}
+    return {name: results[name] for name in _STRUCTURES if name in results}
+
+
+def verdict(documents: dict[str, dict[str, Any]]) -> str:
     """Return the factored structures that keep the full inverse's accuracy with less memory."""
+    results = _results(documents)
     if "full" not in results:
         return "The full inverse is missing, so there is no comparison."
     full = results["full"]

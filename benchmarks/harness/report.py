@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
+from benchmarks.harness.committed import read_comparison
 from benchmarks.harness.documents import Document, read_cells
 from benchmarks.harness.suite import BENCHMARKS, Benchmark, list_benchmarks, load_script
-from pipeline.spec import yaml_loader
-from stages.catalogue import Published
+from benchmarks.harness.text import wrapped
 from stages.columns import target_of
 from stages.report.figure import draw
 from stages.report.labels import labels_of
 from stages.report.summary import PUBLISHED, Lines, summarise
-from stages.report.table import dense_title, legend, table
+from stages.report.table import dense_title, footnotes, legend, table
 
-_WIDTH = 120
 RESULTS = BENCHMARKS / "results"
 REPORT = BENCHMARKS.parent / "docs" / "results.md"
 _HEAD = (
@@ -62,15 +59,7 @@ def write_report(
         if (documents := read_cells(results, benchmark.name))
     ]
     text = "\n\n".join([_HEAD, *(section.strip() for section in sections)])
-    lines = [_wrapped(line) for line in text.splitlines()]
-    report.write_text("\n".join([*lines, ""]), encoding="utf-8")
-
-
-def _wrapped(line: str) -> str:
-    """Return a line of prose in lines of at most 120 characters; tables, titles and links as is."""
-    if line.startswith(("|", "#", "!")):
-        return line
-    return textwrap.fill(line, _WIDTH, break_long_words=False, break_on_hyphens=False)
+    report.write_text(f"{wrapped(text)}\n", encoding="utf-8")
 
 
 def _section(benchmark: Benchmark, documents: Mapping[str, Document], figures: Path) -> str:
@@ -83,7 +72,7 @@ def _section(benchmark: Benchmark, documents: Mapping[str, Document], figures: P
 def _pipeline_section(
     benchmark: Benchmark, documents: Mapping[str, Document], figures: Path
 ) -> str:
-    title, published = _comparison(benchmark)
+    title, published = read_comparison(benchmark)
     rows = [{**document, "model_cell": cell} for cell, document in documents.items()]
     accuracy = summarise(rows, published=published)
     figure = figures / f"{benchmark.name}.png"
@@ -99,7 +88,11 @@ def _pipeline_section(
         costs = [columns.get(name, {}) for columns in (seconds, memory, gpu_memory)]
         parts += [f"### {name}", table(lines, partial(_cost, costs))]
     parts.append(f"{legend(accuracy.sections.values())} {_LEGEND}")
-    parts += [*_certificates(rows), f"![{title}]({figures.name}/{figure.name})"]
+    parts += [
+        *footnotes(accuracy),
+        *_certificates(rows),
+        f"![{title}]({figures.name}/{figure.name})",
+    ]
     return "\n\n".join(parts)
 
 
@@ -121,20 +114,6 @@ def _certificates(rows: Sequence[Document]) -> list[str]:
     titles = " | ".join(["method", "damping", "chosen at", *_CERTIFICATE.values()])
     head = [f"| {titles} |", f"|---|---:|---|{'---:|' * len(_CERTIFICATE)}"]
     return [_CERTIFICATE_LEGEND, "\n".join([*head, *lines])]
-
-
-def _comparison(benchmark: Benchmark) -> tuple[str, list[tuple[str, dict[float, float]]]]:
-    """Return the title and the published rows of the pipeline's `compare`.
-
-    Only the file is read: building a spec needs its data and checkpoints.
-    """
-    text = benchmark.path.read_text(encoding="utf-8")
-    stages = yaml_loader.load(text, str(benchmark.path)).value["stages"].values()
-    comparisons = [one.get("params", {}) for one in stages if one["uses"] == "compare"]
-    params: dict[str, Any] = comparisons[0] if comparisons else {}
-    rows = [Published.model_validate(row) for row in params.get("published", [])]
-    values = [(row.method, dict(zip(row.sparsity, row.accuracy, strict=True))) for row in rows]
-    return params.get("title", benchmark.name), values
 
 
 def _seconds(row: Document) -> float:

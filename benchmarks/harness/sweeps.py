@@ -14,6 +14,12 @@ from stages.grids import end_of
 FACTOR = 10.0
 LOWEST = 1e-8
 HIGHEST = 100.0
+_OLDER_GRIDS = {
+    "estimators": [1e-6, 1e-5, 1e-4, 1e-3, 1e-2],
+    "mlpnet": [1e-5, 1e-4, 1e-3],
+    "resnet20": [1e-5, 1e-4, 1e-3],
+}
+"""Pipeline -> dampings of the rows from before a row told its grid."""
 
 
 def next_value(chosen: float, grid: Sequence[float]) -> float | None:
@@ -73,6 +79,24 @@ def _wanted(found: Mapping[float, Sequence[float]]) -> list[float]:
         for place in places
     }
     return sorted(value for value in beyond if value is not None)
+
+
+def ends_of(benchmark: str, cell: str, document: Mapping[str, Any]) -> list[str]:
+    """Return the names of a document's choices whose grid is to be extended.
+
+    Args:
+        benchmark: its name.
+        cell: of the document.
+        document: a committed one.
+    """
+    choices = list(choices_in(document))
+    if "choices" not in document and cell.partition("[")[0].endswith("best"):
+        choices = [("damping", document["damping"], _OLDER_GRIDS[benchmark])]
+    return [
+        f"{benchmark}/{cell} {place}"
+        for place, chosen, grid in choices
+        if next_value(chosen, grid) is not None
+    ]
 
 
 def choices_in(document: Mapping[str, Any]) -> Iterator[tuple[str, float, Sequence[float]]]:

@@ -18,7 +18,7 @@ def markdown(summary: Summary, title: str) -> str:
     for section, lines in summary.sections.items():
         parts += [f"## {section}", table(lines)]
     parts.append(legend(summary.sections.values()))
-    parts += _footnotes(summary)
+    parts += footnotes(summary)
     if summary.failed:
         cells = "\n".join(f"- `{name}`" for name in summary.failed)
         parts.append(f"† Failed, so not in the numbers:\n\n{cells}")
@@ -34,7 +34,7 @@ def dense_title(label: str) -> str:
     return label.replace("dense", "Dense network", 1)
 
 
-def _footnotes(summary: Summary) -> list[str]:
+def footnotes(summary: Summary) -> list[str]:
     """Return the warnings, and the weights that are not prunable."""
     parts = []
     if summary.warnings:

@@ -1,36 +1,16 @@
 """A committed result is not the end of its sweep: its grid would have to be extended."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from benchmarks.harness.documents import read_cells
 from benchmarks.harness.report import RESULTS
 from benchmarks.harness.suite import list_benchmarks
-from benchmarks.harness.sweeps import HIGHEST, best_of, choices_in, next_value, search
+from benchmarks.harness.sweeps import HIGHEST, best_of, choices_in, ends_of, next_value, search
 
-# Rows from before a row told its grid. The grids are those of their pipelines at the time.
-OLDER_GRIDS = {
-    "estimators": [1e-6, 1e-5, 1e-4, 1e-3, 1e-2],
-    "mlpnet": [1e-5, 1e-4, 1e-3],
-    "resnet20": [1e-5, 1e-4, 1e-3],
-}
-OLDER_SELECTS = ("best[", "layer_best[", "kronecker_best[", "obs_best[")
 # To be measured again: a line is removed when its row has a value inside the grid.
 KNOWN = {*(Path(__file__).with_name("known_ends.txt").read_text("utf-8").splitlines())}
-
-
-def ends(benchmark: str, cell: str, document: dict[str, Any]) -> list[str]:
-    """Return the choices of a document whose best value is an end that can be extended."""
-    choices = list(choices_in(document))
-    if not choices and cell.startswith(OLDER_SELECTS):
-        choices = [("damping", document["damping"], OLDER_GRIDS[benchmark])]
-    return [
-        f"{benchmark}/{cell} {place}"
-        for place, chosen, grid in choices
-        if next_value(chosen, grid) is not None
-    ]
 
 
 def test_no_committed_choice_is_an_end_of_its_grid() -> None:
@@ -38,7 +18,7 @@ def test_no_committed_choice_is_an_end_of_its_grid() -> None:
         end
         for benchmark in list_benchmarks()
         for cell, document in read_cells(RESULTS, benchmark.name).items()
-        for end in ends(benchmark.name, cell, document)
+        for end in ends_of(benchmark.name, cell, document)
     }
     assert found - KNOWN == set(), "extend the grid, and measure again"
     assert KNOWN - found == set(), "no longer an end: remove it from known_ends.txt"
@@ -78,6 +58,6 @@ def test_the_choices_of_a_script_have_the_grid_beside_them_or_that_of_the_cell()
 
 def test_results_of_every_kind_are_checked(tmp_path: Path) -> None:
     row = {"choices": {"curvature.damping": {"chosen": 0.1, "among": [0.01, 0.1]}}}
-    assert ends("estimators", "new", row) == ["estimators/new curvature.damping"]
-    assert ends("estimators", "best[x]", {"damping": 1e-6}) == ["estimators/best[x] damping"]
-    assert ends("estimators", "dense", {"damping": None}) == []
+    assert ends_of("estimators", "new", row) == ["estimators/new curvature.damping"]
+    assert ends_of("estimators", "best[x]", {"damping": 1e-6}) == ["estimators/best[x] damping"]
+    assert ends_of("estimators", "dense", {"damping": None}) == []
