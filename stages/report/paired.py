@@ -4,16 +4,19 @@ Letters: N images, n models of one line (seeds), B resamples. Three tests, in or
 
     exact McNemar       two single models, the same images: of the images that exactly one of them
                         gets right, each is equally likely to be either's;
-    paired bootstrap    several models, the same images: images and models are drawn again;
-    unpaired            otherwise: the difference of the means against its standard deviation
-                        sqrt(v_1 + v_2), v = a (1 - a) / N + s^2 / n. It ignores that two models err
-                        on the same images, and so tells fewer lines apart than the paired ones.
+    paired bootstrap    several models, the same images: the difference of the means against its
+                        standard deviation over resamples of images and models;
+    unpaired            otherwise: against sqrt(v_1 + v_2), v = a (1 - a) / N + s^2 / n. It ignores
+                        that two models err on the same images, and so tells fewer lines apart.
+
+The last two use Student's t: few models tell their own deviation badly (B. L. Welch, Biometrika,
+1947).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -27,7 +30,7 @@ Test = Literal["mcnemar", "bootstrap", "unpaired"]
 LEVEL = 0.05
 DESCRIPTIONS: Mapping[Test, str] = {
     "mcnemar": "an exact McNemar test on the same images for two single models",
-    "bootstrap": "a paired bootstrap over images and models for several",
+    "bootstrap": "a paired bootstrap over images and models, with Student's t, for several",
     "unpaired": (
         "the unpaired difference against its sampling and seed deviation, which tells fewer lines "
         "apart, for rows that do not say which images are right"
@@ -35,6 +38,8 @@ DESCRIPTIONS: Mapping[Test, str] = {
 }
 _RESAMPLES = 2000
 _CHUNK = 200
+_POINTS = 20_000
+_NORMAL = 10_000  # degrees of freedom from which t is normal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +105,14 @@ def compare(first: Point, second: Point) -> tuple[Test, float] | None:
         seeds = [sorted(one.seed or 0 for one in point.answers) for point in (first, second)]
         same = seeds[0] == seeds[1] and len({*seeds[0]}) == len(seeds[0])
         return "bootstrap", bootstrap(*flags, same_seeds=same)
-    variances = [_variance(point) for point in (first, second)]
-    if variances[0] is None or variances[1] is None:
+    if first.sampling is None or second.sampling is None:
         return None
-    return "unpaired", unpaired(first.mean - second.mean, variances[0] + variances[1])
+    parts = [(one.deviation or 0.0) ** 2 / len(one.accuracies) for one in (first, second)]
+    variance = first.sampling**2 + second.sampling**2 + sum(parts)
+    counts = [len(one.accuracies) for one in (first, second)]
+    return "unpaired", student(
+        first.mean - second.mean, variance, _freedom(variance, parts, counts)
+    )
 
 
 def mcnemar(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
@@ -127,7 +136,7 @@ def mcnemar(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
 
 
 def bootstrap(first: NDArray[np.bool_], second: NDArray[np.bool_], *, same_seeds: bool) -> float:
-    """Return the two-sided p of the difference of two mean accuracies, in (0, 1].
+    """Return the two-sided p of the difference of two mean accuracies, in [0, 1].
 
     Each resample draws N of the N images, the same for both lines, and n - 1 of a line's n models:
     the mean of n - 1 draws has the variance s^2 / n of a mean, where n draws would have less (J. N.
@@ -143,28 +152,47 @@ def bootstrap(first: NDArray[np.bool_], second: NDArray[np.bool_], *, same_seeds
     draws = np.random.default_rng(1)
     chosen = _draw_models(draws, len(first))
     other = chosen if same_seeds else _draw_models(draws, len(second))
-    differences = (means[0] * chosen).sum(1) - (means[1] * other).sum(1)
-    below, above = (differences <= 0).sum(), (differences >= 0).sum()
-    return min(1.0, 2 * (1 + min(int(below), int(above))) / (1 + _RESAMPLES))
+    images = means[0].mean(1) - means[1].mean(1)
+    both = (means[0] * chosen).sum(1) - (means[1] * other).sum(1)
+    variance = float(both.var())
+    models = max(0.0, variance - float(images.var()))
+    fewest = min(count for count in (len(first), len(second)) if count > 1 or models == 0)
+    freedom = _freedom(variance, [models], [fewest])
+    return student(float(first.mean() - second.mean()), variance, freedom)
 
 
-def unpaired(difference: float, variance: float) -> float:
-    """Return the two-sided p of a normal difference with this variance, in [0, 1].
+def student(difference: float, variance: float, freedom: float) -> float:
+    """Return the two-sided p of a difference whose variance has degrees of freedom, in [0, 1].
 
-    >>> round(unpaired(1.96, 1.0), 3)
-    0.05
+    With t = difference / sqrt(variance) and f degrees of freedom, at least 1,
+    p = (integral of cos(x)^(f - 1) from atan(|t| / sqrt(f)) to pi / 2) / (the same from 0).
+
+    >>> round(student(1.96, 1.0, math.inf), 3), round(student(12.706, 1.0, 1.0), 3)
+    (0.05, 0.05)
     """
     if variance == 0:
         return float(difference == 0)
-    return math.erfc(abs(difference) / math.sqrt(2 * variance))
+    t = abs(difference) / math.sqrt(variance)
+    if freedom > _NORMAL:
+        return math.erfc(t / math.sqrt(2))
+    start = math.atan(t / math.sqrt(freedom))
+    tail, whole = (_cosine_power(low, freedom - 1) for low in (start, 0.0))
+    return min(1.0, tail / whole)
 
 
-def _variance(point: Point) -> float | None:
-    """Return the variance of a mean accuracy, in points squared, or None if it is not known."""
-    if point.sampling is None:
-        return None
-    seeds = 0.0 if point.deviation is None else point.deviation**2 / len(point.accuracies)
-    return point.sampling**2 + seeds
+def _cosine_power(low: float, power: float) -> float:
+    """Return the integral of cos(x)^power from `low` to pi / 2, by the midpoint rule."""
+    width = (math.pi / 2 - low) / _POINTS
+    places = low + width * (np.arange(_POINTS) + 0.5)
+    return float((np.cos(places) ** power).sum() * width)
+
+
+def _freedom(variance: float, parts: Sequence[float], counts: Sequence[int]) -> float:
+    """Return the degrees of freedom of a variance: Welch's, of its parts from few models."""
+    lost = sum(
+        part**2 / (count - 1) for part, count in zip(parts, counts, strict=True) if count > 1
+    )
+    return math.inf if lost == 0 else variance**2 / lost
 
 
 def _common_flags(

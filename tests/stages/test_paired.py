@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stages.answers import Answers, pack, unpack
-from stages.report.paired import bootstrap, compare, find_best, mcnemar, unpaired, used_tests
+from stages.report.paired import bootstrap, compare, find_best, mcnemar, student, used_tests
 from stages.report.summary import Lines, Point
 
 
@@ -82,18 +82,40 @@ def test_the_bootstrap_draws_models_that_share_a_seed_together() -> None:
 
 
 def test_resampled_models_vary_as_a_mean_of_n_does() -> None:
-    """Five models of 2,000 sure images: s^2 / n is all the variance there is."""
+    """Five models of 2,000 sure images: s^2 / n, with n - 1 degrees of freedom, beside sampling."""
     levels = np.array([90, 92, 94, 96, 98])
     models = np.stack([np.arange(2000) < 20 * level for level in levels])
     reference = np.stack([np.arange(2000) < 20 * 92] * 5)
-    exact = unpaired(2.0, float(levels.var(ddof=1)) / 5)
-    assert bootstrap(models, reference, same_seeds=False) == pytest.approx(exact, abs=0.06)
+    exact = student(2.0, float(levels.var(ddof=1)) / 5, 4.0)
+    assert bootstrap(models, reference, same_seeds=False) == pytest.approx(exact, abs=0.03)
 
 
-def test_the_unpaired_test_is_the_normal_one() -> None:
-    assert unpaired(0.0, 1.0) == 1.0
-    assert unpaired(1.959964, 1.0) == pytest.approx(0.05, abs=1e-6)
-    assert unpaired(1.0, 0.0) == 0.0
+def test_two_models_that_lie_far_apart_are_not_told_from_better_ones() -> None:
+    """32 and 65 % against 82 and 84 %: t = 2.1 with about one degree of freedom."""
+    images = np.arange(1000)
+    spread = np.stack([images < 10 * level for level in (32, 65)])
+    better = np.stack([images < 10 * level for level in (82, 84)])
+    assert 0.2 < bootstrap(spread, better, same_seeds=False) < 0.4
+
+
+@pytest.mark.parametrize(
+    ("t", "freedom", "p"),
+    [
+        (0.0, 3.0, 1.0),
+        (1.0, 1.0, 0.5),
+        (12.7062, 1.0, 0.05),
+        (4.30265, 2.0, 0.05),
+        (2.77645, 4.0, 0.05),
+        (1.959964, math.inf, 0.05),
+    ],
+)
+def test_student_has_the_values_of_its_table(t: float, freedom: float, p: float) -> None:
+    assert student(2 * t, 4.0, freedom) == pytest.approx(p, abs=1e-5)
+
+
+def test_a_difference_without_variance_is_sure() -> None:
+    assert student(1.0, 0.0, 1.0) == 0.0
+    assert student(0.0, 0.0, 1.0) == 1.0
 
 
 def test_the_test_follows_what_the_rows_tell() -> None:
@@ -106,7 +128,7 @@ def test_the_test_follows_what_the_rows_tell() -> None:
     assert told is not None
     assert told[0] == "unpaired"
     sampling = 91.3 * 8.7 / 10_000 + 90.6 * 9.4 / 10_000
-    assert told[1] == pytest.approx(unpaired(0.7, sampling))
+    assert told[1] == pytest.approx(student(0.7, sampling, math.inf))
     assert compare(point(first), Point(accuracies=(90.0,))) is None
 
 
