@@ -241,7 +241,7 @@ def _results(
     for one in documents.values():
         params = one["params"]
         budget = (params["sweeps"], params["samples"])
-        results.setdefault(budget, {})[params.get("way") or params["carry"]] = one["result"]
+        results.setdefault(budget, {})[params["way"]] = one["result"]
     return dict(sorted(results.items()))
 
 
