@@ -26,6 +26,7 @@ from fishleg.pruning import (
     mean_divergence,
     refine,
     search_line,
+    search_norms,
 )
 from pipeline.stage import Context, write_json
 from stages.checkpoint import Checkpoint
@@ -113,7 +114,10 @@ class MultistepPruning(StepwisePruning):
                 self.ctx.progress(done, steps, f"refinement step, pruning step {step + 1}")
                 if self.ctx.checkpoint_due():
                     checkpoint()
-        self._report(step, self._search_line(refinement))
+        report = self._search_line(refinement)
+        self._report(step, report)
+        if report.held_out and report.kept:
+            self._search_norms(step)
 
     def _refinement(self, steps: int) -> Refinement:
         """Return the refinement of the present network, at its start."""
@@ -154,6 +158,17 @@ class MultistepPruning(StepwisePruning):
         return RefinementReport(
             kept=1.0, begin=refinement.begin, end=end, divergence=end, held_out=False
         )
+
+    def _search_norms(self, step: int) -> None:
+        """Let the held-out samples choose the norms' statistics: augmented, clean, or between."""
+        images = self.calibration.train.inputs
+        clean = images.tensor_split(-(-len(images) // _EVALUATED_AT_ONCE))
+        kept = search_norms(
+            self.model.network,
+            map(self.dataset.normalise, clean),
+            lambda _: self._divergence(self.held_out),
+        )
+        self.ctx.log({"refinement/clean_norms_kept": kept}, step=step + 1)
 
     def keep(self, step: int) -> None:
         """Keep the model of `step`, and report its accuracy and the time so far."""

@@ -52,7 +52,9 @@ def prune_oneshot(ctx: Context) -> None:
     sparsity = params.sparsity
     if sparsity is None:
         sparsity = _sparsest_within(ctx, model, estimator, source, dataset)
-    pruned, warnings = prune(ctx, model, estimator, source, params=params, sparsity=sparsity)
+    pruned, warnings = prune(
+        ctx, model, estimator, source, dataset, params=params, sparsity=sparsity
+    )
     step = made_by("prune_oneshot", params, estimator, warnings)
     facts = recipe.facts(mode="oneshot", target=sparsity)
     finish(ctx, pruned.after(estimate.step, step, **facts), dataset)
@@ -92,7 +94,9 @@ def _sparsest_within(
     for done in range(trials):
         middle = (low + high) // 2
         trial = replace(model, network=copy.deepcopy(model.network))
-        pruned, _ = prune(ctx, trial, estimator, source, params=params, sparsity=middle / _PARTS)
+        pruned, _ = prune(
+            ctx, trial, estimator, source, dataset, params=params, sparsity=middle / _PARTS
+        )
         lost = dense - _validated(pruned, dataset)
         if lost <= points:
             low, best = middle, middle / _PARTS

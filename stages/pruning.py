@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+from torch import Tensor
+
+from fishleg.calibration import Calibration
+from fishleg.calling import model_device
 from fishleg.estimators.base import AbstractEstimator
 from fishleg.gradients.source import GradientSource
 from fishleg.parameters import Partition
 from fishleg.pruning import group_masks, prune_once, reestimate_norms, weight_masks
 from pipeline.stage import Context, StageError
+from stages.data.batches import training_batches
 from stages.data.dataset import DataSet
+from stages.determinism import derive_seed
 from stages.estimate import user_errors
 from stages.lineage import Step
 from stages.metrics import log_validation, low_accuracy
@@ -21,6 +27,7 @@ if TYPE_CHECKING:
     from stages.catalogue import PruningParams
 
 _AT_ONCE = 500  # samples, about, in a batch that norms are measured on
+_PASSES = 4  # of augmented samples, each with crops and flips of its own
 
 
 def begin(ctx: Context, partition: Partition, sparsity: float | None) -> None:
@@ -68,6 +75,7 @@ def prune(
     model: Model,
     estimator: AbstractEstimator,
     source: GradientSource,
+    dataset: DataSet,
     *,
     params: PruningParams,
     sparsity: float,
@@ -75,13 +83,14 @@ def prune(
 ) -> tuple[Model, tuple[str, ...]]:
     """Prune the network in place; return it with its new masks, and the report's warnings.
 
-    With `norms: reestimated`, batch norms are measured again on the samples of `source`.
+    Unless `norms` is "kept", batch norms are measured again on the samples of `source`.
 
     Args:
         ctx: takes the report.
         model: the model that `estimator` was fitted on.
         estimator: a fitted estimate.
         source: gradients of the model on its calibration samples.
+        dataset: holds them in its training split.
         params: selection, distribution, least survivors, compensation and norms.
         sparsity: fraction of the prunable weights removed after the step, in [0, 1).
         step: number of the step in the series of metrics, or None for a single step.
@@ -100,11 +109,9 @@ def prune(
             source=source,
             max_iterations=params.cg_iterations,
         )
-    if params.norms == "reestimated":
-        count = len(source.calibration)
-        pieces = -(-count // _AT_ONCE)  # of about equal size: one sample has no variance
-        batches = source.batches(-(-count // pieces))
-        reestimate_norms(model.network, (batch.inputs for batch in batches))
+    if params.norms != "kept":
+        augmented = params.norms == "augmented"
+        reestimate_norms(model.network, _norm_batches(source, dataset, augmented=augmented))
     found = {"pruned/sparsity": report.sparsity, "pruned/saliency": report.saliency}
     if report.predicted is not None:
         found["pruned/predicted"] = report.predicted
@@ -113,3 +120,21 @@ def prune(
         ctx.say(warning)
     pruned = replace(model, masks=weight_masks(partition, report.masks))
     return pruned, report.warnings
+
+
+def _norm_batches(source: GradientSource, dataset: DataSet, *, augmented: bool) -> Iterable[Tensor]:
+    """Return the inputs that norms are measured on, in batches: the same ones in every run."""
+    count = len(source.calibration)
+    pieces = -(-count // _AT_ONCE)  # of about equal size: one sample has no variance
+    size = -(-count // pieces)
+    if not augmented:
+        return (batch.inputs for batch in source.batches(size))
+    # the calibration samples of a stage are chosen by number from the training split
+    indices = cast(Tensor, cast(Calibration, source.calibration).indices)
+    chosen = replace(dataset, train=dataset.train.take(indices))
+    seed, device = derive_seed(0, "norms"), model_device(source.model)
+    return (
+        inputs.to(device)
+        for epoch in range(_PASSES)
+        for inputs, _ in training_batches(chosen, batch_size=size, seed=seed, epoch=epoch)
+    )

@@ -93,6 +93,7 @@ class StepwisePruning:
             self.model,
             self.estimator,
             self.source,
+            self.dataset,
             params=self.params,
             sparsity=self.sparsities[step],
             step=step + 1,

@@ -50,9 +50,24 @@ class AbstractBlock(ABC):
         return cls(**tensors)  # a block's constructor takes its tensors by name
 
     def of_rows(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
-        """Return the part of Q within each of `rows` (n), at `columns` (c) or all, (n, c, c)."""
+        """Return the part of Q within each row, (n, s, s).
+
+        Args:
+            rows: (n), int64.
+            columns: (s) of every row or (n, s) of each, int64; None is all.
+        """
         index = torch.arange(self.shape[1], device=rows.device) if columns is None else columns
         return self.submatrix(rows.unsqueeze(1) * self.shape[1] + index)
+
+    def invert_rows(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return the inverse of the part of Q within each row, at `columns` (n, s), (n, s, s).
+
+        The whole row is inverted; `columns` are entries of the inverse. This default costs
+        O(n columns^3).
+        """
+        inverse = torch.linalg.inv(self.of_rows(rows))
+        number = torch.arange(len(rows), device=rows.device)[:, None, None]
+        return inverse[number, columns.unsqueeze(2), columns.unsqueeze(1)]
 
     @property
     def row_runs(self) -> int:

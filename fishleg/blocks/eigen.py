@@ -81,15 +81,28 @@ class EigenBlock(AbstractBlock):
         return len(self.values)
 
     def of_rows(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
-        """Return W diag(sum_i U_ri^2 S_i) W^T for each row r, at `columns` (c) or all, (n, c, c).
+        """Return W diag(sum_i U_ri^2 S_i) W^T for each row r of `rows` (n), (n, s, s).
 
-        Cost: 2 n c^2 columns FLOPs.
+        Columns are as in `AbstractBlock.of_rows`. Cost: 2 n s^2 columns FLOPs.
         """
+        basis, values = self._of_rows(rows, columns)
+        return (basis * values) @ basis.mT
+
+    def invert_rows(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return the inverse of `of_rows(rows)`, which has the same basis, at `columns` (n, s).
+
+        Cost: 2 n s^2 columns FLOPs.
+        """
+        basis, values = self._of_rows(rows, columns)
+        return (basis / values) @ basis.mT
+
+    def _of_rows(self, rows: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the basis (n, s, columns) and the values (n, 1, columns) of each row's part."""
         size = self.values.shape[1]
         part, row = rows // size, rows % size
         squares = self.left[part, row].square().unsqueeze(1)
-        basis = self.right[part] if columns is None else self.right[part][:, columns]
-        return (basis * (squares @ self.values[part])) @ basis.mT
+        basis = self.right[part] if columns is None else self.right[part.unsqueeze(1), columns]
+        return basis, squares @ self.values[part]
 
     def trace(self) -> Tensor:
         """Return tr Q = sum S."""

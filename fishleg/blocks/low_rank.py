@@ -48,12 +48,35 @@ class LowRankBlock(AbstractBlock):
         eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
         factor, failed = torch.linalg.cholesky_ex(eye - root @ root.mT)
         if bool(failed):
-            raise NotPositiveDefinite(
-                f"The inverse of a low-rank inverse with damping {float(self.damping):g} is lost "
-                f"in the rounding of {root.dtype}; raise the damping."
-            )
+            raise NotPositiveDefinite(_lost(self))
         white = torch.linalg.solve_triangular(factor, root, upper=False)
         return GramBlock((self.damping.sqrt() * white).reshape_as(self.root), self.damping)
+
+    def conditioned(self, kept: Tensor, held: Tensor) -> LowRankBlock:
+        """Return Q_rr - Q_rg (Q_gg)^-1 Q_gr = (I - W_r^T (I - W_g W_g^T)^-1 W_r) / damping.
+
+        Args:
+            kept: bool (rows, columns), r; outside it the result is I / damping.
+            held: bool (rows, columns), g.
+
+        Raises:
+            NotPositiveDefinite: rounding has brought a singular value of W_g to 1.
+
+        Cost: O(m^2 rows columns + m^3), in float64.
+        """
+        root, kept, held = self.root.flatten(1), kept.flatten(), held.flatten()
+        gram = torch.eye(len(root), dtype=torch.float64, device=root.device)
+        for chunk in held.nonzero().flatten().split(_CHUNK):
+            wide = root[:, chunk].double()
+            gram.addmm_(wide, wide.mT, alpha=-1)
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if bool(failed):
+            raise NotPositiveDefinite(_lost(self))
+        out = torch.zeros_like(root)
+        for chunk in kept.nonzero().flatten().split(_CHUNK):
+            wide = root[:, chunk].double()
+            out[:, chunk] = torch.linalg.solve_triangular(factor, wide, upper=False).to(out)
+        return LowRankBlock(out.reshape_as(self.root), self.damping)
 
     def diagonal(self) -> Tensor:
         """Return (1 - sum_m W_m^o2) / damping, (rows, columns). Cost O(m rows columns)."""
@@ -120,6 +143,13 @@ class GramBlock(AbstractBlock):
     def tensors(self) -> dict[str, Tensor]:
         """Return {"root": (m, rows, columns), "damping": ()}."""
         return {"root": self.root, "damping": self.damping}
+
+
+def _lost(block: LowRankBlock) -> str:
+    return (
+        f"The inverse of a low-rank inverse with damping {float(block.damping):g} is lost in the "
+        f"rounding of {block.root.dtype}; raise the damping."
+    )
 
 
 def invert_low_rank(gradients: Tensor, damping: float) -> LowRankBlock:

@@ -77,9 +77,11 @@ class SharedBlock(AbstractBlock):
         return self.shape[0]
 
     def of_rows(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
-        """Return a copy of C_k for each row in `rows` (n), at `columns` (c) or all, (n, c, c)."""
-        chosen = self.inverse[torch.div(rows, self._rows, rounding_mode="floor")]
-        return chosen if columns is None else chosen[:, columns][:, :, columns]
+        """Return a copy of C_k for each row of `rows` (n), (n, s, s); see `AbstractBlock`."""
+        part = torch.div(rows, self._rows, rounding_mode="floor")
+        if columns is None:
+            return self.inverse[part]
+        return self.inverse[part[:, None, None], columns.unsqueeze(-1), columns.unsqueeze(-2)]
 
     @property
     def _rows(self) -> int:

@@ -23,7 +23,7 @@ class CGReport:
 
     Attributes:
         iterations: iterations made (each one product with the operator).
-        residual: ||b - A x|| / ||b|| at the end, by the recurrence (0 for b = 0).
+        residual: ||b - A x|| / ||b|| at the end, computed from x (0 for b = 0).
         converged: whether `residual` reached the tolerance.
     """
 
@@ -40,13 +40,16 @@ def conjugate_gradient(
     initial: Tensor | None = None,
     tolerance: float = 1e-6,
     max_iterations: int = 100,
+    wide: Operator | None = None,
 ) -> tuple[Tensor, CGReport]:
     """Solve A x = b for a symmetric positive definite A (Hestenes and Stiefel, 1952).
 
     Every iterate lowers 1/2 x^T A x - b^T x, so an early stop is still progress. A may be singular
     outside a subspace that holds b, `initial` and the preconditioner's range, such as the support
     of a mask. Differs from `scipy.sparse.linalg.cg` in that the tolerance is relative only, and
-    that a direction of non-positive curvature is an error rather than a wrong answer.
+    that a direction of non-positive curvature is an error rather than a wrong answer. It also
+    computes the residual itself at the end: where that has left the recurrence's behind, the
+    iterations begin again from x, as long as each such round halves it (iterative refinement).
 
     Args:
         operator: x -> A x, for x shaped like `rhs`.
@@ -54,16 +57,20 @@ def conjugate_gradient(
         preconditioner: r -> M r with M ~ A^-1 symmetric positive definite; None is the identity.
         initial: where to start (unmodified); None is zero.
         tolerance: stop at ||b - A x|| <= tolerance ||b||; > 0.
-        max_iterations: iterations at most; >= 0.
+        max_iterations: iterations at most, of all rounds; >= 0.
+        wide: the operator in float64, for the residual between the rounds, while the iterations run
+            in the dtype of `rhs`; None is `operator`.
 
     Returns:
-        x, shaped like `rhs`, and how it went.
+        x, shaped like `rhs`, in float64 where `wide` is given, and how it went.
 
     Raises:
         ShapeMismatch: `initial` is not shaped like `rhs`.
-        NotPositiveDefinite: p^T A p <= 0, or not a number, along a search direction p.
 
-    Cost: one product with A and one with M an iteration, memory for five vectors.
+    A direction p with p^T A p <= 0, or not a number, is a NotPositiveDefinite.
+
+    Cost: one product with A and one with M an iteration, and one with A a round; memory for seven
+    vectors.
     """
     if initial is not None and initial.shape != rhs.shape:
         raise ShapeMismatch(
@@ -71,31 +78,73 @@ def conjugate_gradient(
             "pass a start shaped like rhs, or None."
         )
     precondition = preconditioner or (lambda r: r)
-    x = torch.zeros_like(rhs) if initial is None else initial.clone()
-    residual = rhs.clone() if initial is None else rhs - operator(x)
-    scale = float(torch.linalg.vector_norm(rhs))
+    target = rhs if wide is None else rhs.double()
+    product = wide or operator
+    scale = float(torch.linalg.vector_norm(target))
     if scale == 0.0:
-        return torch.zeros_like(rhs), CGReport(iterations=0, residual=0.0, converged=True)
+        return torch.zeros_like(target), CGReport(iterations=0, residual=0.0, converged=True)
+    x = torch.zeros_like(target) if initial is None else initial.to(target, copy=True)
+    residual = target.clone() if initial is None else target - product(x)
     size = float(torch.linalg.vector_norm(residual)) / scale
-    direction, rho, iteration = torch.zeros_like(rhs), 1.0, 0
+    iteration, first = 0, True
     while not size <= tolerance and iteration < max_iterations:
+        goal = (tolerance if first else tolerance / 4) * scale
+        change, made = _descend(
+            operator, residual.to(rhs.dtype), precondition, goal, max_iterations - iteration, first
+        )
+        iteration += made
+        closer = x + change
+        residual = target - product(closer)
+        reached = float(torch.linalg.vector_norm(residual)) / scale
+        halved = reached <= size / 2
+        if first or reached < size:
+            x, size = closer, reached
+        if not (first or halved) or made == 0:
+            break
+        first = False
+    return x, CGReport(iterations=iteration, residual=size, converged=size <= tolerance)
+
+
+def _descend(
+    operator: Operator,
+    residual: Tensor,
+    precondition: Operator,
+    goal: float,
+    iterations: int,
+    strict: bool,
+) -> tuple[Tensor, int]:
+    """Return the change of x, and the iterations made, until the recurrence's residual is `goal`.
+
+    Where it is not `strict`, a direction of non-positive curvature ends it: nothing but rounding is
+    left.
+
+    Raises:
+        NotPositiveDefinite: p^T A p <= 0, or not a number, along a search direction p.
+    """
+    residual, begin = residual.clone(), float(torch.linalg.vector_norm(residual))
+    x, direction = torch.zeros_like(residual), torch.zeros_like(residual)
+    rho, size = 1.0, begin
+    for iteration in range(iterations):
         preconditioned = precondition(residual)
         rho, previous = _dot(residual, preconditioned), rho
         direction = preconditioned + direction * (rho / previous)
         image = operator(direction)
         curvature = _dot(direction, image)
         if not curvature > 0.0:
+            if not strict:
+                return x, iteration
             raise NotPositiveDefinite(
                 f"conjugate gradients: expected p^T A p > 0, got {curvature:.3g} in iteration "
-                f"{iteration + 1} at relative residual {size:.3g}; raise the damping, or use "
-                "float64."
+                f"{iteration + 1} at {size / begin:.3g} of the first residual; raise the damping, "
+                "or use float64."
             )
         step = rho / curvature
         x.add_(direction, alpha=step)
         residual.sub_(image, alpha=step)
-        size = float(torch.linalg.vector_norm(residual)) / scale
-        iteration += 1
-    return x, CGReport(iterations=iteration, residual=size, converged=size <= tolerance)
+        size = float(torch.linalg.vector_norm(residual))
+        if size <= goal:
+            return x, iteration + 1
+    return x, iterations
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

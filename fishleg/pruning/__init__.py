@@ -9,7 +9,7 @@ from fishleg.pruning.compensation import (
 )
 from fishleg.pruning.conditioning import Conditioned, condition
 from fishleg.pruning.layerwise import greedy_saliency
-from fishleg.pruning.line_search import FRACTIONS, RefinementReport, search_line
+from fishleg.pruning.line_search import FRACTIONS, RefinementReport, search_line, search_norms
 from fishleg.pruning.masks import (
     HeldMasks,
     Masks,
@@ -80,6 +80,7 @@ __all__ = [
     "FRACTIONS",
     "RefinementReport",
     "search_line",
+    "search_norms",
     # the surgeon
     "SELECTIONS",
     "ZEROS",

@@ -12,13 +12,13 @@ the support.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from fishleg.blocks.base import AbstractBlock
+from fishleg.blocks import AbstractBlock, LowRankBlock
 from fishleg.errors import FishLegError, UnknownName
 from fishleg.estimators.base import AbstractEstimator
 from fishleg.fisher import fisher_vector_product
@@ -67,7 +67,10 @@ def compensate(
         fisher        (F_rr + gamma I) d_r = F_rP w_P over the whole network, F exact
 
     then d_P = -w_P exactly. `joint` is least in 1/2 d^T Q^-1 d, `fisher` in 1/2 d^T F_g d; they
-    agree when Q = F_g^-1. Conjugate gradients are preconditioned by 1/diag(Q) on P, and by Q on r.
+    agree when Q = F_g^-1. Where at most a tenth of a block survives, and its support is everything,
+    `joint` solves the same for the survivors: (Q^-1)_rr d_r = (Q^-1)_rP w_P.
+    Conjugate gradients are preconditioned by 1/diag(Q) on P, and by Q on r; of `joint` they run in
+    the weights' dtype, with the residuals between their rounds in float64.
 
     Args:
         estimator: a fitted estimate; its `masks` are the support of Q (None: everything).
@@ -158,29 +161,64 @@ def _by_blocks(
         block = estimator.block(name)
         target = torch.where(gone, weights[name], 0.0)
         if method == "independent":
-            multiplier = _restrict(gone, target / block.diagonal())
-        else:
-            multiplier, solves[name] = _solve_within(block, gone, target, tolerance, max_iterations)
-            # by Galerkin, x^T Q x = x^T w_P at every iterate
-            predicted += 0.5 * float((multiplier * target).sum())
-        deltas[name] = -block.matvec(multiplier)
+            deltas[name] = -block.matvec(_restrict(gone, target / block.diagonal()))
+            continue
+        everywhere = estimator.masks is None or bool(estimator.masks[name].all())
+        solve = _on_survivors if everywhere and _prefers_survivors(block, gone) else _on_removed
+        move, cost, solves[name] = solve(block, gone, target, tolerance, max_iterations)
+        deltas[name] = move.to(target)
+        predicted += cost
     return deltas, CompensationReport(
         method=method, predicted=predicted if method == "joint" else None, solves=solves
     )
 
 
-def _solve_within(
+def _prefers_survivors(block: AbstractBlock, gone: Tensor) -> bool:
+    """Tell whether to solve for the survivors: where they are at most a tenth of a block.
+
+    There (Q^-1)_rr is the smaller matrix and the better conditioned one; with fewer zeros Q_PP is,
+    by one or two orders at a half (docs/log.md). Of a low-rank block Q^-1 is known less well.
+    """
+    kept = gone.numel() - int(gone.sum())
+    return 10 * kept <= gone.numel() and not isinstance(block, LowRankBlock)
+
+
+def _on_removed(
     block: AbstractBlock, gone: Tensor, target: Tensor, tolerance: float, max_iterations: int
-) -> tuple[Tensor, CGReport]:
-    """Solve Q_PP x = w_P for x, zero outside P."""
-    diagonal = block.diagonal()
-    return conjugate_gradient(
+) -> tuple[Tensor, float, CGReport]:
+    """Return d = -Q E_P x with Q_PP x = w_P, 1/2 d^T Q^-1 d = 1/2 x^T Q x, and how it went."""
+    diagonal, wide = block.diagonal(), block.double()
+    multiplier, report = conjugate_gradient(
         lambda x: _restrict(gone, block.matvec(x)),
         target,
         preconditioner=lambda r: _restrict(gone, r / diagonal),
         tolerance=tolerance,
         max_iterations=max_iterations,
+        wide=lambda x: _restrict(gone, wide.matvec(x)),
     )
+    move = -wide.matvec(multiplier)
+    return move, -0.5 * float((multiplier * move).sum()), report
+
+
+def _on_survivors(
+    block: AbstractBlock, gone: Tensor, target: Tensor, tolerance: float, max_iterations: int
+) -> tuple[Tensor, float, CGReport]:
+    """Return d with H_rr d_r = H_rP w_P, H = Q^-1, and d_P = -w_P, 1/2 d^T H d, and how it went."""
+    wide = block.double().invert()
+    near = wide.restore({name: one.to(target) for name, one in wide.tensors().items()}, block.shape)
+    image = _restrict(~gone, wide.matvec(target.double()))
+    survivors, report = conjugate_gradient(
+        lambda x: _restrict(~gone, near.matvec(x)),
+        image.to(target),
+        preconditioner=lambda r: _restrict(~gone, block.matvec(r)),
+        tolerance=tolerance
+        / 10,  # at equal residuals d_r has ten times the error of the other side
+        max_iterations=max_iterations,
+        wide=lambda x: _restrict(~gone, wide.matvec(x)),
+    )
+    report = replace(report, converged=report.residual <= tolerance)
+    move = survivors - target
+    return move, 0.5 * float((move * wide.matvec(move)).sum()), report
 
 
 def _restrict(kept: Tensor, v: Tensor) -> Tensor:

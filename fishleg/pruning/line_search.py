@@ -1,12 +1,16 @@
-"""Line search after a refinement: the best point on its path, by held-out samples."""
+"""Line searches after a refinement, of its path and of the norms, by held-out samples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fishleg.calling import PLAIN, Calling
+from fishleg.pruning.norms import reestimate_norms, running_norms
 
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -90,6 +94,38 @@ def search_line(
     return RefinementReport(
         kept=best, begin=found[0.0], end=found[1.0], divergence=found[best], held_out=True
     )
+
+
+def search_norms(
+    model: nn.Module,
+    batches: Iterable[Any],
+    divergence: Callable[[nn.Module], float],
+    fractions: Sequence[float] = FRACTIONS,
+    calling: Calling = PLAIN,
+) -> float:
+    """Move the batch norms towards their statistics over `batches`, to the best point on the line.
+
+    The running statistics of a training or refinement follow augmented inputs, whose moments are
+    others than those of the inputs themselves; weights may be adapted to either.
+
+    Args:
+        model: moved in place; one without batch norms stays as it is.
+        batches: of inputs that are not augmented, as `reestimate_norms` takes them.
+        divergence: D of a model, on samples held out of the run.
+        fractions: as `search_line` takes them.
+        calling: how the model is called.
+
+    Returns:
+        The fraction of the line that is kept: 0 for the former statistics, 1 for those over
+        `batches`. Errors are those of `reestimate_norms` and `search_line`.
+
+    Cost: a forward pass over `batches`, and an evaluation of D each.
+    """
+    if not running_norms(model):
+        return 0.0
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    reestimate_norms(model, batches, calling)
+    return search_line(model, before, divergence, fractions).kept
 
 
 def _place(

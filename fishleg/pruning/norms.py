@@ -44,8 +44,10 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Any], calling: Calling 
 
     Args:
         model: on any device, left in evaluation mode. One without batch norms stays as it is.
-        batches: on the model's device, as `Refinement.step` takes them; large ones, since small
-            ones make noise; a single value a channel has no variance, and is a FishLegError.
+        batches: on the model's device, as `Refinement.step` takes them; augmented as in the
+            network's training, whose statistics are those of such inputs (on clean images the dense
+            ResNet20 loses three points); large ones, since small ones make noise; a single value a
+            channel has no variance, and is a FishLegError.
         calling: how the model is called.
 
     Cost: a forward pass. Memory: two float64 numbers a channel.

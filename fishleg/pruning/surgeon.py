@@ -107,16 +107,17 @@ def prune_once(
             f"{remedy}."
         )
     prunable = {group.name: weights[group.name] for group in partition.prunable}
+    singles = saliency(estimator, prunable, before)
     if callable(selection):
         scores = _own_scores(selection, estimator, prunable)
     elif selection == "greedy":
         scores = greedy_saliency(estimator, prunable, before)
     else:
-        scores = saliency(estimator, prunable, before)
+        scores = singles
     spread = estimator.distribution if distribution is None else distribution
     after = select(partition, scores, before, sparsity, spread, min_kept=min_kept)
     report = _remove(
-        model, estimator, before, after, compensation, source, tolerance, max_iterations
+        model, estimator, singles, after, compensation, source, tolerance, max_iterations
     )
     return replace(report, zeros=found, warnings=(*_say_zeros(found), *report.warnings))
 
@@ -173,14 +174,17 @@ def prune_to(
     check_masks(partition, masks)
     weights = _matrices(model, partition)
     before = {name: mask | (weights[name] != 0) for name, mask in masks.items()}
-    return _remove(model, estimator, before, masks, compensation, source, tolerance, max_iterations)
+    singles = saliency(estimator, {name: weights[name] for name in masks}, before)
+    return _remove(
+        model, estimator, singles, masks, compensation, source, tolerance, max_iterations
+    )
 
 
 @torch.no_grad()
 def _remove(
     model: nn.Module,
     estimator: AbstractEstimator,
-    before: Masks,
+    singles: Mapping[str, Tensor],
     masks: Masks,
     compensation: str,
     source: GradientSource | None,
@@ -199,8 +203,7 @@ def _remove(
         max_iterations=max_iterations,
     )
     # weights removed in earlier steps are 0, and so are their saliencies
-    scores = saliency(estimator, {name: weights[name] for name in masks}, before)
-    costs = {name: float(scores[name][~mask].double().sum()) for name, mask in masks.items()}
+    costs = {name: float(singles[name][~mask].double().sum()) for name, mask in masks.items()}
     _move(model, partition, deltas, masks)
     removed, prunable = count_masks(partition, masks)
     emptied = tuple(

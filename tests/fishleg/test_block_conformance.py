@@ -197,7 +197,19 @@ def test_rows(case):
 def test_rows_at_some_columns(case):
     block, _ = case
     rows, columns = torch.tensor([block.shape[0] - 1, 0]), torch.arange(block.shape[1])[-2:]
-    close(block.of_rows(rows, columns), block.of_rows(rows)[:, -2:, -2:])
+    whole = block.of_rows(rows)
+    close(block.of_rows(rows, columns), whole[:, -2:, -2:])
+    each = torch.stack([columns, columns.flip(0)])
+    expected = torch.stack([whole[0, -2:, -2:], whole[1, -2:, -2:].flip(0, 1)])
+    close(block.of_rows(rows, each), expected)
+
+
+def test_inverse_rows_at_some_columns(float64_case):
+    block, _ = float64_case
+    rows = torch.tensor([block.shape[0] - 1, 0])
+    each = torch.arange(block.shape[1])[-2:].flip(0).expand(2, -1)
+    expected = torch.linalg.inv(block.of_rows(rows))[:, -2:, -2:].flip(1, 2)
+    close(block.invert_rows(rows, each), expected)
 
 
 def test_runs_of_rows_are_not_coupled(case):

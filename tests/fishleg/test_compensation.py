@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from fishleg.blocks.eigen import EigenBlock, invert_factors
 from fishleg.calibration import Calibration
 from fishleg.errors import FishLegError, NotPositiveDefinite, UnknownName
 from fishleg.gradients.source import GradientSource
@@ -82,6 +83,31 @@ def test_joint_is_the_constrained_minimiser(hessian, weights, removed):
     torch.testing.assert_close(delta["a"].flatten(), expected, rtol=0, atol=EXACT)
     assert report.solves["a"].converged
     assert abs(report.predicted - float(0.5 * expected @ hessian @ expected)) < EXACT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kept", [0.5, 0.1, 0.02])
+def test_joint_is_the_minimiser_at_a_damping_of_1e_5_on_either_side(dtype, kept):
+    """K-FAC factors of condition 1e5, the few survivors by the inverse's side."""
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(40, 8, dtype=torch.float64, generator=generator)
+    right = torch.randn(60, 25, dtype=torch.float64, generator=generator).cumsum(1)
+    block = invert_factors(left.T[None] @ left / 400, right.T[None] @ right / 600, 1e-5)
+    hessian = block.invert().dense()
+    scores = torch.rand(8, 25, dtype=torch.float64, generator=generator)
+    mask = scores <= scores.flatten().quantile(kept)
+    weights = torch.randn(8, 25, dtype=torch.float64, generator=generator)
+    estimator = ExactEstimator(Partition((group("a", 8, 25),)), {})
+    tensors = {name: one.to(dtype) for name, one in block.tensors().items()}
+    estimator._blocks = {"a": EigenBlock.restore(tensors, block.shape)}
+    expected = constrained_minimiser(hessian, weights.flatten(), ~mask.flatten())
+    cost = float(0.5 * expected @ hessian @ expected)
+    delta, report = compensate(estimator, {"a": weights.to(dtype)}, {"a": mask})
+    move = delta["a"].double().flatten()
+    assert report.solves["a"].converged
+    assert report.predicted == pytest.approx(cost, rel=1e-4)
+    assert float(0.5 * move @ hessian @ move) == pytest.approx(cost, rel=1e-4)
+    assert float((move - expected).norm() / expected.norm()) < 1e-3
 
 
 def test_no_constrained_move_in_a_fine_search_is_cheaper(hessian, weights):

@@ -199,17 +199,6 @@ def test_rows_of_a_large_block_are_exact_where_no_other_row_has_zeros_or_has_wei
         )
 
 
-def test_wide_rows_of_a_large_block_are_conditioned_in_parts(large, monkeypatch):
-    kept = draw(12, 30) > 0.6
-    exactly = conditioned(large.dense(), kept).diagonal()
-    monkeypatch.setattr(conditioning, "_WIDTH", 16)
-    found = Conditioned(large, kept).diagonal()[kept]
-    error, before = (
-        float((one / exactly - 1).abs().mean()) for one in (found, large.diagonal()[kept])
-    )
-    assert error < before / 2
-
-
 def test_the_greedy_costs_of_a_large_block_begin_with_its_diagonal(large):
     kept = draw(12, 30) > 0.6
     weights = draw(12, 30, seed=9) * kept

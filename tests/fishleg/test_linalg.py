@@ -106,3 +106,55 @@ def test_an_indefinite_operator_is_an_error_that_says_what_to_do():
 def test_a_start_of_another_shape_is_refused():
     with pytest.raises(ShapeMismatch, match="expected \\(3,\\), got \\(2,\\)"):
         conjugate_gradient(lambda v: v, torch.ones(3), initial=torch.ones(2))
+
+
+def hard(n: int, condition: float) -> torch.Tensor:
+    """A symmetric positive definite matrix of a given condition number, in float64."""
+    basis = torch.linalg.qr(
+        torch.randn(n, n, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    ).Q
+    spectrum = torch.logspace(0, -torch.tensor(condition).log10().item(), n, dtype=torch.float64)
+    return (basis * spectrum) @ basis.T
+
+
+def test_the_residual_is_that_of_x_where_the_recurrence_has_drifted():
+    wide = hard(200, 1e5)
+    near, rhs = wide.float(), torch.ones(200)
+    x, report = conjugate_gradient(
+        lambda v: near @ v, rhs, tolerance=1e-7, max_iterations=5000, wide=None
+    )
+    true = float((near.double() @ x.double() - rhs).norm() / rhs.norm())
+    assert report.residual == pytest.approx(true, rel=0.5)
+    assert report.converged == (true <= 1e-7)
+
+
+def test_rounds_with_a_residual_in_float64_reach_what_float32_alone_does_not():
+    wide = hard(200, 1e5)
+    near, rhs = wide.float(), torch.ones(200)
+    found = {
+        name: conjugate_gradient(
+            lambda v: near @ v, rhs, tolerance=1e-7, max_iterations=5000, wide=operator
+        )
+        for name, operator in {"float32": None, "float64": lambda v: wide @ v}.items()
+    }
+    x, report = found["float64"]
+    assert x.dtype == torch.float64
+    assert report.converged
+    assert float((wide @ x - rhs).norm() / rhs.norm()) <= 1e-7
+    assert not found["float32"][1].converged
+    exactly = torch.linalg.solve(wide, rhs.double())
+    torch.testing.assert_close(x, exactly, rtol=0, atol=1e-2 * float(exactly.abs().max()))
+
+
+def test_iterations_of_all_rounds_are_limited():
+    wide = hard(200, 1e6)
+    near = wide.float()
+    _, report = conjugate_gradient(
+        lambda v: near @ v,
+        torch.ones(200),
+        tolerance=1e-12,
+        max_iterations=300,
+        wide=lambda v: wide @ v,
+    )
+    assert report.iterations <= 300
+    assert not report.converged

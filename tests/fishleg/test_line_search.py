@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fishleg.pruning import RefinementReport, search_line
+from fishleg.pruning import RefinementReport, reestimate_norms, search_line, search_norms
 
 
 def states() -> tuple[nn.Module, dict[str, torch.Tensor]]:
@@ -72,3 +72,35 @@ def test_settling_needs_both_ends() -> None:
     model, before = states()
     with pytest.raises(ValueError, match="expected 0 and 1 among them"):
         search_line(model, before, lambda _: 1.0, fractions=(0.5, 1.0))
+
+
+def test_norms_move_to_the_best_point_between_their_statistics_and_those_of_the_batches() -> None:
+    model, _ = states()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    inputs = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    again = copy.deepcopy(model)
+    reestimate_norms(again, [inputs])
+    wanted = torch.lerp(before["1.running_mean"], again[1].running_mean, 0.75)
+    kept = search_norms(model, [inputs], lambda m: (m[1].running_mean - wanted).abs().max().item())
+    assert kept == 0.75
+    torch.testing.assert_close(model[1].running_mean, wanted)
+    assert torch.equal(model[0].weight, before["0.weight"])
+    assert torch.equal(model[1].weight, before["1.weight"])
+
+
+def test_norms_stay_where_their_statistics_are_the_best() -> None:
+    model, _ = states()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def moved(model: nn.Module) -> float:
+        return (model[1].running_var - before["1.running_var"]).abs().max().item()
+
+    assert search_norms(model, [torch.randn(50, 3, dtype=torch.float64)], moved) == 0.0
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+
+
+def test_a_model_without_norms_needs_no_search() -> None:
+    def never(_: nn.Module) -> float:
+        raise AssertionError
+
+    assert search_norms(nn.Linear(3, 2), [torch.randn(5, 3)], never) == 0.0

@@ -125,22 +125,38 @@ def test_greedy_selection_costs_less_by_the_estimates_own_curvature(
     assert ran.metrics()["pruned/predicted"] < single.metrics()["pruned/predicted"]
 
 
+@pytest.mark.parametrize("anew", ["reestimated", "augmented"])
 def test_norms_measured_anew_mend_a_pruned_network(
-    estimates: dict[str, Ran], dense: Ran, tmp_path: Path
+    anew: str, estimates: dict[str, Ran], dense: Ran, tmp_path: Path
 ) -> None:
     given = {"sparsity": 0.8, "compensation": "none"}
     ran = {
         norms: prune(tmp_path / norms, dense, estimates["magnitude"], norms=norms, **given)
-        for norms in ("kept", "reestimated")
+        for norms in ("kept", anew)
     }
-    kept, anew = (load_model(one.output(), "cpu").network for one in ran.values())
-    assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), anew.parameters(), strict=True))
-    buffers = dict(anew.named_buffers())
+    kept, measured = (load_model(one.output(), "cpu").network for one in ran.values())
+    assert all(
+        torch.equal(a, b) for a, b in zip(kept.parameters(), measured.parameters(), strict=True)
+    )
+    buffers = dict(measured.named_buffers())
     moved = [name for name, one in kept.named_buffers() if not torch.equal(one, buffers[name])]
     assert moved
     assert all(name.rpartition(".")[2] in {"running_mean", "running_var"} for name in moved)
     losses = [one.metrics()["validation/nll"] for one in ran.values()]
     assert losses[1] < losses[0]
+
+
+def test_norms_of_augmented_samples_are_the_same_in_every_run_and_not_those_of_clean_ones(
+    estimates: dict[str, Ran], dense: Ran, tmp_path: Path
+) -> None:
+    given = {"sparsity": 0.8, "compensation": "none"}
+    ran = [
+        prune(tmp_path / name, dense, estimates["magnitude"], norms=norms, **given)
+        for name, norms in [("a", "augmented"), ("b", "augmented"), ("c", "reestimated")]
+    ]
+    first, again, clean = (load_model(one.output(), "cpu").network.state_dict() for one in ran)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], clean[name]) for name in first)
 
 
 def test_an_estimate_is_certified_on_unseen_samples(estimates: dict[str, Ran]) -> None:

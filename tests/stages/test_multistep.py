@@ -10,6 +10,7 @@ from running_stages import STAGES, Ran, artifact, run_stage
 from test_curvature_and_pruning import assert_sparsity
 from test_training import Stopped, assert_same_model, stop_in
 
+from fishleg.pruning import FRACTIONS
 from pipeline.stage import Context, StageError
 from stages.model_folder import load_model
 from stages.prune_multistep import prune_multistep
@@ -24,6 +25,9 @@ STEPWISE = {
     "sparsity": 0.9,
     "refinement": {"samples": 300, "steps": 25, "batch_size": 50, "lr": 1e-2, "cutmix": 0.2},
 }
+
+
+_NORMS = "refinement/clean_norms_kept"
 
 
 def multistep(folder: Path, dense: Ran, **params: Any) -> Ran:
@@ -80,6 +84,13 @@ def test_a_refinement_that_does_harm_is_taken_back(dense: Ran, tmp_path: Path) -
     ]
     assert kept == [0.0, 0.0]
     assert_same_model(ran.output(), plain.output())
+
+
+def test_held_out_samples_choose_the_norms_after_each_refinement(refined: Ran) -> None:
+    values = [event["values"] for event in refined.events if event["type"] == "metrics"]
+    chosen = [one[_NORMS] for one in values if _NORMS in one]
+    assert len(chosen) == sum(one.get("refinement/kept", 0) > 0 for one in values) > 0
+    assert set(chosen) <= set(FRACTIONS)
 
 
 @pytest.mark.parametrize("refine", ["natural", "gauss_newton"])

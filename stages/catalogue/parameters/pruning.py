@@ -23,10 +23,10 @@ from stages.lineage import Role
 class PruningParams(OptionParams, PruningOptions):
     """Options of a pruning step."""
 
-    norms: Literal["kept", "reestimated"] = Field(
+    norms: Literal["kept", "reestimated", "augmented"] = Field(
         default="kept",
         description="batch norms after a step: as they were, or measured again on the calibration "
-        "samples, without labels",
+        "samples, without labels; augmented as in training, or as they are",
     )
 
 
