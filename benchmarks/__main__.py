@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from benchmarks.harness.pages import write_pages
 from benchmarks.harness.pipelines import run_pipeline
 from benchmarks.harness.report import RESULTS, write_report
 from benchmarks.harness.scripts import run_script
@@ -75,8 +76,9 @@ def _run_script(
 
 @app.command()
 def report() -> None:
-    """Write docs/results.md from the stored results."""
+    """Write docs/results.md, and the parts of other pages, from the stored results."""
     write_report()
+    write_pages(RESULTS)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Numbers over several seeds: means, spreads, clear differences, and error bars."""
+"""Numbers over several seeds: means, standard deviations, clear differences, and error bars."""
 
 from __future__ import annotations
 
@@ -16,14 +16,24 @@ _CLEAR = 3.0  # standard errors
 CLEAR = "a difference is clear if its mean over seeds exceeds three of its standard errors"
 
 
-def spread(numbers: Numbers) -> float:
-    """Return the standard deviation of a sample, 0 for a single number."""
+def deviation(numbers: Numbers) -> float:
+    """Return the standard deviation of a sample, by n - 1; 0 for a single number."""
     return stdev(numbers) if len(numbers) > 1 else 0.0
 
 
 def show(numbers: Numbers, digits: int = 1) -> str:
-    """Return mean ± standard deviation."""
-    return f"{fmean(numbers):.{digits}f} ± {spread(numbers):.{digits}f}"
+    """Return mean ± standard deviation; a single number has no deviation."""
+    spread = f" ± {deviation(numbers):.{digits}f}" if len(numbers) > 1 else ""
+    return f"{fmean(numbers):.{digits}f}{spread}"
+
+
+def explain(numbers: Numbers) -> str:
+    """Return what `show` shows of numbers, one for each seed, for a legend.
+
+    >>> explain([90.0, 91.0, 92.0])
+    'mean ± standard deviation (n - 1) over n = 3 seeds'
+    """
+    return f"mean ± standard deviation (n - 1) over n = {len(numbers)} seeds"
 
 
 def order(first: Numbers, second: Numbers) -> Order:
@@ -33,7 +43,7 @@ def order(first: Numbers, second: Numbers) -> Order:
     standard deviation: a two-sided level of 4 % with five seeds (Student's t), for one comparison.
     """
     differences = [one - other for one, other in zip(first, second, strict=True)]
-    if abs(fmean(differences)) <= _CLEAR * spread(differences) / len(differences) ** 0.5:
+    if abs(fmean(differences)) <= _CLEAR * deviation(differences) / len(differences) ** 0.5:
         return "level"
     return "above" if fmean(differences) > 0 else "below"
 
@@ -84,7 +94,7 @@ def _draw_panel(axis: Any, panel: Panel) -> None:
         axis.errorbar(
             list(points),
             [fmean(numbers) for numbers in points.values()],
-            [spread(numbers) for numbers in points.values()],
+            [deviation(numbers) for numbers in points.values()],
             marker=".",
             capsize=3,
             label=label,

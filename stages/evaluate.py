@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.stage import Artifact, Context, StageError, write_json
+from stages.answers import pack
 from stages.checkpoint import Checkpoint
 from stages.columns import COLUMNS
+from stages.data.dataset import digest_split
 from stages.data.source import load_data
 from stages.determinism import compute_deterministically
 from stages.expectation import require_accuracy
-from stages.lineage import seeds, settings
-from stages.metrics import accuracy_text, low_accuracy, measure
+from stages.lineage import choices, seeds, settings
+from stages.metrics import accuracy_text, low_accuracy, measure_each
 from stages.model_folder import Facts, load_facts, load_model
+from stages.report.rows import name_of
 
 if TYPE_CHECKING:
     from stages.catalogue import EvaluateParams
@@ -97,7 +100,8 @@ def _evaluate(ctx: Context, artifact: Artifact, folder: Path) -> dict[str, Any]:
     model = load_model(folder, ctx.device)
     facts = model.facts
     dataset, _ = load_data(facts.data)
-    found = measure(model.network, dataset, dataset.split(params.split), params.batch_size)
+    split = dataset.split(params.split)
+    found, right = measure_each(model.network, dataset, split, params.batch_size)
     if _is_dense(facts):
         require_accuracy(params, found["accuracy"], params.split, dataset, artifact.cell)
     judged = model.findings()
@@ -109,12 +113,16 @@ def _evaluate(ctx: Context, artifact: Artifact, folder: Path) -> dict[str, Any]:
         "key": artifact.key,
         **facts.of_pruning(),
         "split": params.split,
+        "images": len(split),
+        "images_digest": digest_split(split),
+        "right": pack(right.numpy()),
         **found,
         **judged,
         "warnings": [*judged["warnings"], *alarming],
         "dense_accuracy": facts.dense_accuracy_on(params.split),
         "settings": settings(facts.lineage),
         "seeds": seeds(facts.lineage),
+        "choices": choices(facts.lineage),
     }
 
 
@@ -124,4 +132,5 @@ def _record(ctx: Context, name: str, row: dict[str, Any]) -> None:
     numbers = {column.name: row[column.name] for column in COLUMNS if column.metric}
     metrics = {key: value for key, value in numbers.items() if value is not None}
     told = {name: ", ".join(row[name]) for name in ("emptied", "warnings") if row[name]}
-    ctx.record(name, params={**params, **told, **row["settings"]}, metrics=metrics)
+    label = {"label": name_of(row)}
+    ctx.record(name, params={**params, **label, **told, **row["settings"]}, metrics=metrics)

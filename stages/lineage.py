@@ -22,6 +22,8 @@ from pipeline.stage import ExternalFile, Params, StageError
 ARROW = " > "
 PATH = "path"
 """The setting that names the stages on the way."""
+BEST_OF = "best of "
+"""The beginning of a setting's value where a choice was made among several."""
 
 
 class Role(Enum):
@@ -110,14 +112,36 @@ def settings(lineage: Lineage) -> dict[str, Any]:
         several candidates was chosen, the settings in which these differ are `best of` all of
         them.
     """
+    chosen = {
+        key: BEST_OF + ", ".join(shown(value) for value in values)
+        for step in lineage
+        for key, values in step.among.items()
+    }
+    return {PATH: path(lineage), **_values(lineage), **chosen}
+
+
+def choices(lineage: Lineage) -> dict[str, dict[str, Any]]:
+    """Return STAGE.PARAMETER -> `chosen` and `among`, of each setting that a choice compared.
+
+    `among` has the values of the candidates. Seeds are no settings.
+    """
+    known = _values(lineage)
+    return {
+        key: {"chosen": known[key], "among": list(values)}
+        for step in lineage
+        for key, values in step.among.items()
+        if key in known
+    }
+
+
+def _values(lineage: Lineage) -> dict[str, Any]:
+    """Return STAGE.PARAMETER -> value of each setting, also where a choice was made."""
     last_target = max((i for i, step in enumerate(lineage) if step.target), default=-1)
-    found: dict[str, Any] = {PATH: path(lineage)}
+    found: dict[str, Any] = {}
     for number, (name, step) in enumerate(_named(lineage)):
         asked = step.target if number != last_target else {}
         for key, value in _leaves({**step.params, **asked}):
             found[f"{name}.{key}"] = value
-        for key, values in step.among.items():
-            found[key] = "best of " + ", ".join(shown(value) for value in values)
     return found
 
 

@@ -71,7 +71,14 @@ def classify(network: nn.Module, dataset: DataSet, split: Split, batch_size: int
 def measure(
     network: nn.Module, dataset: DataSet, split: Split, batch_size: int = 500
 ) -> dict[str, float]:
-    """Return accuracy (%), nll (nats) and ece (%) of a network on a split.
+    """Return accuracy (%), nll (nats) and ece (%) of a network on a split; see `measure_each`."""
+    return measure_each(network, dataset, split, batch_size)[0]
+
+
+def measure_each(
+    network: nn.Module, dataset: DataSet, split: Split, batch_size: int = 500
+) -> tuple[dict[str, float], Tensor]:
+    """Return accuracy (%), nll (nats) and ece (%), and which samples are right, (N,) bool, CPU.
 
     ece is the expected calibration error over 15 equal bins of confidence (C. Guo et al., On
     Calibration of Modern Neural Networks, 2017, eq. 5).
@@ -89,15 +96,17 @@ def measure(
             "has no accuracy. Prune less, or look for weights that have become too large."
         )
     confidence, predicted = logits.softmax(-1).max(-1)
-    right = (predicted == labels).double()
+    flags = predicted == labels
+    right = flags.double()
     bins = (confidence * _BINS).long().clamp(max=_BINS - 1)
     gaps = torch.zeros(_BINS, dtype=torch.float64, device=logits.device)
     gaps = gaps.index_add(0, bins, right - confidence)
-    return {
+    numbers = {
         "accuracy": 100 * right.mean().item(),
         "nll": functional.cross_entropy(logits, labels).item(),
         "ece": 100 * gaps.abs().sum().item() / len(labels),
     }
+    return numbers, flags.cpu()
 
 
 def log_validation(ctx: Context, network: nn.Module, dataset: DataSet) -> dict[str, float]:

@@ -227,11 +227,18 @@ def save_model(folder: Path, model: Model, warnings: Sequence[str] = ()) -> None
 
 
 def add_step(folder: Path, step: Step, **notes: Any) -> None:
-    """Append a step that does not change the model to the lineage in its folder, with notes."""
+    """Append a step that does not change the model to the lineage in its folder.
+
+    Args:
+        folder: of the model.
+        step: its warnings become the model's.
+        notes: further facts.
+    """
     facts = load_facts(folder)
     known = json.loads((folder / "model.json").read_text("utf-8"))
     lineage = [one.to_json() for one in (*facts.lineage, step)]
-    write_json(folder / "model.json", {**known, "lineage": lineage, **notes})
+    warnings = [*known.get("warnings", []), *step.warnings]
+    write_json(folder / "model.json", {**known, "lineage": lineage, "warnings": warnings, **notes})
 
 
 def load_facts(folder: Path) -> Facts:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.stage import Context, StageError
 from stages.data.source import load_data
 from stages.determinism import compute_deterministically
-from stages.lineage import Step, differences
+from stages.grids import warnings_of_ends
+from stages.lineage import Step, choices, differences
 from stages.metrics import measure
 from stages.model_folder import add_step, load_facts, load_model
 
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 def select(ctx: Context) -> None:
     """Measure all candidates, log their scores, and copy the best to output `model`.
 
-    The earlier of two equal candidates wins. Candidates whose cells failed are skipped.
+    Of equal candidates one inside the grids of its settings wins over one at an end, then the
+    earlier one. A chosen value that is an end of its grid is a warning, which the model keeps.
+    Candidates whose cells failed are skipped.
 
     Raises:
         StageError: all of them failed.
@@ -39,15 +42,19 @@ def select(ctx: Context) -> None:
         ctx.say(f"{cell}: validation {params.metric} {scores[cell][params.metric]:.3f}")
         ctx.progress(len(scores), len(folders), "model")
     sign = 1 if params.metric == "accuracy" else -1
-    best = max(scores, key=lambda cell: sign * scores[cell][params.metric])
-    _pass_on(ctx, best, folders)
+    lineages = {cell: load_facts(folder).lineage for cell, folder in folders.items()}
+    among = Step.of("select", params, among=differences(list(lineages.values())))
+    ends = {cell: warnings_of_ends(choices([*one, among])) for cell, one in lineages.items()}
+    best = min(scores, key=lambda cell: (-sign * scores[cell][params.metric], len(ends[cell])))
+    _pass_on(ctx, best, folders[best], replace(among, warnings=tuple(ends[best])))
     ctx.log({f"validation/{name}": value for name, value in scores[best].items()})
     ctx.say(f"chosen: {best}")
+    for warning in ends[best]:
+        ctx.say(f"{best}: {warning}")
 
 
-def _pass_on(ctx: Context, cell: str, folders: Mapping[str, Path]) -> None:
-    """Copy the chosen model's folder, and note the differences of the candidates in its facts."""
+def _pass_on(ctx: Context, cell: str, chosen: Path, step: Step) -> None:
+    """Copy the chosen model's folder, and add the choice to its facts."""
     folder = ctx.output("model")
-    shutil.copytree(folders[cell], folder, dirs_exist_ok=True)
-    among = differences([load_facts(one).lineage for one in folders.values()])
-    add_step(folder, Step.of("select", ctx.params, among=among), selected=cell)
+    shutil.copytree(chosen, folder, dirs_exist_ok=True)
+    add_step(folder, step, selected=cell)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -16,6 +19,7 @@ from benchmarks.harness.documents import (
     write_environment,
 )
 from benchmarks.harness.environment import environment_of
+from benchmarks.harness.extension import Extension, extensions_of
 from benchmarks.harness.lineage import Step, cost_of, findings_of, path_to
 from benchmarks.harness.suite import STORE_VARIABLE, Benchmark, matches, store_folder
 from pipeline.base.errors import BadInput
@@ -39,8 +43,11 @@ def run_pipeline(
 ) -> int:
     """Run a pipeline, as `fls run` does, and keep its evaluated models, also of a failed run.
 
+    A model whose `select` chose a value at an end of its grid is no result yet: the cells that
+    measure it run again with an extended grid, see `benchmarks.harness.sweeps`.
+
     Returns:
-        The exit code of `fls run`.
+        The exit code of `fls run`, the first one that is not 0.
 
     Raises:
         BadInput: the pipeline is not valid, or has no cell that fits `only`.
@@ -50,41 +57,73 @@ def run_pipeline(
     until = [cell.name for cell in spec.cells if only and matches(only, cell.name)]
     if only and not until:
         raise BadInput(f"{benchmark.path} has no cell {only!r}.")
+    stop_s = math.inf if stop_after_s is None else time.monotonic() + stop_after_s
+    ahead, code = [Extension(until=until)], 0
+    while ahead and code < 128:  # not stopped by a signal, or out of time
+        run = ahead.pop(0)
+        spec = load_spec(benchmark.path, run.overrides)
+        left_s = None if stop_s == math.inf else max(0.0, stop_s - time.monotonic())
+        try:
+            ended = _run(spec, run.until, console, left_s)
+            code = max(ended, code) if ended >= 128 else code or ended
+        finally:
+            ahead += keep_results(spec, benchmark.name, results)
+    return code
+
+
+def _run(spec: Spec, until: list[str], console: Console, stop_after_s: float | None) -> int:
+    """Run cells of a pipeline and all before them; all cells if none is named."""
     options = RunOptions(
-        file=str(benchmark.path),
+        file=str(spec.path),
+        overrides=list(spec.overrides),
         until=until,
         executor=ExecutorName.LOCAL,
         tracking=TrackerName.JSONL,
     )
-    try:
-        read = partial(print_end, console=console)
-        return run_and_read(spec, options, console, read, stop_after_s)
-    finally:
-        keep_results(spec, benchmark.name, results)
+    read = partial(print_end, console=console)
+    return run_and_read(spec, options, console, read, stop_after_s)
 
 
-def keep_results(spec: Spec, benchmark: str, results: Path) -> None:
+def keep_results(spec: Spec, benchmark: str, results: Path) -> list[Extension]:
     """Write a document for each evaluated model, unless an equal one exists.
 
-    Its environment is that of the slowest cell on the model's path.
+    Its environment is that of the slowest cell on the model's path. A model whose grid has to be
+    extended has no document.
+
+    Returns:
+        The runs that extend the grids of such models.
     """
     store = Store(spec.storage)
+    wanted: dict[tuple[str, ...], list[str]] = {}
     for row in result_rows(spec, store)[1]:
-        cell, key = row.pop("model_cell"), row["key"]
-        del row["run_id"]  # known to one tracking server only
-        manifest = store.manifest(key)
-        if manifest is None:
-            continue
-        path = cell_path(results, benchmark, cell)
-        steps = path_to(store, key)
-        document: Document = {**row, **cost_of(steps), **findings_of(store, steps), "cell": cell}
-        before = read_document(path) or {}
-        if document.items() <= before.items():
-            continue
-        made = max(steps, key=_seconds).manifest if steps else manifest
-        environment = environment_of(made.making, made.time)
-        document["environment"] = write_environment(results, environment)
-        write_document(path, document)
+        overrides = extensions_of(spec, row)
+        if overrides:
+            wanted.setdefault(overrides, []).append(row["cell"])
+        else:
+            _keep_row(store, row, benchmark, results)
+    return [
+        Extension(overrides=overrides, until=list(dict.fromkeys(until)))
+        for overrides, until in wanted.items()
+    ]
+
+
+def _keep_row(store: Store, row: dict[str, Any], benchmark: str, results: Path) -> None:
+    """Write the document of an evaluated model, unless an equal one exists."""
+    cell, key = row.pop("model_cell"), row["key"]
+    del row["run_id"]  # known to one tracking server only
+    manifest = store.manifest(key)
+    if manifest is None:
+        return
+    path = cell_path(results, benchmark, cell)
+    steps = path_to(store, key)
+    document: Document = {**row, **cost_of(steps), **findings_of(store, steps), "cell": cell}
+    before = read_document(path) or {}
+    if document.items() <= before.items():
+        return
+    made = max(steps, key=_seconds).manifest if steps else manifest
+    environment = environment_of(made.making, made.time)
+    document["environment"] = write_environment(results, environment)
+    write_document(path, document)
 
 
 def _seconds(step: Step) -> float:

@@ -27,6 +27,11 @@ from types import ModuleType
 from pipeline.base.errors import BadInput, nearest
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
+EXPERIMENTS = {
+    "digits": BENCHMARKS.parent / "pipeline.yaml",
+    "mnist_mlp": BENCHMARKS.parent / "experiments" / "mnist_mlp.yaml",
+}
+"""Pipelines for users whose results are committed, too."""
 STORE_VARIABLE = "FISHLEG_BENCHMARKS_STORE"
 
 
@@ -44,12 +49,12 @@ class Benchmark:
 
 
 def list_benchmarks(folder: Path = BENCHMARKS) -> list[Benchmark]:
-    """Return the benchmarks of a folder by name."""
+    """Return the benchmarks of a folder by name; of this one also the `EXPERIMENTS`."""
     paths = [*folder.glob("*.yaml"), *folder.glob("*.py")]
-    return sorted(
-        (Benchmark(path.stem, path) for path in paths if not path.stem.startswith("_")),
-        key=lambda one: one.name,
-    )
+    found = [Benchmark(path.stem, path) for path in paths if not path.stem.startswith("_")]
+    if folder == BENCHMARKS:
+        found += [Benchmark(name, path) for name, path in EXPERIMENTS.items()]
+    return sorted(found, key=lambda one: one.name)
 
 
 def find_benchmark(name: str, folder: Path = BENCHMARKS) -> Benchmark:

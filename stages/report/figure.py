@@ -18,14 +18,24 @@ from stages.report.summary import PUBLISHED, SECTIONS, Lines, Point, Summary
 # Okabe and Ito's palette, which all kinds of colour vision distinguish; methods differ in their
 # markers, too.
 _COLOURS = {
-    "fishleg": "#D55E00",
+    "eigen": "#D55E00",
     "obs": "#0072B2",
     "kfac": "#009E73",
     "diagonal": "#CC79A7",
     "magnitude": "#555555",
 }
 _SPARE_COLOURS = ("#E69F00", "#56B4E9", "#882255", "#117733", "#999933")
-_MARKERS = {"fishleg": "o", "obs": "s", "kfac": "^", "diagonal": "D", "magnitude": "v"}
+_OURS = ("eigen", "fls", "fishleg")
+"""Methods whose lines are thick and in front."""
+_MARKERS = {
+    "eigen": "o",
+    "fls": "P",
+    "fishleg": "X",
+    "obs": "s",
+    "kfac": "^",
+    "diagonal": "D",
+    "magnitude": "v",
+}
 _GREY = "#777777"
 
 
@@ -95,10 +105,11 @@ def _draw_panel(
         axis, sorted({s for lines in sections.values() for line in lines.values() for s in line})
     )
     axis.set_title(name, fontsize=11)
-    axis.set_ylabel("accuracy (%)")
+    drawn = [one for lines in sections.values() for line in lines.values() for one in line.values()]
+    several = any(point.deviation is not None for point in drawn)
+    axis.set_ylabel("accuracy (%)" + (", mean ± standard deviation" if several else ""))
     axis.grid(axis="y", color="#E5E5E5")
     axis.set_axisbelow(True)
-    drawn = [one for lines in sections.values() for line in lines.values() for one in line.values()]
     handles = [_kind_handle(section) for section in sections] if len(sections) > 1 else []
     if any(point.warned for point in drawn):
         handles.append(Line2D([], [], color="black", linestyle="", marker="x", label="⚠ see table"))
@@ -109,7 +120,7 @@ def _draw_panel(
 def _draw_line(
     axis: Any, style: _Style, method: str, points: Mapping[float, Point], colour: str
 ) -> None:
-    """Draw one method's means with a band, or bars, from the lowest to the highest seed."""
+    """Draw one method's means with a band, or bars, of a standard deviation up and down."""
     there = {
         _to_sparsity(_from_sparsity(sparsity) + style.shift): point
         for sparsity, point in points.items()
@@ -117,8 +128,8 @@ def _draw_line(
     }
     if not there:
         return
-    low = [min(point.accuracies) for point in there.values()]
-    high = [max(point.accuracies) for point in there.values()]
+    low = [point.mean - (point.deviation or 0.0) for point in there.values()]
+    high = [point.mean + (point.deviation or 0.0) for point in there.values()]
     handle = _handle(method, colour)
     axis.plot(
         list(there),
@@ -129,7 +140,7 @@ def _draw_line(
         marker=handle.get_marker(),
         markerfacecolor=handle.get_markerfacecolor() if style.filled else "white",
         markersize=6,
-        zorder=4 if method.startswith("fishleg") else 3,
+        zorder=4 if method.startswith(_OURS) else 3,
     )
     warned = {at: point.mean for at, point in there.items() if point.warned}
     axis.plot([*warned], [*warned.values()], "x", color="black", markersize=11, zorder=5)
@@ -160,7 +171,7 @@ def _handle(method: str, colour: str) -> Line2D:
         [],
         color=colour,
         linestyle="--" if published else "-",
-        linewidth=1.2 if published else 2.6 if method.startswith("fishleg") else 1.8,
+        linewidth=1.2 if published else 2.6 if method.startswith(_OURS) else 1.8,
         marker=_MARKERS.get(method.partition(" ")[0], "o"),
         markerfacecolor="white" if published else colour,
         label=method,

@@ -12,7 +12,7 @@ from typing import Any
 
 from stages.columns import Row, target_of
 from stages.lineage import ARROW, PATH, shown
-from stages.report.rows import model_of, seeds_of, settings_of, stage_of
+from stages.report.rows import model_of, name_of, seeds_of, settings_of, stage_of
 
 _EARLIER = "of an earlier version"
 
@@ -30,7 +30,7 @@ def labels_of(rows: Sequence[Row]) -> Callable[[Row], str]:
 
 def _kind(row: Row) -> tuple[Any, ...]:
     """Return the kind of a row's model, which all lines under a heading share."""
-    return row["mode"], row["finetuned"], row["method"]
+    return row["mode"], row["finetuned"], name_of(row)
 
 
 def _identity(row: Row) -> str:
@@ -53,11 +53,19 @@ def _names(rows: Sequence[Row]) -> dict[str, str]:
             words = [_words(short[key], known[key]) for key in keys if key in known]
             details[_identity(row)] = [*([turns[path]] if len(paths) > 1 else []), *words]
     _tell_apart(rows, details)
-    return {
-        _identity(row): f"{row['method']} ({', '.join(found)})" if found else row["method"]
-        for row in rows
-        for found in [details[_identity(row)]]
-    }
+    return {_identity(row): _joined(name_of(row), details[_identity(row)]) for row in rows}
+
+
+def _joined(name: str, details: Sequence[str]) -> str:
+    """Return a name with details in brackets.
+
+    >>> _joined("obs", []), _joined("fls (tensor)", ["damping 0.1"])
+    ('obs', 'fls (tensor, damping 0.1)')
+    """
+    if not details:
+        return name
+    start = f"{name[:-1]}, " if name.endswith(")") else f"{name} ("
+    return f"{start}{', '.join(details)})"
 
 
 def _differing(rows: Sequence[Row]) -> list[str]:

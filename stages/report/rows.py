@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from stages.columns import Row
+from stages.lineage import BEST_OF
 
 
 def settings_of(row: Row) -> dict[str, Any]:
@@ -22,6 +23,29 @@ def settings_of(row: Row) -> dict[str, Any]:
 def seeds_of(row: Row) -> dict[str, int]:
     """Return the seeds of all stages before the model."""
     return dict(row["seeds"]) if "seeds" in row else {"seed": row["seed"]}
+
+
+def name_of(row: Row) -> str:
+    """Return the name of the row's method in tables, with its structure where it has one.
+
+    Method fishleg in structure eigen is `eigen`: an EK-FAC whose eigenvalues are shrunk towards
+    K-FAC's, with nothing learned by a descent. Every other method keeps its own name.
+
+    >>> row = {"method": "fishleg", "structure": "eigen", "split": "test"}
+    >>> name_of(row), name_of({**row, "structure": "kronecker"})
+    ('eigen', 'fishleg (kronecker)')
+    >>> name_of({**row, "method": "kfac", "structure": None})
+    'kfac'
+    """
+    chosen = [
+        value
+        for key, value in settings_of(row).items()
+        if key.rpartition(".")[2] == "structure" and str(value).startswith(BEST_OF)
+    ]
+    structure = chosen[0] if chosen else row.get("structure")
+    if row["method"] == "fishleg" and structure == "eigen":
+        return "eigen"
+    return f"{row['method']} ({structure})" if structure else row["method"]
 
 
 def model_of(row: Row) -> str:

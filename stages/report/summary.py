@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import stdev
 
+from stages.answers import Answers
 from stages.columns import Row, target_of
 from stages.report.labels import labels_of
 from stages.report.rows import model_of, stage_of, warnings_of
@@ -30,11 +33,15 @@ class Point:
 
     Attributes:
         accuracies: in percent, one for each model that was evaluated.
+        images: number of images that each accuracy counts, or None if the rows do not tell.
+        answers: of the models, in the order of their accuracies; none of published ones.
         failed: names of the cells that failed to give a model.
         warned: names of the cells whose models have a warning.
     """
 
     accuracies: tuple[float, ...] = ()
+    images: int | None = None
+    answers: tuple[Answers, ...] = ()
     failed: tuple[str, ...] = ()
     warned: tuple[str, ...] = ()
 
@@ -44,9 +51,30 @@ class Point:
         return sum(self.accuracies) / len(self.accuracies)
 
     @property
-    def spread(self) -> float:
-        """Half the distance between the lowest and the highest accuracy."""
-        return (max(self.accuracies) - min(self.accuracies)) / 2
+    def deviation(self) -> float | None:
+        """Standard deviation of a sample, by n - 1, of the accuracies; None for fewer than two."""
+        return stdev(self.accuracies) if len(self.accuracies) > 1 else None
+
+    @property
+    def sampling(self) -> float | None:
+        """Standard deviation in points that the draw of N images gives: sqrt(a (1 - a) / N).
+
+        >>> f"{Point(accuracies=(80.0,), images=10_000).sampling:.2f}"
+        '0.40'
+        """
+        if not self.images:
+            return None
+        return math.sqrt(max(0.0, self.mean * (100 - self.mean)) / self.images)
+
+    @property
+    def text(self) -> str:
+        """Mean ± standard deviation, with two decimals; one accuracy has no deviation.
+
+        >>> Point(accuracies=(90.0, 92.0)).text, Point(accuracies=(90.0,)).text
+        ('91.00 ± 1.41', '90.00')
+        """
+        spread = "" if self.deviation is None else f" ± {self.deviation:.2f}"
+        return f"{self.mean:.2f}{spread}"
 
 
 Lines = dict[str, dict[float, Point]]
@@ -99,13 +127,17 @@ def summarise(
             line = found.setdefault(section, {}).setdefault(label(row), {})
             line.setdefault(target_of(row), []).append(row)
     lost = _lost_points(rows, failed, label)
+    images = _images(rows)  # the published accuracies are of the same test images
     sections: dict[str, Lines] = {}
     for title in SECTIONS.values():
         gone = {key[1:]: cells for key, cells in lost.items() if key[0] == title}
         lines = _lines(found.get(title, {}), gone)
         if title == SECTIONS["oneshot", False]:
             for method, values in published:
-                points = {at: Point(accuracies=(one,)) for at, one in sorted(values.items())}
+                points = {
+                    at: Point(accuracies=(one,), images=images)
+                    for at, one in sorted(values.items())
+                }
                 lines.setdefault(method + PUBLISHED, {}).update(points)
         if lines:
             sections[title] = lines
@@ -136,9 +168,17 @@ def _warnings(rows: Sequence[Row]) -> dict[str, list[str]]:
 def _point(rows: Sequence[Row], failed: Sequence[str] = ()) -> Point:
     return Point(
         accuracies=tuple(row["accuracy"] for row in rows),
+        images=_images(rows),
+        answers=tuple(map(Answers.of, rows)),
         failed=tuple(failed),
         warned=tuple(row["model_cell"] for row in rows if warnings_of(row)),
     )
+
+
+def _images(rows: Sequence[Row]) -> int | None:
+    """Return the number of images that rows were measured on, or None if they differ in it."""
+    counts = {row.get("images") for row in rows}
+    return next(iter(counts)) if len(counts) == 1 else None
 
 
 def _lines(

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from benchmarks import _digits, _seeds, claim_assimilation, claim_noise, claim_structure
+from benchmarks.harness.sweeps import next_value
 from fishleg import OBS, FishLeg
+from stages.stepwise import StepwisePruning
 
 NETWORK = {"width": 2, "hidden": 4, "epochs": 1}
 
@@ -72,8 +74,9 @@ def test_structure_cell(folder: Path) -> None:
     assert full["memory_bytes"] > 10 * diagonal["memory_bytes"]
     (chosen,) = full["sparsities"]
     assert len(chosen["test"]) == len(chosen["validation"]) == 2
-    assert chosen["damping"] in cut["dampings"]
-    assert len(full["fit_seconds"]) == 4
+    assert {1e-2, 1e-3} <= {*chosen["dampings"]}
+    assert next_value(chosen["damping"], chosen["dampings"]) is None
+    assert len(full["fit_seconds"]) == 2 * len(chosen["dampings"])
 
 
 def structure_document(structure: str, accuracy: float, memory: int) -> dict[str, Any]:
@@ -186,33 +189,59 @@ def test_noise_report(learned: tuple[float, float], verdict: str, tmp_path: Path
 
 def test_assimilation_cells(folder: Path) -> None:
     cut = {"steps": 2, "epochs": 0, "sparsity": 0.5, "dampings": [1e-2], "seeds": [0, 1]}
-    pair = [
-        run(claim_assimilation, f"{carry}[samples=64,sweeps=1]", folder, **cut)["result"]
-        for carry in ("refine", "reestimate")
+    found_by_way = [
+        run(claim_assimilation, f"{way}[samples=64,sweeps=1]", folder, **cut)["result"]
+        for way in ("refine", "fresh", "reestimate")
     ]
-    for found in pair:
+    for found in found_by_way:
         assert len(found["test"]) == len(found["curvature_seconds"]) == 2
         assert min(found["curvature_seconds"]) > 0
 
 
-def test_both_ways_have_the_same_budgets() -> None:
+def test_a_fresh_start_fits_the_survivors_as_a_refinement_does(folder: Path) -> None:
+    """The same masks, samples and sweeps; only the start differs, and so does Q."""
+    digits = _digits.load_digits(NETWORK, folder)
+    fitted = {}
+    for way in ("refine", "fresh"):
+        params = claim_assimilation.cells()[f"{way}[samples=64,sweeps=1]"]
+        recipe = claim_assimilation._recipe({**params, "steps": 2, "sparsity": 0.5}, 1e-2, seed=0)
+        pruning = StepwisePruning(digits.context(recipe, folder))
+        pruning.update_curvature(0)
+        pruning.prune(0)
+        claim_assimilation._update(pruning, way, step=1)
+        fitted[way] = pruning.estimator
+    refined, fresh = fitted["refine"], fitted["fresh"]
+    assert refined.masks is not None
+    assert fresh.masks is not None
+    assert all(torch.equal(mask, fresh.masks[name]) for name, mask in refined.masks.items())
+    pairs = [
+        (block.dense(), fresh.blocks()[name].dense()) for name, block in refined.blocks().items()
+    ]
+    assert not all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_all_ways_have_the_same_budgets() -> None:
     cells = claim_assimilation.cells().values()
     budgets = [
-        {(one["samples"], one["sweeps"]) for one in cells if one["carry"] == carry}
-        for carry in ("refine", "reestimate")
+        {(one["samples"], one["sweeps"]) for one in cells if one["way"] == way}
+        for way in claim_assimilation._WAYS
     ]
-    assert budgets[0] == budgets[1]
-    assert len(budgets[0]) == len(cells) / 2
+    assert budgets[0] == budgets[1] == budgets[2]
+    assert len(budgets[0]) == len(cells) / 3
 
 
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
-    ("refined", "verdict"),
-    [(80.0, "claim holds here.**"), (60.0, "claim does not hold here"), (70.0, "does not hold")],
+    ("refined", "verdicts"),
+    [
+        (80.0, ("holds here.**", "holds here.**")),
+        (60.0, ("does not hold here", "holds here.**")),
+        (40.0, ("does not hold here", "does not hold here")),
+    ],
 )
-def test_assimilation_report(refined: float, verdict: str, tmp_path: Path) -> None:
+def test_assimilation_report(refined: float, verdicts: tuple[str, str], tmp_path: Path) -> None:
     documents = {}
-    for carry, accuracy in (("refine", refined), ("reestimate", 70.0)):
+    for way, accuracy in (("refine", refined), ("fresh", 70.0), ("reestimate", 50.0)):
         at = [accuracy - 1, accuracy, accuracy + 1]
         result = {
             "damping": 0.01,
@@ -221,9 +250,10 @@ def test_assimilation_report(refined: float, verdict: str, tmp_path: Path) -> No
             "curvature_seconds": [1.0, 2.0, 3.0],
         }
         for samples in (64, 128):
-            params = {"carry": carry, "samples": samples, "sweeps": 1}
+            params = {"way": way, "samples": samples, "sweeps": 1}
             params |= {"sparsity": 0.95, "steps": 6, "epochs": 1}
-            documents[f"{carry} {samples}"] = {"params": params, "result": result}
+            documents[f"{way} {samples}"] = {"params": params, "result": result}
     text = claim_assimilation.report(documents, tmp_path)
-    assert verdict in text
+    assert f"Against fresh start, survivors, the claim {verdicts[0]}" in text
+    assert f"Against full Fisher, zeros constrained, the claim {verdicts[1]}" in text
     assert f"{refined - 70:+.1f} points of accuracy on average, in 1.00 times" in text

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.harness.suite import list_benchmarks
+from benchmarks.harness.suite import EXPERIMENTS, list_benchmarks
 from pipeline.spec.load import load_spec
 
-PIPELINES = [one.path for one in list_benchmarks() if one.is_pipeline]
+PIPELINES = [
+    one.path for one in list_benchmarks() if one.is_pipeline and one.name not in EXPERIMENTS
+]
 
 
 @pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.stem)

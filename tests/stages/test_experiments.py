@@ -113,4 +113,4 @@ def test_a_published_checkpoint_is_imported_pruned_and_selected(
     chosen = json.loads((done["best[method=kfac,sparsity=0.9]"] / "model/model.json").read_text())
     assert (chosen["damping"], chosen["nonzero"]) == (0.001, 3236)
     table = (done["compare"] / "report" / "table.md").read_text()
-    assert "| *CBS (published)* | 93.96 |" in table
+    assert "| *CBS (published)* |  | " in table

@@ -1,4 +1,4 @@
-"""Evaluation, selection, table and figure."""
+"""Evaluation, table and figure."""
 
 import csv
 import json
@@ -10,10 +10,10 @@ from PIL import Image
 from running_stages import Ran, artifact, run_stage
 
 from pipeline.stage import Artifact, Context, StageError, write_json
+from stages.answers import unpack
 from stages.checkpoint import Checkpoint
 from stages.columns import COLUMNS
 from stages.lineage import Step, seeds, settings
-from stages.model_folder import load_model, save_model
 from stages.report.summary import summarise
 from stages.report.table import markdown, table_csv
 
@@ -29,6 +29,9 @@ def test_evaluate_gives_a_row_and_a_record_each(dense: Ran, tmp_path: Path) -> N
     assert [row["model_cell"] for row in rows] == ["pretrain[seed=0]", "pretrain[seed=1]"]
     row = rows[0]
     assert row["split"] == "test"
+    flags = unpack(row["right"], row["images"])
+    assert 100 * flags.mean() == pytest.approx(row["accuracy"], abs=1e-12)
+    assert rows[1]["images_digest"] == row["images_digest"]
     assert row["nonzero"] == row["prunable"] < row["parameters"]
     assert 50 < row["accuracy"] <= 100
     assert row["nll"] > 0
@@ -41,6 +44,7 @@ def test_evaluate_gives_a_row_and_a_record_each(dense: Ran, tmp_path: Path) -> N
         value = row[column.name]
         assert (column.optional and value is None) or type(value) is column.kind, column.name
     record = ran.records()[0]
+    assert record["params"]["label"] == "dense"
     assert {column.name for column in COLUMNS if column.param} <= record["params"].keys()
     tracked = {column.name for column in COLUMNS if column.metric and not column.optional}
     assert record["metrics"].keys() == tracked
@@ -60,26 +64,6 @@ def test_evaluate_resumes_where_it_was_killed(dense: Ran, tmp_path: Path) -> Non
     assert rows[0]["accuracy"] == 12.5
     assert rows[1]["accuracy"] > 50
     assert [record["name"] for record in ran.records()] == ["m0", "m1"]
-
-
-def test_select_passes_on_the_best(dense: Ran, tmp_path: Path) -> None:
-    worse = tmp_path / "worse"
-    worse.mkdir()
-    model = load_model(dense.output(), "cpu")
-    model.network.get_parameter("fc2.weight").data.neg_()
-    save_model(worse, model.with_facts(damping=0.1))
-    candidates = [
-        artifact(worse, cell="oneshot[damping=0.1]"),
-        artifact(None, cell="oneshot[damping=0.2]"),
-        artifact(dense.output(), cell="oneshot[damping=0.3]"),
-    ]
-    ran = run_stage("select", tmp_path / "run", {"metric": "nll"}, {"candidates": candidates})
-    facts = json.loads((ran.output() / "model.json").read_text())
-    assert facts["selected"] == "oneshot[damping=0.3]"
-    assert facts["damping"] is None
-    load_model(ran.output(), "cpu")
-    with pytest.raises(StageError, match="every candidate failed"):
-        run_stage("select", tmp_path / "none", {}, {"candidates": [artifact(None)]})
 
 
 ROW: dict[str, Any] = {
@@ -118,11 +102,12 @@ def results_folder(path: Path, rows: list[Any], failed: list[Any]) -> Artifact:
 def test_the_table_has_means_spreads_the_best_and_the_failed(tmp_path: Path) -> None:
     rows = [
         row(method="dense", mode="dense", sparsity=0.0, accuracy=97.0),
-        row(accuracy=90.0),
-        row(seed=1, accuracy=92.0),
-        row(method="obs", accuracy=95.0),
+        row(accuracy=90.9),
+        row(seed=1, accuracy=91.1),
+        row(method="obs", accuracy=97.9),
         row(method="magnitude", mode="gradual", finetuned=True, accuracy=99.0),
     ]
+    rows = [{**one, "images": 10_000} for one in rows]
     lost = "oneshot[method=obs,seed=1,sparsity=0.9]"
     failed = [{"model_cell": lost, "axes": {"method": "obs", "sparsity": 0.9, "seed": 1}}]
     ran = run_stage(
@@ -134,16 +119,24 @@ def test_the_table_has_means_spreads_the_best_and_the_failed(tmp_path: Path) -> 
     report = ran.output("report")
     table = (report / "table.md").read_text()
     assert "Dense network: 97.00 % accuracy." in table
-    assert "| method | 0.5 | 0.9 |" in table
-    assert "| fishleg |  | 91.00 ± 1.00 |" in table
-    assert "| obs |  | **95.00** † |" in table
-    assert "| *CBS (published)* | 99.00 | 98.00 |" in table
+    assert "| method | n | 0.5 | 0.9 |" in table
+    assert "| fishleg | 2 |  | 91.00 ± 0.14 |" in table
+    assert "| obs | 1 |  | **97.90** † |" in table
+    assert "| *CBS (published)* |  | 99.00 | **98.00** |" in table
     assert "## Gradual, then fine-tuned" in table
     assert f"- `{lost}`\n- `late`" in table
     lines = list(csv.DictReader((report / "table.csv").read_text().splitlines()))
-    assert [float(line["accuracy"]) for line in lines] == [97.0, 90.0, 92.0, 95.0, 99.0]
+    assert [float(line["accuracy"]) for line in lines] == [97.0, 90.9, 91.1, 97.9, 99.0]
     with Image.open(report / "figure.png") as figure:
         assert figure.width > figure.height > 500
+
+
+def test_the_legend_computes_the_deviation_that_the_draw_of_the_images_gives() -> None:
+    rows = [row(accuracy=90.0, images=10_000), row(accuracy=50.0, images=10_000, sparsity=0.5)]
+    table = markdown(summarise(rows), "title")
+    assert "An accuracy a on N = 10,000 images" in table
+    assert "0.30 to 0.50 points here" in table
+    assert "points here" not in markdown(summarise([row()]), "title")
 
 
 def test_a_model_whose_evaluation_failed_is_marked_in_its_place(tmp_path: Path) -> None:
@@ -154,22 +147,52 @@ def test_a_model_whose_evaluation_failed_is_marked_in_its_place(tmp_path: Path) 
     object.__setattr__(done, "stage", "measure")
     ran = run_stage("compare", tmp_path / "run", {}, {"results": [done, lost]})
     table = (ran.output("report") / "table.md").read_text()
-    assert "| fishleg | 90.00 ± 0.00 |" in table
-    assert "| kfac | failed † |" in table
+    assert "| fishleg | 2 | 90.00 ± 0.00 |" in table
+    assert "| kfac | 0 | failed † |" in table
     assert f"- `{cells['kfac']}`" in table
 
 
 def test_a_method_without_any_result_is_shown_as_failed() -> None:
     lost = [{"model_cell": "oneshot[...]", "axes": {"method": "kfac", "sparsity": 0.5}}]
     table = markdown(summarise([row(sparsity=0.5)], lost), "title")
-    assert "| kfac | failed † |" in table
+    assert "| kfac | 0 | failed † |" in table
 
 
 def test_several_structures_of_a_method_are_lines_of_their_own() -> None:
     rows = [row(structure="eigen"), row(structure="kronecker", sparsity=0.8), row(method="obs")]
     lines = summarise(rows).sections["One-shot"]
-    assert list(lines) == ["fishleg (eigen)", "fishleg (kronecker)", "obs"]
-    assert list(summarise([rows[0], rows[2]]).sections["One-shot"]) == ["fishleg", "obs"]
+    assert list(lines) == ["eigen", "fishleg (kronecker)", "obs"]
+    assert list(summarise([rows[0], rows[2]]).sections["One-shot"]) == ["eigen", "obs"]
+
+
+def test_the_line_of_fishleg_in_structure_eigen_is_called_eigen() -> None:
+    """Its eigenvalues are K-FAC's and EK-FAC's: the name fishleg would say that it is learned."""
+
+    def line(method: str, structure: str | None, **curvature: Any) -> Any:
+        return made(
+            f"{method} {structure} {curvature}",
+            90.0,
+            method=method,
+            structure=structure,
+            curvature=curvature,
+        )
+
+    rows = [line("fishleg", "eigen", shrinkage=one) for one in (0.0, 0.5)]
+    rows += [line("fishleg", "full"), line("fls", "tensor"), line("kfac", None)]
+    lines = summarise(rows).sections["One-shot"]
+    assert list(lines) == [
+        "eigen (shrinkage 0)",
+        "eigen (shrinkage 0.5)",
+        "fishleg (full)",
+        "fls (tensor)",
+        "kfac",
+    ]
+
+
+def test_a_structure_that_was_chosen_is_not_the_name_of_the_line() -> None:
+    chosen = Step(stage="select", among={"curvature.structure": ["eigen", "kronecker"]})
+    row = made("a", 90.0, structure="eigen", then=[chosen])
+    assert list(summarise([row]).sections["One-shot"]) == ["fishleg (best of eigen, kronecker)"]
 
 
 def test_several_dampings_of_a_method_are_lines_of_their_own() -> None:
@@ -298,7 +321,7 @@ def test_dense_networks_that_differ_are_not_averaged(tmp_path: Path) -> None:
         return {**made(f"{epochs}", accuracy, seed, 0.0), **about, "seeds": seeds(lineage)}
 
     table = markdown(summarise([dense(3, 0, 90.0), dense(3, 1, 92.0), dense(9, 0, 99.0)]), "t")
-    assert "Dense network (epochs 3): 91.00 ± 1.00 % accuracy." in table
+    assert "Dense network (epochs 3): 91.00 ± 1.41 % accuracy." in table
     assert "Dense network (epochs 9): 99.00 % accuracy." in table
 
 
@@ -317,7 +340,7 @@ def test_a_warning_is_marked_in_its_place_and_told_below() -> None:
         made("c", 95.0, target=0.5),
     ]
     table = markdown(summarise(rows), "title")
-    assert "| fishleg | 95.00 | 50.00 ± 40.00 ⚠ |" in table
+    assert "| fishleg | 1 to 2 | 95.00 | 50.00 ± 56.57 ⚠ |" in table
     told = "⚠ Read with care:\n\n- Layers that have lost every weight: head. "
     assert f"{told}(`{rows[1]['model_cell']}`)" in table
     assert "- `embed.weight`: of an embedding" in table
