@@ -141,6 +141,13 @@ class GramBlock(AbstractBlock):
         """Return damping + sum_m G_m^o2, (rows, columns). Cost O(m rows columns)."""
         return self.damping + torch.einsum("mij,mij->ij", self.root, self.root)
 
+    def log_det(self) -> Tensor:
+        """Return log det(I_m + G G^T / damping) + rows columns log damping."""
+        root, damping = self.root.flatten(1).double(), self.damping.double()
+        eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
+        inner = log_det_of(eye + root @ root.mT / damping) + root.shape[1] * damping.log()
+        return inner.to(self.root.dtype)
+
     def submatrix(self, index: Tensor) -> Tensor:
         """Return Q[index, index], (..., n, n), for flat positions `index` (..., n)."""
         chosen = self.root.flatten(1)[:, index].movedim(0, -2)

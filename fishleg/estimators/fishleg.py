@@ -244,7 +244,7 @@ class FishLeg(AbstractEstimator):
             starts[self._partial[0]] = self._partial[1]
         fresh = [name for name in names if name not in starts]
         factors: Sums = {}
-        if self.options.warm_start == "kfac" and self.masks is None:
+        if self.options.warm_start in {"kfac", "log_det"} and self.masks is None:
             wanted = [name for name in fresh if self._fit_of(name).structure not in CLOSED_FORM]
             factors = layer_moments(source, wanted, progress=progress) if wanted else {}
         for name in fresh:

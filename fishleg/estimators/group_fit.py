@@ -11,6 +11,7 @@ from torch import Tensor
 from fishleg.blocks import AbstractBlock, KroneckerBlock
 from fishleg.blocks.eigen import invert_factors
 from fishleg.blocks.structures import count_numbers, fit_structure
+from fishleg.linalg import invert_damped
 from fishleg.memory import Footprint
 from fishleg.moments import as_factors, kronecker_products, squares
 from fishleg.options import CLOSED_FORM, FishLegOptions, Structure
@@ -22,6 +23,7 @@ from fishleg.solvers.closed import ClosedFormSolver
 from fishleg.solvers.starts import diagonal_start, factored_start, identity_start
 
 _SMALL_VECTOR = 1024  # parameters up to which a vector's block is dense
+_OWN_DAMPING = 0.1  # of factors that are damped exactly afterwards, in units of the damping
 _WARM_SWEEPS = 2  # alternating ones, before Adam begins to fit a scale too; cheaper than its steps
 
 
@@ -101,6 +103,8 @@ class GroupFit:
             # of each convolution group
             gamma, a = factors or as_factors(*total(pieces, kronecker_products))
             if structure == "eigen":
+                if kind == "log_det":
+                    gamma, a = self._learned_factors(pieces, gamma, a, like)
                 return SolverState(block=cast_block(invert_factors(gamma, a, self.damping), like))
             # elsewhere the convolution groups share one column factor
             row, column = torch.block_diag(*gamma), a.mean(0)
@@ -116,6 +120,18 @@ class GroupFit:
         )
         return SolverState(block=cast_block(block, like), extra=extra)
 
+    def _learned_factors(
+        self, pieces: Iterable[Tensor], gamma: Tensor, a: Tensor, like: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the inverses of the factors that log-det half-steps learn, float64 (1, n, n)."""
+        damping = self.damping * _OWN_DAMPING
+        start = factored_start(torch.block_diag(*gamma), a.mean(0), damping)
+        solver = AlternatingSolver(damping, self.options.sweeps, objective="log_det")
+        state = SolverState(block=cast_block(start, like))
+        *_, last = solver.run(pieces, state)
+        b, c = (invert_damped(one.double(), 0.0)[None] for one in last.block.tensors().values())
+        return b, c
+
     def footprint(
         self, bytes_each: int, conv_groups: int | None, rows_at_once: int, *, uses_adam: bool
     ) -> Footprint:
@@ -127,8 +143,9 @@ class GroupFit:
             rows_at_once: gradient rows in a batch.
             uses_adam: whether Adam is the solver.
         """
-        structure, from_layers = self.structure, self.options.warm_start == "kfac"
-        h = (conv_groups if from_layers else None) or 1
+        structure, kind = self.structure, self.options.warm_start
+        from_layers = kind in {"kfac", "log_det"}
+        h = (conv_groups if kind == "kfac" else None) or 1
         numbers = count_numbers(
             structure, self.group, conv_groups=h, block_size=self.options.block_size
         )
@@ -136,7 +153,8 @@ class GroupFit:
         squares_of_sides = self.group.rows**2 + self.group.columns**2
         inverting = 40 * numbers if dense else 64 * squares_of_sides + 24 * self.group.size
         descending = 12 * bytes_each * numbers if uses_adam else 0
-        factors = self.group.rows**2 // h + h * self.group.columns**2
+        own = (conv_groups if from_layers else None) or 1
+        factors = self.group.rows**2 // own + own * self.group.columns**2
         return Footprint(
             held=bytes_each * numbers,
             sums=bytes_each * numbers + (8 * factors if from_layers and not dense else 0),

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypedDict
 from fishleg.errors import InvalidOption, UnknownName
 from fishleg.options.choices import (
     Directions,
+    FlsStart,
     LearnedStructure,
     MaskFit,
     Objective,
@@ -57,11 +58,12 @@ class FishLegOptions(Options):
             as `moments`); `moments`: inverse second moments of the gradients' rows and columns;
             `diagonal`: inverse diagonal Fisher; `identity`: identity / gamma. Where a scale is
             fitted beside two factors, two alternating sweeps follow, except on the diagonal, which
-            is in the scale already. For eigen it gives the basis (`kfac` or `moments`; a
-            refinement takes the `moments` of masked gradients).
+            is in the scale already. For eigen it gives the basis: `kfac`, `moments`, or `log_det`,
+            factors learned by log-det half-steps from K-FAC's, at a tenth of the damping, and
+            inverted; a refinement takes the `moments` of masked gradients.
         shrinkage: of measured curvature towards the product of its factors (eigen); see
             `ClosedFormSolver`.
-        sweeps: pairs of half-steps in a fit (alternating).
+        sweeps: pairs of half-steps in a fit (alternating), or of the start `log_det`.
         refine_sweeps: pairs of half-steps under new masks (alternating).
         mask_fit: the objective of masked half-steps. `exact`: J_M; `damped`: J of the masked
             gradients.
@@ -123,9 +125,15 @@ class FishLegOptions(Options):
         if self.structure == "eigen" and unfit:
             raise InvalidOption(
                 "structure",
-                "'eigen' takes its basis from the warm start 'kfac' or 'moments', has a closed "
-                f"form, and masks gradients; expected none of {sorted(unfit)}, or another "
+                "'eigen' takes its basis from the warm start 'kfac', 'moments' or 'log_det', has a "
+                f"closed form, and masks gradients; expected none of {sorted(unfit)}, or another "
                 "structure, such as 'kronecker'",
+            )
+        if self.warm_start == "log_det" and self.structure != "eigen":
+            raise InvalidOption(
+                "warm_start",
+                "'log_det' gives the basis of the structure 'eigen', got the structure "
+                f"{self.structure!r}; there the objective 'log_det' starts from 'kfac'",
             )
         has_alternating = {"kronecker", "eigen", *CLOSED_FORM}
         if self.solver == "alternating" and self.structure not in has_alternating:
@@ -223,7 +231,7 @@ class FlsOptions(Options):
     structure: LearnedStructure = "kronecker"
     objective: Objective = "probe"
     directions: Directions = "gradients"
-    warm_start: WarmStart = "identity"
+    warm_start: FlsStart = "identity"
     batch: Annotated[int, Range(ge=1, unit="samples")] = 32
     steps: Annotated[int, Range(ge=1)] = 1000
     refine_steps: Annotated[int, Range(ge=1)] = 200
@@ -241,7 +249,7 @@ class FlsChanges(TypedDict, total=False):
     structure: LearnedStructure
     objective: Objective
     directions: Directions
-    warm_start: WarmStart
+    warm_start: FlsStart
     batch: int
     steps: int
     refine_steps: int

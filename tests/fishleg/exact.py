@@ -27,6 +27,9 @@ class ExactBlock(AbstractBlock):
     def restore(cls, tensors, shape) -> ExactBlock:
         return cls(tensors["matrix"], shape)
 
+    def log_det(self) -> Tensor:
+        return torch.linalg.slogdet(self.dense())[1]
+
     def diagonal(self) -> Tensor:
         return self.matrix.diagonal().reshape(self.shape)
 

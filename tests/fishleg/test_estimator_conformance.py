@@ -77,6 +77,9 @@ CASES: dict[str, Callable[[Partition], AbstractEstimator]] = {
     "fishleg, eigen": lambda partition: FishLeg(
         partition, damping=DAMPING, structure="eigen", warm_start="kfac"
     ),
+    "fishleg, eigen, log-det": lambda partition: FishLeg(
+        partition, damping=DAMPING, structure="eigen", warm_start="log_det"
+    ),
     "fishleg, block": lambda partition: FishLeg(partition, damping=DAMPING, structure="block"),
     "fishleg, diagonal": lambda partition: FishLeg(
         partition, damping=DAMPING, structure="diagonal"

@@ -369,7 +369,11 @@ def test_model_is_left_as_it_was():
             "needs the solver 'adam'",
         ),
         ({"structure": "eigen", "solver": "adam"}, ValueError, "expected none of \\['adam'\\]"),
-        ({"structure": "eigen", "warm_start": "identity"}, ValueError, "'kfac' or 'moments'"),
+        (
+            {"structure": "eigen", "warm_start": "identity"},
+            ValueError,
+            "'kfac', 'moments' or 'log_det'",
+        ),
         ({"shrinkage": 1.5}, ValueError, "shrinkage: expected 0 to 1, got 1.5"),
         ({"sweep": 3}, TypeError, "sweep"),
     ],
