@@ -36,6 +36,7 @@ class OBS(AbstractOnePassEstimator):
         partition: the groups.
         damping: gamma > 0.
         block_size: b >= 1; a group smaller than b is one full block.
+        by_rows: whether each row is a block, in place of `block_size`: b is the row's length.
         memory_limit: see `AbstractEstimator`.
 
     Raises:
@@ -52,25 +53,34 @@ class OBS(AbstractOnePassEstimator):
         *,
         damping: float,
         block_size: int = ObsOptions.block_size,
+        by_rows: bool = ObsOptions.by_rows,
         memory_limit: int | None = None,
     ):
         super().__init__(partition, damping=damping, memory_limit=memory_limit)
-        self.options = ObsOptions(block_size=block_size)
+        self.options = ObsOptions(block_size=block_size, by_rows=by_rows)
 
     def _passes(
         self, source: GradientSource, masks: Mapping[str, Tensor] | None
     ) -> Sequence[DataPass]:
-        products = partial(chunk_products, block_size=self.options.block_size)
+        products = {
+            name: partial(chunk_products, block_size=self._block_size(name))
+            for name in self.partition.names
+        }
 
         def invert(name: str, sums: list[Tensor]) -> DenseBlock:
             return DenseBlock(invert_damped(sums[0], self.damping), self.partition[name].shape)
 
         return [DataPass(partial(accumulate, source, products, masks=masks), invert)]
 
+    def _block_size(self, name: str) -> int:
+        """Return b of a group."""
+        group = self.partition[name]
+        return group.columns if self.options.by_rows else min(self.options.block_size, group.size)
+
     def footprint(self, source: GradientSource, name: str) -> Footprint:
         """Return the memory that fitting group `name` needs; see the class."""
         size, bytes_each = self.partition[name].size, source.element_size(name)
-        block_size = min(self.options.block_size, size)
+        block_size = self._block_size(name)
         numbers = chunk_count(size, block_size) * block_size**2
         summing = bytes_each * (3 * source.rows_at_once * size + numbers)
         return Footprint(

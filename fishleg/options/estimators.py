@@ -267,9 +267,12 @@ class ObsOptions(Options):
 
     Attributes:
         block_size: weights in a diagonal block; a smaller group is one full block.
+        by_rows: whether each row of a group (an output, with its bias) is a block, whatever its
+            length, in place of `block_size`.
     """
 
     block_size: Annotated[int, Range(ge=1, unit="weights")] = 64
+    by_rows: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,7 +106,12 @@ CATALOGUE = Catalogue(
             name="select",
             entry="stages.select:select",
             params=SelectParams,
-            inputs={"candidates": Input(kind="model", many=True, summary="models to choose from")},
+            inputs={
+                "candidates": Input(kind="model", many=True, summary="models to choose from"),
+                "dense": Input(
+                    kind="model", optional=True, summary="the model that divergence is from"
+                ),
+            },
             outputs=_GIVES_MODEL,
             summary="selects the candidate that is best on the validation split",
         ),

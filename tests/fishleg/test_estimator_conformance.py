@@ -41,6 +41,7 @@ CASES: dict[str, Callable[[Partition], AbstractEstimator]] = {
     "diagonal": lambda partition: DiagonalFisher(partition, damping=DAMPING),
     "woodbury": lambda partition: OBS(partition, damping=DAMPING),
     "woodbury, small": lambda partition: OBS(partition, damping=DAMPING, block_size=5),
+    "woodbury, by rows": lambda partition: OBS(partition, damping=DAMPING, by_rows=True),
     "kfac": lambda partition: KFAC(partition, damping=DAMPING),
     "kfac, factors only": lambda partition: KFAC(partition, damping=DAMPING, dense_size=0),
     "ekfac": lambda partition: EKFAC(partition, damping=DAMPING),

@@ -223,8 +223,8 @@ def test_options_of_a_method_are_checked(stage: Stage, method: str, tmp_path: Pa
             {"method": "fishleg", "fishleg": {"structure": "eigen", "solver": "adam"}},
             ("fishleg", "structure"),
             "fishleg.structure: 'eigen' takes its basis from the warm start 'kfac', 'moments' or "
-            "'log_det', has a closed form, and masks gradients; expected none of ['adam'], or another "
-            "structure, such as 'kronecker'",
+            "'log_det', has a closed form, and masks gradients; expected none of ['adam'], or "
+            "another structure, such as 'kronecker'",
         ),
         (
             {"method": "fishleg", "fishleg": {"steps": 5, "preconditioned_steps": 5}},

@@ -80,3 +80,25 @@ def evaluated(model: Path, folder: Path) -> dict[str, Any]:
     ran = run_stage("evaluate", folder, {}, {"models": [artifact(model)]})
     (row,) = json.loads((ran.output("results") / "rows.json").read_text())
     return row
+
+
+def test_select_by_divergence_prefers_the_model_nearest_to_the_dense_one(
+    dense: Ran, tmp_path: Path
+) -> None:
+    """A model of scaled outputs classifies alike, and diverges."""
+    models = []
+    for scale in (3.0, 1.01, 0.3):
+        model = load_model(dense.output(), "cpu")
+        model.network.get_parameter("fc2.weight").data.mul_(scale)
+        model.network.get_parameter("fc2.bias").data.mul_(scale)
+        folder = tmp_path / f"{scale:g}"
+        folder.mkdir()
+        step = Step(stage="curvature", params={"damping": scale, "method": "obs"})
+        save_model(folder, model.after(step, damping=scale))
+        models.append(artifact(folder, cell=f"oneshot[damping={scale:g}]"))
+    inputs = {"candidates": models, "dense": [artifact(dense.output())]}
+    ran = run_stage("select", tmp_path / "run", {"metric": "divergence"}, inputs)
+    facts = json.loads((ran.output() / "model.json").read_text())
+    assert facts["selected"] == "oneshot[damping=1.01]"
+    with pytest.raises(StageError, match="add the input `dense`"):
+        run_stage("select", tmp_path / "no", {"metric": "divergence"}, {"candidates": models})

@@ -15,8 +15,11 @@ from stages.lineage import Role
 class SelectParams(MethodAxes):
     """Parameters of `select`."""
 
-    metric: Literal["accuracy", "nll"] = Field(
-        default="accuracy", description="highest accuracy or lowest nll on the validation split"
+    metric: Literal["accuracy", "nll", "divergence"] = Field(
+        default="accuracy",
+        description="highest accuracy or lowest nll on the validation split; or, for networks that "
+        "have seen it in training, the lowest divergence: mean KL(dense || pruned) on its images, "
+        "each with a crop and a flip that training has not seen. It needs the input dense",
     )
     seed: Seed = Field(default=0, ge=0, description="axis: the inputs' seed")
 
