@@ -161,6 +161,7 @@ class Training:
         *,
         first_step: int = 0,
         checkpoint: Callable[[], None] | None = None,
+        after_step: Callable[[Tensor, int], None] | None = None,
     ) -> None:
         """Train to the last epoch, with metrics, progress and checkpoints through `ctx`.
 
@@ -168,6 +169,8 @@ class Training:
             ctx: the stage's context.
             first_step: number of the first epoch in the metrics' series.
             checkpoint: writes a checkpoint; by default of network and training alone.
+            after_step: is given the inputs and the number, from 0, of each batch after its step;
+                it may leave no trace in the weights.
 
         A loss that is not finite is a StageError; the last checkpoint stays.
         """
@@ -184,6 +187,8 @@ class Training:
             )
             for inputs, labels in batches:
                 self._step(inputs, labels)
+                if after_step is not None:
+                    after_step(inputs, self.epoch * self.batches + self.batch)
                 self.batch += 1
                 last = self.batch == self.batches
                 if last:

@@ -104,6 +104,30 @@ class AbstractEstimator(ABC):
         survivors or on the full one, and sets `self.masks` accordingly.
         """
 
+    def learn(self, source: GradientSource, masks: Mapping[str, Tensor] | None = None) -> None:
+        """Update the estimate by one batch, as training provides them; `settle` makes Q of it.
+
+        Args:
+            source: of the gradients of a batch, at the present weights, with labels drawn afresh.
+            masks: group name -> bool (rows, columns), the survivors so far; None for all.
+
+        Raises:
+            FishLegError: the method cannot be updated by batches.
+        """
+        raise FishLegError(
+            f"{self.name}: expected a method that batches can update, such as fls, kfac, obs or "
+            "diagonal; fit or refine this one."
+        )
+
+    def settle(self, source: GradientSource) -> None:
+        """Make Q of the batches that `learn` was given.
+
+        Args:
+            source: at the present weights. Methods whose Q is up to date look for Q alone, and
+                raise NotFitted where there is none.
+        """
+        self.blocks()
+
     def blocks(self) -> dict[str, AbstractBlock]:
         """Return group name -> block.
 

@@ -27,6 +27,7 @@ class DiagonalFisher(AbstractOnePassEstimator):
     """
 
     name = "diagonal"
+    averages = True
     remedy = "the method magnitude"
 
     def _passes(

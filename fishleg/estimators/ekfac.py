@@ -37,6 +37,7 @@ class EKFAC(KFAC):
     """
 
     name = "ekfac"
+    averages = False
 
     def _passes(
         self, source: GradientSource, masks: Mapping[str, Tensor] | None

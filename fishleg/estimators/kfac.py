@@ -51,6 +51,7 @@ class KFAC(AbstractOnePassEstimator):
     """
 
     name = "kfac"
+    averages = True
     remedy = "the method diagonal or obs, or a smaller dense_size"
     restricts = False
     options: KfacOptions

@@ -44,6 +44,7 @@ class OBS(AbstractOnePassEstimator):
     """
 
     name = "obs"
+    averages = True
     options: ObsOptions
     remedy = "a smaller block_size"
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fishleg.blocks.base import AbstractBlock
 from fishleg.estimators.base import AbstractEstimator, Callback, FitProgress, tensors_below
 from fishleg.estimators.exchange import block_cost, exchange_blocks
-from fishleg.gradients.running_sums import Progress, RunningSums
+from fishleg.gradients.running_sums import Progress, RunningSums, Sums
 from fishleg.gradients.source import GradientSource
 from fishleg.options import NoOptions, Options
 from fishleg.parameters import Partition
@@ -45,16 +45,21 @@ class AbstractOnePassEstimator(AbstractEstimator):
         restricts: `refine` estimates on the Fisher restricted to the survivors, and sets `masks`.
             Removed weights then have zero gradients: they are decoupled from the survivors, and
             each has the entry 1 / damping. Otherwise `refine` estimates on the full Fisher.
+        averages: `learn` is possible: no pass needs the blocks of an earlier one, so running means
+            of the sums over batches have all that Q is made of.
         options: the estimator's own.
     """
 
     restricts: ClassVar[bool] = True
+    averages: ClassVar[bool] = False
     options: Options = NoOptions()
 
     def __init__(self, partition: Partition, *, damping: float, memory_limit: int | None = None):
         super().__init__(partition, damping=damping, memory_limit=memory_limit)
         self._passes_done: int | None = None  # None: no fit is under way
         self._running = RunningSums()  # of the present pass
+        self._means: list[Sums] = []  # of batches, for each pass
+        self._updates = 0
 
     @abstractmethod
     def _passes(
@@ -94,8 +99,44 @@ class AbstractOnePassEstimator(AbstractEstimator):
         self._begin(dict(masks) if self.restricts else None)
         self._run(source, callback)
 
+    @in_full
+    def learn(self, source: GradientSource, masks: Mapping[str, Tensor] | None = None) -> None:
+        """Take a batch into running means of the sums; see `AbstractEstimator.learn`.
+
+        A plain mean of the first batches, later one that forgets: weight 0.05 for the newest. Under
+        masks that remove more the means go on.
+        """
+        if not self.averages:
+            super().learn(source, masks)
+        self.masks = dict(masks) if self.restricts and masks is not None else None
+        weight = max(_NEWEST, 1 / (self._updates + 1))
+        for number, one in enumerate(self._passes(source, self.masks)):
+            running = RunningSums()
+            one.sum(running=running, progress=_ignore)
+            if number == len(self._means):
+                self._means.append({})
+            means = self._means[number]
+            for name, sums in running.sums.items():
+                before = means.get(name, sums)
+                pairs = zip(before, sums, strict=True)
+                means[name] = [mean.lerp(new, weight) for mean, new in pairs]
+        self._updates += 1
+
+    @in_full
+    def settle(self, source: GradientSource) -> None:
+        """Make Q of the running means, if there are any."""
+        if not self._updates:
+            return super().settle(source)
+        self._blocks = {}
+        for one, means in zip(self._passes(source, self.masks), self._means, strict=True):
+            self._running = RunningSums(sums={name: list(sums) for name, sums in means.items()})
+            self._make(source, one, _ignore)
+        self._running = RunningSums()
+        self._blocks = {name: self._blocks[name] for name in self.partition.names}
+
     def _begin(self, masks: dict[str, Tensor] | None) -> None:
         self.masks = masks
+        self._means, self._updates = [], 0
         self._blocks = {}
         self._passes_done, self._running = 0, RunningSums()
 
@@ -154,6 +195,13 @@ class AbstractOnePassEstimator(AbstractEstimator):
         """Return the blocks, the masks, the sums of a running fit, and the options."""
         state = self._common_state()
         state["meta"]["options"] = asdict(self.options)
+        state["meta"]["updates"] = self._updates
+        state["tensors"] |= {
+            f"means/{number}/{index}/{name}": mean
+            for number, means in enumerate(self._means)
+            for name, parts in means.items()
+            for index, mean in enumerate(parts)
+        }
         if self._passes_done is not None:
             sums = self._running.sums
             state["meta"]["under_way"] = {
@@ -175,6 +223,8 @@ class AbstractOnePassEstimator(AbstractEstimator):
         self._load_common_state(state)
         self.options = type(self.options)(**state["meta"]["options"])
         self._passes_done, self._running = None, RunningSums()
+        self._updates = state["meta"].get("updates", 0)
+        self._means = _restored_means(tensors_below("means/", state["tensors"]))
         if under_way := state["meta"].get("under_way"):
             tensors = tensors_below("sums/", state["tensors"])
             sums = {
@@ -184,3 +234,21 @@ class AbstractOnePassEstimator(AbstractEstimator):
             self._passes_done = under_way["passes_done"]
             places = {name: under_way[name] for name in ("rounds", "processes", "whole")}
             self._running = RunningSums(**places, sums=sums)
+
+
+_NEWEST = 0.05  # weight of the newest batch in running means
+
+
+def _ignore(rows: int) -> None:
+    """Report no progress."""
+
+
+def _restored_means(tensors: Mapping[str, Tensor]) -> list[Sums]:
+    """Return the running means of each pass, from tensors by the name "PASS/INDEX/GROUP"."""
+    means: list[Sums] = []
+    for key in sorted(tensors, key=lambda key: [int(part) for part in key.split("/", 2)[:2]]):
+        number, _, name = key.split("/", 2)
+        while len(means) <= int(number):
+            means.append({})
+        means[int(number)].setdefault(name, []).append(tensors[key].clone())
+    return means

@@ -24,6 +24,7 @@ from fishleg.options.choices import (
     Zeros,
 )
 from fishleg.options.estimators import (
+    BATCHWISE,
     CLOSED_FORM,
     ESTIMATOR_OPTIONS,
     EstimatorOptions,
@@ -80,6 +81,7 @@ __all__ = [
     "RefinementOptions",
     "StepOptions",
     "TrackingOptions",
+    "BATCHWISE",
     "CLOSED_FORM",
     "ESTIMATOR_OPTIONS",
     # declarations and checks

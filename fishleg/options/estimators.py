@@ -328,6 +328,9 @@ ESTIMATOR_OPTIONS: Mapping[str, type[Options]] = {
 }
 """Name of an estimator -> the class of its own options."""
 
+BATCHWISE = frozenset({"fls", "kfac", "obs", "diagonal"})
+"""Estimators that batches can update; see `AbstractEstimator.learn`."""
+
 
 def mistakes_in(method: str, options: Mapping[str, Any]) -> Iterator[InvalidOption | UnknownName]:
     """Yield an error for each keyword argument that an estimator's constructor would refuse.

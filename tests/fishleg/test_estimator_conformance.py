@@ -25,6 +25,7 @@ from fishleg.estimators import (
     Magnitude,
 )
 from fishleg.gradients.source import GradientSource
+from fishleg.options import BATCHWISE
 from fishleg.parameters import Partition, partition_parameters
 from tests.fishleg.networks import Tied, mixed_source
 
@@ -383,3 +384,32 @@ def test_states_of_others_are_refused(name):
     state["meta"]["estimator"] = "another"
     with pytest.raises(FishLegError, match="'another'"):
         ESTIMATORS[name](data.partition, damping=DAMPING).load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", sorted(BATCHWISE))
+def test_batches_update_an_estimate(name):
+    """Whole passes as batches: the mean of equal batches is the fit itself; states resume it."""
+    data = source()
+    partition = data.partition
+    options = STEPS if name == "fls" else {}
+    estimator = ESTIMATORS[name](partition, damping=DAMPING, **options)
+    estimator.fit(data)
+    before = {key: block.dense() for key, block in estimator.blocks().items()}
+    for _ in range(3):
+        estimator.learn(data)
+    again = ESTIMATORS[name](partition, damping=DAMPING, **options)
+    again.load_state_dict(copy.deepcopy(estimator.state_dict()))
+    for one in (estimator, again):
+        one.learn(data)
+        one.settle(data)
+    for key, block in estimator.blocks().items():
+        assert torch.equal(block.dense(), again.block(key).dense())
+        if name != "fls":
+            close(block.dense(), before[key])
+
+
+@pytest.mark.parametrize("name", sorted(ESTIMATORS.keys() - BATCHWISE))
+def test_other_estimates_refuse_batches(name):
+    data = source()
+    with pytest.raises(FishLegError, match="expected a method that batches can update"):
+        ESTIMATORS[name](data.partition, damping=DAMPING).learn(data)

@@ -297,6 +297,58 @@ def test_a_gradual_pruning_that_was_killed_reaches_the_same_bits(
     assert len(prunings) == 2 - step - (not fitting)
 
 
+ONLINE = {
+    **GRADUAL,
+    "curvature": "online",
+    "online": {"every": 4, "samples": 16},
+    "fls": {"steps": 20, "batch": 16, "check_every": 10},
+}
+
+
+@pytest.mark.parametrize("method", ["fls", "kfac", "obs", "diagonal"])
+def test_online_curvature_rides_on_the_training(method: str, dense: Ran, tmp_path: Path) -> None:
+    """Only the first step makes a pass of its own; later estimates are not that of the first."""
+    inputs = {"model": dense.output()}
+    ran = run_stage("prune_gradual", tmp_path / "online", {**ONLINE, "method": method}, inputs)
+    assert_sparsity(load_model(ran.output(), "cpu"), 0.9)
+    fits = {e["unit"] for e in ran.events if e["type"] == "progress" and "fit" in e["unit"]}
+    assert fits == {"fit step, pruning step 1"}
+    assert ran.metrics()["validation/accuracy"] > 30
+    rarely = {**ONLINE, "method": method, "online": {"every": 10_000, "samples": 16}}
+    other = run_stage("prune_gradual", tmp_path / "rarely", rarely, inputs)
+    with pytest.raises(AssertionError):
+        assert_same_model(ran.output(), other.output())
+
+
+@pytest.mark.parametrize("method", ["fls", "kfac"])
+@pytest.mark.parametrize("step", [0, 1])
+def test_online_curvature_that_was_killed_reaches_the_same_bits(
+    method: str, step: int, dense: Ran, tmp_path: Path
+) -> None:
+    params = {**ONLINE, "method": method}
+    inputs = {"model": dense.output()}
+    whole = run_stage("prune_gradual", tmp_path / "whole", params, inputs)
+    ctx = Context(
+        params=STAGES["prune_gradual"].params.model_validate(params),
+        folder=tmp_path / "killed",
+        inputs={"model": [artifact(dense.output())]},
+        emit=stop_in(tmp_path / "killed", step, fitting=False),
+        checkpoint_every_s=0,
+    )
+    with pytest.raises(Stopped):
+        prune_gradual(ctx)
+    again = run_stage("prune_gradual", tmp_path / "killed", params, inputs)
+    assert_same_model(whole.output(), again.output())
+
+
+def test_online_curvature_needs_a_method_that_batches_can_update() -> None:
+    kind = STAGES["prune_gradual"].params
+    with pytest.raises(ValueError, match="expects a method that batches can update, diagonal or"):
+        kind.model_validate({**ONLINE, "method": "mfac"})
+    with pytest.raises(ValueError, match="at least 1 of `epochs`"):
+        kind.model_validate({**ONLINE, "method": "fls", "epochs": 0})
+
+
 def test_several_steps_without_training_are_multistep(dense: Ran, tmp_path: Path) -> None:
     ran = run_stage(
         "prune_gradual",

@@ -8,11 +8,14 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, NonNegativeInt, model_validator
 
 from fishleg.options import (
+    BATCHWISE,
+    ESTIMATOR_OPTIONS,
     PruningOptions,
     RefinementMethod,
     RefinementOptions,
     Schedule,
 )
+from pipeline.stage import Params
 from stages.catalogue.declared import OptionParams, reset
 from stages.catalogue.parameters.axes import MethodAxes, Seed
 from stages.catalogue.parameters.curvature import EstimatorParams, RefinedFishLegParams
@@ -98,14 +101,53 @@ class StepwiseParams(PruningParams, EstimatorParams):
         return self
 
 
+class OnlineParams(Params):
+    """Options of curvature that rides on training."""
+
+    every: int = Field(
+        default=10, ge=1, description="training steps from one update of the estimate to the next"
+    )
+    samples: int = Field(
+        default=32, ge=1, description="samples of a training batch that an update takes, at most"
+    )
+
+
 class GradualParams(StepwiseParams, TrainingParams):
     """Parameters of `prune_gradual`."""
+
+    curvature: Literal["steps", "online"] = Field(
+        default="steps",
+        description="the estimate is updated before each pruning step, as `carry` says; or online, "
+        "by batches of the training between the steps (fls, and running means of kfac, obs and "
+        "diagonal)",
+    )
+    online: OnlineParams = Field(default=OnlineParams(), description="options of online curvature")
 
     fishleg: RefinedFishLegParams = Field(
         default=RefinedFishLegParams(), description="options of the method fishleg"
     )
     epochs: int = Field(default=1, ge=0, description="epochs of training after each step")
     batch_size: int = Field(default=128, ge=1, description="samples in an optimiser step")
+
+    @model_validator(mode="after")
+    def _online(self) -> GradualParams:
+        """Check that batches can update an online estimate.
+
+        Raises:
+            ValueError: they cannot.
+        """
+        if self.curvature == "steps":
+            reset(self, "online")
+            return self
+        if self.method in ESTIMATOR_OPTIONS and self.method not in BATCHWISE:
+            raise ValueError(
+                f"curvature: online expects a method that batches can update, "
+                f"{' or '.join(sorted(BATCHWISE))}, got {self.method!r}"
+            )
+        if not self.epochs:
+            raise ValueError("curvature: online expects at least 1 of `epochs`, got 0")
+        reset(self, "carry")  # what is carried is the estimate that training updates
+        return self
 
 
 class RefinementParams(OptionParams, RefinementOptions):
