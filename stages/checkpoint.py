@@ -85,6 +85,29 @@ class Checkpoint:
             folders={path.name: path for path in folder.iterdir() if path.is_dir()},
         )
 
+    @classmethod
+    def shared(cls, ctx: Context, rank_group: RankGroup) -> Checkpoint | None:
+        """Return the first rank's newest checkpoint on all ranks, without its folders elsewhere.
+
+        Every rank must call this. None where there is none.
+        """
+        last = cls.last(ctx)
+        if rank_group.size == 1 or not rank_group.any(last is not None):
+            return last
+        own = last or cls()
+        tensors = {
+            f"{name}.{key}": one
+            for name, state in own.states.items()
+            for key, one in state["tensors"].items()
+        }
+        metas = {name: state["meta"] for name, state in own.states.items()}
+        found, (cursor, metas) = rank_group.broadcast(tensors, [dict(own.cursor), metas])
+        states = {
+            name: {"tensors": without_prefix(name, found), "meta": meta}
+            for name, meta in metas.items()
+        }
+        return cls(cursor=cursor, states=states, folders=own.folders)
+
     def tensors(self, name: str, device: str = "cpu") -> dict[str, Tensor]:
         """Return the tensors of a state on `device`."""
         return {key: one.to(device) for key, one in self.states[name]["tensors"].items()}

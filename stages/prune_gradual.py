@@ -8,9 +8,11 @@ from torch import Tensor
 
 from fishleg.calibration import Calibration
 from fishleg.fresh import step_seed
+from fishleg.gradients.rank_group import ALONE, RankGroup
 from fishleg.pruning import group_masks
 from pipeline.stage import Context
 from stages.determinism import compute_deterministically
+from stages.distributed import joined
 from stages.estimate import user_errors
 from stages.pruning import finish, made_by
 from stages.stepwise import StepwisePruning
@@ -30,12 +32,15 @@ def prune_gradual(ctx: Context) -> None:
     """
     params: GradualParams = ctx.params
     compute_deterministically(ctx.device)
-    run = GradualPruning(ctx)
-    for step in range(run.resume(), len(run.sparsities)):
-        if not run.unfinished:
-            run.update_curvature(step)
-            run.prune(step)
-        run.train(step)
+    with joined(ctx) as rank_group:
+        run = GradualPruning(ctx, rank_group)
+        for step in range(run.resume(), len(run.sparsities)):
+            if not run.unfinished:
+                run.update_curvature(step)
+                run.prune(step)
+            run.train(step)
+    if ctx.rank > 0:
+        return
     mode = "gradual" if params.epochs else "multistep"
     facts = run.recipe.facts(mode=mode, target=params.sparsity)
     done = made_by("prune_gradual", params, run.estimator, run.warnings)
@@ -45,8 +50,8 @@ def prune_gradual(ctx: Context) -> None:
 class GradualPruning(StepwisePruning):
     """Adds the training between the steps, on which the curvature may ride."""
 
-    def __init__(self, ctx: Context):
-        super().__init__(ctx)
+    def __init__(self, ctx: Context, rank_group: RankGroup = ALONE):
+        super().__init__(ctx, rank_group)
         self.params: GradualParams = ctx.params
 
     @property
@@ -70,6 +75,7 @@ class GradualPruning(StepwisePruning):
             self.params,
             masks=self.model.masks,
             purpose=f"step {step}",
+            rank_group=self.rank_group,
         )
 
         def checkpoint() -> None:
@@ -77,7 +83,7 @@ class GradualPruning(StepwisePruning):
 
         if self.unfinished:
             training.load_state_dict(self.unfinished.pop("training"))
-        elif self.ctx.checkpoint_due():
+        elif self.ctx.rank == 0 and self.ctx.checkpoint_due():
             checkpoint()
         masks = group_masks(self.partition, self.model.masks)
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fishleg.estimators.base import FitProgress
+from fishleg.gradients.rank_group import ALONE, RankGroup
 from fishleg.pruning import cubic, geometric, group_masks, linear
 from pipeline.stage import Context, StageError
 from stages.checkpoint import Checkpoint, State
 from stages.data.source import load_data
+from stages.distributed import require_equal
 from stages.estimate import Recipe, user_errors
 from stages.metrics import measure
 from stages.model_folder import Model, input_model
@@ -40,16 +42,19 @@ class StepwisePruning:
         unfinished: name -> state of the training or refinement that the checkpoint was taken in;
             empty once that is resumed.
         folders: name -> folder that belongs to each checkpoint.
+        rank_group: the processes that do this together. All prune alike; the first one writes.
     """
 
-    def __init__(self, ctx: Context):
+    def __init__(self, ctx: Context, rank_group: RankGroup = ALONE):
         self.ctx = ctx
+        self.rank_group = rank_group
         self.params: StepwiseParams = ctx.params
         self.model: Model = input_model(ctx, "model")
         self.dataset, _ = load_data(self.model.facts.data)
         self.partition = self.model.facts.partition(self.model.network)
         self.recipe = Recipe.from_params(self.params)
         self.source = self.recipe.calibration.gradients(self.model, self.partition, self.dataset)
+        self.source.rank_group = rank_group
         self.estimator = self.recipe.build(self.partition)
         self.sparsities = _schedule(self.params, self.model.facts.target)
         self.warnings: list[str] = []
@@ -98,6 +103,7 @@ class StepwisePruning:
             sparsity=self.sparsities[step],
             step=step + 1,
         )
+        require_equal(self.rank_group, {**self.model.network.state_dict(), **self.model.masks})
         self.warnings += [f"Step {step + 1}: {text}" for text in warnings]
         found = measure(self.model.network, self.dataset, self.dataset.validation)
         self.ctx.log({"pruned/validation_accuracy": found["accuracy"]}, step=step + 1)
@@ -110,6 +116,8 @@ class StepwisePruning:
             fitting: whether the step's estimate is still being fitted.
             unfinished: the states of the training or refinement that is under way.
         """
+        if self.ctx.rank > 0:
+            return
         states: dict[str, State] = {
             "network": {"tensors": self.model.network.state_dict()},
             "masks": {"tensors": self.model.masks},
@@ -127,8 +135,8 @@ class StepwisePruning:
         return {"warnings": self.warnings}
 
     def resume(self) -> int:
-        """Restore the cell's last checkpoint, if any, and return the number of its step, from 0."""
-        last = Checkpoint.last(self.ctx)
+        """Restore the last checkpoint in all ranks; return the number of its step, or else 0."""
+        last = Checkpoint.shared(self.ctx, self.rank_group)
         if last is None:
             return 0
         self.restore(last)

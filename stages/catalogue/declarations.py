@@ -85,6 +85,7 @@ CATALOGUE = Catalogue(
             params=GradualParams,
             inputs={"model": _MODEL},
             outputs=_GIVES_MODEL,
+            parallel=True,
             summary="removes weights in steps, with training and fresh curvature between",
         ),
         Stage(

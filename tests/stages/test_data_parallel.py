@@ -33,6 +33,19 @@ NATURAL = {
     "fishleg_optimizer": {"update_every": 10, "samples": 16},
 }
 CURVATURE = {"samples": 61, "batch_size": 16, "damping": 1e-2, "certificate_samples": 0}
+GRADUAL = {
+    "method": "fls",
+    "damping": 1e-2,
+    "samples": 61,
+    "fls": {"steps": 8, "batch": 15, "check_every": 4, "objective": "expected"},
+    "curvature": "online",
+    "online": {"every": 8, "samples": 15},
+    "sparsity": 0.6,
+    "steps": 2,
+    "epochs": 1,
+    "batch_size": 33,
+    "lr": 0.02,
+}
 METHODS: dict[str, dict[str, Any]] = {
     "kfac": {"method": "kfac"},
     "obs": {"method": "obs", "obs": {"block_size": 16}},
@@ -89,6 +102,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"name": "pretrain", "folder": "pretrain", "params": PRETRAIN, "checkpoint_every_s": 0},
         {"name": "pretrain", "folder": "natural", "params": NATURAL},
         {
+            "name": "prune_gradual",
+            "folder": "gradual",
+            "params": GRADUAL,
+            "inputs": {"model": dense},
+            "checkpoint_every_s": 0,
+        },
+        {
             "name": "finetune",
             "folder": "finetune",
             "params": {"epochs": 1, "batch_size": 32, "lr": 0.02},
@@ -132,6 +152,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         jobs.append({**job, "folder": again, "checkpoint_every_s": 30})
         jobs.append({**job, "folder": f"grown-{job['folder']}", "checkpoint_every_s": 30})
         job["first_checkpoint"] = root / f"two-{again}" / "checkpoints" / "000001"
+    gradual = next(job for job in jobs if job["folder"] == "gradual")
+    jobs.append({**gradual, "folder": "again-gradual", "checkpoint_every_s": 30})
+    gradual["first_checkpoint"] = root / "two-again-gradual" / "checkpoints" / "000001"
     jobs.append({"name": "compare bits", "folder": "bits"})
     run_jobs([{**job, "folder": root / f"two-{job['folder']}"} for job in jobs], size=2)
     return root
@@ -149,7 +172,7 @@ def remove_weights(dense: Path, folder: Path) -> None:
     save_model(folder, model.with_facts(target=0.1, method="magnitude", mode="oneshot"))
 
 
-@pytest.mark.parametrize("name", ["pretrain", "natural", "finetune"])
+@pytest.mark.parametrize("name", ["pretrain", "natural", "finetune", "gradual"])
 def test_two_workers_train_as_one(root: Path, name: str) -> None:
     assert_near(weights(root / name), weights(root / f"two-{name}"), RTOL_TRAINING)
 
@@ -172,6 +195,22 @@ def test_masks_are_kept(root: Path) -> None:
     assert distances(*masks) == {}  # equal, being integers
     tuned = weights(root / "two-finetune")["conv2.weight"]
     assert torch.equal(tuned != 0, masks[1]["conv2.weight"].bool())
+
+
+def test_online_curvature_over_two_workers_prunes_as_one_and_resumes_to_the_same_bits(
+    root: Path,
+) -> None:
+    masks = [
+        load_tensors(root / name / "outputs" / "model" / "masks.safetensors")
+        for name in ("gradual", "two-gradual", "two-again-gradual")
+    ]
+    assert distances(masks[0], masks[1]) == {}
+    whole, again = (root / name for name in ("two-gradual", "two-again-gradual"))
+    events = json.loads((again / "events.json").read_text())
+    pruned = [e for e in events if "pruned/sparsity" in e.get("values", {})]
+    assert len(pruned) <= 2
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(again)[name]), name
 
 
 def test_workers_that_differ_in_a_bit_are_noticed_by_all(root: Path) -> None:
