@@ -86,9 +86,16 @@ def test_numbers_are_those_of_dense_matrices(masked):
         rescaled = reference.objective(q * trace / curvature, fisher, DAMPING)
         assert numbers["rescaled_objective"] == pytest.approx(float(rescaled), rel=EXACT)
         totals += torch.stack([curvature, trace, best])
+        assert ("log_det_objective" in numbers) == (mask is None)
+        if mask is None:
+            log_det = float((q * damped).sum() - torch.linalg.slogdet(q)[1])
+            assert numbers["log_det_objective"] == pytest.approx(log_det, rel=EXACT)
     network = found["network"]
     curvature, trace, best = totals.tolist()
     assert network["objective"] == pytest.approx(curvature / 2 - trace, rel=EXACT)
+    if not masked:
+        parts = [numbers["log_det_objective"] for numbers in found["groups"].values()]
+        assert network["log_det_objective"] == pytest.approx(sum(parts), rel=EXACT)
     assert network["best_scale"] == pytest.approx(trace / curvature, rel=EXACT)
     assert network["diagonal_objective"] == pytest.approx(-best / 2, rel=EXACT)
 
