@@ -104,7 +104,7 @@ class AbstractOnePassEstimator(AbstractEstimator):
         """Take a batch into running means of the sums; see `AbstractEstimator.learn`.
 
         A plain mean of the first batches, later one that forgets: weight 0.05 for the newest. Under
-        masks that remove more the means go on.
+        masks that remove more the means continue.
         """
         if not self.averages:
             super().learn(source, masks)

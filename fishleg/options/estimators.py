@@ -267,8 +267,8 @@ class ObsOptions(Options):
 
     Attributes:
         block_size: weights in a diagonal block; a smaller group is one full block.
-        by_rows: whether each row of a group (an output, with its bias) is a block, whatever its
-            length, in place of `block_size`.
+        by_rows: whether each row of a group (an output, with its bias) is a block, in
+            place of `block_size`.
     """
 
     block_size: Annotated[int, Range(ge=1, unit="weights")] = 64
