@@ -102,7 +102,8 @@ class FLS(AbstractEstimator):
         self.options = replace(options or FlsOptions(), **changes)
         self.report: dict[str, dict[str, Any]] = {}
         self._learned: dict[str, Learned] = {}
-        self._step = 0
+        self._step = 0  # of the present fit or refinement, or of `learn`
+        self._drawn = 0  # batches since the fit began
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -163,7 +164,7 @@ class FLS(AbstractEstimator):
             self._carry(masks)
         self.masks = None if masks is None else {name: one.clone() for name, one in masks.items()}
         self._descend(source, self.options.learning_rate)
-        self._step += 1
+        self._step, self._drawn = self._step + 1, self._drawn + 1
         self._blocks = {name: one.descent.block() for name, one in self._learned.items()}
 
     def _carry(self, masks: Mapping[str, Tensor] | None) -> None:
@@ -187,8 +188,8 @@ class FLS(AbstractEstimator):
             self._look(unseen)
         for step in range(self._step, total):
             rate = options.learning_rate * (0.5 + 0.5 * cos(pi * step / total))
-            self._descend(self._fresh(source, batches, step), rate)
-            self._step = step + 1
+            self._descend(self._fresh(source, batches), rate)
+            self._step, self._drawn = step + 1, self._drawn + 1
             metrics = {}
             if unseen is not None and (
                 self._step % options.check_every == 0 or self._step == total
@@ -212,10 +213,9 @@ class FLS(AbstractEstimator):
             source.calibration, self.options.batch, self.options.seed, min(count, _MOST_HELD_OUT)
         )
 
-    def _fresh(self, source: GradientSource, batches: FreshBatches, step: int) -> GradientSource:
-        """Return the gradients of a step's batch."""
-        phase = step if self.masks is None else step + self.options.steps
-        return source.over(batches.batch(phase), seed=step_seed(source.seed, phase))
+    def _fresh(self, source: GradientSource, batches: FreshBatches) -> GradientSource:
+        """Return the gradients of the next batch: no refinement sees those of another one."""
+        return source.over(batches.batch(self._drawn), seed=step_seed(source.seed, self._drawn))
 
     def _learning(self) -> list[str]:
         """Return the groups whose held-out objective still falls."""
@@ -253,7 +253,7 @@ class FLS(AbstractEstimator):
             return expected_objective(block, gradients, self.damping, mask)
         numbers = torch.arange(options.probes, device=gradients.device)
         place = self.partition.names.index(name)
-        generator = SampleGenerator(step_seed(options.seed, self._step), numbers, place)
+        generator = SampleGenerator(step_seed(options.seed, self._drawn), numbers, place)
         if options.directions == "normal":
             curving, probes = gradients, generator.normal(*block.shape).to(gradients.dtype)
         else:
@@ -339,8 +339,9 @@ class FLS(AbstractEstimator):
     def _start(self, source: GradientSource, callback: Callback | None) -> None:
         """Begin the descents of all groups, each at its best scale on the first batch."""
         statistics = self._statistics(source, callback)
-        first = self._fresh(source, self._batches(source), 0)
-        self._step, self._blocks, self.report = 0, {}, {}
+        self._step = self._drawn = 0
+        self._blocks, self.report = {}, {}
+        first = self._fresh(source, self._batches(source))
         starts = {}
         for name in self.partition.names:
             weight = source.model.get_parameter(self.partition[name].weight)
@@ -423,6 +424,7 @@ class FLS(AbstractEstimator):
             "options": asdict(self.options),
             "report": {name: dict(entry) for name, entry in self.report.items()},
             "step": self._step,
+            "drawn": self._drawn,
             "learned": {
                 name: {
                     "block": type(one.best).__name__,
@@ -440,7 +442,7 @@ class FLS(AbstractEstimator):
         meta, tensors = state["meta"], state["tensors"]
         self.options = FlsOptions(**meta["options"])
         self.report = dict(meta["report"])
-        self._step = meta["step"]
+        self._step, self._drawn = meta["step"], meta["drawn"]
         self._learned = {}
         for name, entry in meta["learned"].items():
             kind, shape = BLOCKS[entry["block"]], self.partition[name].shape

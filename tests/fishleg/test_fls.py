@@ -206,6 +206,24 @@ def test_labels_are_drawn_anew_in_each_step():
     assert len(set(seeds)) == 7
 
 
+def test_no_refinement_sees_the_batches_of_another_fit():
+    seen: list[int] = []
+    estimator, data = fitted(steps=5, refine_steps=4, held_out=0.0)
+    over = GradientSource.over
+
+    def note(self, calibration, *, seed):
+        seen.append(seed)
+        return over(self, calibration, seed=seed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GradientSource, "over", note)
+        estimator.refine(data, masks_of(estimator.partition))
+        other = FLS(estimator.partition, damping=DAMPING)
+        other.load_state_dict(estimator.state_dict())
+        other.refine(data, masks_of(estimator.partition))
+    assert seen == [step_seed(data.seed, step) for step in range(5, 13)]
+
+
 # -- masks
 
 
