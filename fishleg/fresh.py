@@ -15,7 +15,7 @@ _STEP_BITS = 32  # of a seed's key: the lower ones are the seed's, the upper one
 class FreshBatches:
     """Batches of samples, keyed by step.
 
-    A `Calibration` is shuffled, anew in each round through it, and its `augment` is applied with
+    A `Calibration` is shuffled again in each round through it, and its `augment` is applied with
     another key in each step. Other samples are read in their own order, round after round.
 
     Args:

@@ -400,7 +400,7 @@ class FLS(AbstractEstimator):
             self._structure(name),
             source.element_size(name),
         )
-        numbers = count_numbers(structure, group, conv_groups=1, block_size=group.size)
+        numbers = count_numbers(structure, group, block_size=group.size)
         h = source.conv_groups(name) or 1
         starts = 8 * (group.rows**2 // h + h * group.columns**2)
         rows = min(self.options.batch * source.rows_per_sample, source.rows_at_once)
