@@ -63,7 +63,7 @@ class FLS(AbstractEstimator):
     J = E_u[ 1/2 (Qu)^T F_g (Qu) - u^T Q u ] with the damping inside; an old lambda is carried to
     new masks and weights (`refine`, `learn`), under which J is that of M o Q o M. The samples of a
     step are drawn by its number alone, so a resumed fit reaches the bits of an undisturbed one; the
-    labels are drawn anew for each step. Held-out samples stop the fit, group by group: a group's
+    labels are drawn afresh in each step. Held-out samples stop the fit, group by group: a group's
     block is the one of least held-out J (or L). The start is brought to its best scale on the first
     batch. docs/theory.md lists the departures from the paper.
 
