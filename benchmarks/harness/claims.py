@@ -119,7 +119,7 @@ def ends(results: Committed) -> str:
     for name in ("estimators", "resnet20", "mlpnet"):
         for cell, document in results.documents(name).items():
             if ends_of(name, cell, document):
-                label = "layer" if cell.startswith("layer") else document["method"]
+                label = "layer" if cell.startswith("layer") else name_of(document)
                 found.setdefault(f"{label} ({name})", []).append(f"{target_of(document):g}")
     if not found:
         return "No row's damping is an end of its sweep."
