@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+import fishleg
 from fishleg.blocks import EigenBlock
 from fishleg.calibration import Calibration
+from fishleg.curvature_file import read_curvature, write_curvature
 from fishleg.errors import UnknownName
 from fishleg.estimators import KFAC, Eigen
 from fishleg.gradients.source import GradientSource
@@ -150,3 +152,20 @@ def test_the_state_of_fishleg_in_structure_eigen_is_read(partly):
     for name, block in estimator.blocks().items():
         for key, tensor in block.tensors().items():
             assert torch.equal(again.block(name).tensors()[key], tensor)
+
+
+def test_a_file_of_fishleg_in_structure_eigen_is_loaded(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3))
+    data = torch.randn(30, 2, 3, 3), torch.randint(3, (30,))
+    fitted = fishleg.fit(model, data, damping=DAMPING)
+    fitted.save(tmp_path / "file")
+    state, facts = read_curvature(tmp_path / "file", torch.device("cpu"))
+    options = {"structure": "eigen", "warm_start": "kfac", "shrinkage": 0.5, "steps": 200}
+    state["meta"] |= {"estimator": "fishleg", "options": options}
+    write_curvature(tmp_path / "file", state, {**facts, "method": "fishleg"})
+    loaded = fishleg.Curvature.load(tmp_path / "file", model).estimator
+    assert isinstance(loaded, Eigen)
+    assert loaded.options == fitted.estimator.options
+    for name, block in fitted.estimator.blocks().items():
+        assert torch.equal(loaded.block(name).dense(), block.dense())
