@@ -27,6 +27,7 @@ from fishleg import (
     OBS,
     AbstractEstimator,
     DiagonalFisher,
+    Eigen,
     FishLeg,
     Partition,
     prune_once,
@@ -55,7 +56,7 @@ class _FactoredKFAC(KFAC):
     """K-FAC with its factors damped one by one, so that Q is a single Kronecker product.
 
     The alternating solver learns this structure; `KFAC` itself, damped exactly, has free
-    eigenvalues and compares with the structure eigen. See `solvers.starts.factored_start`.
+    eigenvalues and compares with `Eigen`. See `solvers.starts.factored_start`.
     """
 
     def _invert_factors(self, name: str, sums: list[Tensor]) -> AbstractBlock:
@@ -70,7 +71,7 @@ _WAYS: dict[str, dict[str, _Build]] = {
         "inverted": lambda partition, damping: _FactoredKFAC(partition, damping=damping),
     },
     "eigen": {
-        "learned": _fishleg("eigen", warm_start="kfac"),
+        "learned": lambda partition, damping: Eigen(partition, damping=damping),
         "inverted": lambda partition, damping: KFAC(partition, damping=damping),
     },
     "block": {

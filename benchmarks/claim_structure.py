@@ -1,9 +1,9 @@
 """Claim 1, factorisation: cost and accuracy of each structure of Q, against the full inverse.
 
-FishLeg in each of its structures, on a network that is small enough for the full inverse of every
-group. One-shot, joint compensation. The damping is chosen for each structure and sparsity by the
-mean accuracy on the validation split, from a grid that is extended where its end is best; the test
-split is read for the chosen dampings only.
+FishLeg in each of its structures, and Eigen, on a network that is small enough for the full inverse
+of every group. One-shot, joint compensation. The damping is chosen for each structure and sparsity
+by the mean accuracy on the validation split, from a grid that is extended where its end is best;
+the test split is read for the chosen dampings only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks._digits import NETWORK, Digits, load_digits
 from benchmarks._seeds import CLEAR, Panel, draw, explain, show, tally
 from benchmarks.harness.sweeps import best_of, search
-from fishleg import FishLeg, prune_once
+from fishleg import AbstractEstimator, Eigen, FishLeg, prune_once
 from stages.model_folder import Model
 
 TITLE = "Claim 1, factorisation: the structure of Q"
@@ -90,18 +90,23 @@ def run_cell(params: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _fit(
     digits: Digits, params: dict[str, Any], damping: float, seed: int
-) -> tuple[FishLeg, float]:
+) -> tuple[AbstractEstimator, float]:
     """Return an estimate of the dense network, and the seconds of the processor that it took."""
-    estimator = FishLeg(
-        digits.partition, damping=damping, structure=params["structure"], warm_start="moments"
-    )
+    structure = params["structure"]
+    estimator: AbstractEstimator
+    if structure == "eigen":
+        estimator = Eigen(digits.partition, damping=damping, basis="moments")
+    else:
+        estimator = FishLeg(
+            digits.partition, damping=damping, structure=structure, warm_start="moments"
+        )
     source = digits.gradients(digits.model, samples=params["samples"], labels="matched", seed=seed)
     begin = time.process_time()
     estimator.fit(source)
     return estimator, time.process_time() - begin
 
 
-def _prune(digits: Digits, estimator: FishLeg, sparsity: float) -> Model:
+def _prune(digits: Digits, estimator: AbstractEstimator, sparsity: float) -> Model:
     """Return a pruned copy of the dense network."""
     model = replace(digits.model, network=copy.deepcopy(digits.model.network))
     prune_once(model.network, estimator, sparsity=sparsity)

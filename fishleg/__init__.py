@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from fishleg.estimators import OBS as OBS
     from fishleg.estimators import AbstractEstimator as AbstractEstimator
     from fishleg.estimators import DiagonalFisher as DiagonalFisher
+    from fishleg.estimators import Eigen as Eigen
     from fishleg.estimators import FishLeg as FishLeg
     from fishleg.estimators import FitProgress as FitProgress
     from fishleg.estimators import LayerHessian as LayerHessian
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from fishleg.likelihoods import Gaussian as Gaussian
     from fishleg.likelihoods import Likelihood as Likelihood
     from fishleg.one_call import prune as prune
+    from fishleg.options import EigenOptions as EigenOptions
     from fishleg.options import FishLegOptions as FishLegOptions
     from fishleg.options import FlsOptions as FlsOptions
     from fishleg.parameters import ParameterGroup as ParameterGroup
@@ -97,6 +99,8 @@ _HOMES = {
     "OBS": "fishleg.estimators",
     "DiagonalFisher": "fishleg.estimators",
     "EKFAC": "fishleg.estimators",
+    "Eigen": "fishleg.estimators",
+    "EigenOptions": "fishleg.options",
     "FishLeg": "fishleg.estimators",
     "FishLegOptions": "fishleg.options",
     "FLS": "fishleg.estimators",

@@ -31,6 +31,7 @@ from fishleg.likelihoods.choice import (
 from fishleg.loading import checksum
 from fishleg.network import find_network
 from fishleg.options import Compensation, Distribution, PruningOptions, Selection
+from fishleg.options.earlier import present_method
 from fishleg.parameters import Partition, partition_parameters
 from fishleg.progress import ProgressLine
 from fishleg.pruning import PruneReport, Score, prune_once
@@ -180,7 +181,8 @@ class Curvature:
                 "weights of the fit first, or fit again."
             )
         partition = partition_parameters(model, prunable=facts["also_prune"], keep=facts["keep"])
-        estimator = ESTIMATORS[facts["method"]](partition, damping=1.0)
+        method, _ = present_method(facts["method"], state["meta"].get("options", {}))
+        estimator = ESTIMATORS[method](partition, damping=1.0)
         estimator.load_state_dict(state)
         return cls(
             model,
@@ -231,7 +233,7 @@ def fit(
     model: nn.Module,
     data: Any,
     *,
-    method: str = "fishleg",
+    method: str = "eigen",
     likelihood: Any = None,
     samples: int | None = 1000,
     damping: float | str = "auto",
@@ -249,7 +251,8 @@ def fit(
         model: the network, in any mode and dtype; it is left as it is.
         data: a tensor, (inputs, targets), a data set, or an iterable of batches such as a
             DataLoader; see `draw_samples`.
-        method: "fishleg", "obs", "kfac", "ekfac", "mfac", "layer", "diagonal" or "magnitude".
+        method: "eigen", "fls", "fishleg", "obs", "kfac", "ekfac", "mfac", "layer", "diagonal" or
+            "magnitude".
         likelihood: nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss() or nn.MSELoss(), the name
             "cross_entropy", "bce_with_logits" or "mse", or an object; see `Likelihood`. None is
             cross-entropy where the targets are class numbers, and an error elsewhere ("layer" and

@@ -20,7 +20,7 @@ def prune(
     data: Any,
     *,
     sparsity: float,
-    method: str = "fishleg",
+    method: str = "eigen",
     likelihood: Any = None,
     samples: int | None = 1000,
     damping: float | str = "auto",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fishleg.errors import FishLegError
 from fishleg.estimators.base import AbstractEstimator
+from fishleg.options.earlier import present_method
 from fishleg.parameters import Partition
 from pipeline.stage import StageError, write_json
 from stages.calibration import CalibrationPlan
@@ -54,11 +55,12 @@ class Recipe:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Recipe:
-        """Return the recipe that `to_json` described."""
+        """Return the recipe that `to_json` described, also in an earlier version."""
+        method, options = _present(Reference(**value["method"]), value["options"])
         return cls(
-            method=Reference(**value["method"]),
+            method=method,
             damping=value["damping"],
-            options=value["options"],
+            options=options,
             calibration=CalibrationPlan(**value["calibration"]),
         )
 
@@ -87,6 +89,16 @@ class Recipe:
             return self.method.load()(partition, damping=self.damping, **self.options)
         except (FishLegError, TypeError, ValueError) as error:
             raise StageError(f"curvature method {self.method.name!r}: {error}") from error
+
+
+def _present(method: Reference, options: Mapping[str, Any]) -> tuple[Reference, Mapping[str, Any]]:
+    """Return a stored method and its options under their present names."""
+    if method.target != "fishleg.estimators:FishLeg":
+        return method, options
+    name, renamed = present_method("fishleg", options)
+    if name == "eigen":
+        method = Reference(name=name, target="fishleg.estimators:Eigen")
+    return method, renamed
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from benchmarks.harness.sweeps import ends_of
 from stages.catalogue import MultistepParams
 from stages.columns import target_of
 from stages.report.paired import find_best
+from stages.report.rows import name_of
 from stages.report.summary import PUBLISHED, SECTIONS, Lines
 
 _ONE = SECTIONS["oneshot", False]
@@ -86,7 +87,7 @@ def costs(results: Committed, sparsity: float = 0.9) -> str:
         fmean(
             row["cpu_seconds"]
             for row in rows
-            if (row["mode"], row["method"], target_of(row)) == (mode, "fishleg", sparsity)
+            if (row["mode"], name_of(row), target_of(row)) == (mode, "eigen", sparsity)
         )
         for mode in ("refined", "multistep")
     ]
@@ -118,7 +119,7 @@ def ends(results: Committed) -> str:
     for name in ("estimators", "resnet20", "mlpnet"):
         for cell, document in results.documents(name).items():
             if ends_of(name, cell, document):
-                label = "layer" if cell.startswith("layer") else document["method"]
+                label = "layer" if cell.startswith("layer") else name_of(document)
                 found.setdefault(f"{label} ({name})", []).append(f"{target_of(document):g}")
     if not found:
         return "No row's damping is an end of its sweep."

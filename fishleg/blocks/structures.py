@@ -47,33 +47,38 @@ def fit_structure(
     return TensorBlock(start.b, over_kernel, over_inner, bias, scale)
 
 
-def count_numbers(
-    structure: Structure, group: ParameterGroup, *, conv_groups: int, block_size: int
-) -> int:
+def count_numbers(structure: Structure, group: ParameterGroup, *, block_size: int) -> int:
     """Return the count of numbers that a block of a structure holds, padding included.
 
     Args:
         structure: of the block.
         group: r rows and c columns.
-        conv_groups: h, convolution groups of an eigenbasis.
         block_size: b, of the block structure.
 
     Returns:
-        r^2 + c^2 (kronecker), r^2 / h + h c^2 + r c (eigen), r^2 + in^2 + (k k)^2 and 1 for a bias
-        (tensor), r c more with a scale; ceil(r c / b) b^2 (block), r c (diagonal), (r c)^2 (full).
+        r^2 + c^2 (kronecker), r^2 + in^2 + (k k)^2 and 1 for a bias (tensor), r c more with a
+        scale; ceil(r c / b) b^2 (block), r c (diagonal), (r c)^2 (full).
     """
     if structure in {"block", "full"}:
         chunk = group.size if structure == "full" else min(block_size, group.size)
         return chunk_count(group.size, chunk) * chunk**2
     if structure == "diagonal":
         return group.size
-    if structure == "eigen":
-        return group.rows**2 // conv_groups + conv_groups * group.columns**2 + group.size
     scale = group.size if structure.endswith("_scaled") else 0
     if structure.startswith("kronecker"):
         return group.rows**2 + group.columns**2 + scale
     inner = group.weight_columns // group.kernel
     return group.rows**2 + inner**2 + group.kernel**2 + (group.bias is not None) + scale
+
+
+def count_eigen_numbers(group: ParameterGroup, conv_groups: int) -> int:
+    """Return the count of numbers of an eigenbasis block: r^2 / h + h c^2 + r c.
+
+    Args:
+        group: r rows and c columns.
+        conv_groups: h, convolution groups with a basis each.
+    """
+    return group.rows**2 // conv_groups + conv_groups * group.columns**2 + group.size
 
 
 def _chunks(start: KroneckerBlock, block_size: int) -> DenseBlock:

@@ -2,6 +2,7 @@
 
 from fishleg.estimators.base import AbstractEstimator, Callback, FitProgress
 from fishleg.estimators.diagonal import DiagonalFisher
+from fishleg.estimators.eigen import Eigen
 from fishleg.estimators.ekfac import EKFAC
 from fishleg.estimators.fishleg import FishLeg
 from fishleg.estimators.fls import FLS
@@ -14,6 +15,7 @@ from fishleg.estimators.obs import OBS
 ESTIMATORS: dict[str, type[AbstractEstimator]] = {
     estimator.name: estimator
     for estimator in (
+        Eigen,
         FishLeg,
         FLS,
         OBS,
@@ -33,6 +35,7 @@ __all__ = [
     "Callback",
     "DiagonalFisher",
     "EKFAC",
+    "Eigen",
     "FLS",
     "FishLeg",
     "FitProgress",

@@ -22,7 +22,7 @@ class EKFAC(KFAC):
     lambda = E[(U^T G W)^o2], the second moments of the per-sample gradients G in that basis, take
     the place of K-FAC's products of eigenvalues (George et al., arXiv 1806.03884, theorem 2): of
     all diagonals in the basis they are the nearest to F in the Frobenius norm, and the minimiser of
-    the FishLeg objective. So FishLeg with `structure: eigen`, `warm_start: kfac` and no shrinkage
+    the FishLeg objective. So `Eigen` with the basis `kfac` and no shrinkage
     is this on layers; its shrinkage tames the noise of as many lambda as weights. Groups without
     a layer are treated as in `KFAC`; those with a dense block are exact already.
 

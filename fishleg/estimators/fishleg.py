@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
-from itertools import zip_longest
-from typing import Any, Unpack
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Unpack
 
+import torch
 from torch import Tensor
 
-from fishleg.blocks import BLOCKS, EigenBlock
-from fishleg.estimators.base import AbstractEstimator, Callback, FitProgress, tensors_below
-from fishleg.estimators.exchange import block_cost, exchange_blocks
-from fishleg.estimators.group_fit import GroupFit
-from fishleg.estimators.pieces import gather_pieces
-from fishleg.gradients.memory import held_bytes, pack_groups, pass_bytes
-from fishleg.gradients.running_sums import Progress, Sums
-from fishleg.gradients.source import GradientSource
-from fishleg.memory import Footprint
-from fishleg.moments import layer_moments
-from fishleg.options import CLOSED_FORM, FishLegChanges, FishLegOptions
+from fishleg.blocks import KroneckerBlock
+from fishleg.blocks.structures import count_numbers, fit_structure
+from fishleg.estimators.group_fit import AbstractGroupFit, block_structure, cast_block
+from fishleg.estimators.groupwise import AbstractGroupwiseEstimator
+from fishleg.moments import as_factors, kronecker_products, squares
+from fishleg.options import CLOSED_FORM, FishLegChanges, FishLegOptions, Structure
 from fishleg.parameters import Partition
-from fishleg.precision import in_full
 from fishleg.solvers.adam import AdamSolver
-from fishleg.solvers.base import AbstractSolver, SolverState
+from fishleg.solvers.alternating import AlternatingSolver
+from fishleg.solvers.base import AbstractSolver, SolverState, total
+from fishleg.solvers.closed import ClosedFormSolver
+from fishleg.solvers.starts import diagonal_start, factored_start, identity_start
+
+_WARM_SWEEPS = 2  # alternating ones, before Adam begins to fit a scale too; cheaper than its steps
 
 
-class FishLeg(AbstractEstimator):
-    """Learns Q by minimising J, in each group independently.
+class FishLeg(AbstractGroupwiseEstimator):
+    """Fits Q to a fixed sample by minimising J (or L), in each group independently.
 
-    Groups are fitted one after the other, in packs whose gradients are held together: a pack
-    costs one pass of the data, for any number of sweeps. A rank group divides the groups: each
-    process fits packs of its own, on all samples, and they exchange the blocks after each pack. So
-    a state saved by one process lacks at most one pack of each other process.
+    One family of structures of Q: two Kronecker factors, three for kernels (tensor), either with a
+    scale for each weight; and dense blocks, a diagonal, or a full block. Kronecker factors are
+    learned by exact half-steps, scales and three factors by Adam, dense and diagonal blocks in
+    closed form. Other estimators have no structure to choose: `FLS` learns the same factors from
+    fresh batches, as the paper does, and `Eigen` learns nothing but a basis.
 
-    Time: a pass of the gradients a pack (and one of the layers' signals, to start from `kfac`), and
-    what the solver takes, N gradients a group: `alternating` 2 N r c (r + c) FLOPs a half-step and
-    O(r^3 + c^3) for its inverse, the eigenbasis about two half-steps, `adam` about 6 times a
-    half-step's n / N a step, the closed forms as `OBS`.
+    Time: a pass of the gradients a pack (and one of the layers' signals, to start from `kfac`), for
+    any number of sweeps, and what the solver takes, N gradients a group: `alternating` 2 N r c
+    (r + c) FLOPs a half-step and O(r^3 + c^3) for its inverse, `adam` about 6 times a half-step's
+    n / N a step, the closed forms as `OBS`.
     Memory: s bytes for each of a block's numbers, see `structures.count_numbers`; while fitting
     also a pack's gradients, N s r c each and up to `memory_bytes`, its starts, 8 (r^2 / h + h
     c^2) each from `kfac`; and for the largest group 64 (r^2 + c^2) + 24 r c to invert its
@@ -53,12 +53,13 @@ class FishLeg(AbstractEstimator):
 
     Attributes:
         options: see `FishLegOptions`.
-        report: group name -> the report of its fit, JSON-able: `structure`, `solver`, `objective`,
-            the other entries of `SolverState.numbers`.
+        report: see `AbstractGroupwiseEstimator`.
     """
 
     name = "fishleg"
     remedy = "a structure with smaller factors, or smaller memory_bytes"
+    carries_blocks = True
+    options: FishLegOptions
 
     def __init__(
         self,
@@ -69,11 +70,12 @@ class FishLeg(AbstractEstimator):
         options: FishLegOptions | None = None,
         **changes: Unpack[FishLegChanges],
     ):
-        super().__init__(partition, damping=damping, memory_limit=memory_limit)
-        self.options = replace(options or FishLegOptions(), **changes)
-        self.report: dict[str, dict[str, Any]] = {}
-        self._pending: list[str] = []
-        self._partial: tuple[str, SolverState] | None = None
+        super().__init__(
+            partition,
+            damping=damping,
+            memory_limit=memory_limit,
+            options=replace(options or FishLegOptions(), **changes),
+        )
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -92,237 +94,90 @@ class FishLeg(AbstractEstimator):
                 )
         return tuple(found)
 
-    # -- fitting
+    @property
+    def _budget(self) -> int:
+        """Bytes for the gradients that are held at once."""
+        exact = self.masks is not None and self.options.mask_fit == "exact"
+        return super()._budget // (2 if exact else 1)  # exact: images are held beside them
 
-    @in_full
-    def fit(
-        self, source: GradientSource, callback: Callback | None = None, *, resume: bool = False
-    ) -> None:
-        """Estimate Q from `source`; see `AbstractEstimator.fit`.
+    def _fit_of(self, name: str) -> FishLegFit:
+        return FishLegFit(self.partition[name], self.damping, self.options)
 
-        The callback is called after every half-step (or few steps of Adam), and while gradients are
-        gathered; `objective` is the sum of J over the groups so far. `resume` resumes an
-        interrupted `refine`, too. A pack's gradients are gathered again: storing them takes longer.
-        """
-        self.check_memory(source)
-        if not (resume and (self._pending or self._blocks)):
-            self._begin(masks=None)
-            self._blocks = {}
-        self._run(source, callback)
 
-    @in_full
-    def refine(
-        self,
-        source: GradientSource,
-        masks: Mapping[str, Tensor],
-        callback: Callback | None = None,
-    ) -> None:
-        """Continue from the present Q with the weights in `source` and the survivors `masks`.
+@dataclass(frozen=True)
+class FishLegFit(AbstractGroupFit):
+    """The fit of one group by FishLeg.
 
-        Afterwards Q is the inverse of the Fisher restricted to the survivors, as far as known:
-        products are meaningful between survivors only.
-        """
-        self.blocks()
-        self._begin(masks={name: mask.clone() for name, mask in masks.items()})
-        self._run(source, callback)
+    Attributes:
+        options: of the estimator.
+    """
 
-    def _begin(self, masks: dict[str, Tensor] | None) -> None:
-        self.masks = masks
-        self.report = {}
-        self._partial = None
-        self._pending = [
-            name for name in self.partition.names if masks is None or _survives(masks.get(name))
-        ]
+    options: FishLegOptions
 
-    def _run(self, source: GradientSource, callback: Callback | None) -> None:
-        """Fit the pending groups, pack by pack."""
-        budget = self.options.memory_bytes
-        if self.masks is not None and self.options.mask_fit == "exact":
-            budget //= 2  # its images are held beside the gradients
-        solvers = {name: self._solver(name, source) for name in self.partition.names}
-        mine = source.alone().thorough()
-        for packs in zip_longest(*self._deal(source, budget), fillvalue=()):
-            due = [[name for name in pack if name in self._pending] for pack in packs]
-            pack, names = packs[source.rank_group.rank], due[source.rank_group.rank]
-            if names:
+    @property
+    def structure(self) -> Structure:
+        """The structure of the group's block."""
+        return block_structure(self.options.structure, self.group)
 
-                def gathering(rows: int) -> None:
-                    if callback is not None:
-                        callback(replace(self._progress(solvers), metrics={}))
-
-                held = held_bytes(source, pack[0]) <= budget
-                pieces = gather_pieces(mine, pack, solvers, names, held, gathering)
-                starts = self._starts(mine, names, pieces, gathering)
-                for name in names:
-                    self._solve(name, solvers, pieces.pop(name), starts[name], callback)
-            if source.rank_group.size > 1 and any(due):
-                self._exchange(source, due)
-                if callback is not None:
-                    callback(self._progress(solvers))
-
-    def _deal(self, source: GradientSource, budget: int) -> list[list[list[str]]]:
-        """Return the packs of each process of the source's rank group.
-
-        All groups are cut, so that a resumed fit streams the same packs, bit-identical.
-        """
-        names = self.partition.names
-        owners = source.rank_group.assign(
-            {name: block_cost(self.partition[name]) for name in names}
-        )
-        return [
-            pack_groups(source, [name for name in names if owners[name] == rank], budget)
-            for rank in range(source.rank_group.size)
-        ]
-
-    def _exchange(self, source: GradientSource, due: Sequence[Sequence[str]]) -> None:
-        """Exchange the groups that each process of the rank group has just fitted."""
-        owners = {name: rank for rank, names in enumerate(due) for name in names}
-        mine = {name: self._blocks[name] for name in due[source.rank_group.rank]}
-        blocks = self._blocks | exchange_blocks(source, mine, owners)
-        self._blocks = {name: blocks[name] for name in self.partition.names if name in blocks}
-        for rank, names in enumerate(due):
-            report = {name: self.report.get(name) for name in names}
-            self.report |= source.rank_group.broadcast({}, report, owner=rank)[1]
-        self._pending = [name for name in self._pending if name not in owners]
-
-    def _solve(
-        self,
-        name: str,
-        solvers: Mapping[str, AbstractSolver],
-        pieces: Iterable[Tensor],
-        state: SolverState,
-        callback: Callback | None,
-    ) -> None:
-        """Fit one group from `state` on, with a call of the callback for every state."""
-        for present in solvers[name].run(pieces, state):
-            self._partial = (name, present)
-            self.report[name] = {
-                "structure": self._fit_of(name).structure,
-                "solver": type(solvers[name]).__name__,
-                **present.numbers,
-            }
-            if present.done == solvers[name].units:
-                self._blocks[name] = present.block
-                self._pending.remove(name)
-                self._partial = None
-            if callback is not None:
-                callback(self._progress(solvers))
-
-    def _progress(self, solvers: Mapping[str, AbstractSolver]) -> FitProgress:
-        units = {name: solver.units for name, solver in solvers.items()}
-        done = sum(units[name] for name in units if name not in self._pending)
-        if self._partial is not None:
-            done += self._partial[1].done
-        objective = sum(entry["objective"] for entry in self.report.values())
-        return FitProgress(done=done, total=sum(units.values()), metrics={"objective": objective})
-
-    # -- each group
-
-    def _fit_of(self, name: str) -> GroupFit:
-        return GroupFit(self.options, self.partition[name], self.damping)
-
-    def _solver(self, name: str, source: GradientSource) -> AbstractSolver:
-        masks = self.masks or {}
-        return self._fit_of(name).solver(
-            source.rows, refines=self.masks is not None, mask=masks.get(name)
-        )
-
-    def _starts(
-        self,
-        source: GradientSource,
-        names: Sequence[str],
-        pieces: Mapping[str, Iterable[Tensor]],
-        progress: Progress,
-    ) -> dict[str, SolverState]:
-        """Return the state from which each group's solver starts or resumes."""
-        starts = {
-            name: SolverState(block=block)
-            for name, block in self._blocks.items()
-            if not isinstance(block, EigenBlock)  # its basis follows the mask
-        }
-        if self._partial is not None:
-            starts[self._partial[0]] = self._partial[1]
-        fresh = [name for name in names if name not in starts]
-        factors: Sums = {}
-        if self.options.warm_start in {"kfac", "log_det"} and self.masks is None:
-            wanted = [name for name in fresh if self._fit_of(name).structure not in CLOSED_FORM]
-            factors = layer_moments(source, wanted, progress=progress) if wanted else {}
-        for name in fresh:
-            weight = source.model.get_parameter(self.partition[name].weight)
-            like = weight.new_empty(0, dtype=source.dtype(name))
-            starts[name] = self._fit_of(name).warm_start(pieces[name], factors.get(name), like)
-        return starts
-
-    # -- memory
-
-    def footprint(self, source: GradientSource, name: str) -> Footprint:
-        """Return the memory that fitting group `name` needs, except its gradients in a pack."""
-        return self._fit_of(name).footprint(
-            source.element_size(name),
-            source.conv_groups(name),
-            source.rows_at_once,
-            uses_adam=isinstance(self._solver(name, source), AdamSolver),
-        )
-
-    def peak_bytes(self, source: GradientSource) -> int:
-        """Return about the bytes that a fit needs at its peak: all blocks, and one pack.
-
-        Beside the model and the samples, as in `AbstractEstimator`.
-        """
-        budget = self.options.memory_bytes
-        footprints = {name: self.footprint(source, name) for name in self.partition.names}
-        packs = [
-            sum(footprints[name].sums for name in pack)
-            + sum(size for size in (held_bytes(source, name) for name in pack) if size <= budget)
-            for pack in self._deal(source, budget)[source.rank_group.rank]
-        ]
-        work = max(one.work for one in footprints.values())
-        held = sum(one.held for one in footprints.values())
-        return held + max(packs, default=0) + work + pass_bytes(source)
-
-    # -- state
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return factors, masks, the running group's solver state, options and report."""
-        state = self._common_state()
-        state["meta"] |= {
-            "options": asdict(self.options),
-            "report": {name: dict(entry) for name, entry in self.report.items()},
-            "pending": list(self._pending),
-            "partial": None,
-        }
-        if self._partial is not None:
-            name, now = self._partial
-            state["meta"]["partial"] = {
-                "group": name,
-                "block": type(now.block).__name__,
-                "done": now.done,
-                "numbers": now.numbers,
-            }
-            parts = {"block": now.block.tensors(), "extra": now.extra}
-            for part, tensors in parts.items():
-                state["tensors"] |= {f"{part}/{key}": t.contiguous() for key, t in tensors.items()}
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state that `state_dict` returned, damping and options included."""
-        self._load_common_state(state)
-        meta, tensors = state["meta"], state["tensors"]
-        self.options = FishLegOptions(**meta["options"])
-        self.report = dict(meta["report"])
-        self._pending = list(meta["pending"])
-        self._partial = None
-        if partial := meta["partial"]:
-            shape = self.partition[partial["group"]].shape
-            now = SolverState(
-                block=BLOCKS[partial["block"]].restore(tensors_below("block/", tensors), shape),
-                done=partial["done"],
-                extra=tensors_below("extra/", tensors),
-                numbers=dict(partial["numbers"]),
+    def solver(self, gradients: int, *, refines: bool, mask: Tensor | None) -> AbstractSolver:
+        """Return the solver of the group's block; see `AbstractGroupFit`."""
+        structure, options = self.structure, self.options
+        wants_adam = options.solver == "adam" or options.objective == "probe"
+        if structure in CLOSED_FORM and not (wants_adam and structure == options.structure):
+            return ClosedFormSolver(self.damping, mask, objective=options.objective)
+        if structure == "kronecker" and not wants_adam:
+            return AlternatingSolver(
+                self.damping,
+                options.refine_sweeps if refines else options.sweeps,
+                mask,
+                mask_fit=options.mask_fit,
+                iterations=options.cg_iterations,
+                objective=options.objective,
+                pull=0.0 if refines else options.pull,
             )
-            self._partial = (partial["group"], now)
+        return AdamSolver(
+            self.damping,
+            options,
+            gradients,
+            options.refine_steps if refines else options.steps,
+            mask,
+            restrict=options.mask_fit == "exact",
+        )
 
+    @property
+    def from_layer(self) -> bool:
+        """Whether the first block is made of the K-FAC factors of the group's layer."""
+        return self.options.warm_start == "kfac" and self.structure not in CLOSED_FORM
 
-def _survives(mask: Tensor | None) -> bool:
-    """Tell whether a weight of a group survives."""
-    return mask is None or bool(mask.any())
+    def start(
+        self, pieces: Iterable[Tensor], factors: Sequence[Tensor] | None, like: Tensor
+    ) -> SolverState:
+        """Return the state with the group's first block; see `AbstractGroupFit`."""
+        structure, kind = self.structure, self.options.warm_start
+        extra: dict[str, Tensor] = {}
+        if kind == "identity" or (structure in CLOSED_FORM and kind in {"kfac", "moments"}):
+            start = identity_start(self.group.shape, self.damping, like)
+        elif kind == "diagonal":
+            scaled = structure.endswith("_scaled") or structure in CLOSED_FORM
+            (fisher,) = total(pieces, squares)
+            start = diagonal_start(fisher, self.damping, scaled=scaled)
+        else:
+            gamma, a = factors or as_factors(*total(pieces, kronecker_products))
+            # the convolution groups share one column factor
+            row, column = torch.block_diag(*gamma), a.mean(0)
+            start = factored_start(row, column, self.damping)
+            if self.options.pull:
+                extra = {"prior.b": row, "prior.c": column}
+        if structure == "kronecker_scaled" and start.scale is None:
+            solver = AlternatingSolver(self.damping, _WARM_SWEEPS)
+            *_, swept = solver.run(pieces, SolverState(block=cast_block(start, like)))
+            start = KroneckerBlock(**swept.block.tensors())
+        block = fit_structure(
+            start, structure, kernel=self.group.kernel, block_size=self.options.block_size
+        )
+        return SolverState(block=cast_block(block, like), extra=extra)
+
+    def count(self, conv_groups: int) -> int:
+        """Return the count of numbers in the block."""
+        del conv_groups  # they share one column factor
+        return count_numbers(self.structure, self.group, block_size=self.options.block_size)

@@ -63,7 +63,7 @@ class FLS(AbstractEstimator):
     J = E_u[ 1/2 (Qu)^T F_g (Qu) - u^T Q u ] with the damping inside; an old lambda is carried to
     new masks and weights (`refine`, `learn`), under which J is that of M o Q o M. The samples of a
     step are drawn by its number alone, so a resumed fit reaches the bits of an undisturbed one; the
-    labels are drawn afresh for each step. Held-out samples stop the fit, group by group: a group's
+    labels are drawn afresh in each step. Held-out samples stop the fit, group by group: a group's
     block is the one of least held-out J (or L). The start is brought to its best scale on the first
     batch. docs/theory.md lists the departures from the paper.
 
@@ -401,7 +401,7 @@ class FLS(AbstractEstimator):
             self._structure(name),
             source.element_size(name),
         )
-        numbers = count_numbers(structure, group, conv_groups=1, block_size=group.size)
+        numbers = count_numbers(structure, group, block_size=group.size)
         h = source.conv_groups(name) or 1
         starts = 8 * (group.rows**2 // h + h * group.columns**2)
         rows = min(self.options.batch * source.rows_per_sample, source.rows_at_once)

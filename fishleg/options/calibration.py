@@ -21,7 +21,7 @@ class CalibrationOptions(Options):
             ("empirical").
         draws: labels drawn for each sample, with sampled and matched labels.
         augment: crops and flips, where the data set has them: of each sample once, or in each step
-            of the method fls again.
+            of the method fls.
         batch_size: samples in a gradient batch.
         seed: of the samples and the labels drawn.
 

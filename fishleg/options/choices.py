@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 Structure = Literal[
-    "eigen", "kronecker", "kronecker_scaled", "tensor", "tensor_scaled", "block", "diagonal", "full"
+    "kronecker", "kronecker_scaled", "tensor", "tensor_scaled", "block", "diagonal", "full"
 ]
 SolverName = Literal["auto", "alternating", "adam"]
 Objective = Literal["expected", "probe", "log_det"]
-WarmStart = Literal["kfac", "moments", "diagonal", "identity", "log_det"]
+WarmStart = Literal["kfac", "moments", "diagonal", "identity"]
+EigenBasis = Literal["kfac", "moments", "log_det"]
 MaskFit = Literal["damped", "exact"]
 Labels = Literal["sampled", "matched", "enumerated", "empirical"]
 DrawnLabels = Literal["sampled", "matched"]

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypedDict
 from fishleg.errors import InvalidOption, UnknownName
 from fishleg.options.choices import (
     Directions,
+    EigenBasis,
     FlsStart,
     LearnedStructure,
     MaskFit,
@@ -17,6 +18,7 @@ from fishleg.options.choices import (
     Structure,
     WarmStart,
 )
+from fishleg.options.earlier import refuse_eigen
 from fishleg.options.fields import Options, Range, check, declared
 
 CLOSED_FORM = frozenset({"block", "diagonal", "full"})
@@ -37,18 +39,61 @@ class EstimatorOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FishLegOptions(Options):
+class GroupwiseOptions(Options):
+    """Options of the estimators that hold the gradients of packs of groups.
+
+    Attributes:
+        memory_bytes: for gradients held at once; less memory takes more passes. A group that
+            exceeds it alone streams a pass of the data each time its gradients are read.
+    """
+
+    memory_bytes: Annotated[int, Range(ge=1, unit="bytes")] = 2 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class EigenOptions(GroupwiseOptions):
+    """Options of EK-FAC with shrinkage.
+
+    Attributes:
+        basis: of the eigenvalues. `kfac`: that of the K-FAC factors (for groups without a layer as
+            `moments`); `moments`: that of the second moments of the gradients' rows and columns;
+            `log_det`: that of factors learned by log-det half-steps from K-FAC's, at a tenth of the
+            damping. A refinement under masks takes the moments of masked gradients.
+        shrinkage: of measured curvature towards the product of the factors, in [0, 1]; see
+            `ClosedFormSolver`. 0 is EK-FAC; 1 keeps K-FAC's eigenvalues, rescaled to the measured
+            sum.
+        basis_sweeps: pairs of half-steps of the basis `log_det`.
+
+    Raises:
+        UnknownName: an option is none of its choices.
+        InvalidOption: a value has another type, or is out of range.
+    """
+
+    basis: EigenBasis = "kfac"
+    shrinkage: Annotated[float, Range(ge=0, le=1)] = 0.5
+    basis_sweeps: Annotated[int, Range(ge=1)] = 5
+
+
+class EigenChanges(TypedDict, total=False):
+    """Fields of `EigenOptions` as keywords of a call."""
+
+    basis: EigenBasis
+    shrinkage: float
+    basis_sweeps: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FishLegOptions(GroupwiseOptions):
     """Options of FishLeg's fit.
 
     Attributes:
         structure: form of the inverse's blocks. Vectors (biases and normalisation) of up to 1,024
             parameters get a dense block in place of factors; the tensor structure is for kernels
-            larger than one position, other groups are Kronecker. `eigen` is a Kronecker eigenbasis
-            with free eigenvalues: it holds the inverse of a damped Kronecker product, which is no
-            Kronecker product itself.
+            larger than one position, other groups are Kronecker.
         solver: `alternating`: exact half-steps for Kronecker blocks without scale, and the closed
-            form of the minimiser for eigen, block, diagonal and full; `adam`: for all but eigen;
-            `auto`: alternating where possible, else Adam.
+            form of the minimiser for block, diagonal and full; `adam`: for all; `auto`: alternating
+            where possible, else Adam.
         objective: of the fit. `expected`: J in closed form over samples; `probe`: J by random
             probes (adam); `log_det`: the log-det objective L, which weighs relative errors of Q.
         pull: weight of the K-FAC product in the Fisher that `log_det` half-steps see, in [0, 1]; 1
@@ -58,12 +103,8 @@ class FishLegOptions(Options):
             as `moments`); `moments`: inverse second moments of the gradients' rows and columns;
             `diagonal`: inverse diagonal Fisher; `identity`: identity / gamma. Where a scale is
             fitted beside two factors, two alternating sweeps follow, except on the diagonal, which
-            is in the scale already. For eigen it gives the basis: `kfac`, `moments`, or `log_det`,
-            factors learned by log-det half-steps from K-FAC's, at a tenth of the damping, and
-            inverted; a refinement takes the `moments` of masked gradients.
-        shrinkage: of measured curvature towards the product of its factors (eigen); see
-            `ClosedFormSolver`.
-        sweeps: pairs of half-steps in a fit (alternating), or of the start `log_det`.
+            is in the scale already.
+        sweeps: pairs of half-steps in a fit (alternating).
         refine_sweeps: pairs of half-steps under new masks (alternating).
         mask_fit: the objective of masked half-steps. `exact`: J_M; `damped`: J of the masked
             gradients.
@@ -75,8 +116,6 @@ class FishLegOptions(Options):
             default: from these warm starts plain steps measured better.
         learning_rate: relative size of a step (adam).
         probes: random directions a step (objective probe).
-        memory_bytes: for gradients held at once; less memory takes more passes. A group that
-            exceeds it alone streams a pass of the data each half-step or round of steps.
         seed: of the probes.
 
     Raises:
@@ -84,12 +123,11 @@ class FishLegOptions(Options):
         InvalidOption: a value has another type, is out of range, or does not fit the others.
     """
 
-    structure: Structure = "eigen"
+    structure: Structure = "kronecker"
     solver: SolverName = "auto"
     objective: Objective = "expected"
     pull: Annotated[float, Range(ge=0, le=1)] = 0.0
     warm_start: WarmStart = "kfac"
-    shrinkage: Annotated[float, Range(ge=0, le=1)] = 0.5
     sweeps: Annotated[int, Range(ge=1)] = 5
     refine_sweeps: Annotated[int, Range(ge=1)] = 2
     mask_fit: MaskFit = "damped"
@@ -100,10 +138,10 @@ class FishLegOptions(Options):
     preconditioned_steps: Annotated[int, Range(ge=0)] = 0
     learning_rate: Annotated[float, Range(gt=0)] = 0.02
     probes: Annotated[int, Range(ge=1)] = 16
-    memory_bytes: Annotated[int, Range(ge=1, unit="bytes")] = 2 << 30
     seed: int = 0
 
     def __post_init__(self) -> None:
+        refuse_eigen(self.structure)
         super().__post_init__()
         if self.preconditioned_steps >= min(self.steps, self.refine_steps):
             raise InvalidOption(
@@ -120,22 +158,7 @@ class FishLegOptions(Options):
         Raises:
             InvalidOption: it cannot.
         """
-        chosen = {self.solver, self.objective, self.mask_fit, self.warm_start}
-        unfit = chosen & {"adam", "probe", "exact", "identity", "diagonal"}
-        if self.structure == "eigen" and unfit:
-            raise InvalidOption(
-                "structure",
-                "'eigen' takes its basis from the warm start 'kfac', 'moments' or 'log_det', has a "
-                f"closed form, and masks gradients; expected none of {sorted(unfit)}, or another "
-                "structure, such as 'kronecker'",
-            )
-        if self.warm_start == "log_det" and self.structure != "eigen":
-            raise InvalidOption(
-                "warm_start",
-                "'log_det' gives the basis of the structure 'eigen', got the structure "
-                f"{self.structure!r}; there the objective 'log_det' starts from 'kfac'",
-            )
-        has_alternating = {"kronecker", "eigen", *CLOSED_FORM}
+        has_alternating = {"kronecker", *CLOSED_FORM}
         if self.solver == "alternating" and self.structure not in has_alternating:
             raise InvalidOption(
                 "solver",
@@ -185,7 +208,6 @@ class FishLegChanges(TypedDict, total=False):
     objective: Objective
     pull: float
     warm_start: WarmStart
-    shrinkage: float
     sweeps: int
     refine_sweeps: int
     mask_fit: MaskFit
@@ -267,8 +289,8 @@ class ObsOptions(Options):
 
     Attributes:
         block_size: weights in a diagonal block; a smaller group is one full block.
-        by_rows: whether each row of a group (an output, with its bias) is a block, in
-            place of `block_size`.
+        by_rows: whether each row of a group (an output, with its bias) is a block, of any length,
+            in place of `block_size`.
     """
 
     block_size: Annotated[int, Range(ge=1, unit="weights")] = 64
@@ -316,6 +338,7 @@ class NoOptions(Options):
 
 
 ESTIMATOR_OPTIONS: Mapping[str, type[Options]] = {
+    "eigen": EigenOptions,
     "fishleg": FishLegOptions,
     "fls": FlsOptions,
     "obs": ObsOptions,

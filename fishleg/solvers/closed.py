@@ -37,7 +37,8 @@ class ClosedFormSolver(AbstractSolver):
         damping: gamma > 0.
         mask: survivors, bool (rows, columns), at least one; None keeps all.
         shrinkage: in [0, 1], of eigenbasis blocks.
-        objective: the one that is reported: J or, for "log_det", L. Their minimiser is the same.
+        objective: the one that is reported of dense and diagonal blocks: J or, for "log_det", L.
+            Their minimiser is the same. Eigenbasis blocks report J.
 
     Cost: for blocks of size b, 2 n rows columns b FLOPs for n gradients, and rows columns b^2 for
     the inverses, made in float64; in an eigenbasis, 2 n rows columns (rows + columns) FLOPs.
@@ -94,11 +95,7 @@ class ClosedFormSolver(AbstractSolver):
         prior = (1.0 / start.values.double() - self.damping).clamp(min=0.0)
         prior *= measured.sum() / prior.sum().clamp(min=torch.finfo(prior.dtype).eps)  # F may be 0
         values = 1.0 / (torch.lerp(measured, prior, self.shrinkage) + self.damping)
-        damped = measured + self.damping
-        if self.objective == "log_det":
-            objective = float((values * damped - values.log()).sum())
-        else:
-            objective = float((values * (0.5 * values * damped - 1.0)).sum())
+        objective = float((values * (0.5 * values * (measured + self.damping) - 1.0)).sum())
         block = EigenBlock(start.left, start.right, values.to(start.values.dtype))
         return SolverState(block=block, done=1, numbers={"objective": objective})
 

@@ -1,4 +1,4 @@
-"""Adam's descent in the free numbers of one group's block, on any loss.
+"""Adam's descent in the free numbers of one group's block, for any loss.
 
 The free numbers are changes relative to the start: a factor T_0 becomes (I + X) T_0 (I + X)^T,
 which is R^T R with R = T_0^1/2 (I + X)^T and so stays symmetric positive definite; positive numbers

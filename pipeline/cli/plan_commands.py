@@ -90,7 +90,7 @@ def plan(
 
 @command(
     "fls inspect pipeline.yaml",
-    "fls inspect pipeline.yaml 'oneshot[method=fishleg,seed=0,sparsity=0.9]' --json",
+    "fls inspect pipeline.yaml 'oneshot[method=eigen,seed=0,sparsity=0.9]' --json",
 )
 def inspect(
     file: File = DEFAULT_FILE,

@@ -117,7 +117,7 @@ def results(
 
 
 @command(
-    "fls export pipeline.yaml 'oneshot[method=fishleg,seed=0,sparsity=0.9]' my_model",
+    "fls export pipeline.yaml 'oneshot[method=eigen,seed=0,sparsity=0.9]' my_model",
 )
 def export(
     file: Annotated[Path, typer.Argument(help="The pipeline.")],

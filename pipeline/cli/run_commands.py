@@ -47,7 +47,7 @@ from pipeline.tracking import TrackerName
 @command(
     "fls run",
     "fls run pipeline.yaml --executor local --tracking jsonl",
-    "fls run pipeline.yaml --only 'oneshot[method=fishleg]' --set oneshot.distribution=uniform",
+    "fls run pipeline.yaml --only 'oneshot[method=eigen]' --set oneshot.distribution=uniform",
     "fls run pipeline.yaml --force 'pretrain[seed=0]' --max-parallel 4",
     "fls run experiments/cifar10_resnet18.yaml --stop-after 9m",
 )

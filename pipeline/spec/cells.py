@@ -98,7 +98,7 @@ class Cell(Settings):
     """One cell of a stage, the unit of running and caching.
 
     Attributes:
-        name: such as `oneshot[method=fishleg,seed=0]`, axes sorted; the stage's name without axes.
+        name: such as `oneshot[method=eigen,seed=0]`, axes sorted; the stage's name without axes.
         stage: the stage's name in the spec.
         axes: axis -> value, in the spec's order.
         params: the validated parameters, including axes.
@@ -141,7 +141,7 @@ def resolve(address: str, cells: Sequence[Cell]) -> list[Cell]:
     """Return the cells that `address` names, in the order of `cells`.
 
     Args:
-        address: a stage (`oneshot`), a group (`oneshot[method=fishleg]`: any subset of the axes) or
+        address: a stage (`oneshot`), a group (`oneshot[method=eigen]`: any subset of the axes) or
             a cell (all axes).
         cells: the cells of a spec.
 

@@ -33,7 +33,7 @@ class Artifact:
     """One upstream output.
 
     Attributes:
-        cell: full cell name, such as `oneshot[method=fishleg,seed=0,sparsity=0.9]`.
+        cell: full cell name, such as `oneshot[method=eigen,seed=0,sparsity=0.9]`.
         stage: stage name in the spec, such as `oneshot`.
         key: the cell's key.
         axes: matrix axis -> value.

@@ -10,6 +10,7 @@ from stages.catalogue.estimates import estimate_curvature, estimate_import, esti
 from stages.catalogue.parameters.axes import MethodAxes
 from stages.catalogue.parameters.curvature import (
     CurvatureParams,
+    EigenParams,
     EstimatorParams,
     FishLegParams,
     LayerParams,
@@ -67,6 +68,7 @@ __all__ = [
     "TrainingParams",
     "PretrainParams",
     "FinetuneParams",
+    "EigenParams",
     "FishLegParams",
     "RefinedFishLegParams",
     "ObsParams",

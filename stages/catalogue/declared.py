@@ -115,9 +115,9 @@ def reset(params: Params, *names: str) -> None:
 def meanings(kind: type) -> dict[str, str]:
     """Return field -> the first sentence about it in the docstrings of an options class.
 
-    >>> from fishleg.options import ObsOptions
-    >>> meanings(ObsOptions)
-    {'block_size': 'weights in a diagonal block; a smaller group is one full block'}
+    >>> from fishleg.options import KfacOptions
+    >>> meanings(KfacOptions)
+    {'dense_size': 'entries up to which a group without a layer gets its full Fisher'}
     """
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):

@@ -76,8 +76,9 @@ def estimate_curvature(params: CurvatureParams, upstream: Sequence[Params]) -> E
     if params.method == "mfac":
         count = min(params.mfac.gradients, params.samples * params.draws)
         return Estimate(memory_bytes=memory + vector * count, disk_bytes=vector * count)
-    if params.method == "fishleg":
-        held = min(params.fishleg.memory_bytes, vector * params.samples * params.draws)
+    if params.method in {"eigen", "fishleg"}:
+        own = params.eigen if params.method == "eigen" else params.fishleg
+        held = min(own.memory_bytes, vector * params.samples * params.draws)
         return Estimate(memory_bytes=memory + held)
     if params.method == "fls":
         return Estimate(memory_bytes=memory + vector * params.fls.batch * params.draws)

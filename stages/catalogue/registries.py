@@ -110,10 +110,15 @@ METHODS = Registry(
             summary="the FishLeg surgeon as published: inverse Fisher learned by Adam on fresh "
             "batches, carried through pruning",
         ),
+        "eigen": Entry(
+            target="fishleg.estimators:Eigen",
+            summary="EK-FAC whose eigenvalues are shrunk towards K-FAC's; nothing is learned by a "
+            "descent",
+        ),
         "fishleg": Entry(
             target="fishleg.estimators:FishLeg",
-            summary="inverse Fisher fitted to a fixed sample, in closed form (structure eigen: "
-            "EK-FAC with shrinkage) or by half-steps",
+            summary="inverse Fisher fitted to a fixed sample, by half-steps, Adam or in closed "
+            "form",
         ),
         "obs": Entry(
             target="fishleg.estimators:OBS",

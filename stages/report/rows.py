@@ -28,8 +28,8 @@ def seeds_of(row: Row) -> dict[str, int]:
 def name_of(row: Row) -> str:
     """Return the name of the row's method in tables, with its structure where it has one.
 
-    Method fishleg in structure eigen is `eigen`: an EK-FAC whose eigenvalues are shrunk towards
-    K-FAC's, with nothing learned by a descent. Every other method keeps its own name.
+    Earlier rows have the method eigen as method fishleg in structure eigen. Every other method
+    keeps its own name.
 
     >>> row = {"method": "fishleg", "structure": "eigen", "split": "test"}
     >>> name_of(row), name_of({**row, "structure": "kronecker"})

@@ -75,7 +75,7 @@ class Walk(contextlib.AbstractContextManager["Walk"]):
     def _check(self, text: str, output: str) -> None:
         """Check that a command has shown what the README says of it."""
         if text in {"make run", "fls results pipeline.yaml"}:
-            expect("fishleg" in output, f"{text}: its output has no row `fishleg`\n{output}")
+            expect("eigen" in output, f"{text}: its output has no row `eigen`\n{output}")
         if text.startswith("fls export"):
             expect("model.safetensors" in output, f"{text}: no weights\n{output}")
 

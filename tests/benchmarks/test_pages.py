@@ -81,3 +81,22 @@ def test_the_costs_are_means_of_the_rows(committed: Committed) -> None:
     ]
     assert len(rows) == 3
     assert f"takes {sum(rows) / 180:.0f} minutes" in claims.costs(committed)
+
+
+def test_sentences_about_eigen_are_the_same_under_its_earlier_and_its_present_name(
+    tmp_path: Path, committed: Committed
+) -> None:
+    shutil.copytree(RESULTS, tmp_path / "results")
+    for path in (tmp_path / "results").glob("*/*.json"):
+        row = json.loads(path.read_text())
+        if (row.get("method"), row.get("structure")) in {("fishleg", "eigen"), ("eigen", None)}:
+            earlier = row["method"] == "fishleg"
+            names = ("eigen", None) if earlier else ("fishleg", "eigen")
+            path.write_text(json.dumps({**row, "method": names[0], "structure": names[1]}))
+    other = Committed(tmp_path / "results")
+    for sentence in (claims.best_one_step, claims.refinement_gain, claims.costs, claims.chita):
+        assert sentence(other) == sentence(committed)
+    for name in ("resnet20", "mlpnet", "estimators", "digits"):
+        assert {*other.summary(name).sections} == {*committed.summary(name).sections}
+        for section, lines in committed.summary(name).sections.items():
+            assert {*other.section(name, section)} == {*lines}

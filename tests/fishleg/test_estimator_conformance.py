@@ -19,11 +19,13 @@ from fishleg.estimators import (
     OBS,
     AbstractEstimator,
     DiagonalFisher,
+    Eigen,
     FishLeg,
     FitProgress,
     LayerHessian,
     Magnitude,
 )
+from fishleg.estimators.groupwise import AbstractGroupwiseEstimator
 from fishleg.gradients.source import GradientSource
 from fishleg.options import BATCHWISE
 from fishleg.parameters import Partition, partition_parameters
@@ -76,12 +78,9 @@ CASES: dict[str, Callable[[Partition], AbstractEstimator]] = {
         solver="adam",
         steps=3,
     ),
-    "fishleg, eigen": lambda partition: FishLeg(
-        partition, damping=DAMPING, structure="eigen", warm_start="kfac"
-    ),
-    "fishleg, eigen, log-det": lambda partition: FishLeg(
-        partition, damping=DAMPING, structure="eigen", warm_start="log_det"
-    ),
+    "eigen": lambda partition: Eigen(partition, damping=DAMPING),
+    "eigen, moments": lambda partition: Eigen(partition, damping=DAMPING, basis="moments"),
+    "eigen, log-det": lambda partition: Eigen(partition, damping=DAMPING, basis="log_det"),
     "fishleg, block": lambda partition: FishLeg(partition, damping=DAMPING, structure="block"),
     "fishleg, diagonal": lambda partition: FishLeg(
         partition, damping=DAMPING, structure="diagonal"
@@ -301,9 +300,9 @@ def test_what_was_interrupted_goes_on_anywhere_to_the_same_bits(make, fitted64, 
         again.load_state_dict(states[number])
         again.fit(source(), lambda progress, later=later: later.append(progress.done), resume=True)
         assert all(one >= seen[number] for one in later)
-        # the start of these two is made again
+        # the start of these is made again
         assert (
-            isinstance(whole, FishLeg | FLS) or len(later) <= len(seen) - number
+            isinstance(whole, AbstractGroupwiseEstimator | FLS) or len(later) <= len(seen) - number
         )  # no batch twice
         assert (again.masks is None) == (whole.masks is None)
         for name, block in whole.blocks().items():

@@ -15,7 +15,7 @@ from fishleg.errors import FishLegError, UnknownName, WrongType
 from fishleg.pruning import select
 from stages.torchvision_import import import_torchvision
 
-METHODS = ["fishleg", "obs", "kfac", "ekfac", "mfac", "layer", "diagonal", "magnitude"]
+METHODS = ["eigen", "fishleg", "obs", "kfac", "ekfac", "mfac", "layer", "diagonal", "magnitude"]
 
 
 class Network(nn.Module):
@@ -95,14 +95,13 @@ def test_the_model_is_changed_in_its_weights_alone(network, loader):
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_is_its_class_used_by_hand(network, data, method):
     kind = fishleg.ESTIMATORS[method]
-    options = {"structure": "eigen", "warm_start": "kfac"} if method == "fishleg" else {}
     by_hand = copy.deepcopy(network)
     partition = fishleg.partition_parameters(by_hand)
     samples = fishleg.Calibration(inputs=data[0], targets=data[1])
     source = fishleg.GradientSource(
         by_hand, fishleg.Categorical(), partition, samples, labels="matched"
     )
-    estimator = kind(partition, damping=1e-3, **options)
+    estimator = kind(partition, damping=1e-3)
     estimator.fit(source)
     distribution = "uniform" if method == "layer" else "global"
     expected = fishleg.prune_once(by_hand, estimator, sparsity=0.7, distribution=distribution)
@@ -140,7 +139,7 @@ def test_arguments_reach_the_classes_beneath(network, loader):
         options={"shrinkage": 0.25},
         selection=score,
     )
-    assert (seen["options"].structure, seen["options"].shrinkage) == ("eigen", 0.25)
+    assert seen["options"] == fishleg.EigenOptions(shrinkage=0.25)
     assert [group.name for group in seen["partition"].prunable] == ["conv"]
     assert list(report.masks) == ["conv"]
 
@@ -162,8 +161,8 @@ def test_a_mistake_is_told_before_anything_is_read(network):
         ({"distribution": "globally"}, UnknownName),
         ({"keep": "head.weight"}, WrongType),
         ({"also_prune": ["nothing"]}, FishLegError),
-        ({"options": {"structur": "eigen"}}, FishLegError),
-        ({"options": ["eigen"]}, WrongType),
+        ({"options": {"shrinkag": 0.5}}, FishLegError),
+        ({"options": ["shrinkage"]}, WrongType),
         ({"samples": 0}, ValueError),
         ({"samples": "all"}, WrongType),
         ({"seed": 0.5}, WrongType),

@@ -11,6 +11,8 @@ from fishleg import ESTIMATORS, FishLeg, InvalidOption, UnknownName, partition_p
 from fishleg.options import (
     ESTIMATOR_OPTIONS,
     CalibrationOptions,
+    EigenChanges,
+    EigenOptions,
     EstimatorOptions,
     Field,
     FishLegChanges,
@@ -73,9 +75,10 @@ def test_each_field_refuses_other_types_and_values_out_of_range(
 def test_options_are_frozen_and_described(kind: type[Options]) -> None:
     options = kind()
     assert kind.__doc__
+    described = "".join(base.__doc__ or "" for base in kind.__mro__)
     for field in fields(kind):
         assert field.default is not MISSING
-        assert f"        {field.name}: " in kind.__doc__
+        assert f"        {field.name}: " in described
         with pytest.raises(AttributeError):
             setattr(options, field.name, None)
 
@@ -88,21 +91,22 @@ def test_an_estimator_takes_the_options_that_are_declared(name: str) -> None:
     assert estimator.options == ESTIMATOR_OPTIONS[name]()
     assert ESTIMATORS[name](partition, damping=0.1).options == estimator.options
     accepted = set(inspect.signature(ESTIMATORS[name]).parameters)
-    if name not in {"fishleg", "fls"}:
+    if name not in {"eigen", "fishleg", "fls"}:
         assert accepted == {"partition", "damping", "memory_limit", *given}
 
 
 def test_keywords_of_options_with_changes_are_the_options() -> None:
+    assert get_type_hints(EigenChanges) == get_type_hints(EigenOptions)
     assert get_type_hints(FishLegChanges) == get_type_hints(FishLegOptions)
     assert get_type_hints(FlsChanges) == get_type_hints(FlsOptions)
 
 
 def test_fishleg_takes_options_and_changes_of_them() -> None:
     partition = partition_parameters(nn.Linear(2, 2))
-    eigen = FishLegOptions(structure="eigen", sweeps=7)
-    assert FishLeg(partition, damping=0.1, options=eigen).options == eigen
-    changed = FishLeg(partition, damping=0.1, options=eigen, sweeps=2).options
-    assert changed == FishLegOptions(structure="eigen", sweeps=2)
+    tensor = FishLegOptions(structure="tensor", steps=90)
+    assert FishLeg(partition, damping=0.1, options=tensor).options == tensor
+    changed = FishLeg(partition, damping=0.1, options=tensor, steps=100).options
+    assert changed == FishLegOptions(structure="tensor", steps=100)
 
 
 def test_several_labels_are_drawn_only_where_labels_are_drawn() -> None:

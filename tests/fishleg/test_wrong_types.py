@@ -104,6 +104,7 @@ def instances():
             and kind not in {fishleg.UnknownName, fishleg.InvalidOption}
         ),
         fishleg.InvalidOption("damping", "expected > 0, got 0"),
+        fishleg.EigenOptions(),
         fishleg.FishLegOptions(),
         fishleg.FlsOptions(),
     ]

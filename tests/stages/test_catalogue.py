@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from fishleg.options import FishLegOptions
+from fishleg.options import EigenOptions, FishLegOptions
 from pipeline.stage import Estimate, Registry, Stage
 from stages.catalogue import (
     CATALOGUE,
@@ -93,9 +93,9 @@ def test_memory_and_disk_are_forecast_where_the_network_is_known() -> None:
 
 
 def test_only_the_stage_that_refines_its_estimate_departs_from_the_librarys_defaults() -> None:
-    best = FishLegOptions(structure="eigen", warm_start="kfac")
-    assert best == FishLegOptions()
+    for kind in (CurvatureParams, MultistepParams, GradualParams):
+        assert EigenOptions.taken_from(kind.model_fields["eigen"].default) == EigenOptions()
     for kind in (CurvatureParams, MultistepParams):
-        assert FishLegOptions.taken_from(kind.model_fields["fishleg"].default) == best
+        assert FishLegOptions.taken_from(kind.model_fields["fishleg"].default) == FishLegOptions()
     refined = GradualParams(method="fishleg", sparsity=0.5, fishleg={"sweeps": 3}).fishleg
     assert (refined.structure, refined.warm_start, refined.sweeps) == ("kronecker", "moments", 3)

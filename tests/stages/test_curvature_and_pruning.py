@@ -18,7 +18,9 @@ from pipeline.stage import Context, StageError
 from stages.catalogue import (
     METHODS,
     CurvatureParams,
+    EigenParams,
     FishLegParams,
+    GradualParams,
     ObsParams,
 )
 from stages.curvature import curvature
@@ -195,7 +197,9 @@ def test_parameters_without_curvature_are_named(dense: Ran, tmp_path: Path) -> N
     assert "no curvature" not in ran.texts()
 
 
-@pytest.mark.parametrize("method", ["fishleg", "obs", "kfac", "ekfac", "mfac", "layer", "diagonal"])
+@pytest.mark.parametrize(
+    "method", ["eigen", "fishleg", "obs", "kfac", "ekfac", "mfac", "layer", "diagonal"]
+)
 @pytest.mark.parametrize("checkpoints", [2, 4])
 def test_a_fit_that_was_killed_reaches_the_same_bits(
     method: str, checkpoints: int, dense: Ran, tmp_path: Path
@@ -387,6 +391,9 @@ def test_options_of_other_methods_do_not_enter_the_parameters() -> None:
     one = CurvatureParams(method="obs", fishleg=FishLegParams(sweeps=9))
     assert one == CurvatureParams(method="obs")
     assert CurvatureParams(method="fishleg", fishleg=FishLegParams(sweeps=9)).fishleg.sweeps == 9
+    learned = GradualParams(method="fishleg", sparsity=0.5, eigen=EigenParams(shrinkage=0.1))
+    assert learned == GradualParams(method="fishleg", sparsity=0.5)
+    assert CurvatureParams(method="eigen", fishleg=FishLegParams(sweeps=9)).eigen == EigenParams()
 
 
 def test_the_recipe_of_an_estimate_that_an_earlier_version_stored_is_read() -> None:
@@ -408,10 +415,30 @@ def test_the_recipe_of_an_estimate_that_an_earlier_version_stored_is_read() -> N
         },
     }
     recipe = Recipe.from_json(stored)
-    assert recipe.to_json() == stored
+    calibration = {**stored["calibration"], "augment": False}
+    assert recipe.to_json() == {**stored, "calibration": calibration}
     params = CurvatureParams(
         method="obs", damping=0.001, obs=ObsParams(block_size=16), samples=60, batch_size=20
     )
-    assert Recipe.from_params(params) == recipe
     partition = partition_parameters(nn.Linear(4, 4))
-    assert recipe.build(partition).options == ObsOptions(block_size=16)
+    for one in (recipe, Recipe.from_params(params)):
+        assert one.calibration == recipe.calibration
+        assert one.build(partition).options == ObsOptions(block_size=16)
+
+
+def test_the_recipe_of_fishleg_in_structure_eigen_is_that_of_eigen() -> None:
+    params = CurvatureParams(method="eigen", eigen=EigenParams(shrinkage=0.25))
+    recipe = Recipe.from_params(params)
+    stored = recipe.to_json()
+    stored["method"] |= {"name": "fishleg", "target": "fishleg.estimators:FishLeg"}
+    stored["options"] = {
+        "structure": "eigen",
+        "warm_start": "kfac",
+        "shrinkage": 0.25,
+        "sweeps": 5,
+        "steps": 200,
+        "memory_bytes": 2 << 30,
+    }
+    assert Recipe.from_json(stored) == recipe
+    stored["options"]["structure"] = "tensor"
+    assert "shrinkage" not in Recipe.from_json(stored).options

@@ -50,7 +50,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "kfac": {"method": "kfac"},
     "obs": {"method": "obs", "obs": {"block_size": 16}},
     "mfac": {"method": "mfac", "mfac": {"gradients": 16}},
-    "eigen": {"method": "fishleg", "fishleg": {"structure": "eigen", "warm_start": "moments"}},
+    "eigen": {"method": "eigen", "eigen": {"basis": "moments"}},
     "kronecker": {  # in several packs, the largest streamed
         "method": "fishleg",
         "samples": 450,

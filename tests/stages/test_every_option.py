@@ -220,11 +220,11 @@ def test_options_of_a_method_are_checked(stage: Stage, method: str, tmp_path: Pa
             "known: dense_size, memory_limit",
         ),
         (
-            {"method": "fishleg", "fishleg": {"structure": "eigen", "solver": "adam"}},
+            {"method": "fishleg", "fishleg": {"structure": "eigen", "warm_start": "kfac"}},
             ("fishleg", "structure"),
-            "fishleg.structure: 'eigen' takes its basis from the warm start 'kfac', 'moments' or "
-            "'log_det', has a closed form, and masks gradients; expected none of ['adam'], or "
-            "another structure, such as 'kronecker'",
+            "fishleg.structure: 'eigen' is now a method of its own: write `method: eigen`, with "
+            "its options under `eigen` (basis in place of warm_start); in Python, "
+            "fishleg.estimators.Eigen",
         ),
         (
             {"method": "fishleg", "fishleg": {"steps": 5, "preconditioned_steps": 5}},

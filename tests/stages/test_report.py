@@ -165,8 +165,8 @@ def test_several_structures_of_a_method_are_lines_of_their_own() -> None:
     assert list(summarise([rows[0], rows[2]]).sections["One-shot"]) == ["eigen", "obs"]
 
 
-def test_the_line_of_fishleg_in_structure_eigen_is_called_eigen() -> None:
-    """Its eigenvalues are K-FAC's and EK-FAC's: the name fishleg would say that it is learned."""
+def test_the_line_of_eigen_is_called_eigen_in_rows_of_earlier_versions_too() -> None:
+    """There it was method fishleg in structure eigen."""
 
     def line(method: str, structure: str | None, **curvature: Any) -> Any:
         return made(
@@ -178,6 +178,8 @@ def test_the_line_of_fishleg_in_structure_eigen_is_called_eigen() -> None:
         )
 
     rows = [line("fishleg", "eigen", shrinkage=one) for one in (0.0, 0.5)]
+    assert list(summarise(rows[:1]).sections["One-shot"]) == ["eigen"]
+    assert list(summarise([line("eigen", None)]).sections["One-shot"]) == ["eigen"]
     rows += [line("fishleg", "full"), line("fls", "tensor"), line("kfac", None)]
     lines = summarise(rows).sections["One-shot"]
     assert list(lines) == [

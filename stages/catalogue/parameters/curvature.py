@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
@@ -9,20 +10,28 @@ from pydantic import Field, model_validator
 from fishleg.options import (
     ESTIMATOR_OPTIONS,
     CalibrationOptions,
+    EigenOptions,
     EstimatorOptions,
     FishLegOptions,
     FlsOptions,
+    InvalidOption,
     LayerOptions,
     MfacOptions,
     ObsOptions,
-    Structure,
     WarmStart,
     mistakes_in,
+    refuse_eigen,
 )
 from stages.catalogue.declared import OptionParams, refuse, reset
 from stages.catalogue.parameters.axes import Seed
 from stages.catalogue.registries import METHODS
 from stages.lineage import Role
+
+
+class EigenParams(OptionParams, EigenOptions):
+    """Options of the method eigen."""
+
+    memory_bytes: Annotated[int, Field(ge=1 << 20), Role.NEUTRAL] = EigenOptions.memory_bytes
 
 
 class FishLegParams(OptionParams, FishLegOptions):
@@ -31,13 +40,21 @@ class FishLegParams(OptionParams, FishLegOptions):
     memory_bytes: Annotated[int, Field(ge=1 << 20), Role.NEUTRAL] = FishLegOptions.memory_bytes
     seed: ClassVar[int] = FishLegOptions.seed
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_eigen(cls, values: Any) -> Any:
+        """Refuse the earlier structure eigen with the name of the method in its place."""
+        if isinstance(values, Mapping):
+            try:
+                refuse_eigen(values.get("structure"))
+            except InvalidOption as error:
+                refuse([(error, (error.option,))])
+        return values
+
 
 class RefinedFishLegParams(FishLegParams):
     """Options of the method fishleg where new masks refine the estimate."""
 
-    structure: Structure = Field(
-        default="kronecker", description=FishLegParams.model_fields["structure"].description
-    )
     warm_start: WarmStart = Field(
         default="moments", description=FishLegParams.model_fields["warm_start"].description
     )
@@ -69,6 +86,7 @@ class EstimatorParams(OptionParams, CalibrationOptions, EstimatorOptions):
     seed: Seed = CalibrationOptions.seed
     memory_limit: ClassVar[int | None] = EstimatorOptions.memory_limit
     method: Annotated[str, METHODS] = Field(description="name of the curvature method")
+    eigen: EigenParams = Field(default=EigenParams(), description="options of the method eigen")
     fishleg: FishLegParams = Field(
         default=FishLegParams(), description="options of the method fishleg"
     )
@@ -89,9 +107,7 @@ class EstimatorParams(OptionParams, CalibrationOptions, EstimatorOptions):
 
     @model_validator(mode="after")
     def _forget_other_methods(self) -> EstimatorParams:
-        reset(self, *{"fls", "obs", "mfac", "layer"} - {self.method})
-        if self.method != "fishleg":  # a constant, so that new defaults change no other's key
-            object.__setattr__(self, "fishleg", RefinedFishLegParams())
+        reset(self, *{"eigen", "fishleg", "fls", "obs", "mfac", "layer"} - {self.method})
         return self
 
     @model_validator(mode="after")
