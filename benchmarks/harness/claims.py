@@ -23,6 +23,7 @@ _ONE = SECTIONS["oneshot", False]
 _TUNED = SECTIONS["oneshot", True]
 _STEPS = SECTIONS["multistep", False]
 _REFINED = SECTIONS["refined", False]
+_LEARNED = ("fls", "fishleg")
 _TRAIN_IMAGES = 45_000  # of CIFAR-10; 5,000 more are the validation images
 
 
@@ -40,6 +41,32 @@ def best_one_step(results: Committed) -> str:
         return f"{next(iter(best))} has the highest one-step row at every sparsity."
     listed = "; ".join(f"{name} at {joined(places)}" for name, places in best.items())
     return f"No method has the highest one-step row at every sparsity: {listed}."
+
+
+def learned_one_step(results: Committed) -> str:
+    """Return how the best learned inverse of ResNet20 compares with the best row.
+
+    Learned are the rows of `fls` and `fishleg`: their factors minimise J or L.
+    """
+    lines = results.one_step("estimators", "resnet20")
+    parts, ahead = [], 0
+    for sparsity in sorted({at for line in lines.values() for at in line}):
+        means = {name: line[sparsity].mean for name, line in lines.items() if sparsity in line}
+        learned = {name: mean for name, mean in means.items() if name.startswith(_LEARNED)}
+        others = {name: mean for name, mean in means.items() if name not in learned}
+        if not learned:
+            continue
+        ours, theirs = max(learned, key=learned.__getitem__), max(others, key=others.__getitem__)
+        ahead += learned[ours] > others[theirs]
+        parts.append(f"{ours} {learned[ours]:.2f}, {theirs} {others[theirs]:.2f} at {sparsity:g}")
+    if not parts:
+        return "No learned inverse has committed results."
+    verdict = (
+        f"A learned inverse is the highest row at {ahead} of {len(parts)} sparsities"
+        if ahead
+        else "A learned inverse is the highest row at no sparsity"
+    )
+    return f"{verdict}. The highest learned row and the highest other one: {'; '.join(parts)}."
 
 
 def seeds_used(results: Committed) -> str:

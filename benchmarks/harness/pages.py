@@ -96,7 +96,7 @@ PARTS: dict[str, Callable[[Committed], str]] = {
     ),
     "one_step": _tables({"One step:": _one_step}),
     "several_steps": _tables({"Several steps:": _several_steps("resnet20")}),
-    "best": _sentences(claims.best_one_step, claims.seeds_used),
+    "best": _sentences(claims.best_one_step, claims.learned_one_step, claims.seeds_used),
     "ends": _sentences(claims.ends),
     "distillation": _sentences(claims.distillation),
     "refinement": _sentences(claims.refinement_gain, claims.costs),

@@ -94,7 +94,13 @@ def test_sentences_about_eigen_are_the_same_under_its_earlier_and_its_present_na
             names = ("eigen", None) if earlier else ("fishleg", "eigen")
             path.write_text(json.dumps({**row, "method": names[0], "structure": names[1]}))
     other = Committed(tmp_path / "results")
-    for sentence in (claims.best_one_step, claims.refinement_gain, claims.costs, claims.chita):
+    for sentence in (
+        claims.best_one_step,
+        claims.learned_one_step,
+        claims.refinement_gain,
+        claims.costs,
+        claims.chita,
+    ):
         assert sentence(other) == sentence(committed)
     for name in ("resnet20", "mlpnet", "estimators", "digits"):
         assert {*other.summary(name).sections} == {*committed.summary(name).sections}
