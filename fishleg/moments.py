@@ -118,10 +118,20 @@ def layer_moments(
     """
 
     def moments(signals: LayerSignals) -> tuple[Tensor, ...]:
-        g = signals.output_gradients
-        return _second_moments(g.flatten(0, 1)) / g.shape[3], _inputs(signals, source.rows)
+        return signal_moments(signals, source.rows)
 
     return _accumulate_signals(source, moments, groups, running, progress)
+
+
+def signal_moments(signals: LayerSignals, rows: int) -> tuple[Tensor, Tensor]:
+    """Return the contribution of a batch to the K-FAC factors Gamma and A of `layer_moments`.
+
+    Args:
+        signals: of the batch.
+        rows: gradient rows of the whole pass.
+    """
+    g = signals.output_gradients
+    return _second_moments(g.flatten(0, 1)) / g.shape[3], _inputs(signals, rows)
 
 
 def input_moments(

@@ -25,17 +25,17 @@ stages:
     checkpoint_every_s: 0
   curvature:
     uses: curvature
-    matrix: {method: [fishleg, magnitude]}
+    matrix: {method: [eigen, magnitude]}
     inputs: {model: pretrain}
     params: {samples: 200, certificate_samples: 0}
   oneshot:
     uses: prune_oneshot
-    matrix: {method: [fishleg, magnitude], sparsity: [0.9]}
+    matrix: {method: [eigen, magnitude], sparsity: [0.9]}
     inputs: {model: pretrain, curvature: curvature}
     params: {certificate_samples: 0}
   finetune:
     uses: finetune
-    matrix: {method: [fishleg, magnitude], sparsity: [0.9]}
+    matrix: {method: [eigen, magnitude], sparsity: [0.9]}
     inputs: {model: oneshot, teacher: pretrain}
     params: {epochs: 1, batch_size: 64}
   evaluate:
@@ -70,7 +70,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "pipeline.yaml").write_text(SPEC)
     output = fls(folder, *RUN)
-    assert "| fishleg |" in output
+    assert "| eigen |" in output
     assert "figure.png" in output
     return folder
 
@@ -87,7 +87,7 @@ def weights(folder: Path, cell: str) -> dict[str, bytes]:
 
 def test_a_second_run_executes_nothing(finished: Path) -> None:
     before = sorted((finished / ".fls" / "stages").iterdir())
-    assert "| fishleg |" in fls(finished, *RUN)
+    assert "| eigen |" in fls(finished, *RUN)
     assert sorted((finished / ".fls" / "stages").iterdir()) == before
     assert {one["state"] for one in plan(finished).values()} == {"cached"}
 
@@ -96,14 +96,14 @@ def test_a_changed_parameter_reruns_what_depends_on_it(finished: Path) -> None:
     found = plan(finished, "--set", "finetune.epochs=2")
     stages = {one["stage"] for one in found.values() if one["state"] == "run"}
     assert stages == {"finetune", "evaluate", "compare"}
-    assert "epochs: 1 -> 2" in found["finetune[method=fishleg,sparsity=0.9]"]["why"]
+    assert "epochs: 1 -> 2" in found["finetune[method=eigen,sparsity=0.9]"]["why"]
 
 
 def test_results_have_every_model(finished: Path) -> None:
     rows = json.loads(fls(finished, "results", "pipeline.yaml", "--json"))
     assert all(set(row) == {column.name for column in COLUMNS} for row in rows)
     found = {(row["method"], row["finetuned"], row["target"]) for row in rows}
-    pruned = {(method, tuned, 0.9) for method in ("fishleg", "magnitude") for tuned in (0, 1)}
+    pruned = {(method, tuned, 0.9) for method in ("eigen", "magnitude") for tuned in (0, 1)}
     assert found == {("dense", False, 0.0), *pruned}
     for row in rows:
         assert row["run_id"] is None

@@ -170,11 +170,12 @@ def chita(results: Committed) -> str:
 
 
 def optimiser(results: Committed) -> str:
-    """Return the last losses of the FishLeg optimiser and of Adam."""
+    """Return the last losses of the FishLeg optimiser and of Adam, and what learning changes."""
     parts = []
+    documents = results.documents("optimiser")
     for problem in ("autoencoder", "resnet20"):
         ours, adam = (
-            results.documents("optimiser")[f"{problem}/{method}"]["result"]["validation"]
+            documents[f"{problem}/{method}"]["result"]["runs"][0]["validation"]
             for method in ("fishleg", "adam")
         )
         reached = next((seconds for _, seconds, loss in ours if loss <= adam[-1][2]), None)
@@ -183,7 +184,8 @@ def optimiser(results: Committed) -> str:
             f"{problem}: {ours[-1][2]:.3g} against {adam[-1][2]:.3g} nats after {ours[-1][0]:,} "
             f"steps, level with Adam's last {level}"
         )
-    return f"The FishLeg optimiser against Adam (one seed), {'; '.join(parts)}."
+    learning = load_script(find_benchmark("optimiser").path).verdict(documents)
+    return f"The FishLeg optimiser against Adam (one seed), {'; '.join(parts)}. {learning}"
 
 
 def verdicts(results: Committed) -> str:

@@ -1,4 +1,4 @@
-"""The Hessian of a layer's output error: OBC, SparseGPT."""
+"""The Hessian of a layer's output error, which OBC and SparseGPT use."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ class LayerHessian(AbstractOnePassEstimator):
     with Gamma = I. The inputs of a convolution are its patches, those of a bias are ones. No label
     enters. mu = damping + relative_damping mean(diag H); SparseGPT takes one percent
     of the mean. Saliencies are output errors, whose units differ from layer to layer; to compare
-    them in one layer only, select with the distribution `uniform`.
+    them in one layer only, select with the distribution `uniform`. OBC is the selection `greedy`
+    with it; the selection `single` is neither OBC nor SparseGPT, which remove weights one after the
+    other.
 
     `refine` estimates the full H again, from the inputs that the pruning has changed.
 

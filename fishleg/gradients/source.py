@@ -148,6 +148,17 @@ class GradientSource(LabelledSamples):
         Args:
             groups: names; default all.
         """
+        for evidence, _ in self.factored_with_signals(groups):
+            yield evidence
+
+    def factored_with_signals(
+        self, groups: Sequence[str] | None = None
+    ) -> Iterator[tuple[Mapping[str, Tensor | LayerSignals], Mapping[str, LayerSignals | None]]]:
+        """Yield what `factored` and `layers` yield, from one pass.
+
+        Args:
+            groups: names; default all.
+        """
         names = self.partition.names if groups is None else tuple(groups)
         modules = {name: self._module(name) for name in names}
         for one in self._passes(self._hooked(names)):
@@ -159,7 +170,7 @@ class GradientSource(LabelledSamples):
                 for name, module in modules.items()
                 if is_outer_product(self.model, self.partition[name], module, one)
             }
-            yield Lazy(names, partial(_pick, signals, gradients, outer))
+            yield Lazy(names, partial(_pick, signals, gradients, outer)), signals
 
     def over(self, calibration: Samples, *, seed: int) -> GradientSource:
         """Return the same source over other samples, with the same paths.

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fishleg.calibration import Calibration
 from fishleg.calling import PLAIN, Calling
 from fishleg.errors import FishLegError
+from fishleg.gradients.layers import LayerSignals
 from fishleg.gradients.source import GradientSource
 from fishleg.likelihoods import Likelihood
 from fishleg.modes import evaluating
@@ -297,7 +298,7 @@ class FishLeg(torch.optim.Optimizer):
         inputs = take(self._inputs, slice(self.samples))
         age = _updates_before(done, self.update_every)
         with _batch_statistics(self.model, inputs, self.calling):
-            found = self._evidence(inputs, done)
+            found, signals = self._evidence(inputs, done)
             for group in self.partition.groups:
                 after = update(
                     self.inverse(group.name),
@@ -306,11 +307,14 @@ class FishLeg(torch.optim.Optimizer):
                     self.options,
                     age=age,
                     mask=self._masks.get(group.name),
+                    signals=signals[group.name] if self.options.start == "kfac" else None,
                 )
                 self.state[self.model.get_parameter(group.weight)].update(after.tensors())
 
-    def _evidence(self, inputs: Nest, done: int) -> Mapping[str, Evidence]:
-        """Return the gradients of a batch, as one piece, with labels of this very step."""
+    def _evidence(
+        self, inputs: Nest, done: int
+    ) -> tuple[Mapping[str, Evidence], Mapping[str, LayerSignals | None]]:
+        """Return a batch's gradients, as one piece, and signals, with labels of this very step."""
         count = count_samples(inputs, "inputs")
         samples = Calibration(inputs=inputs, indices=torch.arange(count) + (done << 32))
         if self._source is None:
@@ -324,7 +328,10 @@ class FishLeg(torch.optim.Optimizer):
                 calling=self.calling,
             )
         source = self._source.over(samples, seed=self.options.seed).thorough()
-        return source.hold(source.partition.names) if source.singly else next(source.factored())
+        if source.singly:  # no layer is on the fast path
+            names = source.partition.names
+            return source.hold(names), dict.fromkeys(names)
+        return next(source.factored_with_signals())
 
 
 def _is_due(done: int, every: int) -> bool:

@@ -2,13 +2,13 @@
 
     B = (I + X) B_0 (I + X)^T,   C = (I + Y) C_0 (I + Y)^T,   A = exp(Z)
 
-The start (B_0, C_0) is the damped inverse of running second moments of the gradients, computed
-at each update: it follows a Fisher that changes tenfold within a few steps, as at the beginning of
-training. lambda = (X, Y, Z) starts at zero and descends the FishLeg objective J by Adam, one step
-an update; it corrects the errors of the start (the independence of rows and columns, the split of
-the damping between the factors, the scale). In trials Adam alone, from a start on the first batch,
-was too slow: see docs/theory.md. The evidence of an update is the result of
-`GradientSource.factored` for one batch.
+The start (B_0, C_0) is the damped inverse of running second moments of the gradients, or of running
+K-FAC factors, computed at each update: it follows a Fisher that changes tenfold within a few steps,
+as at the beginning of training. lambda = (X, Y, Z) starts at zero and descends the FishLeg
+objective J by Adam, one step an update; it corrects the errors of the start (the independence of
+rows and columns, the split of the damping between the factors, the scale). In trials Adam alone,
+from a start on the first batch, was too slow: see docs/theory.md. The evidence of an update is the
+result of `GradientSource.factored` for one batch.
 
 J is E_u[ 1/2 (Qu)^T F_g (Qu) - u^T Q u ]. With u ~ N(0, I) the flat directions, where Q is large,
 make up most of it. With u distributed as the gradients, E[u u^T] = F, directions count by their
@@ -28,7 +28,7 @@ from torch import Tensor
 from fishleg.blocks import AbstractBlock, DiagonalBlock, KroneckerBlock
 from fishleg.blocks.structures import fit_structure
 from fishleg.gradients.layers import LayerSignals
-from fishleg.moments import as_factors, kronecker_products, squares
+from fishleg.moments import as_factors, kronecker_products, signal_moments, squares
 from fishleg.objective import (
     gradient_product,
     outer_directional,
@@ -97,6 +97,7 @@ def update(
     *,
     age: int,
     mask: Tensor | None = None,
+    signals: LayerSignals | None = None,
 ) -> TrackedInverse:
     """Return Q after one update, on one batch.
 
@@ -110,6 +111,7 @@ def update(
         options: see there.
         age: updates made before.
         mask: survivors, bool (rows, columns); None keeps all.
+        signals: of the group's layer on the batch, for the start `kfac`; None without a layer.
 
     Cost: in FLOPs, 8 (rows^3 + columns^3) in float32 and 2 (rows^3 + columns^3) in float64, and
     the cost of `objective_terms`, forward and backward.
@@ -117,7 +119,7 @@ def update(
     weight = max(1 - options.decay, 1 / (age + 1))  # a plain mean at first
     moments = {
         name: before.moments[name].lerp(new, weight) if age else new
-        for name, new in _measure(evidence, group, options).items()
+        for name, new in _measure(evidence, signals, group, options).items()
     }
     start = _start(group, moments, evidence, options)
     free = before.free if age else _zeros(start.tensors())
@@ -155,7 +157,12 @@ def update(
 # -- the start
 
 
-def _measure(evidence: Evidence, group: ParameterGroup, options: TrackingOptions) -> Tensors:
+def _measure(
+    evidence: Evidence,
+    signals: LayerSignals | None,
+    group: ParameterGroup,
+    options: TrackingOptions,
+) -> Tensors:
     """Return the second moments that the start is made of."""
     if options.start == "identity":
         return {}
@@ -164,6 +171,10 @@ def _measure(evidence: Evidence, group: ParameterGroup, options: TrackingOptions
             return {"diagonal": squares(evidence)[0]}
         rows, columns = _factors(evidence)
         return {"diagonal": rows.square().mT @ columns.square()}
+    if options.start == "kfac" and signals is not None and signals.activations.shape[1] == 1:
+        samples, draws = signals.output_gradients.shape[:2]
+        gamma, a = signal_moments(signals, samples * draws)
+        return {"gamma": gamma[0], "a": a[0]}
     if isinstance(evidence, Tensor):
         row, column = kronecker_products(evidence)
     else:
@@ -185,6 +196,8 @@ def _start(
     elif "diagonal" in moments:
         scaled = structure != "kronecker"
         start = diagonal_start(moments["diagonal"], options.damping, scaled=scaled)
+    elif "gamma" in moments:
+        start = factored_start(moments["gamma"].double(), moments["a"].double(), options.damping)
     else:
         row, column = as_factors(moments["row"].double(), moments["column"].double())
         start = factored_start(row[0], column[0], options.damping)

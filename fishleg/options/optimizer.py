@@ -17,8 +17,10 @@ class TrackingOptions(Options):
         damping: gamma, added to the Fisher's diagonal, in the Fisher's units.
         structure: form of the inverse's blocks. Matrices and kernels have this one, vectors (biases
             and normalisation) a diagonal one.
-        start: inverse second moments of the gradients' rows and columns; inverse diagonal of F; or
-            a multiple of the identity, as in the paper.
+        start: `moments`: inverse second moments of the gradients' rows and columns; `kfac`: inverse
+            K-FAC factors of linear and convolution layers, and moments for groups without one, and
+            for convolutions in groups; `diagonal`: inverse diagonal of F; or `identity`: a multiple
+            of the identity, as in the paper.
         decay: of the running moments, an update, in [0, 1).
         learning_rate: of the inverse's correction, relative; 0 learns none. It is the rate of Adam.
         directions: that J is averaged over: drawn like the gradients, or standard normal.

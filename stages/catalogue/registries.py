@@ -138,7 +138,7 @@ METHODS = Registry(
         ),
         "layer": Entry(
             target="fishleg.estimators:LayerHessian",
-            summary="Hessian of each layer's output error, of its inputs alone (OBC, SparseGPT)",
+            summary="Hessian of each layer's output error (of OBC, SparseGPT), of its inputs alone",
         ),
         "diagonal": Entry(
             target="fishleg.estimators:DiagonalFisher",

@@ -126,13 +126,29 @@ def test_noise_cell(folder: Path) -> None:
     assert min(few["residual"]) > max(many["residual"]) > 0
 
 
+@pytest.mark.parametrize("arm", ["probe,identity", "log_det,kfac"])
+def test_an_arm_of_fls_learns_on_fresh_batches(arm: str, folder: Path) -> None:
+    cut = {"samples": [40], "dampings": [1e-2], "seeds": [0, 1]}
+    cell = f"noise[kronecker,fls,{arm}]"
+    options = claim_noise.cells()[cell]["fls"]
+    found = [
+        run(claim_noise, cell, folder, **cut, fls={**options, "steps": steps})["result"]
+        for steps in (1, 4)
+    ]
+    (name,) = found[0]
+    assert name.startswith("fls, ")
+    (short,), (long,) = (one[name] for one in found)
+    assert len(short["test"]) == len(short["error"]) == 2
+    assert short["error"] != long["error"]
+
+
 def test_both_ways_have_one_structure(folder: Path) -> None:
     digits = _digits.load_digits(NETWORK, folder)
     source = digits.gradients(digits.model, samples=30, labels="sampled", seed=0)
     for structure, ways in claim_noise._WAYS.items():
         found = []
-        for build in ways.values():
-            estimator = build(digits.partition, 1e-2)
+        for way in ways.values():
+            estimator = way.build(digits.partition, 1e-2)
             if isinstance(estimator, FishLeg) and estimator.options.solver == "adam":
                 continue  # slow, and the structure is what it is called
             estimator.fit(source)
@@ -166,7 +182,7 @@ def noise_document(structure: str, learned: float, inverted: float) -> dict[str,
             "damping": 1e-3,
             "sparsity": 0.9,
         },
-        "result": {"learned": points(learned), "inverted": points(inverted)},
+        "result": {"inverted": points(inverted), "learned": points(learned)},
     }
 
 
@@ -175,7 +191,7 @@ def noise_document(structure: str, learned: float, inverted: float) -> dict[str,
     ("learned", "verdict"),
     [
         ((80.0, 80.0), "claim holds here.**"),
-        ((80.0, 70.0), "claim holds here for kronecker only"),
+        ((80.0, 70.0), "claim holds here for kronecker, learned only"),
         ((60.0, 60.0), "claim does not hold here"),
     ],
 )
@@ -185,6 +201,26 @@ def test_noise_report(learned: tuple[float, float], verdict: str, tmp_path: Path
         "b": noise_document("kronecker", learned[0], 70.0),
     }
     assert verdict in claim_noise.report(documents, tmp_path)
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    ("all_labels", "verdict"),
+    [(75.0, "holds here for kronecker, fls, L from K-FAC only"), (85.0, "does not hold here")],
+)
+def test_an_arm_of_fls_has_to_beat_the_inverse_of_all_labels(
+    all_labels: float, verdict: str, tmp_path: Path
+) -> None:
+    plain = noise_document("kronecker", 60.0, 70.0)
+    points = noise_document("kronecker", 80.0, all_labels)["result"]
+    plain["result"]["inverted, all labels"] = points["inverted"]
+    arm = {
+        "params": {**plain["params"], "fls": {"steps": 200}},
+        "result": {"fls, L from K-FAC": points["learned"]},
+    }
+    text = claim_noise.report({"a": arm, "b": plain}, tmp_path)
+    assert f"The claim {verdict}" in text
+    assert "up to 200 steps" in text
 
 
 def test_assimilation_cells(folder: Path) -> None:

@@ -14,6 +14,7 @@ from fishleg.errors import FishLegError, ShapeMismatch, UnknownName
 from fishleg.gradients.layers import LayerSignals
 from fishleg.gradients.source import GradientSource
 from fishleg.likelihoods import Categorical, Gaussian
+from fishleg.moments import layer_moments
 from fishleg.objective import (
     curvature_and_trace,
     gradient_product,
@@ -22,8 +23,8 @@ from fishleg.objective import (
     outer_square,
 )
 from fishleg.optim import FishLeg
-from fishleg.optim.natural_gradient import _is_due, _updates_before
-from fishleg.optim.tracking import TrackingOptions, objective_terms
+from fishleg.optim.natural_gradient import _batch_statistics, _is_due, _updates_before
+from fishleg.optim.tracking import TrackedInverse, TrackingOptions, objective_terms, update
 from fishleg.parameters import partition_parameters
 from fishleg.rng import SampleGenerator
 from fishleg.solvers.descent import assemble, compose, relative_slope
@@ -108,6 +109,58 @@ def test_q_approaches_the_inverse_fisher(options: dict[str, Any]) -> None:
     eye = torch.eye(6, dtype=torch.float64)
     product = optimizer.inverse(name).inverse().dense() @ (fisher + 0.1 * eye)
     assert (product - eye).norm() < 0.25 * eye.norm()
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.7])
+def test_the_start_kfac_is_the_damped_inverse_of_running_layer_factors(decay: float) -> None:
+    """Two batches of a layer of three positions, without learning; Q up to its scale."""
+    damping, group = 0.2, partition_parameters(nn.Linear(2, 3)).groups[0]
+    options = TrackingOptions(start="kfac", damping=damping, decay=decay, learning_rate=0.0)
+    factors = []
+    tracked = TrackedInverse()
+    for age, weight in enumerate((1.0, max(1 - decay, 0.5))):
+        a = torch.cat([randn(5, 3, 2, seed=age), torch.ones(5, 3, 1).double()], dim=2)
+        g = randn(5, 3, 3, seed=10 + age) / 5**0.5  # scaled by the number of samples
+        signals = LayerSignals(a[:, None], g[:, None, None])
+        gamma = sum(torch.outer(g[n, t], g[n, t]) for n in range(5) for t in range(3)) / 3
+        inputs = sum(torch.outer(a[n, t], a[n, t]) for n in range(5) for t in range(3)) / 5
+        factors.append((weight, gamma, inputs))
+        gradients = torch.einsum("ntr,ntc->nrc", g, a)
+        tracked = update(tracked, group, gradients, options, age=age, signals=signals)
+    (_, gamma, inputs), (weight, gamma_2, inputs_2) = factors
+    gamma = (1 - weight) * gamma + weight * gamma_2
+    inputs = (1 - weight) * inputs + weight * inputs_2
+    split = (inputs.trace() / 3 / (gamma.trace() / 3)) ** 0.5
+    eye = torch.eye(3, dtype=torch.float64)
+    expected = torch.kron(
+        torch.linalg.inv(gamma + damping**0.5 / split * eye),
+        torch.linalg.inv(inputs + damping**0.5 * split * eye),
+    )
+    found = tracked.inverse().dense()
+    torch.testing.assert_close(
+        found / found.norm(), expected / expected.norm(), rtol=EXACT, atol=EXACT
+    )
+
+
+def test_the_start_kfac_tracks_the_factors_of_every_layer() -> None:
+    model, optimizer, inputs, targets = classification(start="kfac", lr=0.0)
+    train(model, optimizer, inputs, targets, 1)
+    with _batch_statistics(model, inputs, optimizer.calling):
+        source = optimizer._source
+        assert source is not None
+        layers = next(source.layers())
+        factors = layer_moments(source, list(source.partition.names))
+    assert {name for name, signals in layers.items() if signals is not None} >= {*factors}
+    plain = [name for name, (gamma, _) in factors.items() if len(gamma) == 1]
+    assert len(plain) > 1
+    for name in source.partition.names:
+        moments = optimizer.inverse(name).moments
+        if name not in plain:
+            assert "gamma" not in moments
+            continue
+        gamma, a = factors[name]
+        torch.testing.assert_close(moments["gamma"].double(), gamma[0], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(moments["a"].double(), a[0], rtol=1e-4, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------- rank one
@@ -220,6 +273,8 @@ def test_moves_are_relative(name: str) -> None:
     [
         ("kronecker", "moments"),
         ("kronecker", "diagonal"),
+        ("kronecker", "kfac"),
+        ("kronecker_scaled", "kfac"),
         ("kronecker_scaled", "moments"),
         ("kronecker_scaled", "identity"),
         ("diagonal", "moments"),
