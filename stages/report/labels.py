@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from stages.columns import Row, target_of
-from stages.lineage import ARROW, PATH, shown
+from stages.lineage import ARROW, BEST_OF, PATH, shown
 from stages.report.rows import model_of, name_of, seeds_of, settings_of, stage_of
 
 _EARLIER = "of an earlier version"
@@ -71,12 +71,23 @@ def _joined(name: str, details: Sequence[str]) -> str:
 def _differing(rows: Sequence[Row]) -> list[str]:
     """Return the settings in which rows of one kind and path differ.
 
-    In a row from before there were settings, a `select` may have chosen the damping for its place:
-    it counts only where two rows of one place differ in it.
+    A grid that a value was chosen from may have been extended for one sparsity: grids count only
+    where two rows of one place differ in them. In a row from before there were settings, a `select`
+    may have chosen the damping for its place: it counts only where two rows of one place differ in
+    it.
     """
     found = [settings_of(row) for row in rows]
     keys = dict.fromkeys(key for one in found for key in one)
     differing = [key for key in keys if len({_text(one.get(key)) for one in found}) > 1]
+    chosen = [key for key in differing if all(_is_chosen(one.get(key)) for one in found)]
+    others = [key for key in differing if key not in chosen]
+    for key in chosen:
+        grids: dict[str, set[str]] = {}
+        for row, one in zip(rows, found, strict=True):
+            place = _text([target_of(row), seeds_of(row), [one.get(other) for other in others]])
+            grids.setdefault(place, set()).add(one[key])
+        if all(len(same) == 1 for same in grids.values()):
+            differing.remove(key)
     if "damping" in differing:
         places: dict[str, set[str]] = {}
         for row in rows:
@@ -85,6 +96,11 @@ def _differing(rows: Sequence[Row]) -> list[str]:
         if all(len(dampings) == 1 for dampings in places.values()):
             differing.remove("damping")
     return differing
+
+
+def _is_chosen(value: Any) -> bool:
+    """Tell whether a setting's value was chosen from a grid."""
+    return isinstance(value, str) and value.startswith(BEST_OF)
 
 
 def _short_names(rows: Sequence[Row]) -> dict[str, str]:

@@ -240,6 +240,15 @@ def made(name: str, accuracy: float, seed: int = 0, target: float = 0.9, **chang
     return {**ROW, "model_cell": cell, "key": cell, "accuracy": accuracy, **told, **changes}
 
 
+def test_a_grid_that_was_extended_for_one_sparsity_is_no_line_of_its_own() -> None:
+    rows = []
+    for target, grid in ((0.5, [1e-4, 1e-3]), (0.9, [1e-4, 1e-3, 1e-2])):
+        chosen = Step(stage="select", among={"curvature.damping": grid})
+        rows.append(made("best", 90.0, target=target, then=[chosen]))
+    (name,) = lines_of(rows)
+    assert "damping" not in name
+
+
 def lines_of(rows: list[Any]) -> dict[str, dict[float, tuple[float, ...]]]:
     (lines,) = summarise(rows).sections.values()
     return {
