@@ -41,7 +41,7 @@ _BATCH = {"autoencoder": 500, "digits": 64, "resnet20": 64}
 _SEEDS = {"autoencoder": [0], "digits": [0, 1, 2, 3, 4], "resnet20": [0]}
 _DIVERGED = 1e9  # replaces a loss that is not finite
 _POINTS = 12  # evaluations of the validation loss in a run
-_RATES = {
+_RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "autoencoder": {
         "sgd": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
         "adam": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
