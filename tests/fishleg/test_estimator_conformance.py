@@ -375,7 +375,8 @@ def test_damping_must_be_positive(name):
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_states_of_others_are_refused(name):
     data = source()
-    estimator = ESTIMATORS[name](data.partition, damping=DAMPING)
+    options = STEPS if name == "fls" else {}
+    estimator = ESTIMATORS[name](data.partition, damping=DAMPING, **options)
     estimator.fit(data)
     state = estimator.state_dict()
     with pytest.raises(FishLegError, match="groups"):

@@ -30,7 +30,13 @@ from stages.model_folder import Model, load_model
 from stages.prune_gradual import prune_gradual
 
 KRONECKER = {"structure": "kronecker", "warm_start": "moments", "sweeps": 2}
-QUICK = {"samples": 60, "batch_size": 20, "damping": 1e-3, "fishleg": KRONECKER}
+QUICK = {
+    "samples": 60,
+    "batch_size": 20,
+    "damping": 1e-3,
+    "fishleg": KRONECKER,
+    "fls": {"steps": 40, "batch": 16, "check_every": 10},
+}
 
 
 @pytest.fixture(scope="module")
