@@ -7,6 +7,7 @@ setting are separate lines, so that means are over seeds alone.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -104,14 +105,11 @@ def _is_chosen(value: Any) -> bool:
 
 
 def _short_names(rows: Sequence[Row]) -> dict[str, str]:
-    """Return setting -> its name, without the stage where that is unique."""
+    """Return setting -> its shortest name that is unique: without stage and method, or stage."""
     keys = {key for row in rows for key in settings_of(row)}
-    owners: dict[str, int] = {}
-    for key in keys:
-        name = key.partition(".")[2] or key
-        owners[name] = owners.get(name, 0) + 1
-    short = {key: key.partition(".")[2] or key for key in keys}
-    return {key: name if owners[name] == 1 else key for key, name in short.items()}
+    names = {key: [key.rpartition(".")[2], key.partition(".")[2] or key] for key in keys}
+    owners = Counter(name for candidates in names.values() for name in {*candidates})
+    return {key: next((one for one in names[key] if owners[one] == 1), key) for key in keys}
 
 
 def _words(name: str, value: Any) -> str:
