@@ -20,21 +20,11 @@ from fishleg.gradients.running_sums import Progress, Sums
 from fishleg.gradients.source import GradientSource
 from fishleg.memory import Footprint
 from fishleg.moments import accumulate, as_factors, kronecker_products, layer_moments, squares
-from fishleg.objective import (
-    curvature_and_trace,
-    expected_objective,
-    gradient_product,
-    image_energy,
-    image_square,
-    log_det_objective,
-    probe_objective,
-    probe_terms,
-    sign_combinations,
-)
 from fishleg.options import CLOSED_FORM, FlsChanges, FlsOptions, Structure
 from fishleg.parameters import Partition
 from fishleg.precision import in_full
 from fishleg.rng import SampleGenerator
+from fishleg.solvers.batch_objective import BatchObjective
 from fishleg.solvers.descent import Descent, Tensors, scale_block
 from fishleg.solvers.starts import diagonal_start, factored_start, identity_start
 
@@ -245,28 +235,14 @@ class FLS(AbstractEstimator):
 
     def _loss(self, name: str, gradients: Tensor, block: AbstractBlock) -> Tensor:
         """Return the objective of a group's block on scaled gradients (n, rows, columns)."""
-        options, mask = self.options, self._mask(name)
-        if options.objective == "log_det":
-            seen = gradients if mask is None else gradients * mask
-            return log_det_objective(block, seen, self.damping)
-        if options.objective == "expected":
-            return expected_objective(block, gradients, self.damping, mask)
-        numbers = torch.arange(options.probes, device=gradients.device)
+        numbers = torch.arange(self.options.probes, device=gradients.device)
         place = self.partition.names.index(name)
-        generator = SampleGenerator(step_seed(options.seed, self._drawn), numbers, place)
-        if options.directions == "normal":
-            curving, probes = gradients, generator.normal(*block.shape).to(gradients.dtype)
-        else:
-            given, curving = _halves(gradients)
-            probes = _normalised(sign_combinations(given, generator))
-        return probe_objective(
-            block, probes, partial(gradient_product, curving), self.damping, mask
-        )
+        generator = SampleGenerator(step_seed(self.options.seed, self._drawn), numbers, place)
+        return self._objective.loss(block, gradients, generator, self._mask(name))
 
     @property
-    def _by_gradients(self) -> bool:
-        """Whether J averages over directions that are distributed as the gradients."""
-        return self.options.objective == "probe" and self.options.directions == "gradients"
+    def _objective(self) -> BatchObjective:
+        return BatchObjective(self.options, self.damping)
 
     def _mask(self, name: str) -> Tensor | None:
         return None if self.masks is None else self.masks.get(name)
@@ -281,7 +257,7 @@ class FLS(AbstractEstimator):
             sums = self._measure(unseen, blocks)
             for name, block in blocks.items():
                 one = self._learned[name]
-                value, _ = self._objective(block, sums[name], self._mask(name))
+                value, _ = self._objective.value(block, sums[name], self._mask(name))
                 if value < one.value:
                     one = replace(one, best=block, value=value, looks=0)
                     self._tell(name, value)
@@ -292,43 +268,16 @@ class FLS(AbstractEstimator):
     def _measure(
         self, source: GradientSource, blocks: Mapping[str, AbstractBlock]
     ) -> dict[str, Tensor]:
-        """Return the sums over samples that `_objective` takes, of each block: float64 (2,)."""
+        """Return the sums over samples of each block, float64 (2,); see `BatchObjective.value`."""
         sums = {name: torch.zeros(2, dtype=torch.float64) for name in blocks}
         for batch in source.shared().stream(list(blocks)):
             for name, block in blocks.items():
                 gradients = batch[name]
                 weight = len(gradients) / source.rows
-                sums[name] += self._terms(block, gradients, weight, self._mask(name)).cpu()
+                found = self._objective.terms(block, gradients, weight, self._mask(name))
+                sums[name] += found.cpu()
         source.rank_group.sum(sums.values())
         return sums
-
-    def _terms(
-        self, block: AbstractBlock, gradients: Tensor, weight: float, mask: Tensor | None
-    ) -> Tensor:
-        """Return a piece's part of the sums: `weight` of all gradients, scaled as in the whole."""
-        zero = gradients.new_zeros((), dtype=torch.float64)
-        if self._by_gradients:
-            given, curving = _halves(gradients * weight**-0.5)
-            probes, product = _normalised(given), partial(gradient_product, curving)
-            found = torch.stack(probe_terms(block, probes, product, self.damping, mask))
-            return found.double() * (weight / len(probes))
-        if self.options.objective == "log_det":
-            seen = gradients if mask is None else gradients * mask
-            return torch.stack([image_energy(block, seen).double(), zero])
-        return torch.stack([image_square(block, gradients, mask).double(), zero])
-
-    def _objective(
-        self, block: AbstractBlock, sums: Tensor, mask: Tensor | None
-    ) -> tuple[float, float]:
-        """Return J or L of a block, and the scale a > 0 at which that of a Q is least."""
-        data, linear = sums.tolist()
-        if self.options.objective == "log_det":
-            energy = data + self.damping * float(block.trace())
-            return energy - float(block.log_det()), block.shape[0] * block.shape[1] / energy
-        if not self._by_gradients:
-            ridge, trace = curvature_and_trace(block, [], self.damping, mask)
-            data, linear = data + float(ridge), float(trace)
-        return 0.5 * data - linear, linear / data if data > 0 else 1.0
 
     def _tell(self, name: str, value: float | None) -> None:
         structure = self._structure(name)
@@ -350,7 +299,7 @@ class FLS(AbstractEstimator):
         with torch.no_grad():
             measured = self._measure(first, starts)
             for name, block in starts.items():
-                block = scale_block(block, self._objective(block, measured[name], None)[1])
+                block = scale_block(block, self._objective.value(block, measured[name])[1])
                 self._learned[name] = Learned(descent=Descent.begin(block), best=block)
 
     def _statistics(self, source: GradientSource, callback: Callback | None) -> Sums:
@@ -456,21 +405,3 @@ class FLS(AbstractEstimator):
 
 
 _MOST_HELD_OUT = 500  # samples: more cost time, and tell no more
-
-
-def _halves(gradients: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the two halves of scaled gradients (n, rows, columns); of one gradient, it twice.
-
-    The second half is scaled as the whole.
-    """
-    half = len(gradients) // 2
-    if not half:
-        return gradients, gradients
-    return gradients[:half], gradients[half:] * (len(gradients) / (len(gradients) - half)) ** 0.5
-
-
-def _normalised(directions: Tensor) -> Tensor:
-    """Return directions (p, rows, columns) of the length that standard normal ones have."""
-    size = torch.linalg.vector_norm(directions, dim=(1, 2), keepdim=True)
-    wanted = (directions.shape[1] * directions.shape[2]) ** 0.5
-    return directions * (wanted / size.clamp(min=torch.finfo(size.dtype).tiny))
