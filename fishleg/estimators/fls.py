@@ -174,8 +174,11 @@ class FLS(AbstractEstimator):
         batches = self._batches(source)
         held_out = batches.held_out()
         unseen = None if held_out is None else source.over(held_out, seed=source.seed)
-        if unseen is not None and self._step == 0:
-            self._look(unseen)
+        if self._step == 0:
+            for name in self._learned:  # a group whose objective is never finite keeps this
+                self._tell(name, None)
+            if unseen is not None:
+                self._look(unseen)
         for step in range(self._step, total):
             rate = options.learning_rate * (0.5 + 0.5 * cos(pi * step / total))
             self._descend(self._fresh(source, batches), rate)

@@ -413,3 +413,18 @@ def test_other_estimates_refuse_batches(name):
     data = source()
     with pytest.raises(FishLegError, match="expected a method that batches can update"):
         ESTIMATORS[name](data.partition, damping=DAMPING).learn(data)
+
+
+@pytest.mark.parametrize("name", sorted(BATCHWISE - {"fls"}))
+def test_two_different_batches_have_equal_weights_at_first(name):
+    """The mean of the Fishers of two halves is that of the whole."""
+    data = source()
+    count = len(data.calibration)
+    estimator, whole = (ESTIMATORS[name](data.partition, damping=DAMPING) for _ in range(2))
+    for half in torch.arange(count).tensor_split(2):
+        estimator.learn(data.over(data.calibration.at(half), seed=data.seed))
+    estimator.settle(data)
+    whole.fit(data)
+    assert count % 2 == 0
+    for key, block in whole.blocks().items():
+        close(estimator.block(key).dense(), block.dense())
