@@ -109,7 +109,7 @@ def _whole_loader(data: Any) -> DataLoader | None:
     whole = type(sampler) in (SequentialSampler, RandomSampler)
     whole = whole and not getattr(sampler, "replacement", False)
     # torch declares no length of samplers and data sets; these samplers have asked for it.
-    if not whole or len(sampler) != len(data.dataset):  # type: ignore[arg-type]
+    if not whole or len(sampler) != len(data.dataset):  # type: ignore[arg-type] # as above
         return None
     return data
 
