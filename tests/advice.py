@@ -24,10 +24,11 @@ OPTIONS = {"where": " --storage s ", "trust": " --trust "}
 
 @dataclass(frozen=True)
 class Text:
-    """A text and where it stands."""
+    """A text, where it stands, and whether it is a line of prose, which no command begins."""
 
     where: str
     text: str
+    prose: bool = False
 
 
 @functools.cache
@@ -49,8 +50,11 @@ def pages() -> Iterator[Text]:
         for path in sorted(ROOT.glob(pattern)):
             name = str(path.relative_to(ROOT))
             text = path.read_text(encoding="utf-8")
+            prose = path.suffix == ".md"
             for number, line in enumerate(text.splitlines(), start=1):
-                yield Text(f"{name}:{number}", line)
+                if path.suffix == ".md" and line.lstrip().startswith("```"):
+                    prose = not prose
+                yield Text(f"{name}:{number}", line, prose)
 
 
 def _texts_of(tree: ast.Module, help_too: bool) -> Iterator[tuple[int, str]]:
@@ -94,7 +98,7 @@ def commands(found: Iterable[Text]) -> Iterator[tuple[str, list[str]]]:
         wanted = [part for part in quoted(one.text) if part.startswith("fls ")]
         line = one.text.removeprefix("#!").strip()
         line = re.sub(r"^(\w+=\S+ )+", "", line)
-        if line.startswith("fls "):
+        if line.startswith("fls ") and not one.prose:
             wanted.append(re.sub(r"\s{2,}#.*| [|>] .*|\s+# .*", "", line.partition("\n")[0]))
         for command in wanted:
             yield one.where, shlex.split(command.replace("\\|", "|"))[1:]
