@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -38,9 +39,9 @@ def list_names() -> None:
 def run(
     names: Annotated[list[str], typer.Argument(help="The benchmarks; none for all.")] = ALL,
     only: Annotated[
-        str | None,
-        typer.Option(help="Run the cells whose names match; * matches any text."),
-    ] = None,
+        list[str],
+        typer.Option(help="Run the cells whose names match; * matches any text. Repeatable."),
+    ] = ALL,
     out: Annotated[Path, typer.Option(help="The folder of the results.")] = RESULTS,
     stop_after: StopOption = None,
 ) -> None:
@@ -61,7 +62,7 @@ def run(
 
 
 def _run_script(
-    benchmark: Benchmark, out: Path, only: str | None, console: Console, left_s: float | None
+    benchmark: Benchmark, out: Path, only: Sequence[str], console: Console, left_s: float | None
 ) -> int:
     """Run a module's cells, print the failed ones, and return the exit code."""
     try:

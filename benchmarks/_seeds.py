@@ -77,7 +77,10 @@ class Panel:
 
 
 def draw(panels: Sequence[Panel], path: Path, columns: int) -> None:
-    """Write the panels as PNG, row by row; bars are one standard deviation up and down."""
+    """Write the panels as PNG, row by row; bars are one standard deviation up and down.
+
+    Panels of the same lines share a legend below them.
+    """
     from matplotlib.figure import Figure
 
     rows = -(-len(panels) // columns)
@@ -85,6 +88,13 @@ def draw(panels: Sequence[Panel], path: Path, columns: int) -> None:
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis, panel in zip(axes.flat, panels, strict=False):
         _draw_panel(axis, panel)
+    alike = len({tuple(panel.lines) for panel in panels}) == 1
+    if alike:
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    else:
+        for axis, _ in zip(axes.flat, panels, strict=False):
+            axis.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
@@ -110,7 +120,6 @@ def _draw_panel(axis: Any, panel: Panel) -> None:
         axis.set_yscale("log")
         label_decades(axis.yaxis)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
 
 
 def label_decades(axis: Any, labelled: Sequence[float] = (1.0, 3.0)) -> None:

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.harness.sweeps import next_value
 from pipeline.spec.cells import Cell
 from pipeline.spec.spec import Spec
 
-
-@dataclass(frozen=True, kw_only=True)
-class Extension:
-    """A run of some cells of a pipeline with longer axes.
-
-    Attributes:
-        overrides: `--set` options that set the axes.
-        until: the cells that measure the models in question.
-    """
-
-    overrides: tuple[str, ...] = ()
-    until: list[str] = field(default_factory=list)
+Grids = dict[str, list[float]]
+"""`STAGE.AXIS` -> values, sorted."""
 
 
-def extensions_of(spec: Spec, row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the `--set` options that extend the grids behind a row, or none.
+def extended_grids(spec: Spec, row: Mapping[str, Any]) -> Grids:
+    """Return the grids behind a row that have to be extended, with their further values.
 
     Args:
         spec: the pipeline of the row, with its options.
@@ -35,7 +24,7 @@ def extensions_of(spec: Spec, row: Mapping[str, Any]) -> tuple[str, ...]:
     it that have the same values on this axis.
     """
     cells = {cell.name: cell for cell in spec.cells}
-    wanted: dict[str, str] = {}
+    grids: Grids = {}
     for setting, choice in row.get("choices", {}).items():
         if not all(isinstance(one, float) for one in choice["among"]):
             continue  # ten times as many epochs are no finer choice, but another cost
@@ -45,10 +34,16 @@ def extensions_of(spec: Spec, row: Mapping[str, Any]) -> tuple[str, ...]:
             continue
         values = sorted({*choice["among"], value})
         for stage in _stages_with(spec, cells, row["model_cell"], axis):
-            listed = ", ".join(f"{one:.12e}" for one in values)  # with a dot, as YAML's floats
-            wanted[f"{stage}.{axis}"] = f"{stage}.{axis}=[{listed}]"
-    kept = [one for one in spec.overrides if one.partition("=")[0] not in wanted]
-    return (*kept, *wanted.values()) if wanted else ()
+            grids[f"{stage}.{axis}"] = values
+    return grids
+
+
+def with_grids(overrides: Sequence[str], grids: Grids) -> tuple[str, ...]:
+    """Return the `--set` options `overrides`, with `grids` in place of theirs of the same axes."""
+    kept = [one for one in overrides if one.partition("=")[0] not in grids]
+    # in exponents YAML wants a dot
+    listed = {axis: ", ".join(f"{one:.12e}" for one in values) for axis, values in grids.items()}
+    return (*kept, *(f"{axis}=[{values}]" for axis, values in listed.items()))
 
 
 def _stages_with(spec: Spec, cells: Mapping[str, Cell], name: str, axis: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from benchmarks.harness.documents import (
     write_environment,
 )
 from benchmarks.harness.environment import environment_of
-from benchmarks.harness.extension import Extension, extensions_of
+from benchmarks.harness.extension import Grids, extended_grids, with_grids
 from benchmarks.harness.lineage import Step, cost_of, findings_of, path_to
 from benchmarks.harness.suite import STORE_VARIABLE, Benchmark, matches, store_folder
 from pipeline.base.errors import BadInput
@@ -37,7 +38,7 @@ from pipeline.tracking import TrackerName
 def run_pipeline(
     benchmark: Benchmark,
     results: Path,
-    only: str | None,
+    only: Sequence[str],
     console: Console,
     stop_after_s: float | None = None,
 ) -> int:
@@ -56,18 +57,20 @@ def run_pipeline(
     spec = load_spec(benchmark.path)
     until = [cell.name for cell in spec.cells if only and matches(only, cell.name)]
     if only and not until:
-        raise BadInput(f"{benchmark.path} has no cell {only!r}.")
+        raise BadInput(f"{benchmark.path} has no cell {' or '.join(map(repr, only))}.")
     stop_s = math.inf if stop_after_s is None else time.monotonic() + stop_after_s
-    ahead, code = [Extension(until=until)], 0
-    while ahead and code < 128:  # not stopped by a signal, or out of time
-        run = ahead.pop(0)
-        spec = load_spec(benchmark.path, run.overrides)
+    code = 0
+    while code < 128:  # not stopped by a signal, or out of time
         left_s = None if stop_s == math.inf else max(0.0, stop_s - time.monotonic())
+        grids: Grids = {}
         try:
-            ended = _run(spec, run.until, console, left_s)
+            ended = _run(spec, until, console, left_s)
             code = max(ended, code) if ended >= 128 else code or ended
         finally:
-            ahead += keep_results(spec, benchmark.name, results)
+            grids, until = keep_results(spec, benchmark.name, results)
+        if not until:
+            break
+        spec = load_spec(benchmark.path, with_grids(spec.overrides, grids))
     return code
 
 
@@ -84,27 +87,27 @@ def _run(spec: Spec, until: list[str], console: Console, stop_after_s: float | N
     return run_and_read(spec, options, console, read, stop_after_s)
 
 
-def keep_results(spec: Spec, benchmark: str, results: Path) -> list[Extension]:
+def keep_results(spec: Spec, benchmark: str, results: Path) -> tuple[Grids, list[str]]:
     """Write a document for each evaluated model, unless an equal one exists.
 
     Its environment is that of the slowest cell on the model's path. A model whose grid has to be
     extended has no document.
 
     Returns:
-        The runs that extend the grids of such models.
+        The extended grids, and the cells that measure such models.
     """
     store = Store(spec.storage)
-    wanted: dict[tuple[str, ...], list[str]] = {}
+    grids: Grids = {}
+    until = []
     for row in result_rows(spec, store)[1]:
-        overrides = extensions_of(spec, row)
-        if overrides:
-            wanted.setdefault(overrides, []).append(row["cell"])
-        else:
+        extended = extended_grids(spec, row)
+        if not extended:
             _keep_row(store, row, benchmark, results)
-    return [
-        Extension(overrides=overrides, until=list(dict.fromkeys(until)))
-        for overrides, until in wanted.items()
-    ]
+            continue
+        until.append(row["cell"])
+        for axis, values in extended.items():
+            grids[axis] = sorted({*grids.get(axis, []), *values})
+    return grids, list(dict.fromkeys(until))
 
 
 def _keep_row(store: Store, row: dict[str, Any], benchmark: str, results: Path) -> None:

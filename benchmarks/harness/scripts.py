@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ _THREADS = "OMP_NUM_THREADS"
 def run_script(
     benchmark: Benchmark,
     results: Path,
-    only: str | None,
+    only: Sequence[str],
     console: Console,
     stop_after_s: float | None = None,
 ) -> dict[str, str]:

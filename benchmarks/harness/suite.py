@@ -20,6 +20,7 @@ import importlib.util
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -86,8 +87,10 @@ def store_folder() -> Path:
     return Path(os.environ.get(STORE_VARIABLE, ".fls-benchmarks"))
 
 
-def matches(pattern: str | None, cell: str) -> bool:
-    """Tell whether a cell's whole name fits a pattern, in which `*` matches any text."""
-    if pattern is None:
-        return True
-    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), cell) is not None
+def matches(patterns: Sequence[str], cell: str) -> bool:
+    """Tell whether a cell's whole name fits one of some patterns; every name fits none.
+
+    In a pattern, `*` matches any text.
+    """
+    fits = (".*".join(map(re.escape, pattern.split("*"))) for pattern in patterns)
+    return not patterns or any(re.fullmatch(one, cell) for one in fits)

@@ -24,13 +24,13 @@ _COLOURS = {
     "diagonal": "#CC79A7",
     "magnitude": "#555555",
 }
-_SPARE_COLOURS = ("#E69F00", "#56B4E9", "#882255", "#117733", "#999933")
+_SPARE_COLOURS = ("#E69F00", "#56B4E9", "#882255", "#117733", "#999933", "#332288", "#AA4499")
+_SPARE_MARKERS = "o<>p*hd"
+"""Markers of the methods without their own; the next is taken when the colours begin again."""
 _OURS = ("eigen", "fls", "fishleg")
 """Methods whose lines are thick and in front."""
 _MARKERS = {
     "eigen": "o",
-    "fls": "P",
-    "fishleg": "X",
     "obs": "s",
     "kfac": "^",
     "diagonal": "D",
@@ -47,6 +47,14 @@ class _Style:
     line: Literal["-", "--", ":", "-."]
     filled: bool
     shift: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What distinguishes a method's line."""
+
+    colour: str
+    marker: str
 
 
 _STYLES = {
@@ -68,7 +76,7 @@ def draw(summary: Summary, title: str, path: Path) -> None:
         if section in summary.sections:
             panels.setdefault(look.panel, {})[section] = summary.sections[section]
     methods = [method for lines in summary.sections.values() for method in lines]
-    colours = _colours(methods)
+    looks = _looks(methods)
     style: dict[Any, Any] = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(style):
         wide = len(panels) > 1  # the legend is below, else beside
@@ -76,9 +84,9 @@ def draw(summary: Summary, title: str, path: Path) -> None:
         figure = Figure(figsize=(width, 5.2), layout="constrained")
         axes = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
         for axis, (name, sections) in zip(axes, panels.items(), strict=False):
-            _draw_panel(axis, name, sections, summary.dense, colours)
-        if colours:
-            handles = [_handle(method, colour) for method, colour in colours.items()]
+            _draw_panel(axis, name, sections, summary.dense, looks)
+        if looks:
+            handles = [_handle(method, look) for method, look in looks.items()]
             figure.legend(
                 handles=handles,
                 loc="outside lower center" if wide else "outside right center",
@@ -94,11 +102,11 @@ def _draw_panel(
     name: str,
     sections: Mapping[str, Lines],
     dense: Mapping[str, Point],
-    colours: Mapping[str, str],
+    looks: Mapping[str, _Look],
 ) -> None:
     for section, lines in sections.items():
         for method, points in lines.items():
-            _draw_line(axis, _STYLES[section], method, points, colours[method])
+            _draw_line(axis, _STYLES[section], method, points, looks[method])
     for label, point in dense.items():
         _draw_dense(axis, label, point.mean)
     _scale(
@@ -118,7 +126,7 @@ def _draw_panel(
 
 
 def _draw_line(
-    axis: Any, style: _Style, method: str, points: Mapping[float, Point], colour: str
+    axis: Any, style: _Style, method: str, points: Mapping[float, Point], look: _Look
 ) -> None:
     """Draw one method's means with a band, or bars, of a standard deviation up and down."""
     there = {
@@ -130,11 +138,11 @@ def _draw_line(
         return
     low = [point.mean - (point.deviation or 0.0) for point in there.values()]
     high = [point.mean + (point.deviation or 0.0) for point in there.values()]
-    handle = _handle(method, colour)
+    handle = _handle(method, look)
     axis.plot(
         list(there),
         [point.mean for point in there.values()],
-        color=colour,
+        color=look.colour,
         linestyle=handle.get_linestyle() if method.endswith(PUBLISHED) else style.line,
         linewidth=handle.get_linewidth(),
         marker=handle.get_marker(),
@@ -145,9 +153,9 @@ def _draw_line(
     warned = {at: point.mean for at, point in there.items() if point.warned}
     axis.plot([*warned], [*warned.values()], "x", color="black", markersize=11, zorder=5)
     if len(there) > 1:
-        axis.fill_between(list(there), low, high, color=colour, alpha=0.15, linewidth=0)
+        axis.fill_between(list(there), low, high, color=look.colour, alpha=0.15, linewidth=0)
     else:
-        axis.vlines(list(there), low, high, color=colour, alpha=0.4, linewidth=2)
+        axis.vlines(list(there), low, high, color=look.colour, alpha=0.4, linewidth=2)
 
 
 def _draw_dense(axis: Any, label: str, accuracy: float) -> None:
@@ -163,17 +171,17 @@ def _draw_dense(axis: Any, label: str, accuracy: float) -> None:
     )
 
 
-def _handle(method: str, colour: str) -> Line2D:
+def _handle(method: str, look: _Look) -> Line2D:
     """Return the legend's line of a method; published ones are thin, dashed and hollow."""
     published = method.endswith(PUBLISHED)
     return Line2D(
         [],
         [],
-        color=colour,
+        color=look.colour,
         linestyle="--" if published else "-",
         linewidth=1.2 if published else 2.6 if method.startswith(_OURS) else 1.8,
-        marker=_MARKERS.get(method.partition(" ")[0], "o"),
-        markerfacecolor="white" if published else colour,
+        marker=look.marker,
+        markerfacecolor="white" if published else look.colour,
         label=method,
     )
 
@@ -192,11 +200,20 @@ def _kind_handle(section: str) -> Line2D:
     )
 
 
-def _colours(methods: Iterable[str]) -> dict[str, str]:
-    """Return a colour for each method; a method without its own takes a spare one."""
-    unknown = dict.fromkeys(method for method in methods if method not in _COLOURS)
-    spare = {m: _SPARE_COLOURS[i % len(_SPARE_COLOURS)] for i, m in enumerate(unknown)}
-    return {method: _COLOURS.get(method) or spare[method] for method in dict.fromkeys(methods)}
+def _looks(methods: Iterable[str]) -> dict[str, _Look]:
+    """Return each method's colour and marker, of which no two methods have the same pair."""
+    found: dict[str, _Look] = {}
+    spare = (
+        _Look(colour=colour, marker=marker)
+        for marker in _SPARE_MARKERS
+        for colour in _SPARE_COLOURS
+    )
+    for method in dict.fromkeys(methods):
+        own = _COLOURS.get(method)
+        found[method] = (
+            next(spare) if own is None else _Look(colour=own, marker=_MARKERS.get(method, "o"))
+        )
+    return found
 
 
 def _scale(axis: Any, sparsities: Sequence[float]) -> None:

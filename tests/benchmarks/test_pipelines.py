@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.harness.documents import read_cells, write_document
+from benchmarks.harness.extension import with_grids
 from benchmarks.harness.lineage import cost_of, path_to
 from benchmarks.harness.pipelines import keep_results, run_pipeline
 from benchmarks.harness.report import write_report
@@ -74,7 +75,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         benchmark = Benchmark("small", folder / "small.yaml")
-        assert run_pipeline(benchmark, folder / "results", None, Console(quiet=True)) == 0
+        assert run_pipeline(benchmark, folder / "results", (), Console(quiet=True)) == 0
     return folder
 
 
@@ -119,14 +120,21 @@ def test_a_result_of_a_grid_that_is_to_be_extended_is_not_kept(
 ) -> None:
     monkeypatch.chdir(ran)
     spec = load_spec(ran / "small.yaml")
-    (extension,) = keep_results(spec, "small", tmp_path)
-    assert extension.until == ["evaluate"]
-    assert {one.partition("=")[0] for one in extension.overrides} == {
-        "curvature.damping",
-        "oneshot.damping",
-    }
+    grids, until = keep_results(spec, "small", tmp_path)
+    assert until == ["evaluate"]
+    assert set(grids) == {"curvature.damping", "oneshot.damping"}
+    assert all(len(values) == 3 for values in grids.values())
     assert "best[method=diagonal]" not in read_cells(tmp_path, "small")
     assert len(read_cells(tmp_path, "small")) == 3
+
+
+def test_extended_grids_replace_the_options_of_their_axes_alone() -> None:
+    before = ("curvature.damping=[1.0, 2.0]", "vars.seeds=[0]")
+    found = with_grids(before, {"curvature.damping": [1e-5, 1.0, 2.0]})
+    assert found == (
+        "vars.seeds=[0]",
+        "curvature.damping=[1.000000000000e-05, 1.000000000000e+00, 2.000000000000e+00]",
+    )
 
 
 def test_a_model_has_the_certificate_of_its_estimate(ran: Path) -> None:
@@ -152,7 +160,7 @@ def test_documents_stay_as_they_are_when_nothing_is_new(ran: Path, tmp_path: Pat
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ran)
         benchmark = Benchmark("small", ran / "small.yaml")
-        run_pipeline(benchmark, ran / "results", None, Console(quiet=True))
+        run_pipeline(benchmark, ran / "results", (), Console(quiet=True))
     kept = [path.read_text() for path in (ran / "results").glob("small/*.json")]
     assert all('"environment": "of old ' in text for text in kept)
     for path, content in before.items():
