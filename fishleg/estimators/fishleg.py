@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Unpack
 
-import torch
 from torch import Tensor
 
 from fishleg.blocks import KroneckerBlock
@@ -20,7 +19,7 @@ from fishleg.solvers.adam import AdamSolver
 from fishleg.solvers.alternating import AlternatingSolver
 from fishleg.solvers.base import AbstractSolver, SolverState, total
 from fishleg.solvers.closed import ClosedFormSolver
-from fishleg.solvers.starts import diagonal_start, factored_start, identity_start
+from fishleg.solvers.starts import start_from, whole_factors
 
 _WARM_SWEEPS = 2  # alternating ones, before Adam begins to fit a scale too; cheaper than its steps
 
@@ -155,19 +154,14 @@ class FishLegFit(AbstractGroupFit):
         """Return the state with the group's first block; see `AbstractGroupFit`."""
         structure, kind = self.structure, self.options.warm_start
         extra: dict[str, Tensor] = {}
-        if kind == "identity" or (structure in CLOSED_FORM and kind in {"kfac", "moments"}):
-            start = identity_start(self.group.shape, self.damping, like)
-        elif kind == "diagonal":
-            scaled = structure.endswith("_scaled") or structure in CLOSED_FORM
-            (fisher,) = total(pieces, squares)
-            start = diagonal_start(fisher, self.damping, scaled=scaled)
-        else:
-            gamma, a = factors or as_factors(*total(pieces, kronecker_products))
-            # the convolution groups share one column factor
-            row, column = torch.block_diag(*gamma), a.mean(0)
-            start = factored_start(row, column, self.damping)
+        statistics: Sequence[Tensor] | None = None
+        if kind == "diagonal":
+            statistics = total(pieces, squares)
+        elif kind != "identity" and structure not in CLOSED_FORM:
+            statistics = factors or as_factors(*total(pieces, kronecker_products))
             if self.options.pull:
-                extra = {"prior.b": row, "prior.c": column}
+                extra = dict(zip(("prior.b", "prior.c"), whole_factors(*statistics), strict=True))
+        start = start_from(statistics, structure, self.group.shape, self.damping, like)
         if structure == "kronecker_scaled" and start.scale is None:
             solver = AlternatingSolver(self.damping, _WARM_SWEEPS)
             *_, swept = solver.run(pieces, SolverState(block=cast_block(start, like)))

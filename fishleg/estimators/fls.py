@@ -26,7 +26,7 @@ from fishleg.precision import in_full
 from fishleg.rng import SampleGenerator
 from fishleg.solvers.batch_objective import BatchObjective
 from fishleg.solvers.descent import Descent, Tensors, scale_block
-from fishleg.solvers.starts import diagonal_start, factored_start, identity_start
+from fishleg.solvers.starts import start_from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,14 +331,7 @@ class FLS(AbstractEstimator):
     ) -> AbstractBlock:
         """Return a group's block at lambda = 0."""
         group, structure = self.partition[name], self._structure(name)
-        if statistics is None:
-            start = identity_start(group.shape, self.damping, like)
-        elif self.options.warm_start == "diagonal":
-            scaled = structure.endswith("_scaled") or structure in CLOSED_FORM
-            start = diagonal_start(statistics[0], self.damping, scaled=scaled)
-        else:
-            gamma, a = statistics
-            start = factored_start(torch.block_diag(*gamma), a.mean(0), self.damping)
+        start = start_from(statistics, structure, group.shape, self.damping, like)
         return fit_structure(start, structure, kernel=group.kernel, block_size=group.size)
 
     def _structure(self, name: str) -> Structure:

@@ -2,13 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fishleg.blocks.kronecker import KroneckerBlock
 from fishleg.linalg import invert_damped
+from fishleg.options import CLOSED_FORM, Structure
 
 _POWER_ITERATIONS = 100
+
+
+def start_from(
+    statistics: Sequence[Tensor] | None,
+    structure: Structure,
+    shape: tuple[int, int],
+    damping: float,
+    like: Tensor,
+) -> KroneckerBlock:
+    """Return the first Q of a structure, before it has the structure's form.
+
+    Args:
+        statistics: of a group's gradients: None for I / gamma; (diag F,) for its inverse; or the
+            row and column factors of K-FAC, one of each for every convolution group.
+        structure: of the block.
+        shape: of the group, (rows, columns).
+        damping: gamma > 0.
+        like: a tensor of the dtype and device of I / gamma.
+    """
+    if statistics is None:
+        return identity_start(shape, damping, like)
+    if len(statistics) == 1:
+        scaled = structure.endswith("_scaled") or structure in CLOSED_FORM
+        return diagonal_start(statistics[0], damping, scaled=scaled)
+    return factored_start(*whole_factors(*statistics), damping)
+
+
+def whole_factors(gamma: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a group's factors of those of its convolution groups, which share the column's."""
+    return torch.block_diag(*gamma), a.mean(0)
 
 
 def identity_start(shape: tuple[int, int], damping: float, like: Tensor) -> KroneckerBlock:
