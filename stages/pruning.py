@@ -115,6 +115,14 @@ def prune(
     found = {"pruned/sparsity": report.sparsity, "pruned/saliency": report.saliency}
     if report.predicted is not None:
         found["pruned/predicted"] = report.predicted
+    if report.admm is not None:
+        course = report.admm
+        found |= {"pruned/cost_single": course.before, "pruned/cost_admm": course.after}
+        settled = "settled" if course.settled else "not settled"
+        ctx.say(
+            f"ADMM: {course.iterations} iterations, {settled}; quadratic cost {course.before:.3g} "
+            f"of single weights -> {course.after:.3g}"
+        )
     ctx.log(found, step=step)
     for warning in report.warnings:
         ctx.say(warning)

@@ -6,10 +6,13 @@ V has the shape (..., rows, columns) and is vectorised row-major; Q acts on vec(
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+
+Resolvent = Callable[[Tensor, float], Tensor]
+"""V and rho -> (Q^-1 + rho I)^-1 vec(V) as a matrix, for V (..., rows, columns) and rho >= 0."""
 
 
 class AbstractBlock(ABC):
@@ -31,6 +34,10 @@ class AbstractBlock(ABC):
         Raises:
             NotPositiveDefinite: rounding has made a factor indefinite.
         """
+
+    @abstractmethod
+    def resolvent(self) -> Resolvent:
+        """Return V, rho -> (Q^-1 + rho I)^-1 vec(V), which takes further rho at no further cost."""
 
     @abstractmethod
     def diagonal(self) -> Tensor:
@@ -125,3 +132,8 @@ def log_det_of(factors: Tensor) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(factors)
     logs = 2.0 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return torch.where(failed == 0, logs, torch.nan)
+
+
+def resolve(values: Tensor, rho: float) -> Tensor:
+    """Return 1 / (1 / q + rho) of the eigenvalues q of Q, which are those of its resolvent."""
+    return values / (1 + rho * values)

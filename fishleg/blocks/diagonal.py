@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fishleg.blocks.base import AbstractBlock
+from fishleg.blocks.base import AbstractBlock, Resolvent, resolve
 from fishleg.errors import ShapeMismatch
 
 
@@ -31,6 +31,10 @@ class DiagonalBlock(AbstractBlock):
     def invert(self) -> DiagonalBlock:
         """Return diag(vec(1 / values))."""
         return DiagonalBlock(1 / self.values)
+
+    def resolvent(self) -> Resolvent:
+        """Return V, rho -> V o values / (1 + rho values)."""
+        return lambda v, rho: resolve(self.values, rho) * v
 
     def diagonal(self) -> Tensor:
         """Return diag(Q), (rows, columns)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fishleg.blocks.base import AbstractBlock
+from fishleg.blocks.base import AbstractBlock, Resolvent, resolve
 from fishleg.errors import ShapeMismatch
 
 
@@ -47,6 +47,10 @@ class EigenBlock(AbstractBlock):
     def invert(self) -> EigenBlock:
         """Return the inverse, which has the same basis and the values 1 / S."""
         return EigenBlock(self.left, self.right, 1 / self.values)
+
+    def resolvent(self) -> Resolvent:
+        """Return the resolvent, which has the same basis; a call costs as much as `matvec`."""
+        return lambda v, rho: EigenBlock(self.left, self.right, resolve(self.values, rho)).matvec(v)
 
     def diagonal(self) -> Tensor:
         """Return diag(Q) = U^o2 S (W^o2)^T, (rows, columns)."""

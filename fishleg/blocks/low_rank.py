@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fishleg.blocks.base import AbstractBlock, log_det_of
+from fishleg.blocks.base import AbstractBlock, Resolvent, log_det_of, resolve
 from fishleg.errors import NotPositiveDefinite, ShapeMismatch
 
 _CHUNK = 8192  # columns that are held in float64 at once
@@ -51,6 +51,22 @@ class LowRankBlock(AbstractBlock):
             raise NotPositiveDefinite(_lost(self))
         white = torch.linalg.solve_triangular(factor, root, upper=False)
         return GramBlock((self.damping.sqrt() * white).reshape_as(self.root), self.damping)
+
+    def resolvent(self) -> Resolvent:
+        """Return V, rho -> V / (gamma + rho) - W^T U diag(d) U^T W V, I - W W^T = U diag(k) U^T.
+
+        d = gamma / ((gamma + rho k)(gamma + rho)). Cost O(m^2 rows columns), then 2 `matvec`.
+        """
+        root, gamma = self.root.flatten(1), self.damping
+        eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
+        left, basis = torch.linalg.eigh(eye - root @ root.mT)
+        left = left.clamp(min=0)
+
+        def apply(v: Tensor, rho: float) -> Tensor:
+            weight = gamma / ((gamma + rho * left) * (gamma + rho))
+            return _add_low_rank(root, basis, -weight, 1 / (gamma + rho), v)
+
+        return apply
 
     def conditioned(self, kept: Tensor, held: Tensor) -> LowRankBlock:
         """Return Q_rr - Q_rg (Q_gg)^-1 Q_gr = (I - W_r^T (I - W_g W_g^T)^-1 W_r) / damping.
@@ -137,6 +153,22 @@ class GramBlock(AbstractBlock):
         """Return the inverse, by `invert_low_rank`."""
         return invert_low_rank(self.root.clone(), float(self.damping))
 
+    def resolvent(self) -> Resolvent:
+        """Return V, rho -> V gamma / (1 + rho gamma) + G^T U diag(d) U^T G V.
+
+        G G^T = U diag(g) U^T, d = 1 / ((1 + rho gamma)(1 + rho (gamma + g))). It costs as much as
+        that of `LowRankBlock`.
+        """
+        root, gamma = self.root.flatten(1), self.damping
+        gram, basis = torch.linalg.eigh(root @ root.mT)
+        gram = gram.clamp(min=0)
+
+        def apply(v: Tensor, rho: float) -> Tensor:
+            weight = 1 / ((1 + rho * gamma) * (1 + rho * (gamma + gram)))
+            return _add_low_rank(root, basis, weight, resolve(gamma, rho), v)
+
+        return apply
+
     def diagonal(self) -> Tensor:
         """Return damping + sum_m G_m^o2, (rows, columns). Cost O(m rows columns)."""
         return self.damping + torch.einsum("mij,mij->ij", self.root, self.root)
@@ -157,6 +189,13 @@ class GramBlock(AbstractBlock):
     def tensors(self) -> dict[str, Tensor]:
         """Return {"root": (m, rows, columns), "damping": ()}."""
         return {"root": self.root, "damping": self.damping}
+
+
+def _add_low_rank(root: Tensor, basis: Tensor, weight: Tensor, scale: Tensor, v: Tensor) -> Tensor:
+    """Return scale V + R^T U diag(weight) U^T R V, R `root` (m, n), U `basis` (m, m)."""
+    flat = v.flatten(-2)
+    inner = ((flat @ root.mT) @ basis) * weight
+    return (scale * flat + (inner @ basis.mT) @ root).reshape(v.shape)
 
 
 def _lost(block: LowRankBlock) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fishleg.blocks.base import AbstractBlock, log_det_of
+from fishleg.blocks.base import AbstractBlock, Resolvent, log_det_of, resolve
 from fishleg.errors import ShapeMismatch
 from fishleg.linalg import invert_damped
 
@@ -48,6 +48,16 @@ class SharedBlock(AbstractBlock):
     def invert(self) -> SharedBlock:
         """Return the inverse, of the matrices C_k^-1."""
         return SharedBlock(invert_damped(self.inverse, 0.0), self.shape)
+
+    def resolvent(self) -> Resolvent:
+        """Return the resolvent, in the eigenbases of C_k. Cost O(h columns^3), then 2 `matvec`."""
+        values, basis = torch.linalg.eigh(self.inverse)
+
+        def apply(v: Tensor, rho: float) -> Tensor:
+            inner = (basis * resolve(values, rho).unsqueeze(-2)) @ basis.mT
+            return SharedBlock(inner, self.shape).matvec(v)
+
+        return apply
 
     def diagonal(self) -> Tensor:
         """Return diag(Q), (rows, columns): diag(C_k) in every row of k."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fishleg.blocks.base import AbstractBlock, log_det_of
+from fishleg.blocks.base import AbstractBlock, Resolvent, log_det_of
 from fishleg.blocks.kronecker import (
     gather_square,
     require_scale,
@@ -13,6 +13,7 @@ from fishleg.blocks.kronecker import (
     scale_square,
     squared_weight,
 )
+from fishleg.blocks.spectrum import Spectrum, resolvent_of
 from fishleg.errors import ShapeMismatch
 from fishleg.linalg import invert_damped
 
@@ -73,6 +74,21 @@ class TensorBlock(AbstractBlock):
         )
         bias, scale = (None if one is None else 1 / one for one in (self.bias, self.scale))
         return TensorBlock(out, inner, kernel, bias, scale)
+
+    def resolvent(self) -> Resolvent:
+        """Return the resolvent, in the factors' eigenbases. Cost O(rows^3 + in^3 + k^6), once."""
+        factors = (self.out, self.inner, self.kernel)
+        values, (out, inner, kernel) = zip(*map(torch.linalg.eigh, factors), strict=True)
+        one = None if self.bias is None else torch.ones_like(self.bias)
+        columns = torch.outer(values[1], values[2]).flatten()
+        if self.bias is not None:
+            columns = torch.cat([columns, self.bias])
+        spectrum = Spectrum(
+            values=torch.outer(values[0], columns),
+            analyse=TensorBlock(out, inner, kernel, one).matvec,
+            synthesise=TensorBlock(out.mT, inner.mT, kernel.mT, one).matvec,
+        )
+        return resolvent_of(spectrum, self.scale)
 
     def diagonal(self) -> Tensor:
         """Return A^o2 o (diag B)(diag of the column factor)^T."""

@@ -46,7 +46,7 @@ from fishleg.options.estimators import (
 )
 from fishleg.options.fields import Field, Options, Range, check, declared
 from fishleg.options.optimizer import StepOptions, TrackingOptions
-from fishleg.options.pruning import PruningOptions
+from fishleg.options.pruning import AdmmOptions, PruningOptions
 from fishleg.options.refinement import RefinementOptions
 
 __all__ = [
@@ -86,6 +86,7 @@ __all__ = [
     "MfacOptions",
     "NoOptions",
     "ObsOptions",
+    "AdmmOptions",
     "PruningOptions",
     "RefinementOptions",
     "StepOptions",

@@ -14,8 +14,9 @@ class PruningOptions(Options):
     """Options of the choice of weights and of the moves of survivors.
 
     Attributes:
-        selection: by the cost of each weight alone ("single"), or after the others of its row that
-            cost less ("greedy"); with any estimate.
+        selection: by the cost of each weight alone ("single"), after the others of its row that
+            cost less ("greedy"), or all together by ADMM in the quadratic model ("admm"); with any
+            estimate, "admm" only of the full Fisher.
         distribution: least salient of the whole network ("global"), or of each layer ("uniform");
             None is the method's own: uniform for the layer Hessian, global for all others.
         compensation: of survivors: none; sum of single-weight updates ("independent"); exact within
@@ -30,3 +31,22 @@ class PruningOptions(Options):
     compensation: Compensation = "joint"
     min_kept: Annotated[float, Range(ge=0, le=1)] = 0.0
     cg_iterations: Annotated[int, Range(ge=1)] = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdmmOptions(Options):
+    """Options of the selection `admm`.
+
+    Attributes:
+        iterations: at most; they end once the mask no longer changes.
+        penalty: of a layer at first, in units of 1 / mean(diag Q): low, the values adapt before the
+            mask settles.
+        growth: factor of the penalty from one iteration to the next.
+        check_every: iterations from one measurement of a mask's cost to the next, and without a
+            change of the mask after which it has settled.
+    """
+
+    iterations: Annotated[int, Range(ge=1)] = 150
+    penalty: Annotated[float, Range(gt=0)] = 0.3
+    growth: Annotated[float, Range(ge=1)] = 1.05
+    check_every: Annotated[int, Range(ge=1, unit="iterations")] = 10

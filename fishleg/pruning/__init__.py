@@ -1,5 +1,6 @@
 """Saliency, selection, compensation, refinement, schedules and the surgeon."""
 
+from fishleg.pruning.admm import AdmmReport, admm_masks
 from fishleg.pruning.compensation import (
     COMPENSATIONS,
     NETWORK,
@@ -48,6 +49,8 @@ __all__ = [
     "removal_count",
     "select",
     "select_n_of_m",
+    "AdmmReport",
+    "admm_masks",
     # compensation
     "COMPENSATIONS",
     "NETWORK",

@@ -9,6 +9,7 @@ from torch import nn
 
 from fishleg.linalg import CGReport
 from fishleg.parameters import Partition
+from fishleg.pruning.admm import AdmmReport
 from fishleg.pruning.masks import Masks
 
 
@@ -65,6 +66,7 @@ class PruneReport:
         unprunable: (state-dict name, reason) of each weight with two or more dimensions that was
             not prunable; see `Partition`.
         emptied: names of the groups that have no weight left.
+        admm: how the selection `admm` went; None for others.
         zeros: group name -> weights that were exactly 0 before the step and counted as removed,
             where no masks were given.
         warnings: for the user, a sentence each: emptied groups, zeros that were found,
@@ -82,6 +84,7 @@ class PruneReport:
     layers: tuple[LayerReport, ...] = ()
     unprunable: tuple[tuple[str, str], ...] = ()
     emptied: tuple[str, ...] = ()
+    admm: AdmmReport | None = None
     zeros: Mapping[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 

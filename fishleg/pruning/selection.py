@@ -83,7 +83,7 @@ def select(
         UnknownName: no such distribution.
         ValueError: `sparsity` or `min_kept` is out of range.
 
-    Cost: O(n log n), one sort (two with protected weights).
+    Cost: O(n); O(n log n) with protected weights or `uniform`.
     """
     if distribution not in DISTRIBUTIONS:
         raise UnknownName("distribution", distribution, DISTRIBUTIONS)
@@ -125,18 +125,19 @@ def select(
 def _remove_lowest(
     partition: Partition, scores: Sequence[Tensor], protected: Sequence[Tensor | None], count: int
 ) -> Masks:
-    """Return the masks without the `count` weights of least score, protected ones last."""
-    order = torch.sort(torch.cat(list(scores)), stable=True).indices
+    """Return the masks without the `count` weights of least score, none of them protected."""
+    everything = torch.cat(list(scores))
     if any(one is not None for one in protected):
-        last = torch.cat(
+        free = ~torch.cat(
             [
                 torch.zeros_like(score, dtype=torch.bool) if one is None else one
                 for score, one in zip(scores, protected, strict=True)
             ]
-        )[order]
-        order = torch.cat([order[~last], order[last]])
-    survives = torch.ones(len(order), dtype=torch.bool, device=order.device)
-    survives[order[:count]] = False
+        )
+        survives = torch.ones_like(free)
+        survives[free] = ~_lowest(everything[free], count)
+    else:
+        survives = ~_lowest(everything, count)
     out: Masks = {}
     parts = survives.split([score.numel() for score in scores])
     for group, part in zip(partition.prunable, parts, strict=True):
@@ -144,6 +145,20 @@ def _remove_lowest(
         mask[:, : group.weight_columns] = part.reshape(group.rows, -1)
         out[group.name] = mask
     return out
+
+
+def _lowest(scores: Tensor, count: int) -> Tensor:
+    """Return where the `count` least of some scores (n) are; of equals, the first.
+
+    Cost: O(n), a tenth of that of a sort.
+    """
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    limit = scores.kthvalue(count).values
+    found = scores < limit
+    equals = (scores == limit).nonzero().flatten()
+    found[equals[: count - int(found.sum())]] = True
+    return found
 
 
 def check_prunable(partition: Partition) -> None:

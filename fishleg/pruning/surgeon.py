@@ -15,9 +15,17 @@ from fishleg.errors import FishLegError, ShapeMismatch, UnknownName
 from fishleg.estimators.base import AbstractEstimator
 from fishleg.gradients.source import GradientSource
 from fishleg.linalg import CGReport
-from fishleg.options import Compensation, Distribution, PruningOptions, Selection, Zeros
+from fishleg.options import (
+    AdmmOptions,
+    Compensation,
+    Distribution,
+    PruningOptions,
+    Selection,
+    Zeros,
+)
 from fishleg.parameters import ParameterGroup, Partition, used_weight
 from fishleg.precision import in_full, widen
+from fishleg.pruning.admm import AdmmReport, admm_masks
 from fishleg.pruning.compensation import compensate
 from fishleg.pruning.layerwise import greedy_saliency
 from fishleg.pruning.masks import (
@@ -52,6 +60,7 @@ def prune_once(
     source: GradientSource | None = None,
     tolerance: float = 1e-4,
     max_iterations: int = PruningOptions.cg_iterations,
+    admm: AdmmOptions | None = None,
 ) -> PruneReport:
     """Remove the least salient weights of `model` up to `sparsity`, and move the others in place.
 
@@ -63,7 +72,8 @@ def prune_once(
             own support (for a Q of the full Fisher: everything), without the zeros that `zeros`
             keeps.
         selection: by the cost of a weight: "single", removed alone, or "greedy", after the cheaper
-            ones of its row; see `greedy_saliency`. Or a function `score(estimator,
+            ones of its row; see `greedy_saliency`. Or the mask of least cost that ADMM finds
+            ("admm"); see `admm_masks`. Or a function `score(estimator,
             weights)` that returns group name -> (rows, columns) of scores, the lowest removed
             first, from the estimate and group name -> weights (rows, columns); see `saliency`,
             which is one. `distribution` compares its scores.
@@ -75,6 +85,7 @@ def prune_once(
         source: for "fisher": gradients of `model` on calibration data.
         tolerance: relative residual at which conjugate gradients stop.
         max_iterations: conjugate-gradient iterations at most a solve.
+        admm: options of the selection "admm"; None for the defaults.
 
     Returns:
         The masks and the counts; removed weights are exactly 0. Errors are those of
@@ -108,18 +119,27 @@ def prune_once(
         )
     prunable = {group.name: weights[group.name] for group in partition.prunable}
     singles = saliency(estimator, prunable, before)
-    if callable(selection):
-        scores = _own_scores(selection, estimator, prunable)
-    elif selection == "greedy":
-        scores = greedy_saliency(estimator, prunable, before)
-    else:
-        scores = singles
     spread = estimator.distribution if distribution is None else distribution
-    after = select(partition, scores, before, sparsity, spread, min_kept=min_kept)
+
+    def keep_best(scores: Mapping[str, Tensor]) -> Masks:
+        return select(partition, scores, before, sparsity, spread, min_kept=min_kept)
+
+    course: AdmmReport | None = None
+    if selection == "admm":
+        after, course = admm_masks(
+            estimator, prunable, singles, keep_best, before=before, options=admm
+        )
+    elif callable(selection):
+        after = keep_best(_own_scores(selection, estimator, prunable))
+    elif selection == "greedy":
+        after = keep_best(greedy_saliency(estimator, prunable, before))
+    else:
+        after = keep_best(singles)
     report = _remove(
         model, estimator, singles, after, compensation, source, tolerance, max_iterations
     )
-    return replace(report, zeros=found, warnings=(*_say_zeros(found), *report.warnings))
+    warnings = (*_say_zeros(found), *report.warnings)
+    return replace(report, zeros=found, admm=course, warnings=warnings)
 
 
 def check_selection(selection: str | Score) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fishleg.blocks.base import AbstractBlock
+from fishleg.blocks.base import AbstractBlock, Resolvent
 from fishleg.estimators.base import AbstractEstimator
 from fishleg.parameters import ParameterGroup, Partition
 
@@ -22,6 +22,13 @@ class ExactBlock(AbstractBlock):
 
     def invert(self) -> ExactBlock:
         return ExactBlock(torch.linalg.inv(self.matrix), self.shape)
+
+    def resolvent(self) -> Resolvent:
+        precision = torch.linalg.inv(self.matrix)
+        eye = torch.eye(len(precision), dtype=precision.dtype)
+        return lambda v, rho: ExactBlock(
+            torch.linalg.inv(precision + rho * eye), self.shape
+        ).matvec(v)
 
     @classmethod
     def restore(cls, tensors, shape) -> ExactBlock:

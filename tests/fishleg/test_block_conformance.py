@@ -236,6 +236,22 @@ def test_invert(case):
     torch.testing.assert_close(error, torch.zeros_like(error), **{"rtol": 0.0, **tolerance})
 
 
+@pytest.mark.parametrize("lead", [(), (2, 3)])
+def test_resolvent(case, lead):
+    block, dense = case
+    apply = block.resolvent()
+    v = torch.randn(*lead, *block.shape, dtype=dense.dtype)
+    eye = torch.eye(len(dense), dtype=torch.float64)
+    iterates = getattr(block, "scale", None) is not None
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if iterates else TOLERANCE[dense.dtype]
+    for rho in (0.0, 0.3, 10.0):
+        expected = torch.linalg.inv(torch.linalg.inv(dense.double()) + rho * eye).to(dense)
+        found = apply(v, rho)
+        assert found.dtype == dense.dtype
+        wanted = (v.flatten(-2) @ expected.T).reshape(v.shape)
+        torch.testing.assert_close(found, wanted, **tolerance)
+
+
 def test_double_is_the_same_block_in_float64(case):
     block, dense = case
     assert block.double().dense().dtype == torch.float64

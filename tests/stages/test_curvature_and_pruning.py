@@ -121,16 +121,37 @@ def test_an_unset_distribution_is_the_methods_own(
 
 
 @pytest.mark.parametrize("method", ["layer", "kfac", "fishleg", "obs"])
-def test_greedy_selection_costs_less_by_the_estimates_own_curvature(
+def test_joint_selections_cost_less_by_the_estimates_own_curvature(
     dense: Ran, estimates: dict[str, Ran], tmp_path: Path, method: str
 ) -> None:
-    greedy = {"sparsity": 0.6, "selection": "greedy", "distribution": "uniform"}
-    ran = prune(tmp_path / "greedy", dense, estimates[method], **greedy)
-    assert_sparsity(load_model(ran.output(), "cpu"), 0.6)
-    single = prune(
-        tmp_path / "single", dense, estimates[method], **greedy | {"selection": "single"}
-    )
-    assert ran.metrics()["pruned/predicted"] < single.metrics()["pruned/predicted"]
+    ran = {}
+    for selection in ("single", "greedy", "admm"):
+        given = {"sparsity": 0.6, "selection": selection, "distribution": "uniform"}
+        one = ran[selection] = prune(tmp_path / selection, dense, estimates[method], **given)
+        assert_sparsity(load_model(one.output(), "cpu"), 0.6)
+    costs = {name: one.metrics()["pruned/predicted"] for name, one in ran.items()}
+    assert costs["greedy"] < costs["single"]
+    assert costs["admm"] < costs["single"]
+    found = ran["admm"].metrics()
+    assert found["pruned/cost_admm"] < found["pruned/cost_single"]
+
+
+def test_several_steps_by_admm_have_the_full_fisher_in_each(dense: Ran, tmp_path: Path) -> None:
+    given = {
+        "sparsity": 0.8,
+        "method": "kfac",
+        "steps": 2,
+        "samples": 40,
+        "refine": "none",
+        "selection": "admm",
+    }
+    ran = run_stage("prune_multistep", tmp_path / "ran", given, {"model": dense.output()})
+    assert_sparsity(load_model(ran.output(), "cpu"), 0.8)
+    with pytest.raises(ValueError, match="got carry: refine.*set carry: reestimate"):
+        run_stage("prune_multistep", tmp_path, given | {"carry": "refine"}, {})
+    online = {"method": "kfac", "sparsity": 0.8, "curvature": "online", "carry": "reestimate"}
+    with pytest.raises(ValueError, match="online expects selection: single or greedy"):
+        run_stage("prune_gradual", tmp_path, online | {"selection": "admm"}, {})
 
 
 @pytest.mark.parametrize("anew", ["reestimated", "augmented"])

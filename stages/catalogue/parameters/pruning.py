@@ -92,6 +92,16 @@ class StepwiseParams(PruningParams, EstimatorParams):
     seed: Seed = Field(default=0, ge=0, description="seed of samples, labels, batches and crops")
 
     @model_validator(mode="after")
+    def _admm_by_the_full_fisher(self) -> StepwiseParams:
+        several = len(self.stops) > 0 or self.steps > 1
+        if self.selection == "admm" and several and self.carry == "refine":
+            raise ValueError(
+                "selection: admm expects an estimate of the full Fisher in each step, got carry: "
+                "refine, which has it for survivors alone; set carry: reestimate"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rising(self) -> StepwiseParams:
         rising = [0.0, *self.stops, self.sparsity]
         if any(not low < high for low, high in pairwise(rising)):
@@ -139,6 +149,11 @@ class GradualParams(StepwiseParams, TrainingParams):
         if self.curvature == "steps":
             reset(self, "online")
             return self
+        if self.selection == "admm":
+            raise ValueError(
+                "curvature: online expects selection: single or greedy, got 'admm', which takes an "
+                "estimate of the full Fisher and not of survivors"
+            )
         if self.method in ESTIMATOR_OPTIONS and self.method not in BATCHWISE:
             raise ValueError(
                 f"curvature: online expects a method that batches can update, "
