@@ -45,9 +45,10 @@ def select(ctx: Context) -> None:
     for cell, folder in folders.items():
         model = load_model(folder, ctx.device)
         dataset, _ = load_data(model.facts.data)
-        scores[cell] = measure(model.network, dataset, dataset.validation)
-        if divergence is not None:
-            scores[cell]["divergence"] = divergence(model.network)
+        if divergence is None:
+            scores[cell] = measure(model.network, dataset, dataset.validation)
+        else:
+            scores[cell] = {"divergence": divergence(model.network)}
         ctx.say(f"{cell}: validation {params.metric} {scores[cell][params.metric]:.3f}")
         ctx.progress(len(scores), len(folders), "model")
     sign = 1 if params.metric == "accuracy" else -1

@@ -46,7 +46,7 @@ class AdmmOptions(Options):
             change of the mask after which it has settled.
     """
 
-    iterations: Annotated[int, Range(ge=1)] = 150
+    iterations: Annotated[int, Range(ge=1)] = 200
     penalty: Annotated[float, Range(gt=0)] = 0.3
     growth: Annotated[float, Range(ge=1)] = 1.05
     check_every: Annotated[int, Range(ge=1, unit="iterations")] = 10
