@@ -12,21 +12,19 @@ import torch
 from torch import Tensor
 
 from fishleg.blocks import BLOCKS, AbstractBlock
-from fishleg.blocks.structures import count_numbers, fit_structure
+from fishleg.blocks.structures import count_numbers
 from fishleg.estimators.base import AbstractEstimator, Callback, FitProgress, tensors_below
+from fishleg.estimators.first_blocks import FirstBlocks
 from fishleg.estimators.group_fit import block_structure, cast_block
 from fishleg.fresh import FreshBatches, step_seed
-from fishleg.gradients.running_sums import Progress, Sums
 from fishleg.gradients.source import GradientSource
 from fishleg.memory import Footprint
-from fishleg.moments import accumulate, as_factors, kronecker_products, layer_moments, squares
-from fishleg.options import CLOSED_FORM, FlsChanges, FlsOptions, Structure
+from fishleg.options import FlsChanges, FlsOptions, Structure
 from fishleg.parameters import Partition
 from fishleg.precision import in_full
 from fishleg.rng import SampleGenerator
 from fishleg.solvers.batch_objective import BatchObjective
 from fishleg.solvers.descent import Descent, Tensors, scale_block
-from fishleg.solvers.starts import start_from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +92,7 @@ class FLS(AbstractEstimator):
         self._learned: dict[str, Learned] = {}
         self._step = 0  # of the present fit or refinement, or of `learn`
         self._drawn = 0  # batches since the fit began
+        self._starts: FirstBlocks | None = None  # while their statistics are summed
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -119,7 +118,9 @@ class FLS(AbstractEstimator):
         the groups, after each look. `resume` resumes an interrupted `refine`, too.
         """
         self.check_memory(source)
-        if not (resume and self._learned):
+        if not resume:
+            self._learned, self._starts = {}, None
+        if not self._learned:
             self.masks = None
             self._start(source, callback)
         self._run(source, callback)
@@ -290,49 +291,30 @@ class FLS(AbstractEstimator):
 
     def _start(self, source: GradientSource, callback: Callback | None) -> None:
         """Begin the descents of all groups, each at its best scale on the first batch."""
-        statistics = self._statistics(source, callback)
+
+        def report(rows: int) -> None:
+            if callback is not None:
+                callback(FitProgress(done=0, total=self.options.steps, metrics={}))
+
         self._step = self._drawn = 0
+        self._starts = self._starts or FirstBlocks(self.options.warm_start)
+        structures = {name: self._structure(name) for name in self.partition.names}
+        self._starts.sum(source, structures, report)
         self._blocks, self.report = {}, {}
         first = self._fresh(source, self._batches(source))
         starts = {}
         for name in self.partition.names:
-            weight = source.model.get_parameter(self.partition[name].weight)
+            group = self.partition[name]
+            weight = source.model.get_parameter(group.weight)
             like = weight.new_empty(0, dtype=source.dtype(name))
-            starts[name] = cast_block(self._first_block(name, statistics.get(name), like), like)
+            block = self._starts.block(group, structures[name], self.damping, like)
+            starts[name] = cast_block(block, like)
+        self._starts = None
         with torch.no_grad():
             measured = self._measure(first, starts)
             for name, block in starts.items():
                 block = scale_block(block, self._objective.value(block, measured[name])[1])
                 self._learned[name] = Learned(descent=Descent.begin(block), best=block)
-
-    def _statistics(self, source: GradientSource, callback: Callback | None) -> Sums:
-        """Return what the starts are made of, group name -> sums over all samples."""
-        kind = self.options.warm_start
-        report: Progress | None = None
-        if callback is not None:
-
-            def report(rows: int) -> None:
-                callback(FitProgress(done=0, total=self.options.steps, metrics={}))
-
-        if kind == "identity":
-            return {}
-        if kind == "diagonal":
-            return accumulate(source, squares, progress=report)
-        wanted = [n for n in self.partition.names if self._structure(n) not in CLOSED_FORM]
-        found = layer_moments(source, wanted, progress=report) if kind == "kfac" else {}
-        rest = [name for name in wanted if name not in found]
-        others = (
-            accumulate(source, kronecker_products, groups=rest, progress=report) if rest else {}
-        )
-        return found | {name: list(as_factors(*sums)) for name, sums in others.items()}
-
-    def _first_block(
-        self, name: str, statistics: list[Tensor] | None, like: Tensor
-    ) -> AbstractBlock:
-        """Return a group's block at lambda = 0."""
-        group, structure = self.partition[name], self._structure(name)
-        start = start_from(statistics, structure, group.shape, self.damping, like)
-        return fit_structure(start, structure, kernel=group.kernel, block_size=group.size)
 
     def _structure(self, name: str) -> Structure:
         return block_structure(self.options.structure, self.partition[name])
@@ -365,6 +347,10 @@ class FLS(AbstractEstimator):
             parts = one.descent.tensors()
             parts |= {f"best.{key}": tensor for key, tensor in one.best.tensors().items()}
             state["tensors"] |= {f"learned/{name}/{k}": t.contiguous() for k, t in parts.items()}
+        if self._starts is not None:
+            state["meta"]["starts"] = self._starts.places()
+            tensors = self._starts.tensors()
+            state["tensors"] |= {f"starts/{key}": one for key, one in tensors.items()}
         state["meta"] |= {
             "options": asdict(self.options),
             "report": {name: dict(entry) for name, entry in self.report.items()},
@@ -388,13 +374,16 @@ class FLS(AbstractEstimator):
         self.options = FlsOptions(**meta["options"])
         self.report = dict(meta["report"])
         self._step, self._drawn = meta["step"], meta["drawn"]
-        self._learned = {}
+        self._learned, self._starts = {}, None
+        if places := meta.get("starts"):
+            kind, sums = self.options.warm_start, tensors_below("starts/", tensors)
+            self._starts = FirstBlocks.restore(kind, places, sums)
         for name, entry in meta["learned"].items():
-            kind, shape = BLOCKS[entry["block"]], self.partition[name].shape
+            form, shape = BLOCKS[entry["block"]], self.partition[name].shape
             parts = tensors_below(f"learned/{name}/", tensors)
             self._learned[name] = Learned(
-                descent=Descent.restore(kind, shape, parts),
-                best=kind.restore(tensors_below("best.", parts), shape),
+                descent=Descent.restore(form, shape, parts),
+                best=form.restore(tensors_below("best.", parts), shape),
                 value=inf if entry["value"] is None else entry["value"],
                 looks=entry["looks"],
             )

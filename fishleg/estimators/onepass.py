@@ -203,19 +203,10 @@ class AbstractOnePassEstimator(AbstractEstimator):
             for index, mean in enumerate(parts)
         }
         if self._passes_done is not None:
-            sums = self._running.sums
-            state["meta"]["under_way"] = {
-                "passes_done": self._passes_done,
-                "rounds": self._running.rounds,
-                "processes": self._running.processes,
-                "whole": self._running.whole,
-                "sums": {name: len(parts) for name, parts in sums.items()},
-            }
-            state["tensors"] |= {
-                f"sums/{name}/{index}": part
-                for name, parts in sums.items()
-                for index, part in enumerate(parts)
-            }
+            places = self._running.places()
+            state["meta"]["under_way"] = {"passes_done": self._passes_done, **places}
+            tensors = self._running.tensors()
+            state["tensors"] |= {f"sums/{name}": one for name, one in tensors.items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -227,13 +218,8 @@ class AbstractOnePassEstimator(AbstractEstimator):
         self._means = _restored_means(tensors_below("means/", state["tensors"]))
         if under_way := state["meta"].get("under_way"):
             tensors = tensors_below("sums/", state["tensors"])
-            sums = {
-                name: [tensors[f"{name}/{index}"].clone() for index in range(count)]
-                for name, count in under_way["sums"].items()
-            }
             self._passes_done = under_way["passes_done"]
-            places = {name: under_way[name] for name in ("rounds", "processes", "whole")}
-            self._running = RunningSums(**places, sums=sums)
+            self._running = RunningSums.restore(under_way, tensors)
 
 
 _NEWEST = 0.05  # weight of the newest batch in running means

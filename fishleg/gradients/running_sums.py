@@ -48,6 +48,34 @@ class RunningSums:
     whole: bool = False
     sums: Sums = field(default_factory=dict)
 
+    def places(self) -> dict[str, Any]:
+        """Return all but the tensors, as JSON."""
+        counts = {name: len(parts) for name, parts in self.sums.items()}
+        return {
+            "rounds": self.rounds,
+            "processes": self.processes,
+            "whole": self.whole,
+            "sums": counts,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the sums as GROUP/NUMBER -> tensor."""
+        return {
+            f"{name}/{number}": part
+            for name, parts in self.sums.items()
+            for number, part in enumerate(parts)
+        }
+
+    @classmethod
+    def restore(cls, places: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> RunningSums:
+        """Undo `places` and `tensors`; other entries of both are ignored."""
+        sums = {
+            name: [tensors[f"{name}/{number}"].clone() for number in range(count)]
+            for name, count in places["sums"].items()
+        }
+        own = {name: places[name] for name in ("rounds", "processes", "whole")}
+        return cls(**own, sums=sums)
+
     def run(
         self,
         source: GradientSource,

@@ -333,6 +333,42 @@ def test_learning_on_given_batches_resumes_to_the_same_bits():
             assert torch.equal(tensor, other.block(name).tensors()[key])
 
 
+class Stop(Exception):
+    """Interrupts a fit."""
+
+
+@pytest.mark.parametrize("warm_start", ["kfac", "moments", "diagonal"])
+def test_an_interrupted_pass_of_the_start_is_resumed_where_it_was(warm_start):
+    model = network()
+    partition = partition_parameters(model)
+    data = source(model, partition, batch_size=16)
+    options = {"warm_start": warm_start, "steps": 3, "held_out": 0.2}
+    whole = FLS(partition, damping=DAMPING, **options)
+    told: list[int] = []
+    whole.fit(data, lambda progress: told.append(progress.done))
+    passes = told.count(0)
+    assert passes > 3
+
+    states = []
+
+    def interrupt(progress):
+        states.append(estimator.state_dict())
+        if len(states) == 2:
+            raise Stop
+
+    estimator = FLS(partition, damping=DAMPING, **options)
+    with pytest.raises(Stop):
+        estimator.fit(data, interrupt)
+    other = FLS(partition, damping=1.0)
+    other.load_state_dict(states[-1])
+    again: list[int] = []
+    other.fit(data, lambda progress: again.append(progress.done), resume=True)
+    assert again.count(0) == passes - 2
+    for name, block in whole.blocks().items():
+        for key, tensor in block.tensors().items():
+            assert torch.equal(tensor, other.block(name).tensors()[key])
+
+
 def test_a_step_is_adams_on_the_dense_objective():
     """One step from a known block, against autograd of the dense J."""
     model = network()
