@@ -12,6 +12,7 @@ from fishleg.calibration import Calibration
 from fishleg.calling import model_device
 from fishleg.estimators.base import AbstractEstimator
 from fishleg.gradients.source import GradientSource
+from fishleg.options import AdmmOptions
 from fishleg.parameters import Partition
 from fishleg.pruning import group_masks, prune_once, reestimate_norms, weight_masks
 from pipeline.stage import Context, StageError
@@ -108,6 +109,7 @@ def prune(
             compensation=params.compensation,
             source=source,
             max_iterations=params.cg_iterations,
+            admm=AdmmOptions.taken_from(params.admm),
         )
     if params.norms != "kept":
         augmented = params.norms == "augmented"

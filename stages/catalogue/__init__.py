@@ -31,6 +31,7 @@ from stages.catalogue.parameters.evaluation import (
     SelectParams,
 )
 from stages.catalogue.parameters.pruning import (
+    AdmmParams,
     GradualParams,
     MultistepParams,
     OneshotParams,
@@ -76,6 +77,7 @@ __all__ = [
     "LayerParams",
     "EstimatorParams",
     "CurvatureParams",
+    "AdmmParams",
     "PruningParams",
     "TargetParams",
     "OneshotParams",

@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 from fishleg.options import (
     BATCHWISE,
     ESTIMATOR_OPTIONS,
+    AdmmOptions,
     PruningOptions,
     RefinementMethod,
     RefinementOptions,
@@ -23,14 +24,26 @@ from stages.catalogue.parameters.training import TrainingParams
 from stages.lineage import Role
 
 
+class AdmmParams(OptionParams, AdmmOptions):
+    """Options of the selection `admm`."""
+
+
 class PruningParams(OptionParams, PruningOptions):
     """Options of a pruning step."""
+
+    admm: AdmmParams = Field(default=AdmmParams(), description="options of the selection admm")
 
     norms: Literal["kept", "reestimated", "augmented"] = Field(
         default="kept",
         description="batch norms after a step: as they were, or measured again on the calibration "
         "samples, without labels; augmented as in training, or as they are",
     )
+
+    @model_validator(mode="after")
+    def _forget_admm(self) -> PruningParams:
+        if self.selection != "admm":
+            reset(self, "admm")
+        return self
 
 
 class TargetParams(MethodAxes):
