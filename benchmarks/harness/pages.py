@@ -90,11 +90,13 @@ def _without(choose: _Choose, sparsity: float) -> _Choose:
 PARTS: dict[str, Callable[[Committed], str]] = {
     "overview": _tables(
         {
-            "One step:": _one_step,
+            "One step, mask and values chosen together (`selection: admm`):": _one_step,
             "Several steps, greedy removal:": _without(_several_steps("resnet20"), 0.6),
         }
     ),
-    "one_step": _tables({"One step:": _one_step}),
+    "one_step": _tables(
+        {"One step, mask and values chosen together (`selection: admm`):": _one_step}
+    ),
     "several_steps": _tables({"Several steps:": _several_steps("resnet20")}),
     "best": _sentences(claims.best_one_step, claims.learned_one_step, claims.seeds_used),
     "ends": _sentences(claims.ends),

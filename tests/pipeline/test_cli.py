@@ -326,7 +326,7 @@ def test_a_stage_type_is_told_whole(toy: Path) -> None:
     assert re.search(
         r"min_kept +0.0 +number, at least 0, at most 1 +least fraction of each", output
     )
-    assert re.search(r"selection +single +single, greedy +\S+", output)
+    assert re.search(r"selection +single +single, greedy, admm +\S+", output)
     assert "example: my_prune_oneshot: {uses: prune_oneshot, inputs: {" in output
     told = json.loads(fls("list", "pretrain", "--json")[1])
     assert told["outputs"] == {"model": "model"}
