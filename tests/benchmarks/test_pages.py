@@ -62,8 +62,8 @@ def test_a_sentence_follows_the_results(tmp_path: Path, committed: Committed) ->
     for sparsity, accuracy in highest:
         column = [line[float(sparsity)].mean for line in table.values() if float(sparsity) in line]
         assert accuracy == f"{max(column):.2f}"
-    after = changed(tmp_path, "best[method=obs,sparsity=0.9]", 55.55)
-    assert "obs at 0.9 (55.55)" in claims.best_one_step(after)
+    after = changed(tmp_path, "magnitude[sparsity=0.9]", 99.55)
+    assert "magnitude at 0.9 (99.55" in claims.best_one_step(after)
 
 
 def test_the_training_that_refinement_is_follows_from_the_pipeline(committed: Committed) -> None:
