@@ -88,14 +88,14 @@ class Walk(contextlib.AbstractContextManager["Walk"]):
             text = text.replace(name, value)
         small = "".join(f" --set '{one}'" for one in _SMALL.split())
         output = self.shell.run(f"{text}{small}", shown=text, FISHLEG_DATA=str(data))
-        expect("| fishleg (tensor_scaled) |" in output, f"no row of fishleg in\n{output}")
+        expect("| fishleg " in output, f"no row of fishleg in\n{output}")
 
     def _submit(self, text: str) -> None:
         head, _ = self._start()
         address = "http://ray-head:8265"
         expect(address in text, f"{address} is not in {text!r}")
         output = self.shell.run(text.replace(address, head.address))
-        expect("| fishleg (tensor_scaled) |" in output, f"no row of fishleg in\n{output}")
+        expect("| fishleg " in output, f"no row of fishleg in\n{output}")
 
     def _start(self) -> tuple[Head, str]:
         """Return a Ray head and the address of an MLflow server; the first call starts them."""
