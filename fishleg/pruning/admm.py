@@ -184,7 +184,8 @@ def admm_masks(
 def _begin(problem: _Problem, survivors: Tensor, penalty: float) -> _State:
     """Return the state at w = z = w0; rho is `penalty` over the mean of diag Q on survivors."""
     weights = problem.target
-    mean = problem.block.diagonal()[survivors].mean()
+    diagonal = problem.block.diagonal()
+    mean = (diagonal[survivors] if survivors.any() else diagonal).mean()
     zero = torch.zeros_like(weights)
     rho = penalty / max(float(mean), torch.finfo(mean.dtype).tiny)
     return _State(w=weights, z=weights, u=zero, mask=survivors, rho=rho)

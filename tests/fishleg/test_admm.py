@@ -104,6 +104,23 @@ def test_earlier_zeros_are_constraints_and_stay():
     assert median(excess) < 1.1
 
 
+def test_a_group_that_has_lost_every_weight_stays_so():
+    hessian, _ = case(0)
+    before = torch.zeros(ROWS, COLUMNS, dtype=torch.bool)
+    weights = torch.zeros(ROWS, COLUMNS, dtype=torch.float64)
+    estimator = exact(hessian, ROWS, COLUMNS)
+    masks, report = admm_masks(
+        estimator,
+        {"a": weights},
+        {"a": weights},
+        lambda scores: {"a": before & (scores["a"] >= 0)},
+        before={"a": before},
+    )
+    assert not masks["a"].any()
+    assert report.after == report.before == 0.0
+    assert report.primal == 0.0
+
+
 def test_the_iterations_end_where_the_mask_has_settled():
     hessian, weights = case(3)
     told = []
